@@ -61,4 +61,4 @@ def device_path(name: str) -> str:
 
 def interface_xml(interface: str) -> str:
     """The documented introspection XML of one of `INTERFACES`."""
-    return resources.files("flashd").joinpath("interfaces", f"{interface}.xml").read_text(encoding="utf-8")
+    return (resources.files("flashd") / "interfaces" / f"{interface}.xml").read_text(encoding="utf-8")
