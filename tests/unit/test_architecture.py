@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "sandbox": set(),
     "streamer": {"_native"},
     "bus": set(),
+    "private_bus": set(),
     "tensors": {"checkpoint"},
     "inference": set(),
     "checkpoint": {"streamer"},
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "daemon": {"swap", "engines", "memory", "store", "checkpoint", "streamer", "bus"},
     "client": {"bus", "checkpoint", "tensors", "inference"},
     "bench": {"streamer", "checkpoint", "memory", "client"},
-    "cli": {"client", "inference", "checkpoint", "bench", "streamer", "memory"},
+    "cli": {"client", "inference", "private_bus", "checkpoint", "bench", "streamer", "memory"},
     "__init__": {"client"},
 }
 TORCH_IMPORTERS = {"flashd.tensors", "flashd.checkpoint.unpickle"}
