@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How do we speak D-Bus, with the defects of dbus-next 0.2.3 closed in one place?
+
+Closed here, each with its test in tests/bus/test_bus.py:
+- a full socket buffer ended the connection (its writer does not survive EAGAIN): `_PatientWriter`;
+- unexpected exceptions went to the caller with a traceback: `error_reply`;
+- received and sent file descriptors were never closed: `Received.close_fds`, `Connection.reply`;
+- handlers did not learn the sender, and ObjectManager signals left from the child's path: we dispatch raw messages
+  ourselves (`Connection.serve`, flashd/daemon/exports.py), so that dbus-next's service layer is not used at all.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dbus_next import BusType, Message, MessageType, Variant
+from dbus_next.aio import MessageBus
+from dbus_next.aio.message_bus import _future_set_exception, _future_set_result, _MessageWriter
+from dbus_next.constants import MessageFlag, NameFlag, RequestNameReply
+from dbus_next.errors import DBusError
+
+from flashd import errors
+
+log = logging.getLogger(__name__)
+
+DBUS = "org.freedesktop.DBus"
+DBUS_PATH = "/org/freedesktop/DBus"
+PROPERTIES = "org.freedesktop.DBus.Properties"
+OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
+
+
+class _PatientWriter(_MessageWriter):  # type: ignore[misc]
+    """The library's writer, but EAGAIN leaves message, offset and file descriptors as they are and waits."""
+
+    buf: Any
+    offset: int
+    unix_fds: list[int] | None
+    fut: Any
+
+    def write_callback(self) -> None:
+        try:
+            while self.buf is not None or self._next_message():
+                self._send()
+                if self.offset < len(self.buf):
+                    return
+                self.buf = None
+                _future_set_result(self.fut, None)
+            self.loop.remove_writer(self.fd)
+        except BlockingIOError:
+            return
+        except Exception as error:  # noqa: BLE001 -- the connection is gone, whatever the reason; all waiters learn it
+            _future_set_exception(self.fut, error)
+            self.bus._finalize(error)
+
+    def _next_message(self) -> bool:
+        if self.messages.empty():
+            return False
+        data, self.unix_fds, self.fut = self.messages.get_nowait()
+        self.buf, self.offset = memoryview(data), 0
+        return True
+
+    def _send(self) -> None:
+        rest = self.buf[self.offset :]
+        if self.unix_fds and self.negotiate_unix_fd:
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", self.unix_fds))
+            self.offset += self.sock.sendmsg([rest], [rights])
+            self.unix_fds = None  # they travel with the first byte
+        else:
+            self.offset += self.sock.send(rest)
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One message from the bus, with its file descriptors in place of their indexes."""
+
+    sender: str
+    path: str
+    interface: str
+    member: str
+    signature: str
+    body: tuple[Any, ...]
+    fds: tuple[int, ...]
+
+    def close_fds(self) -> None:
+        for fd in self.fds:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def _received(message: Message) -> Received:
+    fds = tuple(message.unix_fds)
+    body = tuple(
+        _in_place(value, node, fds) for value, node in zip(message.body, message.signature_tree.types, strict=True)
+    )
+    return Received(
+        message.sender or "", message.path or "", message.interface or "", message.member or "",
+        message.signature, body, fds,
+    )  # fmt: skip
+
+
+def _in_place(value: Any, node: Any, fds: Sequence[int]) -> Any:
+    """`h` is an index into the message's descriptors (D-Bus specification, UNIX_FD): a bad one is an error."""
+    if "h" not in node.signature and "v" not in node.signature:
+        return value
+    if node.token == "h":
+        if not 0 <= value < len(fds):
+            raise errors.InvalidArgument("a file descriptor was announced and not sent")
+        return fds[value]
+    if node.token == "v":
+        return Variant(value.signature, _in_place(value.value, value.type, fds))
+    if node.token == "a" and node.children[0].token == "{":
+        key, item = node.children[0].children
+        return {_in_place(k, key, fds): _in_place(v, item, fds) for k, v in value.items()}
+    children = node.children if node.token == "(" else [node.children[0]] * len(value)
+    return [_in_place(v, child, fds) for v, child in zip(value, children, strict=True)]
+
+
+def plain(value: Any) -> Any:
+    """Variants unwrapped, at any depth."""
+    if isinstance(value, Variant):
+        return plain(value.value)
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a method returns: values that match its signature, and descriptors that are closed once sent."""
+
+    signature: str = ""
+    values: tuple[Any, ...] = ()
+    fds: tuple[int, ...] = ()
+
+
+def error_reply(call: Message, error: BaseException) -> Message:
+    """Ours go to the caller with their hint; anything else is our defect: its traceback goes to the journal only."""
+    if isinstance(error, asyncio.CancelledError):
+        error = errors.Cancelled("the daemon is stopping")
+    if isinstance(error, DBusError):
+        return Message.new_error(call, error.type, error.text)
+    if not isinstance(error, errors.FlashdError):
+        log.error("defect in %s.%s", call.interface, call.member, exc_info=error)
+        error = errors.Internal("flashd has a defect", hint="its journal has the traceback: please report it")
+    message = Message.new_error(call, error.bus_name(), str(error))
+    message.signature, message.body = "ss", [str(error), error.hint]
+    return message
+
+
+def raised(reply: Message) -> errors.FlashdError:
+    """The error that an error reply stands for."""
+    text = str(reply.body[0]) if reply.body else ""
+    hint = str(reply.body[1]) if len(reply.body) > 1 else ""
+    if reply.error_name.startswith(errors.BUS_PREFIX):
+        return errors.from_bus(reply.error_name, text.removesuffix("\n" + hint), hint)
+    match reply.error_name.removeprefix(DBUS + ".Error."):
+        case "ServiceUnknown" | "NameHasNoOwner" | "Disconnected" | "NoServer":
+            return errors.Unavailable("flashd is not running", hint="start it: flash start")
+        case "AccessDenied" | "AuthFailed":
+            return errors.NotAuthorized(text, hint="the bus itself refused this; ask an administrator")
+        case "UnknownObject":
+            return errors.NotFound(text)
+        case "InvalidArgs" | "UnknownMethod" | "UnknownProperty" | "UnknownInterface" | "PropertyReadOnly":
+            return errors.InvalidArgument(text)
+    return errors.from_bus(reply.error_name, text)
+
+
+class Connection:
+    """One connection to a bus: calls out, signals out and in, and, once `serve` is given a handler, calls in."""
+
+    def __init__(self, bus: MessageBus) -> None:
+        self._bus = bus
+        self._serve: Callable[[Received], Coroutine[Any, Any, Reply]] | None = None
+        self._listeners: list[Callable[[Received], None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        bus.add_message_handler(self._on_message)
+
+    @property
+    def unique_name(self) -> str:
+        return str(self._bus.unique_name)
+
+    def serve(self, handler: Callable[[Received], Coroutine[Any, Any, Reply]]) -> None:
+        """Every method call that is not org.freedesktop.DBus.Peer's goes to `handler`, in a task of its own."""
+        self._serve = handler
+
+    def listen(self, listener: Callable[[Received], None]) -> None:
+        """Every signal that a match rule lets through goes to `listener`."""
+        self._listeners.append(listener)
+
+    async def call(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str = "",
+        body: Sequence[Any] = (),
+        *,
+        fds: Sequence[int] = (),
+        timeout_s: float | None = 25.0,
+        interactive: bool = False,
+    ) -> Received:
+        """Raises the error that the peer raised, `Unavailable` when nobody answers in `timeout_s`."""
+        flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if interactive else MessageFlag.NONE
+        message = Message(destination, path, interface, member, signature=signature, body=list(body), flags=flags)
+        message.unix_fds = list(fds)
+        try:
+            reply = await asyncio.wait_for(self._bus.call(message), timeout_s)
+        except TimeoutError:
+            hint = "it may be busy, or stopped in a debugger; try again"
+            raise errors.Unavailable(f"{destination} did not answer in {timeout_s} s", hint=hint) from None
+        except (OSError, EOFError) as error:
+            raise errors.Unavailable(f"the connection to the bus was lost: {error}") from error
+        if reply.message_type is MessageType.ERROR:
+            raise raised(reply)
+        return _received(reply)
+
+    def emit(self, path: str, interface: str, member: str, signature: str, body: Sequence[Any]) -> None:
+        """Sends a signal; returns at once, whatever the state of the socket."""
+        sent = self._bus.send(Message.new_signal(path, interface, member, signature, list(body)))
+        sent.add_done_callback(_retrieve)
+
+    async def add_match(self, rule: str) -> None:
+        await self.call(DBUS, DBUS_PATH, DBUS, "AddMatch", "s", [rule])
+
+    async def own(self, name: str) -> None:
+        """Becomes `name`; raises AlreadyExists if somebody else is."""
+        try:
+            reply = await self._bus.request_name(name, NameFlag.DO_NOT_QUEUE)
+        except DBusError as error:
+            raise errors.NotAuthorized(f"the bus does not let us own {name}: {error.text}") from error
+        if reply is not RequestNameReply.PRIMARY_OWNER:
+            raise errors.AlreadyExists(
+                f"another process owns {name} on this bus", hint="flash status says which; flash stop ends it"
+            )
+
+    async def credentials(self, peer: str) -> tuple[int, int]:
+        """User id and process id of a connection, as the bus daemon saw them when it connected."""
+        reply = await self.call(DBUS, DBUS_PATH, DBUS, "GetConnectionCredentials", "s", [peer])
+        known = plain(reply.body[0])
+        return int(known["UnixUserID"]), int(known.get("ProcessID", 0))
+
+    async def closed(self) -> None:
+        """Returns when the connection ends, by us or by the bus."""
+        with contextlib.suppress(Exception):
+            await self._bus.wait_for_disconnect()
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._bus.disconnect()
+        await self.closed()
+
+    def _on_message(self, message: Message) -> bool:
+        if message.message_type is MessageType.SIGNAL:
+            received = _received(message)
+            for listener in self._listeners:
+                listener(received)
+            return False
+        if message.message_type is not MessageType.METHOD_CALL or self._serve is None:
+            return False
+        if message.interface == "org.freedesktop.DBus.Peer":
+            return False
+        task = asyncio.ensure_future(self._answer(message))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return True
+
+    async def _answer(self, message: Message) -> None:
+        assert self._serve is not None
+        fds: tuple[int, ...] = ()
+        try:
+            received = _received(message)
+            result = await self._serve(received)
+            fds = result.fds
+            reply = Message.new_method_return(message, result.signature, list(result.values), list(fds))
+        except BaseException as error:  # noqa: BLE001 -- the boundary: every call gets exactly one reply
+            reply = error_reply(message, error)
+        finally:
+            for fd in message.unix_fds:
+                os.close(fd)
+        try:
+            if not message.flags & MessageFlag.NO_REPLY_EXPECTED:
+                await self._bus.send(reply)
+        except (OSError, EOFError):
+            log.debug("%s left before its reply", message.sender)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+
+def _retrieve(future: asyncio.Future[None]) -> None:
+    """A signal lost with its connection is nobody's error: whoever listens sees the connection end."""
+    if not future.cancelled() and future.exception() is not None:
+        log.debug("a signal was not sent: %s", future.exception())
+
+
+async def connect(address: str) -> Connection:
+    """Connects to `session`, `system` or a D-Bus address, as this user.
+
+    Raises Unavailable where there is no bus.
+    """
+    try:
+        match address:
+            case "session":
+                bus = MessageBus(bus_type=BusType.SESSION, negotiate_unix_fd=True)
+            case "system":
+                bus = MessageBus(bus_type=BusType.SYSTEM, negotiate_unix_fd=True)
+            case _:
+                bus = MessageBus(bus_address=address, negotiate_unix_fd=True)
+    except Exception as error:  # the library raises whatever its address parser and connect(2) do
+        hint = "is the address right, and a bus running there? `flash start` runs one of its own where there is none"
+        raise errors.Unavailable(f"no D-Bus at {address!r}: {error}", hint=hint) from error
+    bus._writer = _PatientWriter(bus)
+    await bus.connect()
+    return Connection(bus)

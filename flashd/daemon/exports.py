@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How do Python objects appear on the bus exactly as the interface XML says?
+
+The XML files are the contract, so they are also the program: they name the members, give the signatures that are
+checked and marshalled, and are served as introspection. An exported object supplies one coroutine per method
+(`FindModel` is `find_model`) and one mapping with the value of every property. A test holds each against the XML.
+
+Property changes are found by comparing with what was last sent, at most once per `COALESCE_S`, so that no change is
+forgotten and a flood of them costs one signal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from dbus_next import Variant
+from dbus_next.introspection import Interface, Node
+
+from flashd import wire
+from flashd.bus import OBJECT_MANAGER, PROPERTIES, Connection, Received, Reply
+from flashd.errors import InvalidArgument, NotFound
+
+COALESCE_S = 0.05
+INTROSPECTABLE = "org.freedesktop.DBus.Introspectable"
+
+_STANDARD_XML = """\
+  <interface name="org.freedesktop.DBus.Introspectable">
+    <method name="Introspect"><arg name="xml" type="s" direction="out"/></method>
+  </interface>
+  <interface name="org.freedesktop.DBus.Peer">
+    <method name="Ping"/>
+    <method name="GetMachineId"><arg name="machine_uuid" type="s" direction="out"/></method>
+  </interface>
+  <interface name="org.freedesktop.DBus.Properties">
+    <method name="Get">
+      <arg name="interface" type="s" direction="in"/>
+      <arg name="property" type="s" direction="in"/>
+      <arg name="value" type="v" direction="out"/>
+    </method>
+    <method name="GetAll">
+      <arg name="interface" type="s" direction="in"/>
+      <arg name="properties" type="a{sv}" direction="out"/>
+    </method>
+    <method name="Set">
+      <arg name="interface" type="s" direction="in"/>
+      <arg name="property" type="s" direction="in"/>
+      <arg name="value" type="v" direction="in"/>
+    </method>
+    <signal name="PropertiesChanged">
+      <arg name="interface" type="s"/>
+      <arg name="changed" type="a{sv}"/>
+      <arg name="invalidated" type="as"/>
+    </signal>
+  </interface>
+"""
+_OBJECT_MANAGER_XML = """\
+  <interface name="org.freedesktop.DBus.ObjectManager">
+    <method name="GetManagedObjects">
+      <arg name="objects" type="a{oa{sa{sv}}}" direction="out"/>
+    </method>
+    <signal name="InterfacesAdded">
+      <arg name="object" type="o"/>
+      <arg name="interfaces" type="a{sa{sv}}"/>
+    </signal>
+    <signal name="InterfacesRemoved">
+      <arg name="object" type="o"/>
+      <arg name="interfaces" type="as"/>
+    </signal>
+  </interface>
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Fd:
+    """A descriptor to hand to the caller; ours is closed once it is sent."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. Descriptors among the arguments of a call are borrowed: dup(2) what outlives it."""
+
+    peer: str
+    uid: int
+
+
+class Exported:
+    """Base of every object on the bus: a path, one interface of the contract, and its members."""
+
+    interface: ClassVar[str]
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def properties(self) -> Mapping[str, Any]:
+        """Every property of the interface, by its name in the XML, as a plain value of its type."""
+        return {}
+
+
+@functools.cache
+def contract(interface: str) -> Interface:
+    """The parsed XML of an interface."""
+    (parsed,) = Node.parse(wire.interface_xml(interface)).interfaces
+    return parsed
+
+
+def method_name(member: str) -> str:
+    """`FindModel` → `find_model`; a Python keyword gets an underscore: `Import` → `import_`."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", member).lower()
+    return name + "_" if name == "import" else name
+
+
+def as_variants(interface: str, values: Mapping[str, Any]) -> dict[str, Variant]:
+    types = {p.name: p.signature for p in contract(interface).properties}
+    return {name: Variant(types[name], value) for name, value in values.items()}
+
+
+class ObjectTree:
+    """All that we export under one root, and the answer to every call on it.
+
+    `identify` turns a peer into a Caller; `authorize` raises NotAuthorized unless this caller may make this call.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        identify: Callable[[str], Awaitable[Caller]],
+        authorize: Callable[[Caller, str, str], Awaitable[None]],
+    ) -> None:
+        self._connection = connection
+        self._identify = identify
+        self._authorize = authorize
+        self._objects: dict[str, Exported] = {}
+        self._sent: dict[str, dict[str, Any]] = {}
+        self._changed: set[str] = set()
+        self._flush: asyncio.TimerHandle | None = None
+        connection.serve(self._answer)
+
+    def add(self, exported: Exported) -> None:
+        self._objects[exported.path] = exported
+        self._sent[exported.path] = dict(exported.properties())
+        if exported.path != wire.ROOT_PATH:
+            body = [exported.path, self._interfaces(exported)]
+            self._connection.emit(wire.ROOT_PATH, OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", body)
+
+    def remove(self, path: str) -> None:
+        exported = self._objects.pop(path)
+        del self._sent[path]
+        self._changed.discard(path)
+        self._connection.emit(
+            wire.ROOT_PATH, OBJECT_MANAGER, "InterfacesRemoved", "oas", [path, [exported.interface, *self._standard()]]
+        )
+
+    def get(self, path: str) -> Exported | None:
+        return self._objects.get(path)
+
+    def changed(self, path: str) -> None:
+        """Some property of the object may have changed: it is compared, and told, within COALESCE_S."""
+        if path in self._objects:
+            self._changed.add(path)
+            if self._flush is None:
+                self._flush = asyncio.get_running_loop().call_later(COALESCE_S, self.flush)
+
+    def flush(self) -> None:
+        """Tells at once what `changed` collected."""
+        if self._flush is not None:
+            self._flush.cancel()
+            self._flush = None
+        for path in sorted(self._changed):
+            exported, sent = self._objects[path], self._sent[path]
+            now = dict(exported.properties())
+            different = {name: value for name, value in now.items() if sent[name] != value}
+            if different:
+                self._sent[path] = now
+                body = [exported.interface, as_variants(exported.interface, different), []]
+                self._connection.emit(path, PROPERTIES, "PropertiesChanged", "sa{sv}as", body)
+        self._changed.clear()
+
+    def signal(self, exported: Exported, member: str, *values: Any) -> None:
+        """Emits a signal of the contract, after the property changes that came before it."""
+        self.flush()
+        (signal,) = [s for s in contract(exported.interface).signals if s.name == member]
+        self._connection.emit(exported.path, exported.interface, member, signal.signature, values)
+
+    async def _answer(self, call: Received) -> Reply:
+        match call.interface, call.member:
+            case (str(i), "Introspect") if i in {INTROSPECTABLE, ""}:
+                return Reply("s", (self._introspection(call.path),))
+            case (str(i), "GetManagedObjects") if i in {OBJECT_MANAGER, ""} and call.path == wire.ROOT_PATH:
+                others = [o for path, o in self._objects.items() if path != wire.ROOT_PATH]
+                return Reply("a{oa{sa{sv}}}", ({o.path: self._interfaces(o) for o in others},))
+        exported = self._objects.get(call.path)
+        if exported is None:
+            raise NotFound(
+                f"no object at {call.path}", hint="it may be gone; flash list and flash jobs show what there is"
+            )
+        if call.interface == PROPERTIES:
+            return self._property(exported, call)
+        return await self._invoke(exported, call)
+
+    async def _invoke(self, exported: Exported, call: Received) -> Reply:
+        methods = {m.name: m for m in contract(exported.interface).methods}
+        if call.member not in methods or call.interface not in {exported.interface, ""}:
+            raise InvalidArgument(f"{call.path} has no method {call.interface}.{call.member}")
+        method = methods[call.member]
+        if call.signature != method.in_signature:
+            wanted = f"{call.member} takes {method.in_signature!r}, not {call.signature!r}"
+            raise InvalidArgument(
+                wanted, hint=f"the interface is documented: busctl introspect {wire.BUS_NAME} {call.path}"
+            )
+        caller = await self._identify(call.sender)
+        await self._authorize(caller, exported.interface, call.member)
+        returned = await getattr(exported, method_name(call.member))(caller, *call.body)
+        values = returned if isinstance(returned, tuple) else () if returned is None else (returned,)
+        fds = tuple(value.number for value in values if isinstance(value, Fd))
+        indexed = tuple(fds.index(value.number) if isinstance(value, Fd) else value for value in values)
+        return Reply(method.out_signature, indexed, fds)
+
+    def _property(self, exported: Exported, call: Received) -> Reply:
+        """Reading is everyone's (the policy of the bus decides who reaches us); no property is writable."""
+        if not call.body or call.body[0] != exported.interface:
+            asked = call.body[0] if call.body else ""
+            if call.member == "GetAll" and asked in {"", *self._standard(), OBJECT_MANAGER}:
+                return Reply("a{sv}", ({},))
+            raise InvalidArgument(f"{call.path} has no interface {asked!r}")
+        values = as_variants(exported.interface, exported.properties())
+        match call.member, call.signature:
+            case "GetAll", "s":
+                return Reply("a{sv}", (values,))
+            case "Get", "ss" if call.body[1] in values:
+                return Reply("v", (values[call.body[1]],))
+            case "Set", "ssv" if call.body[1] in values:
+                raise InvalidArgument(f"{call.body[1]} is read-only", hint="methods change things; see the interface")
+        raise InvalidArgument(f"{exported.interface} has no such property: {call.member} {list(call.body[1:])}")
+
+    def _interfaces(self, exported: Exported) -> dict[str, dict[str, Variant]]:
+        ours = {exported.interface: as_variants(exported.interface, exported.properties())}
+        return ours | {standard: {} for standard in self._standard()}
+
+    @staticmethod
+    def _standard() -> tuple[str, ...]:
+        return (INTROSPECTABLE, "org.freedesktop.DBus.Peer", PROPERTIES)
+
+    def _introspection(self, path: str) -> str:
+        body = ""
+        exported = self._objects.get(path)
+        if exported is not None:
+            xml = wire.interface_xml(exported.interface)
+            body = xml[xml.index("<interface") : xml.index("</node>")]
+            body = "  " + body + _STANDARD_XML + (_OBJECT_MANAGER_XML if path == wire.ROOT_PATH else "")
+        prefix = path.rstrip("/") + "/"
+        children = sorted({other[len(prefix) :].split("/")[0] for other in self._objects if other.startswith(prefix)})
+        nodes = "".join(f'  <node name="{child}"/>\n' for child in children)
+        return f"<node>\n{body}{nodes}</node>\n"
+
+
+def missing_members(exported: type[Exported]) -> list[str]:
+    """Methods of the contract that a class does not implement with as many parameters: for the test of the contract."""
+    missing = []
+    for method in contract(exported.interface).methods:
+        function = getattr(exported, method_name(method.name), None)
+        wanted = 2 + len(method.in_args)
+        if not inspect.iscoroutinefunction(function) or len(inspect.signature(function).parameters) != wanted:
+            missing.append(method.name)
+    return missing
