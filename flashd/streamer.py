@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How do bytes get from files to memory and back at the disk's limit? The typed face of the native streamer.
+
+Plan, then execute: a plan is plain arithmetic (`Read`, `Piece`), and a `Transfer` carries it out in native threads,
+without the interpreter lock. Everything is in bytes and seconds.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from types import TracebackType
+from typing import Self
+
+from flashd import _native
+from flashd.errors import Cancelled, CorruptCheckpoint, FlashdError, InvalidArgument, StoreFull, TransferFailed
+from flashd.units import MiB
+
+ALIGNMENT = 4096  # O_DIRECT: what every device in use accepts for offset, length and address (open(2))
+
+
+class Backend(StrEnum):
+    AUTO = "auto"
+    IO_URING = "io_uring"
+    THREADS = "threads"
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A byte range in a file."""
+
+    offset: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """A descriptor that stays the caller's, and the name that messages give it."""
+
+    fd: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a transfer goes about it. The defaults were chosen by measurement (tests/bench/results)."""
+
+    block_bytes: int = 8 * MiB
+    depth: int = 8  # requests in flight, or threads where there is no io_uring
+    backend: Backend = Backend.AUTO
+    direct: bool = True
+    populate_threads: int = 1
+    digest_threads: int = 2
+
+    def _native(self) -> _native.Options:
+        if self.block_bytes <= 0 or self.block_bytes % ALIGNMENT:
+            hint = f"use a multiple of {ALIGNMENT}, for example 8MiB"
+            raise InvalidArgument(f"{self.block_bytes} bytes cannot be a block", hint=hint)
+        return _native.Options(
+            self.block_bytes,
+            self.depth,
+            _native.Backend[self.backend.name],
+            self.direct,
+            self.populate_threads,
+            self.digest_threads,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Bytes of file number `file` that belong at an offset of the memory."""
+
+    file: int
+    file_offset: int
+    memory_offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes of file number `file` that belong at an offset of the target file's region."""
+
+    file: int
+    source_offset: int
+    target_offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """32-byte BLAKE3 digests of consecutive blocks of a data region; the last block may be short."""
+
+    block_bytes: int
+    table: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TransferResult:
+    """What a transfer did, how, and what it cost. `fallback` says why not the fastest way; empty if it was."""
+
+    size_bytes: int
+    seconds: float
+    cpu_seconds: float
+    populate_cpu_seconds: float
+    digest_cpu_seconds: float
+    backend: Backend
+    direct: bool
+    fixed_files: bool
+    fixed_buffers: bool
+    block_bytes: int
+    depth: int
+    fallback: str
+    digests: bytes
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.size_bytes / self.seconds / 1e9 if self.seconds else 0.0
+
+
+class Transfer:
+    """A running transfer. Leaving its context cancels it if it still runs, and waits for its end.
+
+    Files and memory must stay open and mapped until it has ended.
+    """
+
+    def __init__(self, native: _native.Transfer) -> None:
+        self._transfer = native
+
+    @property
+    def total_bytes(self) -> int:
+        return self._transfer.total
+
+    @property
+    def done_bytes(self) -> int:
+        return self._transfer.done
+
+    @property
+    def finished(self) -> bool:
+        return self._transfer.finished
+
+    def cancel(self) -> None:
+        """Asks it to end; what is in flight is awaited, which takes less than 100 ms on any disk of this century."""
+        self._transfer.cancel()
+
+    def wait(self, timeout_s: float | None = None) -> TransferResult:
+        """Blocks without the interpreter lock.
+
+        Raises TimeoutError if it still runs after `timeout_s`; Cancelled, TransferFailed, StoreFull (no space) or
+        CorruptCheckpoint (a digest does not match) as it ended.
+        """
+        if not self._transfer.wait(-1.0 if timeout_s is None else timeout_s):
+            raise TimeoutError
+        try:
+            result = self._transfer.outcome()
+        except _native.Error as error:
+            raise _translated(error) from None
+        return TransferResult(
+            result.size,
+            result.seconds,
+            result.cpu_seconds,
+            result.populate_cpu_seconds,
+            result.digest_cpu_seconds,
+            Backend[result.backend.name],
+            result.direct,
+            result.fixed_files,
+            result.fixed_buffers,
+            result.block,
+            result.depth,
+            result.fallback,
+            result.digests,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._transfer.cancel()
+        self._transfer.wait(-1.0)
+
+
+def load(
+    files: Sequence[OpenFile],
+    reads: Sequence[Read],
+    *,
+    address: int,
+    size_bytes: int,
+    options: Options = Options(),
+    digests: Digests | None = None,
+    populate: bool = False,
+) -> Transfer:
+    """Starts reading files into the memory at `address`, each byte straight to its final place.
+
+    With `digests`, each block of the memory is compared on the way. With `populate`, helper threads make the memory
+    present ahead of the reads; ask for it when the memory is fresh.
+    """
+    for read in reads:
+        if read.length < 0 or read.memory_offset < 0 or read.memory_offset + read.length > size_bytes:
+            raise InvalidArgument(f"a read of {read.length} bytes ends outside the memory of {size_bytes} bytes")
+        if not 0 <= read.file < len(files):
+            raise InvalidArgument(f"a read names file {read.file} of {len(files)}")
+    return _started(
+        lambda: _native.load(
+            _pairs(files),
+            [(r.file, r.file_offset, r.memory_offset, r.length) for r in reads],
+            address,
+            size_bytes,
+            digests.block_bytes if digests else 0,
+            digests.table if digests else b"",
+            populate,
+            options._native(),
+        )
+    )
+
+
+def copy(
+    files: Sequence[OpenFile],
+    pieces: Sequence[Piece],
+    target: OpenFile,
+    *,
+    region_offset: int,
+    digest_block_bytes: int,
+    options: Options = Options(depth=4),
+) -> Transfer:
+    """Starts filling `target` from `region_offset` on with pieces of other files, at any offsets.
+
+    Pieces are sorted by target offset (counted from `region_offset`) and leave no hole. `result.digests` has the digest
+    of each block of the region. The target (opened for reading and writing) is preallocated, fsynced and cut to size;
+    what lies before `region_offset` is left alone. Memory: two blocks for each of `options.depth` threads.
+    """
+    end = 0
+    for piece in pieces:
+        if piece.target_offset != end or piece.length < 0:
+            raise InvalidArgument(f"pieces leave a hole or overlap at offset {end} of {target.path}")
+        end += piece.length
+    return _started(
+        lambda: _native.copy(
+            _pairs(files),
+            [(p.file, p.source_offset, p.target_offset, p.length) for p in pieces],
+            (target.fd, target.path),
+            region_offset,
+            digest_block_bytes,
+            options._native(),
+        )
+    )
+
+
+def write(
+    target: OpenFile,
+    *,
+    address: int,
+    size_bytes: int,
+    target_offset: int = 0,
+    options: Options = Options(),
+) -> Transfer:
+    """Starts writing memory to a file, which is preallocated, fsynced and ends where the memory does."""
+    return _started(
+        lambda: _native.write((target.fd, target.path), target_offset, address, size_bytes, options._native())
+    )
+
+
+def verify(
+    file: OpenFile,
+    extent: Extent,
+    digests: Digests,
+    *,
+    options: Options = Options(depth=4),
+) -> Transfer:
+    """Starts reading an extent and comparing it with its digests, keeping nothing."""
+    return _started(
+        lambda: _native.verify(
+            (file.fd, file.path), extent.offset, extent.length, digests.block_bytes, digests.table, options._native()
+        )
+    )
+
+
+def raw_read(path: str, *, offset: int, address: int, size_bytes: int, block_bytes: int, depth: int) -> float:
+    """Seconds for the barest sequential O_DIRECT read into ready memory: the limit that benchmarks compare with."""
+    try:
+        return _native.raw_read(path, offset, address, size_bytes, block_bytes, depth)
+    except _native.Error as error:
+        raise _translated(error) from None
+
+
+def blake3(data: bytes | memoryview) -> bytes:
+    """The 32-byte BLAKE3 digest of data in memory."""
+    return _native.blake3(bytes(data))
+
+
+def _pairs(files: Sequence[OpenFile]) -> list[tuple[int, str]]:
+    return [(file.fd, file.path) for file in files]
+
+
+def _started(start: Callable[[], _native.Transfer]) -> Transfer:
+    try:
+        return Transfer(start())
+    except _native.Error as error:
+        raise _translated(error) from None
+
+
+def _translated(error: _native.Error) -> FlashdError:
+    """The one place where native errors become ours: what failed, in which file, where, and what to do."""
+    kind, operation, number, path, offset = error.args
+    where = f" at offset {offset}" if offset is not None else ""
+    match kind:
+        case "cancelled":
+            return Cancelled("the transfer was cancelled")
+        case "truncated":
+            return TransferFailed(
+                f"{path} ends{where}, before its contents do", hint="it was truncated: drop or convert it again"
+            )
+        case "corrupt":
+            return CorruptCheckpoint(
+                f"the block{where} of {path} does not match its digest",
+                hint="the disk or its driver changed it: remove the model and convert its source again",
+            )
+    if number in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return StoreFull(f"{operation} {path}: {os.strerror(number)}", hint="free some space, or remove a model")
+    reason = f"{os.strerror(number)} [{errno.errorcode.get(number, number)}]"
+    hint = "the disk may be failing: see the kernel's log (dmesg)" if number == errno.EIO else ""
+    return TransferFailed(f"{operation} {path}{where}: {reason}", hint=hint)

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a thread has cost so far: the streamer reports processor time beside bandwidth.
+#pragma once
+
+#include <ctime>
+
+namespace flashd {
+
+inline double thread_cpu_seconds() {
+    timespec now{};
+    ::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9;
+}
+
+}  // namespace flashd

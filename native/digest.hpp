@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// BLAKE3 of blocks. One digest serves verification, content address and deduplication: it is cryptographic, so nobody
+// can make two checkpoints share an address, and fast enough (5.6 GB/s a core with AVX-512) to run beside a load.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+
+namespace flashd {
+
+inline constexpr size_t digest_bytes = 32;
+using Digest = std::array<std::byte, digest_bytes>;
+
+Digest digest(std::span<const std::byte> data);
+
+// The digests of consecutive blocks of a region; the last block may be short.
+class DigestTable {
+  public:
+    DigestTable() = default;
+    DigestTable(uint64_t block, std::string table) : block_(block), table_(std::move(table)) {}
+
+    bool empty() const { return table_.empty(); }
+    uint64_t block() const { return block_; }
+    size_t size() const { return table_.size() / digest_bytes; }
+    bool matches(size_t index, const Digest& digest) const;
+
+  private:
+    uint64_t block_ = 0;
+    std::string table_;
+};
+
+}  // namespace flashd

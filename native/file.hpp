@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// An open file, with and without O_DIRECT, and whole reads and writes on it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace flashd {
+
+// O_DIRECT: offset, length and address aligned to the logical block (open(2)). 4 KiB satisfies every device in use.
+inline constexpr uint64_t alignment = 4096;
+
+constexpr uint64_t align_down(uint64_t value) { return value & ~(alignment - 1); }
+constexpr uint64_t align_up(uint64_t value) { return align_down(value + alignment - 1); }
+
+class UniqueFd {
+  public:
+    UniqueFd() = default;
+    explicit UniqueFd(int fd) : fd_(fd) {}
+    UniqueFd(UniqueFd&& other) noexcept : fd_(other.release()) {}
+    UniqueFd& operator=(UniqueFd&& other) noexcept;
+    UniqueFd(const UniqueFd&) = delete;
+    UniqueFd& operator=(const UniqueFd&) = delete;
+    ~UniqueFd();
+
+    int get() const { return fd_; }
+    explicit operator bool() const { return fd_ >= 0; }
+    int release();
+
+  private:
+    int fd_ = -1;
+};
+
+// The caller's descriptor stays the caller's: `buffered` is a duplicate and `direct` a description of our own, opened
+// through /proc/self/fd, which needs no right beyond the one the caller's descriptor already proves.
+class File {
+  public:
+    enum class Access { read, write };
+
+    File(int fd, std::string path, Access access, bool want_direct);
+
+    const std::string& path() const { return path_; }
+    bool has_direct() const { return static_cast<bool>(direct_); }
+    // The description to use for this request: O_DIRECT wherever the request is aligned and the file allows it.
+    int descriptor(uint64_t offset, uint64_t length, const void* address) const;
+    int buffered() const { return buffered_.get(); }
+    // Why there is no O_DIRECT; empty if there is.
+    const std::string& direct_refused() const { return direct_refused_; }
+    // Called when a request on the O_DIRECT description fails with EINVAL after a successful open, as FUSE and some
+    // overlays do: from here on the file is buffered.
+    void give_up_direct(const char* reason);
+
+    uint64_t size() const;
+    void preallocate(uint64_t size) const;
+    void truncate(uint64_t size) const;
+    void sync() const;
+
+  private:
+    std::string path_;
+    UniqueFd buffered_;
+    UniqueFd direct_;
+    std::string direct_refused_;
+};
+
+}  // namespace flashd

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// A running transfer: its thread, progress, cancel and result.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <string>
+#include <thread>
+
+namespace flashd {
+
+enum class Backend { automatic, io_uring, threads };
+
+struct Options {
+    uint64_t block = 8 << 20;
+    unsigned depth = 8;
+    Backend backend = Backend::automatic;
+    bool direct = true;
+    unsigned populate_threads = 1;
+    unsigned digest_threads = 2;
+};
+
+struct Result {
+    uint64_t size = 0;
+    double seconds = 0;
+    double cpu_seconds = 0;
+    double populate_cpu_seconds = 0;
+    double digest_cpu_seconds = 0;
+    Backend backend = Backend::threads;
+    bool direct = false;
+    bool fixed_files = false;
+    bool fixed_buffers = false;
+    uint64_t block = 0;
+    unsigned depth = 0;
+    std::string fallback;  // why not the fastest path; empty if it was
+    std::string digests;
+};
+
+class Transfer {
+  public:
+    // The body runs in a thread of its own; it fills `result` and throws Error.
+    using Body = std::function<void(Transfer&)>;
+
+    Transfer(uint64_t total, Body body);
+    ~Transfer();  // cancels and joins
+    Transfer(const Transfer&) = delete;
+    Transfer& operator=(const Transfer&) = delete;
+
+    uint64_t total() const { return total_; }
+    uint64_t done() const { return done_; }
+    void cancel();
+    bool finished() const;
+    // False if it still runs after `seconds`; a negative limit waits for ever.
+    bool wait(double seconds);
+    // After it has finished: its result, or its error thrown.
+    const Result& outcome() const;
+
+    // For bodies.
+    Result result;
+    void advance(uint64_t bytes) { done_ += bytes; }
+    const std::atomic<bool>& cancelled() const { return cancelled_; }
+    void stop_if_cancelled() const;
+    void fell_back(const std::string& reason);
+
+  private:
+    void run(const Body& body);
+
+    const uint64_t total_;
+    std::atomic<uint64_t> done_{0};
+    std::atomic<bool> cancelled_{false};
+    mutable std::mutex mutex_;
+    std::condition_variable ended_;
+    bool finished_ = false;
+    std::exception_ptr error_;
+    std::thread thread_;
+};
+
+// Calls `work(index)` for every index below `count` on `threads` threads; the first error ends them all and is thrown.
+// `cpu_seconds` grows by what the threads used.
+void parallel_for(Transfer& transfer, size_t count, unsigned threads, double& cpu_seconds,
+                  const std::function<std::function<void(size_t)>()>& make_worker);
+
+}  // namespace flashd

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// An io_uring, by its three system calls and its shared rings (io_uring(7)); liburing is not needed for this little.
+#pragma once
+
+#include <linux/io_uring.h>
+#include <sys/uio.h>
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+
+#include "file.hpp"
+
+namespace flashd {
+
+class Ring {
+  public:
+    // Nothing where the kernel or a seccomp filter refuses; `refused` then says why.
+    static std::optional<Ring> create(unsigned entries, std::string& refused);
+    Ring(Ring&& other) noexcept;
+    Ring& operator=(Ring&&) = delete;
+    ~Ring();
+
+    bool register_files(std::span<const int> fds);
+    bool register_buffers(std::span<const iovec> buffers);
+
+    // The next free submission entry, zeroed. The caller keeps no more requests in flight than it made entries.
+    io_uring_sqe& prepare();
+    // Hands over what was prepared and waits for at least one completion. Returns 0 or an errno.
+    int submit_and_wait();
+
+    struct Completion {
+        uint64_t tag;
+        int result;
+    };
+    std::optional<Completion> next_completion();
+
+  private:
+    Ring() = default;
+
+    UniqueFd fd_;
+    void* rings_ = nullptr;
+    size_t rings_size_ = 0;
+    io_uring_sqe* entries_ = nullptr;
+    size_t entries_size_ = 0;
+    unsigned* submit_tail_ = nullptr;
+    unsigned submit_mask_ = 0;
+    unsigned* complete_head_ = nullptr;
+    unsigned* complete_tail_ = nullptr;
+    unsigned complete_mask_ = 0;
+    io_uring_cqe* completions_ = nullptr;
+    unsigned prepared_ = 0;   // filled in by us
+    unsigned published_ = 0;  // visible to the kernel and not taken yet
+};
+
+}  // namespace flashd
