@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How does a source become a checkpoint? Bit for bit, in bounded memory, at the disk's speed.
+
+The table of tensors is arranged, the header written, and one native transfer copies every tensor from wherever it lies
+to its place, computing the digests on the way. Nothing is published here: a directory is filled, and the store renames
+it (flashd/store/catalog.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from flashd.checkpoint import manifest as manifests
+from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, write_new
+from flashd.checkpoint.header import Header, serialise
+from flashd.checkpoint.layout import Shape, arrange, layout_digest
+from flashd.checkpoint.manifest import Manifest
+from flashd.checkpoint.pickles import Converter, SourceTensor
+from flashd.checkpoint.source import Source, SourceFiles, read_source
+from flashd.checkpoint.ties import find_ties
+from flashd.errors import Cancelled
+from flashd.streamer import OpenFile, Options, Piece, blake3, copy
+from flashd.units import MiB
+
+DIGEST_BLOCK_BYTES = 8 * MiB
+ALIASES = "flashd.aliases"
+_POLL_S = 0.05
+
+Progress = Callable[[int, int], None]
+
+
+def convert(
+    files: SourceFiles,
+    directory: Path,
+    *,
+    python: str,
+    note: str = "",
+    options: Options = Options(depth=4),
+    on_progress: Progress = lambda done, total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Manifest:
+    """Fills an existing empty directory with the checkpoint of a source, all of it fsynced.
+
+    `python` is an interpreter that has torch, for PyTorch files. Blocks; asks `cancelled` every 50 ms. Raises
+    InvalidSource, StoreFull, TransferFailed, Unavailable (no torch) or Cancelled; the directory is then the caller's to
+    remove.
+    """
+    source = read_source(files, Converter(python=python, scratch=directory, cancelled=cancelled))
+    with contextlib.closing(source):
+        header, origin = _arranged(source)
+        header_bytes = serialise(header)
+        digests = _copy_weights(source, header, origin, header_bytes, directory, options, on_progress, cancelled)
+    write_new(directory / DIGESTS, digests)
+    side_files = {}
+    for name, file in source.side_files.items():
+        raw = os.pread(file.fd, os.fstat(file.fd).st_size, 0)
+        write_new(directory / name, raw)
+        side_files[name] = blake3(raw).hex()
+    manifest = _manifest(header, header_bytes, digests, side_files, _config(source), note)
+    write_new(directory / MANIFEST, manifest.to_toml().encode())
+    _sync_directory(directory)
+    return manifest
+
+
+def _arranged(source: Source) -> tuple[Header, Mapping[str, SourceTensor]]:
+    """The header of the checkpoint, and where each of its tensors comes from."""
+    aliases = {**source.aliases, **find_ties(source)}
+    kept = {tensor.name: tensor for tensor in source.tensors if tensor.name not in aliases}
+    # An alias of something that turned out to be an alias itself points to what that one points to.
+    resolved = {alias: aliases.get(name, name) for alias, name in aliases.items()}
+    placed = arrange(Shape(t.name, t.dtype, t.shape, t.extent.length) for t in kept.values())
+    metadata = {"format": "pt"}
+    if resolved:
+        metadata[ALIASES] = json.dumps(dict(sorted(resolved.items())), separators=(",", ":"))
+    header = Header(placed, metadata)
+    return replace(header, data_offset=len(serialise(header))), kept
+
+
+def _copy_weights(
+    source: Source,
+    header: Header,
+    origin: Mapping[str, SourceTensor],
+    header_bytes: bytes,
+    directory: Path,
+    options: Options,
+    on_progress: Progress,
+    cancelled: Callable[[], bool],
+) -> bytes:
+    path = directory / WEIGHTS
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        pieces = [
+            Piece(origin[t.name].file, origin[t.name].extent.offset, t.extent.offset, t.extent.length)
+            for t in header.tensors
+            if t.extent.length
+        ]
+        os.pwrite(fd, header_bytes, 0)
+        target = OpenFile(fd, str(path))
+        with copy(
+            source.files,
+            pieces,
+            target,
+            region_offset=len(header_bytes),
+            digest_block_bytes=DIGEST_BLOCK_BYTES,
+            options=options,
+        ) as transfer:
+            while True:
+                on_progress(transfer.done_bytes, transfer.total_bytes)
+                if cancelled():
+                    raise Cancelled("the conversion was cancelled")
+                try:
+                    return transfer.wait(_POLL_S).digests
+                except TimeoutError:
+                    continue
+    finally:
+        os.close(fd)
+
+
+def _config(source: Source) -> dict[str, object]:
+    if "config.json" not in source.side_files:
+        return {}
+    file = source.side_files["config.json"]
+    return manifests.read_config(os.pread(file.fd, os.fstat(file.fd).st_size, 0))
+
+
+def _manifest(
+    header: Header,
+    header_bytes: bytes,
+    digests: bytes,
+    side_files: Mapping[str, str],
+    config: Mapping[str, object],
+    note: str,
+) -> Manifest:
+    header_digest = blake3(header_bytes)
+    weights = manifests.weights_id(header_digest, digests)
+    layout = layout_digest(header.tensors)
+    return Manifest(
+        id=manifests.checkpoint_id(weights, side_files),
+        weights=weights,
+        header_digest=header_digest.hex(),
+        digests_digest=blake3(digests).hex(),
+        digest_block_bytes=DIGEST_BLOCK_BYTES,
+        data_offset=len(header_bytes),
+        data_bytes=header.data_bytes,
+        tensor_count=len(header.tensors),
+        dtype=manifests.dominant_dtype(header),
+        architecture=manifests.architecture_of(config),
+        architecture_key=manifests.architecture_key(config, layout),
+        layout=layout,
+        quantization=manifests.quantization_of(config),
+        side_files=dict(side_files),
+        created_at=time.time(),
+        source=note,
+    )
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies in the folder of a checkpoint, and how is it opened, handed on and verified?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashd.checkpoint import header as headers
+from flashd.checkpoint import manifest as manifests
+from flashd.checkpoint.header import Header
+from flashd.checkpoint.manifest import Manifest
+from flashd.errors import Cancelled, CorruptCheckpoint
+from flashd.streamer import Digests, Extent, OpenFile, Options, blake3
+from flashd.streamer import verify as verify_blocks
+
+WEIGHTS = "model.safetensors"
+DIGESTS = "digests.b3"
+MANIFEST = "manifest.toml"
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder in the store, and its manifest."""
+
+    directory: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, directory: Path) -> Checkpoint:
+        """Reads the manifest, nothing else. Raises CorruptCheckpoint."""
+        try:
+            return cls(directory, Manifest.read(directory / MANIFEST))
+        except (OSError, UnicodeDecodeError) as error:
+            hint = "remove the model and convert it again"
+            raise CorruptCheckpoint(f"{directory} has no readable manifest: {error}", hint=hint) from None
+
+    @property
+    def id(self) -> str:
+        return self.manifest.id
+
+    @property
+    def weights_path(self) -> Path:
+        return self.directory / WEIGHTS
+
+    @property
+    def extent(self) -> Extent:
+        """The data region of the weights: what becomes the arena."""
+        return Extent(self.manifest.data_offset, self.manifest.data_bytes)
+
+    def side_files(self) -> Mapping[str, Path]:
+        return {name: self.directory / name for name in self.manifest.side_files}
+
+    def header(self) -> Header:
+        """Raises CorruptCheckpoint if it is not the header that was written."""
+        path = self.weights_path
+        with path.open("rb") as file:
+            raw = file.read(self.manifest.data_offset)
+            if blake3(raw).hex() != self.manifest.header_digest:
+                raise CorruptCheckpoint(f"the header of {path} does not match its digest", hint=_AGAIN)
+            return headers.read(file.fileno(), str(path))
+
+    def layout_json(self) -> str:
+        return headers.as_json(self.header())
+
+    def digests(self) -> Digests:
+        """Raises CorruptCheckpoint if the table is not the one that was written."""
+        path = self.directory / DIGESTS
+        table = path.read_bytes()
+        if blake3(table).hex() != self.manifest.digests_digest:
+            raise CorruptCheckpoint(f"{path} is damaged", hint=_AGAIN)
+        return Digests(self.manifest.digest_block_bytes, table)
+
+
+_AGAIN = "the disk or its driver changed it: remove the model and convert its source again"
+
+
+def verify(
+    checkpoint: Checkpoint,
+    *,
+    options: Options = Options(depth=4),
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> None:
+    """Reads all of a checkpoint and compares it with its digests. Raises CorruptCheckpoint, naming file and block."""
+    manifest = checkpoint.manifest
+    for name, digest in manifest.side_files.items():
+        try:
+            intact = blake3((checkpoint.directory / name).read_bytes()).hex() == digest
+        except OSError as error:
+            raise CorruptCheckpoint(f"{checkpoint.directory / name}: {error.strerror}", hint=_AGAIN) from None
+        if not intact:
+            raise CorruptCheckpoint(f"{checkpoint.directory / name} does not match its digest", hint=_AGAIN)
+    checkpoint.header()
+    digests = checkpoint.digests()
+    if manifests.weights_id(bytes.fromhex(manifest.header_digest), digests.table) != manifest.weights:
+        raise CorruptCheckpoint(f"{checkpoint.directory / MANIFEST} does not fit the weights", hint=_AGAIN)
+    if not manifest.data_bytes:
+        return
+    with checkpoint.weights_path.open("rb") as file:
+        opened = OpenFile(file.fileno(), str(checkpoint.weights_path))
+        with verify_blocks(opened, checkpoint.extent, digests, options=options) as transfer:
+            while True:
+                on_progress(transfer.done_bytes, transfer.total_bytes)
+                if cancelled():
+                    raise Cancelled("the verification was cancelled")
+                try:
+                    transfer.wait(_POLL_S)
+                    return
+                except TimeoutError:
+                    continue
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """A new file with this content, on the disk when this returns."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    with os.fdopen(fd, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

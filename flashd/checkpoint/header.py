@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does the header of a safetensors file say, and can it be believed?
+
+A header is untrusted input: its length is bounded before anything is read, its JSON before anything is built, and every
+tensor must lie in the file, without overlaps, holes or trailing bytes (the rules of the safetensors format, and then
+some: names are printable, shapes cannot overflow).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flashd.checkpoint.dtypes import BITS, size_of
+from flashd.errors import InvalidSource
+from flashd.streamer import ALIGNMENT, Extent
+from flashd.units import MiB
+
+MAX_HEADER_BYTES = 64 * MiB  # the largest models in use, hundreds of thousands of tensors, need a third of this
+MAX_NAME_BYTES = 1024
+MAX_RANK = 64
+MAX_TENSOR_BYTES = 1 << 62
+METADATA = "__metadata__"
+
+_LENGTH = struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A named array; its extent counts from the start of the data region."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    extent: Extent
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Tensors in the order of their data; `data_offset` is where the data region starts in the file."""
+
+    tensors: tuple[TensorInfo, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    data_offset: int = 0
+
+    @property
+    def data_bytes(self) -> int:
+        return max((tensor.extent.end for tensor in self.tensors), default=0)
+
+
+def strict_json(raw: bytes, what: str) -> Any:
+    """JSON from a stranger: UTF-8, no duplicate names, no endless nesting or numbers. Raises InvalidSource."""
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise InvalidSource(f"{what} is not UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise InvalidSource(f"{what} is nested too deeply") from None
+    except ValueError as error:
+        raise InvalidSource(f"{what} is not valid JSON: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"the name {name[:80]!r} stands twice")
+        result[name] = value
+    return result
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def read(fd: int, path: str) -> Header:
+    """The header of an open file. Raises InvalidSource, naming `path`, for anything that is not a sound one."""
+    size_bytes = os.fstat(fd).st_size
+    start = os.pread(fd, _LENGTH.size, 0)
+    if len(start) < _LENGTH.size:
+        raise InvalidSource(f"{path} is too short to be a safetensors file")
+    (length,) = _LENGTH.unpack(start)
+    if length > MAX_HEADER_BYTES or _LENGTH.size + length > size_bytes:
+        raise InvalidSource(
+            f"{path} claims a header of {length} bytes in a file of {size_bytes}",
+            hint="it is not a safetensors file, or was cut short: download or save it again",
+        )
+    raw = os.pread(fd, length, _LENGTH.size)
+    return parse(raw, data_bytes=size_bytes - _LENGTH.size - length, path=path)
+
+
+def parse(raw: bytes, *, data_bytes: int, path: str) -> Header:
+    """The header in `raw` (without its length), which must describe exactly `data_bytes` bytes of data."""
+    document = strict_json(raw, f"the header of {path}")
+    if not isinstance(document, dict):
+        raise InvalidSource(f"the header of {path} is not a JSON object")
+    metadata = document.pop(METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InvalidSource(f"{METADATA} of {path} is not a table of strings")
+    tensors = [_tensor(name, entry, path) for name, entry in document.items()]
+    tensors.sort(key=lambda tensor: (tensor.extent.offset, tensor.extent.end))
+    _check_coverage(tensors, data_bytes, path)
+    return Header(tuple(tensors), metadata, _LENGTH.size + len(raw))
+
+
+def check_name(name: str, path: str) -> str:
+    """Slashes and spaces are legal in a tensor's name; what could corrupt a terminal, a log or a file is not."""
+    if not name.isprintable() or not name or len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES:
+        raise InvalidSource(f"{path} has a tensor with the unusable name {name[:80]!r}")
+    return name
+
+
+def check_tensor(name: str, dtype: object, shape: object, path: str) -> tuple[str, tuple[int, ...], int]:
+    """dtype, shape and size in bytes of a tensor somebody described to us."""
+    check_name(name, path)
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise InvalidSource(f"tensor {name!r} of {path} has the unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_is_count(extent) for extent in shape):
+        raise InvalidSource(f"tensor {name!r} of {path} has an impossible shape")
+    size_bytes = size_of(dtype, shape)
+    if size_bytes is None or size_bytes > MAX_TENSOR_BYTES:
+        raise InvalidSource(f"tensor {name!r} of {path} has an impossible shape {shape} for {dtype}")
+    return dtype, tuple(shape), size_bytes
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_TENSOR_BYTES
+
+
+def _tensor(name: str, entry: object, path: str) -> TensorInfo:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise InvalidSource(f"tensor {name[:80]!r} of {path} lacks dtype, shape or data_offsets")
+    dtype, shape, size_bytes = check_tensor(name, entry["dtype"], entry["shape"], path)
+    offsets = entry["data_offsets"]
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
+        raise InvalidSource(f"tensor {name!r} of {path} has impossible data_offsets")
+    start, end = offsets
+    if end - start != size_bytes:
+        raise InvalidSource(f"tensor {name!r} of {path} needs {size_bytes} bytes and claims {end - start}")
+    return TensorInfo(name, dtype, shape, Extent(start, size_bytes))
+
+
+def _check_coverage(tensors: Iterable[TensorInfo], data_bytes: int, path: str) -> None:
+    end = 0
+    for tensor in tensors:
+        if tensor.extent.offset != end:
+            what = "overlaps the one before" if tensor.extent.offset < end else "leaves a hole before it"
+            raise InvalidSource(f"tensor {tensor.name!r} of {path} {what}")
+        end = tensor.extent.end
+    if end != data_bytes:
+        what = "is cut short" if end > data_bytes else "has bytes behind its last tensor"
+        raise InvalidSource(
+            f"{path} {what}: its tensors need {end} bytes of data and it has {data_bytes}",
+            hint="download or save it again",
+        )
+
+
+def as_json(header: Header) -> str:
+    """The header as compact JSON, without padding: what a lease hands out as its layout."""
+    document: dict[str, Any] = {METADATA: dict(header.metadata)} if header.metadata else {}
+    for tensor in header.tensors:
+        document[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [tensor.extent.offset, tensor.extent.end],
+        }
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+
+
+def serialise(header: Header) -> bytes:
+    """Length and JSON, padded with spaces (which the format allows) so that the data starts on an I/O block."""
+    raw = as_json(header).encode()
+    padding = -(_LENGTH.size + len(raw)) % ALIGNMENT
+    return _LENGTH.pack(len(raw) + padding) + raw + b" " * padding

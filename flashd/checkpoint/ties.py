@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tensors of a source are the same tensor, saved twice?
+
+Safetensors cannot say that two names share bytes, so exporters of tied models write `lm_head.weight` a second time.
+Equal bytes are found by comparing, cheap samples first: no list of known names, no trust in the config.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+
+from flashd.checkpoint.pickles import SourceTensor
+from flashd.checkpoint.source import Source
+from flashd.units import KiB, MiB
+
+# Small tensors are equal by chance (norms that are all ones): tying those would give two fine-tunes of one
+# architecture different layouts, and save nothing.
+WORTH_TYING_BYTES = 64 * KiB
+_SAMPLE_BYTES = 4 * KiB
+_COMPARE_BYTES = 4 * MiB
+
+
+def find_ties(source: Source) -> Mapping[str, str]:
+    """Further name → first name, for tensors of the same dtype, shape and bytes. Those that are all zero stay apart."""
+    groups: dict[tuple[str, tuple[int, ...], bytes], list[SourceTensor]] = defaultdict(list)
+    shapes: dict[tuple[str, tuple[int, ...]], list[SourceTensor]] = defaultdict(list)
+    for tensor in sorted(source.tensors, key=lambda tensor: tensor.name, reverse=True):
+        if tensor.extent.length >= WORTH_TYING_BYTES and tensor.name not in source.aliases:
+            shapes[tensor.dtype, tensor.shape].append(tensor)
+    for (dtype, shape), alike in shapes.items():
+        for tensor in alike if len(alike) > 1 else ():
+            sample = _read(source, tensor, tensor.extent.length // 2, _SAMPLE_BYTES)
+            if any(sample):
+                groups[dtype, shape, sample].append(tensor)
+    ties: dict[str, str] = {}
+    for alike in groups.values():
+        # Names sort so that `model.embed_tokens.weight` is kept and `lm_head.weight` is the further name.
+        first, *others = alike
+        ties |= {other.name: first.name for other in others if _equal(source, first, other)}
+    return ties
+
+
+def _read(source: Source, tensor: SourceTensor, offset: int, length: int) -> bytes:
+    return os.pread(
+        source.files[tensor.file].fd, min(length, tensor.extent.length - offset), tensor.extent.offset + offset
+    )
+
+
+def _equal(source: Source, one: SourceTensor, other: SourceTensor) -> bool:
+    return all(
+        _read(source, one, offset, _COMPARE_BYTES) == _read(source, other, offset, _COMPARE_BYTES)
+        for offset in range(0, one.extent.length, _COMPARE_BYTES)
+    )
