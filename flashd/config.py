@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is configured, by whom, and where do our files lie? The only reader of the environment.
+
+Settings come, each overriding the one before, from: the defaults below; `flashd.toml`; the drop-ins
+`flashd.toml.d/*.toml` in order of name; the command line. A key that is not known is an error, as is a value of the
+wrong type: a typing error never silently means the default.
+
+A field that ends in `_bytes` is a size: its key has no suffix, and its value is written as people write sizes
+(`host_budget = "64GB"`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import os
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from flashd.errors import InvalidArgument, TransferFailed
+from flashd.units import GiB, KiB, MiB, parse_bytes
+
+# `flash config` writes here, and not into flashd.toml, whose comments a person may want to keep. It is read last.
+DROP_IN = "zz-flash-config.toml"
+_UNSET = Path()
+
+
+def _setting(default: Any, doc: str, *, live: bool = False) -> Any:
+    """A field with its documentation; `live` if a change is in force at once."""
+    return field(default=default, metadata={"doc": doc, "live": live})
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """[store]: what we have, on NVMe."""
+
+    path: Path = _setting(_UNSET, "Folder of the checkpoints. Default: store, in the state directory.")
+    quota_bytes: int = _setting(0, "The most that checkpoints may take on disk; 0 for no limit.")
+    keep_versions: int = _setting(1, "Older versions of each model that are kept.")
+
+
+@dataclass(frozen=True, slots=True)
+class InboxConfig:
+    """[inbox]: folders whose sources become models by themselves."""
+
+    folders: tuple[Path, ...] = _setting((), "Folders watched. Default: ~/models for a user.")
+    settle_s: float = _setting(2.0, "A source is converted when nothing in it changed for so long.")
+    rescan_s: float = _setting(30.0, "Folders are looked at this often even if the kernel reports no event.")
+    on_remove: Literal["keep", "remove"] = _setting(
+        "keep", "What becomes of a model whose source is removed from the inbox.", live=True
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryConfig:
+    """[memory]: where bytes are now."""
+
+    host_budget_bytes: int = _setting(0, "The most that arenas may take of host memory; 0 chooses by the machine.")
+    huge_pages: Literal["auto", "off"] = _setting("auto", "Whether arenas use huge pages where the machine has them.")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamerConfig:
+    """[streamer]: how bytes get from disk to memory."""
+
+    block_bytes: int = _setting(8 * MiB, "Size of one read.")
+    depth: int = _setting(8, "Reads in flight.")
+    backend: Literal["auto", "io_uring", "threads"] = _setting("auto", "How reads are issued.")
+    direct: bool = _setting(True, "Past the page cache, by O_DIRECT, where the file system can.")
+    verify: bool = _setting(True, "Compare what is loaded with its digests.")
+
+
+@dataclass(frozen=True, slots=True)
+class TorchConfig:
+    """[engines.torch]: the engine on PyTorch and transformers."""
+
+    python: str = _setting("", "Interpreter that has torch and transformers. Default: the daemon's own.")
+    threads: int = _setting(0, "Threads of one engine; 0 for as many as there are cores.")
+    max_tokens_default: int = _setting(512, "Tokens generated for a request that does not say how many.")
+
+
+@dataclass(frozen=True, slots=True)
+class EnginesConfig:
+    """[engines]: who answers."""
+
+    default: Literal["torch"] = _setting("torch", "Kind of engine for a swap that does not say.")
+    max_parked: int = _setting(2, "Engines kept parked; the one parked longest ago is stopped first.")
+    drain_timeout_s: float = _setting(10.0, "Requests in flight may take so long to finish before a swap cuts them.")
+    start_timeout_s: float = _setting(120.0, "An engine that does not answer after so long has failed.")
+    idle_timeout_s: float = _setting(0.0, "Park the active engine after so long without requests; 0: never.", live=True)
+    torch: TorchConfig = field(default_factory=TorchConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class BusConfig:
+    """[bus]: how we are reached."""
+
+    address: str = _setting("", "session, system or a D-Bus address. Default: system for root, else session.")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything that can be set."""
+
+    store: StoreConfig = field(default_factory=StoreConfig)
+    inbox: InboxConfig = field(default_factory=InboxConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    streamer: StreamerConfig = field(default_factory=StreamerConfig)
+    engines: EnginesConfig = field(default_factory=EnginesConfig)
+    bus: BusConfig = field(default_factory=BusConfig)
+
+
+class Scope(enum.Enum):
+    """Whose daemon it is: a user's own, or the machine's."""
+
+    USER = "user"
+    SYSTEM = "system"
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where things lie unless somebody says otherwise."""
+
+    config: Path  # flashd.toml
+    state: Path
+    runtime: Path
+    models: Path
+
+    @property
+    def drop_ins(self) -> Path:
+        return self.config.with_name(self.config.name + ".d")
+
+
+def default_paths(scope: Scope) -> Paths:
+    """By the XDG base directory specification for a user, by the file system hierarchy for the machine."""
+    if scope is Scope.SYSTEM:
+        state = Path("/var/lib/flashd")
+        return Paths(Path("/etc/flashd/flashd.toml"), state, Path("/run/flashd"), state / "models")
+    home = Path.home()
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Paths(
+        config=_xdg("XDG_CONFIG_HOME", home / ".config") / "flashd" / "flashd.toml",
+        state=_xdg("XDG_STATE_HOME", home / ".local/state") / "flashd",
+        runtime=Path(runtime) / "flashd" if runtime else Path(f"/tmp/flashd-{os.getuid()}"),
+        models=home / "models",
+    )
+
+
+def bus_address() -> str | None:
+    """Where a client was told to find the daemon, if it was."""
+    return os.environ.get("FLASHD_BUS_ADDRESS") or None
+
+
+def has_session_bus() -> bool:
+    """Whether this process belongs to a login session with a bus of its own."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return bool(os.environ.get("DBUS_SESSION_BUS_ADDRESS")) or bool(runtime and (Path(runtime) / "bus").exists())
+
+
+def notify_socket() -> str | None:
+    """Where the service manager waits for our readiness (sd_notify(3)), if one does."""
+    return os.environ.get("NOTIFY_SOCKET") or None
+
+
+def load(paths: Paths, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The configuration in force: defaults, file, drop-ins, then `overrides` (dotted key to TOML value)."""
+    config = _with_default_paths(Config(), paths)
+    for file in [paths.config, *sorted(paths.drop_ins.glob("*.toml"))]:
+        config = _merged(config, _read(file), "", str(file))
+    for key, value in (overrides or {}).items():
+        config = _merged(config, _nested(key, value), "", "the command line")
+    return config
+
+
+def dump(config: Config) -> str:
+    """The TOML document that `load` reads back as this configuration."""
+    return tomli_w.dumps(_table(config))
+
+
+def set_value(paths: Paths, key: str, text: str) -> Setting:
+    """Changes one setting, for good: `text` is a TOML value, or a bare word for a string.
+
+    Raises InvalidArgument, and then nothing was written.
+    """
+    setting = find(key)
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    target = paths.drop_ins / DROP_IN
+    document = _read(target)
+    _insert(document, key.split("."), value)
+    _merged(Config(), document, "", key)
+    _publish(target, tomli_w.dumps(document))
+    return setting
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One key, for people: what it means, what it is by default, whether a change is in force at once."""
+
+    key: str
+    default: Any
+    doc: str
+    live: bool
+
+
+def settings() -> Iterator[Setting]:
+    """Every setting there is, in the order of this file."""
+    yield from _settings(Config(), "")
+
+
+def find(key: str) -> Setting:
+    known = {setting.key: setting for setting in settings()}
+    if key not in known:
+        raise InvalidArgument(f"there is no setting {key!r}", hint=_nearest(key, known))
+    return known[key]
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a setting, as TOML has it."""
+    value: Any = _table(config)
+    for part in find(key).key.split("."):
+        value = value[part]
+    return value
+
+
+def torch_python(config: Config) -> str:
+    """The interpreter that engines and the converter of PyTorch files run in."""
+    return config.engines.torch.python or sys.executable
+
+
+def _xdg(variable: str, default: Path) -> Path:
+    """Relative paths are to be ignored, says the specification."""
+    path = Path(os.environ.get(variable, ""))
+    return path if path.is_absolute() else default
+
+
+def _with_default_paths(config: Config, paths: Paths) -> Config:
+    return dataclasses.replace(
+        config,
+        store=dataclasses.replace(config.store, path=paths.state / "store"),
+        inbox=dataclasses.replace(config.inbox, folders=(paths.models,)),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"{path} is not TOML: {error}", hint="correct that line, or move the file away") from None
+    except OSError as error:
+        raise TransferFailed(f"cannot read {path}: {error.strerror}") from None
+
+
+def _key(name: str) -> str:
+    return name.removesuffix("_bytes")
+
+
+def _settings(section: Any, prefix: str) -> Iterator[Setting]:
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _settings(value, f"{prefix}{item.name}.")
+        else:
+            yield Setting(
+                prefix + _key(item.name), _plain(item.name, value), item.metadata["doc"], item.metadata["live"]
+            )
+
+
+def _merged(section: Any, table: Mapping[str, Any], prefix: str, where: str) -> Any:
+    """The section with what the table says replaced."""
+    names = {_key(item.name): item.name for item in dataclasses.fields(section)}
+    hints = typing.get_type_hints(type(section))
+    changes = {}
+    for key, value in table.items():
+        if key not in names:
+            known = {setting.key for setting in settings()}
+            raise InvalidArgument(f"{where}: there is no setting {prefix}{key}", hint=_nearest(prefix + key, known))
+        name, old = names[key], getattr(section, names[key])
+        if dataclasses.is_dataclass(old):
+            if not isinstance(value, dict):
+                raise InvalidArgument(
+                    f"{where}: {prefix}{key} is a section, not a value", hint=f"write [{prefix}{key}]"
+                )
+            changes[name] = _merged(old, value, f"{prefix}{key}.", where)
+        else:
+            changes[name] = _checked(name, value, hints[name], f"{where}: {prefix}{key}")
+    return dataclasses.replace(section, **changes)
+
+
+def _checked(name: str, value: Any, wanted: Any, where: str) -> Any:
+    """A TOML value as the type of its field."""
+    if name.endswith("_bytes") and isinstance(value, str | int) and not isinstance(value, bool):
+        value = parse_bytes(value)
+    if typing.get_origin(wanted) is Literal:
+        if value not in typing.get_args(wanted):
+            raise InvalidArgument(f"{where} cannot be {value!r}", hint=f"use {_either(typing.get_args(wanted))}")
+        return value
+    if typing.get_origin(wanted) is tuple:
+        (element, _) = typing.get_args(wanted)
+        if not isinstance(value, list):
+            raise InvalidArgument(f"{where} is a list", hint='write it like ["one", "two"]')
+        return tuple(_checked(name, item, element, where) for item in value)
+    if wanted is Path and isinstance(value, str) and value:
+        path = Path(value).expanduser()
+        if not path.is_absolute():
+            raise InvalidArgument(f"{where} is {value!r}, which is relative", hint="write the whole path")
+        return path
+    accepted: Any = {float: int | float}.get(wanted, wanted)
+    if wanted is Path or not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
+        raise InvalidArgument(f"{where} cannot be {value!r}", hint=f"it is a {_noun(wanted)}")
+    if isinstance(value, int | float) and not 0 <= value < float("inf"):
+        raise InvalidArgument(f"{where} cannot be {value!r}", hint="it is a number from 0 up")
+    return wanted(value)
+
+
+def _noun(wanted: type | types.GenericAlias) -> str:
+    nouns: dict[Any, str] = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path"}
+    return nouns[wanted]
+
+
+def _either(choices: tuple[str, ...]) -> str:
+    return " or ".join(choices)
+
+
+def _nearest(key: str, known: typing.Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.4)
+    return f"did you mean {near[0]}?" if near else "flash config lists all settings"
+
+
+def _table(section: Any) -> dict[str, Any]:
+    return {_key(item.name): _plain(item.name, getattr(section, item.name)) for item in dataclasses.fields(section)}
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A field's value as TOML."""
+    if dataclasses.is_dataclass(value):
+        return _table(value)
+    if isinstance(value, tuple):
+        return [_plain(name, item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return _size(value) if name.endswith("_bytes") else value
+
+
+def _size(size_bytes: int) -> str | int:
+    """The shortest way to write exactly this size."""
+    for unit, factor in (("GiB", GiB), ("MiB", MiB), ("KiB", KiB), ("GB", 10**9), ("MB", 10**6)):
+        if size_bytes and size_bytes % factor == 0:
+            return f"{size_bytes // factor}{unit}"
+    return size_bytes
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    _insert(table, key.split("."), value)
+    return table
+
+
+def _insert(table: dict[str, Any], parts: list[str], value: Any) -> None:
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+    table[parts[-1]] = value
+
+
+def _publish(path: Path, text: str) -> None:
+    """By rename: a crash leaves the old settings or the new ones."""
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except OSError as error:
+        hint = "is the folder writable for the daemon? Else write the setting into flashd.toml by hand"
+        raise TransferFailed(f"cannot write {path}: {error.strerror}", hint=hint) from None
