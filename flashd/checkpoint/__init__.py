@@ -13,8 +13,9 @@ is aligned at least to its element. There are no holes and no trailing bytes. A 
 names is stored once; `__metadata__["flashd.aliases"]` is a JSON object from each further name to the stored one.
 So the data region is the arena, byte for byte: loading is one large aligned read.
 
-**digests.b3.** Block i covers bytes [i·B, (i+1)·B) of the data region, B being `digest_block_bytes` of the manifest; the
-last block may be short. The header and this table have digests of their own in the manifest.
+**digests.b3.** Block i covers bytes [i·B, (i+1)·B) of the data region, where B is
+`digest_block_bytes` of the manifest; the last block may be short. The header and this table have digests of their own
+in the manifest.
 
 **Addresses.** `weights` = BLAKE3(BLAKE3(header) || BLAKE3(digests.b3)), the header being all bytes before the data.
 `id` = BLAKE3 of `weights` and the names and digests of the side files, one a line, sorted by name. Everything is
