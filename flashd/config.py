@@ -31,7 +31,6 @@ from flashd.units import GiB, KiB, MiB, parse_bytes
 
 # `flash config` writes here, and not into flashd.toml, whose comments a person may want to keep. It is read last.
 DROP_IN = "zz-flash-config.toml"
-_UNSET = Path()
 
 
 def _setting(default: Any, doc: str, *, live: bool = False) -> Any:
@@ -43,7 +42,9 @@ def _setting(default: Any, doc: str, *, live: bool = False) -> Any:
 class StoreConfig:
     """[store]: what we have, on NVMe."""
 
-    path: Path = _setting(_UNSET, "Folder of the checkpoints. Default: store, in the state directory.")
+    path: Path = _setting(  # noqa: RUF009 -- it is field(), with less to repeat
+        Path(), "Folder of the checkpoints. Default: store, in the state directory."
+    )
     quota_bytes: int = _setting(0, "The most that checkpoints may take on disk; 0 for no limit.")
     keep_versions: int = _setting(1, "Older versions of each model that are kept.")
 
@@ -357,7 +358,7 @@ def _plain(name: str, value: Any) -> Any:
 
 def _size(size_bytes: int) -> str | int:
     """The shortest way to write exactly this size."""
-    for unit, factor in (("GiB", GiB), ("MiB", MiB), ("KiB", KiB), ("GB", 10**9), ("MB", 10**6)):
+    for unit, factor in (("GiB", GiB), ("GB", 10**9), ("MiB", MiB), ("MB", 10**6), ("KiB", KiB)):
         if size_bytes and size_bytes % factor == 0:
             return f"{size_bytes // factor}{unit}"
     return size_bytes
