@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who else uses an arena? Leases: counted rights that die with their owner."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flashd.errors import NotFound
+from flashd.memory.residency import Hold
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """`owner` is a connection to the bus; when it ends, so does the lease."""
+
+    number: int
+    model_name: str
+    owner: str
+    owner_uid: int
+    hold: Hold
+    created_at: float
+
+    @property
+    def checkpoint_id(self) -> str:
+        return self.hold.checkpoint_id
+
+    @property
+    def size_bytes(self) -> int:
+        return self.hold.arena.size_bytes
+
+
+class LeaseBook:
+    """All leases there are; tells `on_end` of each that ends."""
+
+    def __init__(self, on_end: Callable[[Lease], None] = lambda lease: None) -> None:
+        self._on_end = on_end
+        self._leases: dict[int, Lease] = {}
+        self._last_number = 0
+
+    def add(self, model_name: str, owner: str, owner_uid: int, hold: Hold) -> Lease:
+        self._last_number += 1
+        lease = Lease(self._last_number, model_name, owner, owner_uid, hold, time.time())
+        self._leases[lease.number] = lease
+        return lease
+
+    def release(self, number: int) -> None:
+        """Raises NotFound if it has ended already."""
+        lease = self._leases.pop(number, None)
+        if lease is None:
+            raise NotFound(f"there is no lease {number}", hint="it has ended already")
+        lease.hold.release()
+        self._on_end(lease)
+
+    def release_owner(self, owner: str) -> None:
+        """All leases of a connection that has ended."""
+        for lease in [lease for lease in self._leases.values() if lease.owner == owner]:
+            self.release(lease.number)
+
+    def all(self) -> list[Lease]:
+        return list(self._leases.values())

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of a memory may arenas take, and how much do they take now? A ledger: it is asked before any byte moves."""
+
+from __future__ import annotations
+
+from flashd.errors import InvalidArgument, OutOfMemory
+from flashd.units import format_bytes
+
+
+class Pool:
+    """The budget over all arenas of one device. Every allocation is a reservation first, released exactly once."""
+
+    def __init__(self, name: str, budget_bytes: int) -> None:
+        if budget_bytes <= 0:
+            raise InvalidArgument(f"a budget of {budget_bytes} bytes cannot hold anything")
+        self.name = name
+        self.budget_bytes = budget_bytes
+        self.used_bytes = 0
+
+    @property
+    def free_bytes(self) -> int:
+        return self.budget_bytes - self.used_bytes
+
+    def reserve(self, size_bytes: int) -> Reservation:
+        """Raises OutOfMemory, with the numbers, if the budget cannot take it."""
+        if size_bytes > self.free_bytes:
+            raise OutOfMemory(
+                f"{format_bytes(size_bytes)} do not fit: {format_bytes(self.used_bytes)} of the {self.name} pool's "
+                f"{format_bytes(self.budget_bytes)} are in use",
+                hint=f"end a lease, unpin or park a model, or raise memory.{self.name}_budget",
+            )
+        self.used_bytes += size_bytes
+        return Reservation(self, size_bytes)
+
+
+class Reservation:
+    """Bytes of a pool, until `release`."""
+
+    def __init__(self, pool: Pool, size_bytes: int) -> None:
+        self._pool: Pool | None = pool
+        self.size_bytes = size_bytes
+
+    def release(self) -> None:
+        if self._pool is not None:
+            self._pool.used_bytes -= self.size_bytes
+            self._pool = None
