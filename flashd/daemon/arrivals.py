@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of sources dropped into the inbox? Each is converted once, and shown until it is a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from dbus_next import Variant
+
+from flashd import wire
+from flashd.checkpoint.source import SourceFiles
+from flashd.daemon.conversions import Conversions, Request
+from flashd.daemon.jobs import Job, Jobs, JobState, Owner, Result
+from flashd.store.catalog import Catalog, Origin
+from flashd.store.inbox import Item
+
+NOBODY = Owner(peer="", uid=0)
+
+
+class Arrivals:
+    """The inbox's handler. What failed is not tried again until the source changes."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        jobs: Jobs,
+        conversions: Conversions,
+        *,
+        on_change: Callable[[], None],
+        on_source_removed: Callable[[str], None],
+    ) -> None:
+        self._catalog = catalog
+        self._jobs = jobs
+        self._conversions = conversions
+        self._on_change = on_change
+        self._on_source_removed = on_source_removed
+        self._waiting: Sequence[Item] = ()
+        self._under_way: dict[str, Job] = {}
+        self._failed: dict[str, str] = {}
+
+    def shown(self) -> list[list[str]]:
+        """(name, state, detail) of what is not a model yet, by name."""
+        rows = {item.name: [item.name, str(item.state), item.detail] for item in self._waiting}
+        rows |= {name: [name, "failed", detail] for name, detail in self._failed.items()}
+        rows |= {name: [name, "converting", ""] for name in self._under_way}
+        return [rows[name] for name in sorted(rows)]
+
+    def is_known(self, item: Item) -> bool:
+        model = self._catalog.get(item.name)
+        return model is not None and model.origin.kind == "inbox" and model.origin.fingerprint == item.fingerprint
+
+    async def settled(self, item: Item) -> None:
+        """Begins the conversion; one of an earlier state of the same source is dropped first."""
+        await self._drop(item.name)
+        self._failed.pop(item.name, None)
+        origin = Origin("inbox", str(item.path), item.fingerprint)
+        request = Request(lambda: SourceFiles.from_path(item.path), item.name, origin)
+
+        async def work(job: Job) -> Result:
+            model = await self._conversions.run(job, request)
+            return {"model": Variant("o", wire.model_path(model.name))}
+
+        self._under_way[item.name] = self._jobs.run("import", item.name, NOBODY, work)
+        self._on_change()
+
+    async def removed(self, item: Item) -> None:
+        await self._drop(item.name)
+        self._failed.pop(item.name, None)
+        self._on_change()
+        model = self._catalog.get(item.name)
+        if model is not None and model.origin.kind == "inbox":
+            self._on_source_removed(item.name)
+
+    def waiting(self, items: Sequence[Item]) -> None:
+        self._waiting = items
+        self._on_change()
+
+    def ended(self, job: Job) -> None:
+        """To be told of finished jobs."""
+        if self._under_way.get(job.subject) is job:
+            del self._under_way[job.subject]
+            if job.state is not JobState.DONE:
+                self._failed[job.subject] = str(job.error)
+            self._on_change()
+
+    async def _drop(self, name: str) -> None:
+        job = self._under_way.get(name)
+        if job is not None:
+            job.cancel()
+            await job.wait()
