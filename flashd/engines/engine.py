@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is an engine, seen from the daemon?
+
+from       to                    when
+absent     starting              start
+starting   serving, failed       its socket answers; the process died or refused
+serving    parked, failed        park (after drain); the process died
+parked     serving, failed       wake
+failed     (for good)            stop leads here too
+
+A serving engine may be `rebind`ed: it takes another checkpoint and goes on serving. Where start, wake or rebind raise,
+the engine either is as it was before the call, or `failed`; it is never half bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+
+class EngineState(StrEnum):
+    ABSENT = "absent"
+    STARTING = "starting"
+    SERVING = "serving"
+    PARKED = "parked"
+    FAILED = "failed"
+
+
+TRANSITIONS: Mapping[EngineState, frozenset[EngineState]] = {
+    EngineState.ABSENT: frozenset({EngineState.STARTING}),
+    EngineState.STARTING: frozenset({EngineState.SERVING, EngineState.FAILED}),
+    EngineState.SERVING: frozenset({EngineState.PARKED, EngineState.FAILED}),
+    EngineState.PARKED: frozenset({EngineState.SERVING, EngineState.FAILED}),
+    EngineState.FAILED: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """What an engine is to hold: one model's checkpoint, resident in an arena.
+
+    `arena_fd` stays the caller's. `layout` is the safetensors header as JSON; `side_files` are opened by us and handed
+    over as descriptors, so that an engine needs no access to the store. `names` are what requests may call the model.
+    """
+
+    model_name: str
+    names: tuple[str, ...]
+    checkpoint_id: str
+    architecture_key: str
+    arena_fd: int
+    arena_bytes: int
+    layout: str
+    side_files: Mapping[str, Path]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """`memory_bytes` is resident memory that is the process's own; the weights in the arena are not."""
+
+    active_requests: int
+    memory_bytes: int
+
+
+class Engine(Protocol):
+    """One inference process. Calls are made one at a time, on the event loop."""
+
+    number: int
+    kind: str
+    state: EngineState
+    binding: Binding | None  # what it holds; what it held, while parked
+    socket_path: Path
+    pid: int
+    started_at: float
+    on_exit: Callable[[str], None]  # told once, with its last words, if the process ends unasked
+
+    async def start(self, binding: Binding) -> None:
+        """Returns when its socket answers. Raises EngineFailed, with the process's last words."""
+
+    async def drain(self, timeout_s: float) -> None:
+        """Holds new requests back, and returns when those in flight have finished or `timeout_s` is over: then they
+        are cut, with an error that says so."""
+
+    async def resume(self) -> None:
+        """Undoes `drain`: requests held back are answered by what the engine holds now."""
+
+    async def park(self) -> None:
+        """Lets go of the weights; requests get an error at once. Call `drain` first."""
+
+    async def wake(self, binding: Binding) -> None:
+        """Takes weights again, the same or another checkpoint's of its architecture, and serves."""
+
+    async def rebind(self, binding: Binding) -> None:
+        """Takes another checkpoint of the same architecture. Call `drain` first and `resume` after."""
+
+    async def stop(self) -> None:
+        """Ends the process, by force if it must. Never raises."""
+
+    async def stats(self) -> EngineStats: ...
+
+
+class EngineFactory(Protocol):
+    """Makes engines of one kind."""
+
+    kind: str
+
+    def refusal(self, architecture: str, side_files: Mapping[str, Path]) -> str:
+        """Why this kind cannot run such a checkpoint; empty if it can."""
+
+    def create(self) -> Engine: ...
+
+    async def close(self) -> None:
+        """Ends whatever the factory keeps running to start engines quickly."""
