@@ -182,6 +182,8 @@ class Connection:
         self._bus = bus
         self._serve: Callable[[Received], Coroutine[Any, Any, Reply]] | None = None
         self._listeners: list[Callable[[Received], None]] = []
+        self._peers: set[str] = set()
+        self._on_peer_left: Callable[[str], None] = lambda peer: None
         self._tasks: set[asyncio.Task[None]] = set()
         bus.add_message_handler(self._on_message)
 
@@ -250,6 +252,15 @@ class Connection:
         known = plain(reply.body[0])
         return int(known["UnixUserID"]), int(known.get("ProcessID", 0))
 
+    async def watch_peers(self, on_peer_left: Callable[[str], None]) -> None:
+        """From here on `on_peer_left` hears of every connection that called us and has left the bus."""
+        self._on_peer_left = on_peer_left
+        await self.add_match(f"type='signal',sender='{DBUS}',interface='{DBUS}',member='NameOwnerChanged',arg2=''")
+
+    def is_present(self, peer: str) -> bool:
+        """Whether a connection that called us is still there. Needs `watch_peers`."""
+        return peer in self._peers
+
     async def closed(self) -> None:
         """Returns when the connection ends, by us or by the bus."""
         with contextlib.suppress(Exception):
@@ -264,18 +275,27 @@ class Connection:
 
     def _on_message(self, message: Message) -> bool:
         if message.message_type is MessageType.SIGNAL:
-            received = _received(message)
-            for listener in self._listeners:
-                listener(received)
+            self._on_signal(_received(message))
             return False
         if message.message_type is not MessageType.METHOD_CALL or self._serve is None:
             return False
         if message.interface == "org.freedesktop.DBus.Peer":
             return False
+        # Here and not in the task: what the bus says after this message, it says later.
+        self._peers.add(message.sender or "")
         task = asyncio.ensure_future(self._answer(message))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return True
+
+    def _on_signal(self, signal: Received) -> None:
+        if signal.sender == DBUS and signal.member == "NameOwnerChanged":
+            name, _, new_owner = signal.body
+            if not new_owner and name in self._peers:
+                self._peers.discard(name)
+                self._on_peer_left(name)
+        for listener in self._listeners:
+            listener(signal)
 
     async def _answer(self, message: Message) -> None:
         assert self._serve is not None
@@ -323,5 +343,9 @@ async def connect(address: str) -> Connection:
         hint = "is the address right, and a bus running there? `flash start` runs one of its own where there is none"
         raise errors.Unavailable(f"no D-Bus at {address!r}: {error}", hint=hint) from error
     bus._writer = _PatientWriter(bus)
-    await bus.connect()
+    try:
+        await bus.connect()
+    except Exception as error:  # as above: authentication that fails, a bus that hangs up
+        bus._sock.close()
+        raise errors.Unavailable(f"the bus at {address!r} does not let us in: {error}") from error
     return Connection(bus)

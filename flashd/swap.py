@@ -20,15 +20,16 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from flashd.checkpoint.files import Checkpoint
 from flashd.engines.engine import Binding, Engine, EngineFactory, EngineState
-from flashd.errors import EngineFailed, FlashdError, NotFound, OutOfMemory, Unsupported
+from flashd.errors import FlashdError, NotFound, OutOfMemory, Unsupported
+from flashd.memory.arena import rounded
 from flashd.memory.residency import Hold, Progress, Residency, Tier
 
 log = logging.getLogger(__name__)
@@ -117,12 +118,15 @@ class Swapper:
         policy: Policy,
         *,
         on_change: Callable[[], None] = lambda: None,
+        on_lost: Callable[[Target], None] = lambda target: None,
     ) -> None:
+        """`on_lost` is told of a model whose engine ended unasked while it was the active one."""
         self._residency = residency
         self._factory = factory
         self._endpoint = endpoint
         self._policy = policy
         self._on_change = on_change
+        self._on_lost = on_lost
         self._turn = asyncio.Lock()  # fair: waiters get it in the order they asked
         self._active: Seat | None = None
         self._parked: list[Seat] = []  # parked longest ago first
@@ -174,8 +178,8 @@ class Swapper:
                 raise NotFound("no model is active", hint="there is nothing to park")
             seat, self._active = self._active, None
             self._endpoint.point_to(None)
-            await self._retire(seat)
-            self._on_change()
+            await _to_the_end(self._retire(seat))
+            await self._stop_surplus()
 
     async def stop_engine(self, number: int) -> None:
         """Ends one engine. Raises NotFound."""
@@ -197,8 +201,11 @@ class Swapper:
         """To be called when a process ends unasked: its seat is given up, whatever the moment."""
         for seat in self.seats:
             if seat.engine is engine:
+                was_active = seat is self._active
                 self._forget(seat)
                 self._on_change()
+                if was_active and self._state is SwapState.IDLE:
+                    self._on_lost(seat.target)
 
     async def _take_over(self, target: Target, on_progress: Progress) -> tuple[How, Tier]:
         """The swap itself; on any error, what was active before is active again."""
@@ -212,8 +219,7 @@ class Swapper:
             self._enter(SwapState.ROLLING_BACK)
             if hold is not None:
                 hold.release()
-            # The caller may have been cancelled; what is being put back must not be.
-            await asyncio.shield(asyncio.ensure_future(self._restore(old)))
+            await _to_the_end(self._restore(old))
             raise
         self._enter(SwapState.SERVING)
         seat = self._active
@@ -221,7 +227,8 @@ class Swapper:
         self._endpoint.point_to(seat.engine.socket_path)
         self._on_change()
         if old is not None and old is not seat and old.engine.state is EngineState.SERVING:
-            await asyncio.shield(asyncio.ensure_future(self._retire(old)))
+            await _to_the_end(self._retire(old))
+        await self._stop_surplus()
         return how, hold.from_tier
 
     async def _acquire(self, target: Target, on_progress: Progress) -> Hold:
@@ -243,11 +250,12 @@ class Swapper:
         fixed_bytes = self._residency.fixed_bytes()
         if self._residency.holds(old.hold.checkpoint_id) == 1:
             fixed_bytes -= old.hold.arena.mapped_bytes
-        return target.checkpoint.manifest.data_bytes <= self._residency.pool.budget_bytes - fixed_bytes
+        needed_bytes = rounded(target.checkpoint.manifest.data_bytes, self._residency.device.huge_pages)
+        return needed_bytes <= self._residency.pool.budget_bytes - fixed_bytes
 
     async def _make_way(self, old: Seat) -> None:
         await old.engine.drain(self._policy.drain_timeout_s)
-        await old.engine.park()
+        await _to_the_end(old.engine.park())
         self._release(old)
 
     async def _switch(self, target: Target, hold: Hold) -> How:
@@ -267,21 +275,21 @@ class Swapper:
         try:
             await engine.start(binding)
         except BaseException:
-            await asyncio.shield(asyncio.ensure_future(engine.stop()))
+            await _to_the_end(engine.stop())
             raise
         self._seat_as_active(Seat(engine, target, hold))
         return How.START
 
     async def _rebind(self, seat: Seat, target: Target, hold: Hold, binding: Binding) -> None:
         await seat.engine.drain(self._policy.drain_timeout_s)
-        await seat.engine.rebind(binding)
+        await _to_the_end(seat.engine.rebind(binding))
         old_hold, seat.hold, seat.target = seat.hold, hold, target
         if old_hold is not None:
             old_hold.release()
-        await asyncio.shield(asyncio.ensure_future(seat.engine.resume()))
+        await _to_the_end(seat.engine.resume())
 
     async def _wake(self, seat: Seat, target: Target, hold: Hold, binding: Binding) -> None:
-        await seat.engine.wake(binding)
+        await _to_the_end(seat.engine.wake(binding))
         seat.hold, seat.target = hold, target
         self._seat_as_active(seat)
 
@@ -317,7 +325,7 @@ class Swapper:
         self._on_change()
 
     async def _retire(self, seat: Seat) -> None:
-        """Drains and parks an engine that is not needed now, and stops those that have been parked too long."""
+        """Drains and parks an engine that is not needed now; one that cannot be parked is stopped."""
         try:
             await seat.engine.drain(self._policy.drain_timeout_s)
             await seat.engine.park()
@@ -326,9 +334,12 @@ class Swapper:
         except FlashdError as error:
             log.warning("engine %d could not be parked: %s", seat.engine.number, error)
             await self._discard(seat)
-        while len(self._parked) > self._policy.max_parked:
-            await self._discard(self._parked[0])
         self._on_change()
+
+    async def _stop_surplus(self) -> None:
+        while len(self._parked) > self._policy.max_parked:
+            await _to_the_end(self._discard(self._parked[0]))
+            self._on_change()
 
     async def _discard(self, seat: Seat) -> None:
         await seat.engine.stop()
@@ -348,18 +359,25 @@ class Swapper:
             seat.hold = None
 
     def _report_exit(self, engine: Engine, last_words: str) -> None:
-        log.error("engine %d ended unasked: %s", engine.number, EngineFailed(last_words).message)
+        log.error("engine %d ended unasked: %s", engine.number, last_words)
         self.engine_exited(engine)
 
     def _enter(self, state: SwapState) -> None:
-        if state is SwapState.IDLE and self._state is SwapState.SWITCHING:
-            raise AssertionError("a switch ends in serving or rolling back")
         assert state in TRANSITIONS[self._state], f"{self._state} to {state}"
         now = time.monotonic()
         if self._state is not SwapState.IDLE:
             self._phases[self._state] = self._phases.get(self._state, 0.0) + now - self._entered_at
         self._state, self._entered_at = state, now
         self._on_change()
+
+
+async def _to_the_end(step: Coroutine[Any, Any, None]) -> None:
+    """Runs a short step that must not be left half done: a cancel that comes meanwhile comes too late."""
+    task = asyncio.ensure_future(step)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
+    task.result()
 
 
 def _is_same(one: Target, other: Target) -> bool:

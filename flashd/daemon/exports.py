@@ -144,10 +144,11 @@ class ObjectTree:
         self._flush: asyncio.TimerHandle | None = None
         connection.serve(self._answer)
 
-    def add(self, exported: Exported) -> None:
+    def add(self, exported: Exported, *, announce: bool = True) -> None:
+        """Without `announce`, for what is there before we have our name, and so before anybody listens."""
         self._objects[exported.path] = exported
         self._sent[exported.path] = dict(exported.properties())
-        if exported.path != wire.ROOT_PATH:
+        if announce:
             body = [exported.path, self._interfaces(exported)]
             self._connection.emit(wire.ROOT_PATH, OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", body)
 
