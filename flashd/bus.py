@@ -36,6 +36,9 @@ DBUS_PATH = "/org/freedesktop/DBus"
 PROPERTIES = "org.freedesktop.DBus.Properties"
 OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
 
+_CONNECT_TIMEOUT_S = 10.0
+_CLOSE_TIMEOUT_S = 2.0  # for a caller that does not read its answer
+
 
 class _PatientWriter(_MessageWriter):  # type: ignore[misc]
     """The library's writer, but EAGAIN leaves message, offset and file descriptors as they are and waits."""
@@ -75,6 +78,42 @@ class _PatientWriter(_MessageWriter):  # type: ignore[misc]
             self.unix_fds = None  # they travel with the first byte
         else:
             self.offset += self.sock.send(rest)
+
+
+class _Bus(MessageBus):  # type: ignore[misc]
+    """The library's connection, which leaves its socket to the garbage collector unless it is told otherwise."""
+
+    def __init__(self, address: str) -> None:
+        match address:
+            case "session":
+                super().__init__(bus_type=BusType.SESSION, negotiate_unix_fd=True)
+            case "system":
+                super().__init__(bus_type=BusType.SYSTEM, negotiate_unix_fd=True)
+            case _:
+                super().__init__(bus_address=address, negotiate_unix_fd=True)
+        self._writer = _PatientWriter(self)
+
+    def _setup_socket(self) -> None:
+        try:
+            super()._setup_socket()
+        except BaseException:
+            self.release()
+            raise
+
+    async def connect(self) -> _Bus:
+        try:
+            await super().connect()
+        except BaseException:
+            self.release()
+            raise
+        return self
+
+    def release(self) -> None:
+        """Closes the socket, for good."""
+        for resource in (getattr(self, "_stream", None), getattr(self, "_sock", None)):
+            if resource is not None:
+                with contextlib.suppress(OSError):  # unsent bytes of a dead connection
+                    resource.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,13 +217,14 @@ def raised(reply: Message) -> errors.FlashdError:
 class Connection:
     """One connection to a bus: calls out, signals out and in, and, once `serve` is given a handler, calls in."""
 
-    def __init__(self, bus: MessageBus) -> None:
+    def __init__(self, bus: _Bus) -> None:
         self._bus = bus
         self._serve: Callable[[Received], Coroutine[Any, Any, Reply]] | None = None
         self._listeners: list[Callable[[Received], None]] = []
         self._peers: set[str] = set()
         self._on_peer_left: Callable[[str], None] = lambda peer: None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._replying: set[asyncio.Task[Any] | None] = set()
         bus.add_message_handler(self._on_message)
 
     @property
@@ -267,11 +307,15 @@ class Connection:
             await self._bus.wait_for_disconnect()
 
     async def close(self) -> None:
-        for task in self._tasks:
+        """Calls under way are answered with Cancelled; answers under way are sent."""
+        for task in self._tasks - self._replying:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._bus.disconnect()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_CLOSE_TIMEOUT_S)
+        if self._bus.connected:
+            self._bus.disconnect()
         await self.closed()
+        self._bus.release()
 
     def _on_message(self, message: Message) -> bool:
         if message.message_type is MessageType.SIGNAL:
@@ -310,12 +354,15 @@ class Connection:
         finally:
             for fd in message.unix_fds:
                 os.close(fd)
+        this = asyncio.current_task()
+        self._replying.add(this)
         try:
             if not message.flags & MessageFlag.NO_REPLY_EXPECTED:
                 await self._bus.send(reply)
         except (OSError, EOFError):
             log.debug("%s left before its reply", message.sender)
         finally:
+            self._replying.discard(this)
             for fd in fds:
                 os.close(fd)
 
@@ -331,21 +378,10 @@ async def connect(address: str) -> Connection:
 
     Raises Unavailable where there is no bus.
     """
+    hint = "is the address right, and a bus running there? `flash start` runs one of its own where there is none"
     try:
-        match address:
-            case "session":
-                bus = MessageBus(bus_type=BusType.SESSION, negotiate_unix_fd=True)
-            case "system":
-                bus = MessageBus(bus_type=BusType.SYSTEM, negotiate_unix_fd=True)
-            case _:
-                bus = MessageBus(bus_address=address, negotiate_unix_fd=True)
-    except Exception as error:  # the library raises whatever its address parser and connect(2) do
-        hint = "is the address right, and a bus running there? `flash start` runs one of its own where there is none"
+        bus = _Bus(address)
+        await asyncio.wait_for(bus.connect(), _CONNECT_TIMEOUT_S)
+    except Exception as error:  # the library raises whatever its address parser, connect(2) and SASL do
         raise errors.Unavailable(f"no D-Bus at {address!r}: {error}", hint=hint) from error
-    bus._writer = _PatientWriter(bus)
-    try:
-        await bus.connect()
-    except Exception as error:  # as above: authentication that fails, a bus that hangs up
-        bus._sock.close()
-        raise errors.Unavailable(f"the bus at {address!r} does not let us in: {error}") from error
     return Connection(bus)

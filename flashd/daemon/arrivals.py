@@ -14,8 +14,6 @@ from flashd.daemon.jobs import Job, Jobs, JobState, Owner, Result
 from flashd.store.catalog import Catalog, Origin
 from flashd.store.inbox import Item
 
-NOBODY = Owner(peer="", uid=0)
-
 
 class Arrivals:
     """The inbox's handler. What failed is not tried again until the source changes."""
@@ -26,12 +24,14 @@ class Arrivals:
         jobs: Jobs,
         conversions: Conversions,
         *,
+        owner: Owner,
         on_change: Callable[[], None],
         on_source_removed: Callable[[str], None],
     ) -> None:
         self._catalog = catalog
         self._jobs = jobs
         self._conversions = conversions
+        self._owner = owner
         self._on_change = on_change
         self._on_source_removed = on_source_removed
         self._waiting: Sequence[Item] = ()
@@ -60,7 +60,7 @@ class Arrivals:
             model = await self._conversions.run(job, request)
             return {"model": Variant("o", wire.model_path(model.name))}
 
-        self._under_way[item.name] = self._jobs.run("import", item.name, NOBODY, work)
+        self._under_way[item.name] = self._jobs.run("import", item.name, self._owner, work)
         self._on_change()
 
     async def removed(self, item: Item) -> None:

@@ -91,7 +91,9 @@ class Job:
         self.report(phase)
 
     def report(self, phase: str | None = None, done_bytes: int | None = None, total_bytes: int | None = None) -> None:
-        """How far it is; what is not given stays as it was."""
+        """How far it is; what is not given stays as it was. What a thread reports too late is ignored."""
+        if self.finished:
+            return
         self.phase = self.phase if phase is None else phase
         self.done_bytes = self.done_bytes if done_bytes is None else done_bytes
         self.total_bytes = self.total_bytes if total_bytes is None else total_bytes

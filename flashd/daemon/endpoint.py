@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where do sockets lie, and how does one address always lead to the active model?
+
+    RUNTIME/openai.sock     a symbolic link to the active engine's socket, absent while no model is active
+    RUNTIME/engines/        the engines' own sockets
+    RUNTIME/lock            held by the one daemon that owns this folder
+
+connect(2) follows the link, so moving it by rename(2) sends every new connection to the new engine at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from flashd.errors import Busy, InvalidArgument, NotAuthorized
+
+MAX_SOCKET_PATH = 107  # sun_path, without its terminating null (unix(7))
+
+
+class RuntimeFolder:
+    """The folder of sockets, ours alone until `close`. What an earlier daemon left there is removed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        longest = self.engines / "999999.sock"
+        if len(os.fsencode(longest)) > MAX_SOCKET_PATH:
+            hint = "give a shorter one with --runtime-dir"
+            raise InvalidArgument(f"{path} is too long a folder for Unix sockets", hint=hint)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_private(path)
+        self._lock = (path / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            hint = "flash status shows it; give this one another --runtime-dir"
+            raise Busy(f"another flashd uses {path}", hint=hint) from None
+        self._clean()
+        self.engines.mkdir(mode=0o700)
+
+    @property
+    def engines(self) -> Path:
+        return self.path / "engines"
+
+    @property
+    def endpoint(self) -> Path:
+        return self.path / "openai.sock"
+
+    def close(self) -> None:
+        self._clean()
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _clean(self) -> None:
+        self.endpoint.unlink(missing_ok=True)
+        shutil.rmtree(self.engines, ignore_errors=True)
+
+
+class EndpointLink:
+    """The one address of whichever model is active."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def point_to(self, socket_path: Path | None) -> None:
+        if socket_path is None:
+            self._path.unlink(missing_ok=True)
+            return
+        partial = self._path.with_name(self._path.name + ".partial")
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(socket_path)
+        partial.rename(self._path)
+
+
+def _check_private(path: Path) -> None:
+    """In a folder like /tmp somebody else may have been there first."""
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        hint = "remove it, or give another one with --runtime-dir"
+        raise NotAuthorized(f"{path} is not a folder of user {os.getuid()}", hint=hint)
