@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How do the daemon and its engine processes talk? Frames of JSON, with descriptors, on a Unix socket pair.
+
+A frame is four bytes of length and a JSON object; descriptors travel with its first byte. What comes from a worker is
+bounded and checked: a worker runs models, and is trusted with nothing but its own answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flashd.errors import EngineFailed
+from flashd.units import MiB
+
+MAX_FRAME_BYTES = 64 * MiB  # the layout of the largest model is a third of this
+MAX_FDS = 64
+_LENGTH = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Descriptors belong to whoever received the frame."""
+
+    content: dict[str, Any]
+    fds: tuple[int, ...] = ()
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+
+
+def encode(content: dict[str, Any]) -> bytes:
+    raw = json.dumps(content, separators=(",", ":")).encode()
+    return _LENGTH.pack(len(raw)) + raw
+
+
+class Channel:
+    """The blocking end, for workers and zygotes. Raises EOFError when the other side has gone."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.socket = end
+
+    def send(self, content: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        raw = encode(content)
+        sent = socket.send_fds(self.socket, [raw], list(fds)) if fds else self.socket.send(raw)
+        self.socket.sendall(raw[sent:])
+
+    def receive(self) -> Frame:
+        raw, fds, _, _ = socket.recv_fds(self.socket, _LENGTH.size, MAX_FDS)
+        if not raw:
+            raise EOFError
+        raw += self._exactly(_LENGTH.size - len(raw))
+        return Frame(json.loads(self._exactly(_LENGTH.unpack(raw)[0])), tuple(fds))
+
+    def _exactly(self, count: int) -> bytes:
+        received = bytearray()
+        while len(received) < count:
+            part = self.socket.recv(min(count - len(received), MiB))
+            if not part:
+                raise EOFError
+            received += part
+        return bytes(received)
+
+
+class AsyncChannel:
+    """The daemon's end: one request at a time, each with its answer; anything else the peer says is a notice."""
+
+    def __init__(self, end: socket.socket) -> None:
+        end.setblocking(False)
+        self._socket = end
+        self._turn = asyncio.Lock()
+        self.notices: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._answer: asyncio.Future[dict[str, Any]] | None = None
+        self._reader = asyncio.create_task(self._read(), name="engine control")
+        self.closed = asyncio.Event()
+
+    async def request(self, content: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
+        """Raises EngineFailed if the peer answers with an error, or ends before it answers."""
+        async with self._turn:
+            loop = asyncio.get_running_loop()
+            if self.closed.is_set():
+                raise EngineFailed("the engine's process has ended")
+            self._answer = loop.create_future()
+            try:
+                await self._send(encode(content), fds)
+                answer = await self._answer
+            except OSError as error:
+                raise EngineFailed(f"the engine's process has ended: {error.strerror}") from None
+            finally:
+                self._answer = None
+        if "error" in answer:
+            raise EngineFailed(str(answer["error"]), hint=str(answer.get("hint", "")))
+        return answer
+
+    async def close(self) -> None:
+        self._reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._reader
+        self._end()
+
+    async def _send(self, raw: bytes, fds: Sequence[int]) -> None:
+        loop = asyncio.get_running_loop()
+        while fds:
+            try:
+                raw = raw[socket.send_fds(self._socket, [raw], list(fds)) :]
+                break
+            except BlockingIOError:
+                await asyncio.sleep(0.001)
+        await loop.sock_sendall(self._socket, raw)
+
+    async def _read(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                (length,) = _LENGTH.unpack(await self._exactly(loop, _LENGTH.size))
+                if length > MAX_FRAME_BYTES:
+                    break
+                content = json.loads(await self._exactly(loop, length))
+                if not isinstance(content, dict):
+                    break
+                if content.pop("notice", False):
+                    self.notices.put_nowait(content)
+                elif self._answer is not None and not self._answer.done():
+                    self._answer.set_result(content)
+        except (OSError, EOFError, ValueError):
+            pass
+        finally:
+            self._end()
+
+    async def _exactly(self, loop: asyncio.AbstractEventLoop, count: int) -> bytes:
+        received = bytearray()
+        while len(received) < count:
+            part = await loop.sock_recv(self._socket, min(count - len(received), MiB))
+            if not part:
+                raise EOFError
+            received += part
+        return bytes(received)
+
+    def _end(self) -> None:
+        if not self.closed.is_set():
+            self.closed.set()
+            self._socket.close()
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(EngineFailed("the engine's process ended before it answered"))
+
+
+def close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does the daemon know of one engine process, and how does it drive it?"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashd.engines.control import AsyncChannel, close_all, pair
+from flashd.engines.engine import TRANSITIONS, Binding, EngineState, EngineStats
+from flashd.engines.zygote import Zygote, last_words
+from flashd.errors import EngineFailed
+
+_STOP_GRACE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What every engine of a factory is started with."""
+
+    python: str
+    runtime: Path  # sockets, private folders
+    logs: Path
+    threads: int
+    max_tokens_default: int
+    start_timeout_s: float
+
+
+class EngineProcess:
+    """An engine in a process forked from a zygote; see flashd/engines/engine.py for the protocol it keeps."""
+
+    def __init__(self, number: int, kind: str, zygote: Zygote, settings: Settings) -> None:
+        self.number = number
+        self.kind = kind
+        self.state = EngineState.ABSENT
+        self.binding: Binding | None = None
+        self.socket_path = settings.runtime / "engines" / f"{number}.sock"
+        self.pid = 0
+        self.started_at = 0.0
+        self.on_exit: Callable[[str], None] = lambda last_words: None
+        self._zygote = zygote
+        self._settings = settings
+        self._scratch = self.socket_path.with_suffix(".scratch")
+        self._log = settings.logs / f"engine-{number}.log"
+        self._channel: AsyncChannel | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    async def start(self, binding: Binding) -> None:
+        self._enter(EngineState.STARTING)
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        ours, theirs = pair()
+        try:
+            self.pid = await self._zygote.fork(theirs, self._log)
+        except BaseException:
+            ours.close()
+            self._enter(EngineState.FAILED)
+            raise
+        finally:
+            theirs.close()
+        self._channel = AsyncChannel(ours)
+        self._watcher = asyncio.create_task(self._watch(), name=f"engine {self.number}")
+        options = {
+            "socket": str(self.socket_path),
+            "scratch": str(self._scratch),
+            "threads": self._settings.threads,
+            "max_tokens_default": self._settings.max_tokens_default,
+        }
+        try:
+            await asyncio.wait_for(self._bind("start", binding, options), self._settings.start_timeout_s)
+        except TimeoutError:
+            hint = f"raise engines.start_timeout_s; {self._log} has what it wrote"
+            raise EngineFailed(
+                f"the engine did not start in {self._settings.start_timeout_s:.0f} s", hint=hint
+            ) from None
+        self.started_at = time.time()
+        self._enter(EngineState.SERVING)
+
+    async def drain(self, timeout_s: float) -> None:
+        await self._request({"op": "drain", "timeout_s": timeout_s})
+
+    async def resume(self) -> None:
+        await self._request({"op": "resume"})
+
+    async def park(self) -> None:
+        await self._request({"op": "park"})
+        self._enter(EngineState.PARKED)
+
+    async def wake(self, binding: Binding) -> None:
+        await self._bind("wake", binding)
+        self._enter(EngineState.SERVING)
+
+    async def rebind(self, binding: Binding) -> None:
+        await self._bind("rebind", binding)
+
+    async def stop(self) -> None:
+        self._stopping = True
+        if self._channel is not None:
+            await self._channel.close()  # the worker takes this as the word to go
+        if self._watcher is not None:
+            try:
+                await asyncio.wait_for(asyncio.shield(self._watcher), _STOP_GRACE_S)
+            except TimeoutError:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGKILL)
+                await self._watcher
+        self._clean_up()
+
+    async def stats(self) -> EngineStats:
+        answer = await self._request({"op": "stats"})
+        return EngineStats(int(answer["active_requests"]), int(answer["memory_bytes"]))
+
+    async def _bind(self, op: str, binding: Binding, options: Mapping[str, Any] | None = None) -> None:
+        """Sends weights and side files as descriptors: the worker opens nothing of ours by name."""
+        content = {
+            "op": op,
+            "model_name": binding.model_name,
+            "names": list(binding.names),
+            "arena_bytes": binding.arena_bytes,
+            "layout": binding.layout,
+            "side_files": sorted(binding.side_files),
+            **(options or {}),
+        }
+        opened: list[int] = []
+        try:
+            opened += [
+                os.open(binding.side_files[name], os.O_RDONLY | os.O_CLOEXEC) for name in sorted(binding.side_files)
+            ]
+            await self._request(content, (binding.arena_fd, *opened))
+        except OSError as error:
+            raise EngineFailed(f"{error.filename}: {error.strerror}", hint="flash verify checks the model") from None
+        finally:
+            close_all(opened)
+        self.binding = binding
+
+    async def _request(self, content: dict[str, Any], fds: tuple[int, ...] = ()) -> dict[str, Any]:
+        if self._channel is None:
+            raise EngineFailed("the engine is not running")
+        try:
+            return await self._channel.request(content, fds)
+        except EngineFailed as error:
+            if not self._channel.closed.is_set():
+                raise
+            await asyncio.wait([self._watcher] if self._watcher else [])
+            hint = f"{self._log} has all that it wrote"
+            raise EngineFailed(f"{error.message}: {self._epitaph()}", hint=hint) from None
+
+    async def _watch(self) -> None:
+        status = await self._zygote.wait(self.pid)
+        if self._channel is not None:
+            await self._channel.close()
+        self._clean_up()
+        if not self._stopping:
+            reason = f"signal {-status}" if status < 0 else f"status {status}"
+            self.on_exit(f"{reason}; {self._epitaph()}")
+
+    def _clean_up(self) -> None:
+        """What the process itself may not have had the time to remove."""
+        self.state = EngineState.FAILED
+        self.socket_path.unlink(missing_ok=True)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _epitaph(self) -> str:
+        lines = last_words(self._log).splitlines()
+        return lines[-1] if lines else "it left no words"
+
+    def _enter(self, state: EngineState) -> None:
+        if state not in TRANSITIONS[self.state]:
+            raise EngineFailed(f"the engine is {self.state}, and cannot become {state}")
+        self.state = state
+
+
+class ZygoteFactory:
+    """Makes engines whose processes are forked from one zygote, which starts importing at once."""
+
+    def __init__(self, kind: str, module: str, settings: Settings) -> None:
+        self.kind = kind
+        self._settings = settings
+        self._zygote = Zygote(settings.python, module, settings.logs)
+        self._numbers = itertools.count(1)
+
+    def begin(self) -> None:
+        """Starts importing in the background, so that the first engine starts as fast as the others."""
+        self._zygote.begin()
+
+    def refusal(self, architecture: str, side_files: Mapping[str, Path]) -> str:
+        if "config.json" not in side_files:
+            return "it has no config.json, so nothing says which architecture its weights belong to"
+        if not architecture:
+            return "its config.json names no architecture"
+        return ""
+
+    def create(self) -> EngineProcess:
+        return EngineProcess(next(self._numbers), self.kind, self._zygote, self._settings)
+
+    async def close(self) -> None:
+        await self._zygote.close()
+
+
+def torch_factory(settings: Settings) -> ZygoteFactory:
+    return ZygoteFactory("torch", "flashd.engines.torch.zygote", settings)

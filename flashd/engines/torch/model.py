@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How does a transformers model live in an arena that is not its own?
+
+transformers builds the model and is given, as its state dict, tensors over the mapped arena. What it uses as it is
+stays there: no byte is copied. What it must convert (experts that it fuses, say) it copies, and then rebinding means
+building anew. Parking drops every reference to the mapping, so that it goes away; waking and rebinding point the same
+parameters at the same offsets of another mapping. Equal layouts are what the architecture key guarantees.
+"""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from flashd.checkpoint import header
+from flashd.errors import Unsupported
+from flashd.tensors import bytes_tensor, torch_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What the daemon hands over: an arena to map, its layout, and the side files' content by name."""
+
+    arena_fd: int
+    arena_bytes: int
+    layout: str
+    side_files: Mapping[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Where in the arena a tensor of the model lies."""
+
+    tensor: torch.Tensor
+    offset_bytes: int
+    span_bytes: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+class Model:
+    """A model and its tokenizer, bound to weights. Not thread-safe: callers take turns."""
+
+    def __init__(self, weights: Weights, scratch: Path) -> None:
+        """Raises Unsupported if transformers itself does not have the architecture."""
+        self._scratch = scratch
+        self.tokenizer: Any = None
+        self.generation: GenerationConfig = GenerationConfig()
+        self._build(weights)
+
+    @property
+    def can_generate(self) -> bool:
+        return bool(self.module.can_generate())
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of weights that transformers had to convert, and that are therefore this process's own."""
+        return self._copied_bytes
+
+    @property
+    def max_positions(self) -> int:
+        text = self.module.config.get_text_config()
+        return int(getattr(text, "max_position_embeddings", 0) or 2048)
+
+    def unbind(self) -> None:
+        """Lets go of the arena: the mapping ends with the last tensor over it."""
+        for view in self._views:
+            view.tensor.data = torch.empty(0, dtype=view.dtype)
+        if self._copied_bytes:
+            del self.module
+
+    def bind(self, weights: Weights) -> None:
+        """Takes weights of the same layout; side files may differ (a fine-tune's template, say)."""
+        if self._copied_bytes:
+            self._build(weights)
+            return
+        self._point_at(_mapped(weights))
+        if weights.side_files != self._side_files:
+            self._read_side_files(weights.side_files)
+
+    def _build(self, weights: Weights) -> None:
+        config = self._read_side_files(weights.side_files)
+        region = _mapped(weights)
+        layout = header.parse(weights.layout.encode(), data_bytes=weights.arena_bytes, path="the layout")
+        tensors = torch_tensors(region, layout)
+        dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else getattr(config, "dtype", None) or torch.float32
+        cls = _class_of(config)
+        self.module = cls.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype)
+        self.module.eval().requires_grad_(False)
+        self.generation = self.module.generation_config if self.can_generate else GenerationConfig()
+        if "generation_config.json" in weights.side_files and self.can_generate:
+            self.generation = self._generation_config(weights.side_files)
+        self._find_views(bytes_tensor(region))
+
+    def _find_views(self, base: torch.Tensor) -> None:
+        start, end = base.data_ptr(), base.data_ptr() + base.numel()
+        self._views: list[View] = []
+        self._copied_bytes = 0
+        for tensor in _all_tensors(self.module):
+            if start <= tensor.data_ptr() < end:
+                span_bytes = tensor.element_size() * (
+                    1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+                )
+                offset = tensor.data_ptr() - start
+                self._views.append(View(tensor, offset, span_bytes, tensor.dtype, tensor.shape, tensor.stride()))
+            elif isinstance(tensor, torch.nn.Parameter):
+                self._copied_bytes += tensor.numel() * tensor.element_size()
+
+    def _point_at(self, region: memoryview) -> None:
+        base = bytes_tensor(region)
+        for view in self._views:
+            raw = base[view.offset_bytes : view.offset_bytes + view.span_bytes].view(view.dtype)
+            view.tensor.data = raw.as_strided(view.shape, view.stride)
+
+    def _read_side_files(self, side_files: Mapping[str, bytes]) -> Any:
+        """Tokenizer and configuration, from a folder that exists only while they are read."""
+        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
+            for name, content in side_files.items():
+                (Path(folder) / name).write_bytes(content)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            if any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for name in side_files):
+                self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            else:
+                self.tokenizer = None
+        self._side_files = dict(side_files)
+        return config
+
+    def _generation_config(self, side_files: Mapping[str, bytes]) -> GenerationConfig:
+        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
+            (Path(folder) / "generation_config.json").write_bytes(side_files["generation_config.json"])
+            return GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _mapped(weights: Weights) -> memoryview:
+    """The arena, mapped for reading; unmapped when nothing refers to it any more."""
+    mapping = mmap.mmap(weights.arena_fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+    return memoryview(mapping)[: weights.arena_bytes]
+
+
+def _class_of(config: Any) -> Any:
+    """The class that config.json names, if it is one of transformers' own. Code that comes with a model never runs."""
+    name = (config.architectures or [""])[0]
+    cls = getattr(transformers, name, None)
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+        version = transformers.__version__
+        raise Unsupported(
+            f"transformers {version} has no architecture {name!r}",
+            hint="a newer transformers may have it; code that comes with a model is never run",
+        )
+    return cls
+
+
+def _all_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Each parameter and buffer once, even if several modules share it."""
+    seen: set[int] = set()
+    for child in module.modules():
+        for tensor in (*child._parameters.values(), *child._buffers.values()):
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor

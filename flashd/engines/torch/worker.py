@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does one engine process do? It serves HTTP on its socket, and does what the daemon says on its control channel.
+
+The event loop runs in the main thread, the control channel in a second, the model in a third: a token that takes long
+to compute holds up neither an answer about health nor the order to stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+
+from flashd import sandbox
+from flashd.engines.control import Channel, Frame, close_all
+from flashd.engines.torch.gate import Gate
+from flashd.engines.torch.model import Model, Weights
+from flashd.engines.torch.server import Bound, Server
+from flashd.errors import FlashdError
+
+
+def main(channel: Channel) -> int:
+    """Runs until the daemon closes the channel. Returns the exit status."""
+    sandbox.restrict(writes=True)  # its socket and its scratch folder are files
+    os.umask(0o077)
+    frame = channel.receive()
+    options = frame.content
+    torch.set_num_threads(options["threads"] or max(1, len(os.sched_getaffinity(0))))
+    return asyncio.run(_Worker(channel, options).run(frame))
+
+
+class _Http(uvicorn.Server):  # type: ignore[misc]
+    """uvicorn, without its signal handlers: only the daemon ends us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Worker:
+    def __init__(self, channel: Channel, options: dict[str, Any]) -> None:
+        self._channel = channel
+        self._scratch = Path(options["scratch"])
+        self._socket_path = Path(options["socket"])
+        self._turns = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._gate = Gate()
+        self._server = Server(self._gate, self._turns, options["max_tokens_default"])
+        self._model: Model | None = None
+
+    async def run(self, first: Frame) -> int:
+        self._loop = asyncio.get_running_loop()
+        config = uvicorn.Config(self._server.application(), log_level="warning", lifespan="off", access_log=False)
+        http = _Http(config)
+        listener = _listen(self._socket_path)
+        orders = threading.Thread(target=self._obey, args=(first,), daemon=True, name="control")
+        orders.start()
+        await http.serve(sockets=[listener])
+        return 0
+
+    def _obey(self, first: Frame) -> None:
+        """The control thread: one order at a time, until the daemon hangs up."""
+        frame = first
+        try:
+            while True:
+                self._channel.send(self._answer(frame))
+                frame = self._channel.receive()
+        except (EOFError, ConnectionError):
+            os._exit(0)  # whatever is being generated, nobody is left to want it
+
+    def _answer(self, frame: Frame) -> dict[str, Any]:
+        try:
+            return self._do(frame) or {}
+        except FlashdError as error:
+            return {"error": error.message, "hint": error.hint}
+        except Exception as error:  # noqa: BLE001 -- the boundary of an order: transformers raises what it likes
+            traceback.print_exc()
+            return {"error": f"{type(error).__name__}: {error}"}
+        finally:
+            close_all(frame.fds)
+
+    def _do(self, frame: Frame) -> dict[str, Any] | None:
+        match frame.content["op"]:
+            case "start" | "wake" | "rebind" as op:
+                self._take(frame, stay_shut=op == "rebind")
+            case "drain":
+                self._on_loop(self._gate.drain(frame.content["timeout_s"]))
+            case "resume":
+                self._loop.call_soon_threadsafe(self._gate.open)
+            case "park":
+                self._park()
+            case "stats":
+                return {"active_requests": self._gate.active, "memory_bytes": _own_memory_bytes()}
+            case op:
+                return {"error": f"an engine cannot {op}"}
+        return None
+
+    def _take(self, frame: Frame, *, stay_shut: bool) -> None:
+        content = frame.content
+        names = content["side_files"]
+        side_files = {name: _read_all(fd) for name, fd in zip(names, frame.fds[1:], strict=True)}
+        weights = Weights(frame.fds[0], content["arena_bytes"], content["layout"], side_files)
+        if self._model is None:
+            self._model = Model(weights, self._scratch)
+        else:
+            self._model.bind(weights)
+        bound = Bound(self._model, content["model_name"], frozenset(content["names"]), int(time.time()))
+
+        def announce() -> None:
+            self._server.bound = bound
+            if not stay_shut:
+                self._gate.open()
+
+        self._loop.call_soon_threadsafe(announce)
+
+    def _park(self) -> None:
+        self._loop.call_soon_threadsafe(self._gate.park)
+        if self._model is not None:
+            self._model.unbind()
+
+    def _on_loop(self, step: Any) -> None:
+        asyncio.run_coroutine_threadsafe(step, self._loop).result()
+
+
+def _listen(path: Path) -> socket.socket:
+    """A socket that only this user can connect to (mode 0600 by the umask)."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(128)
+    return listener
+
+
+def _read_all(fd: int) -> bytes:
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def _own_memory_bytes() -> int:
+    """Resident memory that is this process's own: shared arenas are not (proc(5), RssAnon)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where do engine processes come from? A zygote: a process that has imported everything, and forks on request.
+
+Importing torch and transformers takes seconds; a fork of a process that has takes milliseconds. The zygote is started
+when the daemon starts and imports in the background; whoever needs an engine earlier waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from pathlib import Path
+
+from flashd.engines.control import AsyncChannel, pair
+from flashd.errors import EngineFailed, Unavailable
+
+_GRACE_S = 2.0
+LAST_WORDS_BYTES = 4096
+
+
+class Zygote:
+    """Runs `python -m MODULE CONTROL_FD`; its stderr, and that of what it forks, goes to files in `log_folder`."""
+
+    def __init__(self, python: str, module: str, log_folder: Path) -> None:
+        self._python = python
+        self._module = module
+        self._log_folder = log_folder
+        self._process: asyncio.subprocess.Process | None = None
+        self._channel: AsyncChannel | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._exits: dict[int, asyncio.Future[int]] = {}
+        self._listener: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """Starts importing, in the background. Call it again after a zygote has died: it starts another."""
+        if self._starting is None or (self._channel is not None and self._channel.closed.is_set()):
+            self._starting = asyncio.create_task(self._start(), name="zygote")
+
+    async def fork(self, control: socket.socket, log: Path) -> int:
+        """A worker that has `control`; returns its process id. Raises Unavailable if there is no such interpreter or
+        framework, EngineFailed if the zygote dies."""
+        self.begin()
+        assert self._starting is not None
+        await asyncio.shield(self._starting)
+        assert self._channel is not None
+        with log.open("wb") as words:
+            answer = await self._channel.request({"op": "fork"}, (control.fileno(), words.fileno()))
+        pid = int(answer["pid"])
+        self._exits.setdefault(pid, asyncio.get_running_loop().create_future())
+        return pid
+
+    async def wait(self, pid: int) -> int:
+        """Returns the exit status of a worker, negative for a signal, when it has ended."""
+        future = self._exits.setdefault(pid, asyncio.get_running_loop().create_future())
+        try:
+            return await asyncio.shield(future)
+        finally:
+            if future.done():
+                self._exits.pop(pid, None)
+
+    async def close(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError, EngineFailed, Unavailable):
+                await self._starting
+        if self._listener is not None:
+            self._listener.cancel()
+        if self._channel is not None:
+            await self._channel.close()
+        if self._process is not None:
+            await _ended(self._process)
+
+    async def _start(self) -> None:
+        ours, theirs = pair()
+        self._log_folder.mkdir(parents=True, exist_ok=True)
+        log = self._log_folder / "zygote.log"
+        try:
+            with log.open("wb") as words:
+                self._process = await asyncio.create_subprocess_exec(
+                    *(self._python, "-m", self._module, str(theirs.fileno())),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=words,
+                    stderr=words,
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,
+                )
+        except OSError as error:
+            ours.close()
+            hint = "set engines.torch.python to an interpreter that has torch and transformers"
+            raise Unavailable(f"cannot run {self._python}: {error.strerror}", hint=hint) from None
+        finally:
+            theirs.close()
+        self._channel = AsyncChannel(ours)
+        try:
+            await self._channel.request({"op": "ready"})
+        except EngineFailed:
+            words_said = last_words(log)
+            if "No module named" in words_said:
+                hint = "install flashd's torch extra, or set engines.torch.python to an interpreter that has it"
+                raise Unavailable(f"engines cannot start: {words_said.splitlines()[-1]}", hint=hint) from None
+            raise EngineFailed(f"engines cannot start: {words_said or 'the zygote died'}") from None
+        self._listener = asyncio.create_task(self._listen(self._channel), name="zygote notices")
+
+    async def _listen(self, channel: AsyncChannel) -> None:
+        """Exits are told by the zygote, whose children workers are; they do not outlive it (PR_SET_PDEATHSIG)."""
+        closed = asyncio.ensure_future(channel.closed.wait())
+        while True:
+            notice = asyncio.ensure_future(channel.notices.get())
+            await asyncio.wait({notice, closed}, return_when=asyncio.FIRST_COMPLETED)
+            if not notice.done():
+                notice.cancel()
+                break
+            self._exited(int(notice.result().get("exited", 0)), int(notice.result().get("status", 0)))
+        for pid in list(self._exits):
+            self._exited(pid, -signal.SIGKILL)
+
+    def _exited(self, pid: int, status: int) -> None:
+        future = self._exits.setdefault(pid, asyncio.get_running_loop().create_future())
+        if not future.done():
+            future.set_result(status)
+
+
+def last_words(log: Path) -> str:
+    """The end of what a process wrote to its log, as text."""
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - LAST_WORDS_BYTES))
+        return file.read().decode(errors="replace").strip()
+    return ""
+
+
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    """Its control socket is closed, which it takes as the word to go; if it does not, it is made to."""
+    try:
+        await asyncio.wait_for(process.wait(), _GRACE_S)
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
