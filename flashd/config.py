@@ -235,6 +235,12 @@ def value_of(config: Config, key: str) -> Any:
     return value
 
 
+def with_value(config: Config, key: str, value: Any) -> Config:
+    """The configuration with one setting changed to a TOML value."""
+    changed: Config = _merged(config, _nested(key, value), "", key)
+    return changed
+
+
 def torch_python(config: Config) -> str:
     """The interpreter that engines and the converter of PyTorch files run in."""
     return config.engines.torch.python or sys.executable

@@ -29,8 +29,9 @@ class Settings:
             raise InvalidArgument(f"{key} was given on the command line, which overrides it", hint=hint)
         setting = configuration.set_value(self.paths, key, text)
         after = configuration.load(self.paths, self._overrides)
-        if configuration.value_of(after, key) == configuration.value_of(self.current, key):
+        value = configuration.value_of(after, key)
+        if value == configuration.value_of(self.current, key):
             return False
         if setting.live:
-            self.current = after
+            self.current = configuration.with_value(self.current, key, value)
         return not setting.live

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How is the daemon started? `flashd`, with what overrides its configuration."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flashd
+from flashd import config
+from flashd.config import Paths, Scope
+from flashd.daemon.service import run
+from flashd.daemon.settings import Settings
+from flashd.errors import FlashdError
+
+
+def parser() -> argparse.ArgumentParser:
+    described = argparse.ArgumentParser(prog="flashd", description="Holds models and switches between them, on D-Bus.")
+    described.add_argument("--bus", metavar="session|system|ADDRESS", help="the bus to be on")
+    described.add_argument("--config", type=Path, metavar="FILE", help="flashd.toml; its drop-ins are in FILE.d/*.toml")
+    described.add_argument("--state-dir", type=Path, metavar="FOLDER", help="where the store and the logs lie")
+    described.add_argument("--models-dir", type=Path, metavar="FOLDER", help="the folder watched for sources")
+    described.add_argument("--runtime-dir", type=Path, metavar="FOLDER", help="where sockets lie")
+    described.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    described.add_argument("--version", action="version", version=f"flashd {flashd.__version__}")
+    return described
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    # The service manager's journal has the time; a terminal's reader wants it.
+    logging.basicConfig(
+        level=options.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    _raise_descriptor_limit()
+    try:
+        settings = Settings(_paths(options), _overrides(options))
+        asyncio.run(_until_signalled(settings, _address(options, settings)))
+    except FlashdError as error:
+        print(f"flashd: {error}".replace("\n", "\n        "), file=sys.stderr)
+        raise SystemExit(error.exit_status) from None
+
+
+async def _until_signalled(settings: Settings, address: str) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await run(settings, address, stop)
+
+
+def _paths(options: argparse.Namespace) -> Paths:
+    """Root without --bus is the machine's daemon; everybody else has their own."""
+    is_system = options.bus == "system" or (options.bus is None and os.getuid() == 0)
+    paths = config.default_paths(Scope.SYSTEM if is_system else Scope.USER)
+    given = {
+        "config": options.config,
+        "state": options.state_dir,
+        "models": options.models_dir,
+        "runtime": options.runtime_dir,
+    }
+    return dataclasses.replace(paths, **{name: path.absolute() for name, path in given.items() if path is not None})
+
+
+def _overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """What is given here counts, whatever the files say."""
+    given: dict[str, Any] = {}
+    if options.state_dir is not None:
+        given["store.path"] = str(options.state_dir.absolute() / "store")
+    if options.models_dir is not None:
+        given["inbox.folders"] = [str(options.models_dir.absolute())]
+    if options.bus is not None:
+        given["bus.address"] = options.bus
+    return given
+
+
+def _address(options: argparse.Namespace, settings: Settings) -> str:
+    default = "system" if options.bus is None and os.getuid() == 0 else "session"
+    return settings.current.bus.address or default
+
+
+def _raise_descriptor_limit() -> None:
+    """Imports hand us many descriptors, and each resident model keeps one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+if __name__ == "__main__":
+    main()

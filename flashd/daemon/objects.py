@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: ARG002 -- every method is told its caller; few need it
+"""What do the objects on the bus say and do? Thin: each maps the contract's members to the part behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dbus_next import Variant
+
+import flashd
+from flashd import wire
+from flashd.bus import plain
+from flashd.daemon.authorization import check_owner
+from flashd.daemon.exports import Caller, Exported, Fd
+from flashd.daemon.jobs import Job, Owner
+from flashd.daemon.parts import Parts
+from flashd.errors import InvalidArgument, NotFound
+from flashd.memory.lease import Lease
+from flashd.store.catalog import Model
+from flashd.swap import Seat
+
+NONE = "/"  # how D-Bus APIs say "no object"
+HOST = "host"
+
+
+class ManagerObject(Exported):
+    interface = wire.MANAGER
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(wire.ROOT_PATH)
+        self._parts = parts
+
+    def properties(self) -> Mapping[str, Any]:
+        parts = self._parts
+        config, active = parts.settings.current, parts.swapper.active
+        return {
+            "Version": flashd.__version__,
+            "State": "stopping" if parts.is_stopping() else "ready",
+            "ActiveModel": wire.model_path(active.target.model_name) if active else NONE,
+            "ActiveEngine": wire.engine_path(active.engine.number) if active else NONE,
+            "Endpoint": str(parts.endpoint),
+            "ModelsDirectories": [str(folder) for folder in config.inbox.folders],
+            "StorePath": str(config.store.path),
+            "StoreBytes": parts.catalog.size_bytes(),
+            "StoreQuotaBytes": config.store.quota_bytes,
+            "StoreFreeBytes": parts.catalog.free_bytes(),
+            "InboxItems": parts.arrivals.shown(),
+        }
+
+    async def find_model(self, caller: Caller, name: str) -> str:
+        return wire.model_path(self._parts.catalog.resolve(name).name)
+
+    async def import_(
+        self, caller: Caller, name: str, files: dict[str, int], more: bool, options: dict[str, Variant]
+    ) -> str:
+        given = checked_options(options, aliases="as", replace="b")
+        job = self._parts.imports.begin(
+            caller,
+            name,
+            files,
+            more=more,
+            aliases=tuple(given.get("aliases", ())),
+            replace=given.get("replace", True),
+        )
+        return wire.job_path(job.number)
+
+    async def import_files(self, caller: Caller, job: str, files: dict[str, int], more: bool) -> None:
+        self._parts.imports.add(caller, self._parts.jobs.get(_number(job, wire.job_path)), files, more=more)
+
+    async def swap(self, caller: Caller, model: str, options: dict[str, Variant]) -> str:
+        engine = checked_options(options, engine="s").get("engine", self._parts.engine_kind)
+        if engine != self._parts.engine_kind:
+            hint = f"there is: {self._parts.engine_kind}"
+            raise InvalidArgument(f"there is no kind of engine {engine!r}", hint=hint)
+        return wire.job_path(self._parts.serving.swap(self._parts.catalog.resolve(model), _owner(caller)).number)
+
+    async def load(self, caller: Caller, model: str, tier: str, options: dict[str, Variant]) -> str:
+        checked_options(options)
+        _check_host(tier, "tier")
+        return wire.job_path(self._parts.serving.load(self._parts.catalog.resolve(model), _owner(caller)).number)
+
+    async def lease(
+        self, caller: Caller, model: str, options: dict[str, Variant]
+    ) -> tuple[str, Fd, str, dict[str, Variant]]:
+        _check_host(checked_options(options, device="s").get("device", HOST), "device")
+        lease, arena_fd, layout = await self._parts.serving.lease(self._parts.catalog.resolve(model), caller)
+        details = {
+            "size_bytes": Variant("t", lease.size_bytes),
+            "device": Variant("s", HOST),
+            "model": Variant("s", lease.model_name),
+            "checkpoint": Variant("s", lease.checkpoint_id),
+        }
+        return wire.lease_path(lease.number), Fd(arena_fd), layout, details
+
+    async def park(self, caller: Caller) -> str:
+        return wire.job_path(self._parts.serving.park(_owner(caller)).number)
+
+    async def scrub(self, caller: Caller) -> str:
+        return wire.job_path(self._parts.models.scrub(_owner(caller)).number)
+
+    async def collect(self, caller: Caller) -> tuple[list[str], int]:
+        collected = await self._parts.models.collect()
+        return list(collected.checkpoint_ids), collected.freed_bytes
+
+    async def get_config(self, caller: Caller) -> str:
+        return self._parts.settings.to_toml()
+
+    async def set_config(self, caller: Caller, key: str, value: str) -> bool:
+        return self._parts.settings.change(key, value)
+
+    async def stop(self, caller: Caller) -> None:
+        self._parts.stop()
+
+
+class ModelObject(Exported):
+    interface = wire.MODEL
+
+    def __init__(self, parts: Parts, name: str) -> None:
+        super().__init__(wire.model_path(name))
+        self._parts = parts
+        self._name = name
+
+    def _model(self) -> Model:
+        model = self._parts.catalog.get(self._name)
+        if model is None:
+            raise NotFound(f"there is no model {self._name!r}", hint="it was removed just now")
+        return model
+
+    def properties(self) -> Mapping[str, Any]:
+        model, parts = self._model(), self._parts
+        active = parts.swapper.active
+        return {
+            "Name": model.name,
+            "Aliases": list(model.aliases),
+            "Checkpoint": model.checkpoint_id,
+            "Architecture": model.architecture,
+            "DType": model.dtype,
+            "SizeBytes": model.size_bytes,
+            "TensorCount": model.tensor_count,
+            "Residency": parts.residency.tier_of(model.checkpoint_id).value,
+            "Active": active is not None and active.target.model_name == model.name,
+            "Pinned": model.pinned,
+            "Leases": parts.residency.holds(model.checkpoint_id),
+            "CreatedAt": int(model.created_at),
+            "LastUsedAt": int(model.last_used_at),
+            "UseCount": model.use_count,
+            "Source": model.origin.location,
+        }
+
+    async def pin(self, caller: Caller) -> None:
+        await self._parts.models.set_pinned(self._name, True)
+
+    async def unpin(self, caller: Caller) -> None:
+        await self._parts.models.set_pinned(self._name, False)
+
+    async def evict(self, caller: Caller) -> None:
+        self._parts.models.evict(self._model())
+
+    async def set_aliases(self, caller: Caller, aliases: list[str]) -> None:
+        await self._parts.models.set_aliases(self._name, aliases)
+
+    async def remove(self, caller: Caller) -> None:
+        await self._parts.models.remove(self._name)
+
+    async def verify(self, caller: Caller) -> str:
+        return wire.job_path(self._parts.models.verify(self._name, _owner(caller)).number)
+
+
+class JobObject(Exported):
+    interface = wire.JOB
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(wire.job_path(job.number))
+        self._job = job
+
+    def error(self) -> list[str]:
+        error = self._job.error
+        return [error.bus_name(), error.message, error.hint] if error else ["", "", ""]
+
+    def properties(self) -> Mapping[str, Any]:
+        job = self._job
+        return {
+            "Kind": job.kind,
+            "Subject": job.subject,
+            "State": job.state.value,
+            "Phase": job.phase,
+            "DoneBytes": job.done_bytes,
+            "TotalBytes": job.total_bytes,
+            "CreatedAt": job.created_at,
+            "FinishedAt": job.finished_at,
+            "Result": dict(job.result),
+            "Error": self.error(),
+        }
+
+    async def cancel(self, caller: Caller) -> None:
+        check_owner(caller, self._job.owner.uid, f"job {self._job.number}")
+        self._job.cancel()
+
+
+class LeaseObject(Exported):
+    interface = wire.LEASE
+
+    def __init__(self, parts: Parts, lease: Lease) -> None:
+        super().__init__(wire.lease_path(lease.number))
+        self._parts = parts
+        self._lease = lease
+
+    def properties(self) -> Mapping[str, Any]:
+        lease = self._lease
+        still_there = self._parts.catalog.get(lease.model_name) is not None
+        return {
+            "Model": wire.model_path(lease.model_name) if still_there else NONE,
+            "Checkpoint": lease.checkpoint_id,
+            "Device": HOST,
+            "SizeBytes": lease.size_bytes,
+            "Owner": lease.owner,
+            "OwnerUid": lease.owner_uid,
+            "CreatedAt": int(lease.created_at),
+        }
+
+    async def release(self, caller: Caller) -> None:
+        check_owner(caller, self._lease.owner_uid, f"lease {self._lease.number}")
+        self._parts.leases.release(self._lease.number)
+
+
+class EngineObject(Exported):
+    interface = wire.ENGINE
+
+    def __init__(self, parts: Parts, seat: Seat) -> None:
+        super().__init__(wire.engine_path(seat.engine.number))
+        self._parts = parts
+        self._seat = seat
+
+    def properties(self) -> Mapping[str, Any]:
+        engine, target = self._seat.engine, self._seat.target
+        stats = self._parts.engine_stats.of(engine.number)
+        still_there = self._parts.catalog.get(target.model_name) is not None
+        return {
+            "Kind": engine.kind,
+            "State": engine.state.value,
+            "Model": wire.model_path(target.model_name) if still_there else NONE,
+            "Architecture": target.checkpoint.manifest.architecture,
+            "Endpoint": str(engine.socket_path),
+            "Pid": engine.pid,
+            "ActiveRequests": stats.active_requests,
+            "MemoryBytes": stats.memory_bytes,
+            "StartedAt": int(engine.started_at),
+        }
+
+    async def stop(self, caller: Caller) -> None:
+        await self._parts.serving.stop_engine(self._seat.engine.number)
+
+
+class DeviceObject(Exported):
+    interface = wire.DEVICE
+
+    def __init__(self, parts: Parts) -> None:
+        self._residency = parts.residency
+        super().__init__(wire.device_path(self._residency.device.name))
+
+    def properties(self) -> Mapping[str, Any]:
+        device, pool = self._residency.device, self._residency.pool
+        return {
+            "Name": device.name,
+            "Kind": HOST,
+            "TotalBytes": device.total_bytes,
+            "BudgetBytes": pool.budget_bytes,
+            "UsedBytes": pool.used_bytes,
+            "LeasedBytes": self._residency.fixed_bytes(),
+            "HugePages": device.huge_pages.value,
+        }
+
+
+def checked_options(options: Mapping[str, Variant], **known: str) -> dict[str, Any]:
+    """Options as plain values. Raises InvalidArgument for names we do not know and values of another signature."""
+    for name, value in options.items():
+        if name not in known:
+            hint = f"there is: {', '.join(sorted(known))}" if known else "this method has none yet"
+            raise InvalidArgument(f"there is no option {name!r}", hint=hint)
+        if value.signature != known[name]:
+            raise InvalidArgument(f"option {name!r} is of type {known[name]!r}, not {value.signature!r}")
+    return {name: plain(value) for name, value in options.items()}
+
+
+def _owner(caller: Caller) -> Owner:
+    return Owner(caller.peer, caller.uid)
+
+
+def _check_host(name: str, what: str) -> None:
+    if name != HOST:
+        raise InvalidArgument(f"there is no {what} {name!r} here", hint=f"there is: {HOST}")
+
+
+def _number(path: str, path_of: Callable[[int], str]) -> int:
+    """The number that an object path of ours ends in."""
+    last = path.rpartition("/")[2]
+    if not (last.isascii() and last.isdigit()) or path_of(int(last)) != path:
+        raise InvalidArgument(f"{path} is not the path of such an object", hint="use the path that the call returned")
+    return int(last)

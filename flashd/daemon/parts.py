@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What do bus objects need of the daemon? Its parts, each built once by flashd/daemon/service.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashd.daemon.arrivals import Arrivals
+from flashd.daemon.engine_stats import EngineStatsBook
+from flashd.daemon.imports import Imports
+from flashd.daemon.jobs import Jobs
+from flashd.daemon.models import Models
+from flashd.daemon.serving import Serving
+from flashd.daemon.settings import Settings
+from flashd.memory.lease import LeaseBook
+from flashd.memory.residency import Residency
+from flashd.store.catalog import Catalog
+from flashd.swap import Swapper
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """`stop` asks the daemon to end; `is_stopping` tells whether somebody did."""
+
+    settings: Settings
+    catalog: Catalog
+    jobs: Jobs
+    imports: Imports
+    arrivals: Arrivals
+    models: Models
+    residency: Residency
+    leases: LeaseBook
+    swapper: Swapper
+    serving: Serving
+    engine_kind: str
+    engine_stats: EngineStatsBook
+    endpoint: Path
+    stop: Callable[[], None]
+    is_stopping: Callable[[], bool]

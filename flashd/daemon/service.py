@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The composition root: every part is built here, once, and told of the others."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+
+from flashd import config as configuration
+from flashd import wire
+from flashd.bus import Connection, connect
+from flashd.checkpoint.files import Checkpoint
+from flashd.config import Config
+from flashd.daemon.arrivals import Arrivals
+from flashd.daemon.authorization import Authority, SameUser, authorize
+from flashd.daemon.conversions import Conversions
+from flashd.daemon.endpoint import EndpointLink, RuntimeFolder
+from flashd.daemon.engine_stats import EngineStatsBook
+from flashd.daemon.exports import Caller, ObjectTree
+from flashd.daemon.imports import Imports
+from flashd.daemon.jobs import Job, Jobs, Owner
+from flashd.daemon.models import Models
+from flashd.daemon.parts import Parts
+from flashd.daemon.presence import Presence
+from flashd.daemon.serving import Serving
+from flashd.daemon.settings import Settings
+from flashd.daemon.threads import Background
+from flashd.engines import process
+from flashd.errors import Busy, Unavailable
+from flashd.memory.device import HostDevice
+from flashd.memory.lease import Lease, LeaseBook
+from flashd.memory.pool import Pool
+from flashd.memory.residency import Residency, StreamLoader
+from flashd.store.catalog import Catalog, Model
+from flashd.store.inbox import Inbox
+from flashd.streamer import Backend, Options, TransferResult
+from flashd.swap import Policy, Swapper, Target
+from flashd.units import format_bytes
+
+log = logging.getLogger(__name__)
+
+
+async def run(settings: Settings, address: str, stop: asyncio.Event) -> None:
+    """Runs the daemon until `stop` is set, somebody calls Stop, or the bus goes away (raises Unavailable).
+
+    Raises Busy or AlreadyExists if another daemon has the store, the runtime folder or the name.
+    """
+    config = settings.current
+    async with contextlib.AsyncExitStack() as stack:
+        connection = await connect(address)
+        stack.push_async_callback(connection.close)
+        runtime = stack.enter_context(RuntimeFolder(settings.paths.runtime))
+        store = config.store
+        catalog = stack.enter_context(
+            Catalog(store.path, quota_bytes=store.quota_bytes, keep_versions=store.keep_versions)
+        )
+        service = Service(connection, settings, catalog, runtime, stop)
+        stack.push_async_callback(service.close)
+        await service.start()
+        notify("READY=1")
+        log.info("ready on %s as %s", address, wire.BUS_NAME)
+        await service.ended()
+        notify("STOPPING=1")
+
+
+class Service:
+    """The daemon's parts, and what each must hear of the others."""
+
+    def __init__(
+        self, connection: Connection, settings: Settings, catalog: Catalog, runtime: RuntimeFolder, stop: asyncio.Event
+    ) -> None:
+        config = settings.current
+        options = streamer_options(config)
+        self._connection = connection
+        self._settings = settings
+        self._stop = stop
+        self._ourselves = Owner(peer="", uid=os.getuid())
+        self._authority: Authority = SameUser(os.getuid())
+        self._callers: dict[str, Caller] = {}
+        self._background = Background()
+        self._catalog = catalog
+        self._jobs = Jobs(on_change=self._job_changed, on_forget=self._job_forgotten)
+        conversions = Conversions(
+            catalog, options=options, python=configuration.torch_python(config), on_published=self._model_published
+        )
+        self._imports = Imports(catalog, self._jobs, conversions)
+        self._arrivals = Arrivals(
+            catalog,
+            self._jobs,
+            conversions,
+            owner=self._ourselves,
+            on_change=self._inbox_changed,
+            on_source_removed=self._source_removed,
+        )
+        self._inbox = Inbox(
+            config.inbox.folders, self._arrivals, settle_s=config.inbox.settle_s, rescan_s=config.inbox.rescan_s
+        )
+        device = HostDevice.probe(use_huge_pages=config.memory.huge_pages == "auto")
+        self._residency = Residency(
+            device,
+            Pool(device.name, config.memory.host_budget_bytes or device.default_budget_bytes()),
+            StreamLoader(options, verify=config.streamer.verify, on_loaded=_log_load),
+            is_pinned=self._is_pinned,
+            on_change=self._checkpoint_changed,
+        )
+        self._leases = LeaseBook(on_end=self._lease_ended)
+        self._factory = process.torch_factory(_engine_settings(config, runtime, settings))
+        self._swapper = Swapper(
+            self._residency,
+            self._factory,
+            EndpointLink(runtime.endpoint),
+            Policy(config.engines.drain_timeout_s, config.engines.max_parked),
+            on_change=self._swapper_changed,
+            on_lost=self._engine_lost,
+        )
+        self._serving = Serving(
+            catalog,
+            self._residency,
+            self._swapper,
+            self._leases,
+            self._jobs,
+            self._background,
+            endpoint=runtime.endpoint,
+            is_present=connection.is_present,
+            on_leased=self._lease_began,
+            on_used=self._model_changed,
+        )
+        self._models = Models(
+            catalog,
+            self._residency,
+            self._jobs,
+            self._background,
+            options=options,
+            is_wanted=self._serving.is_wanted,
+            on_change=self._model_changed,
+            on_remove=self._model_removed,
+        )
+        self._engine_stats = EngineStatsBook(
+            self._swapper,
+            idle_timeout_s=lambda: settings.current.engines.idle_timeout_s,
+            on_change=self._engine_changed,
+            on_idle=self._park_idle,
+        )
+        parts = Parts(
+            settings=settings,
+            catalog=catalog,
+            jobs=self._jobs,
+            imports=self._imports,
+            arrivals=self._arrivals,
+            models=self._models,
+            residency=self._residency,
+            leases=self._leases,
+            swapper=self._swapper,
+            serving=self._serving,
+            engine_kind=self._factory.kind,
+            engine_stats=self._engine_stats,
+            endpoint=runtime.endpoint,
+            stop=stop.set,
+            is_stopping=stop.is_set,
+        )
+        self._presence = Presence(ObjectTree(connection, identify=self._identify, authorize=self._authorize), parts)
+
+    async def start(self) -> None:
+        """Appears on the bus, complete; then begins to look into the inbox."""
+        self._presence.appear()
+        await self._connection.watch_peers(self._peer_left)
+        await self._connection.own(wire.BUS_NAME)
+        if self._catalog.models():
+            self._factory.begin()
+        self._engine_stats.start()
+        self._inbox.start()
+        self._models.collect_soon()
+
+    async def ended(self) -> None:
+        """Returns when somebody asked us to stop. Raises Unavailable if the bus went away."""
+        lost = asyncio.create_task(self._connection.closed())
+        asked = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({lost, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if not self._stop.is_set():
+            asked.cancel()
+            raise Unavailable("the bus went away", hint="the service manager starts flashd again")
+        lost.cancel()
+
+    async def close(self) -> None:
+        """Ends everything in the order in which it needs each other."""
+        self._stop.set()
+        self._presence.manager_changed()
+        await self._inbox.close()
+        await self._jobs.close()
+        await self._engine_stats.close()
+        await self._swapper.close()
+        await self._factory.close()
+        for lease in self._leases.all():
+            self._leases.release(lease.number)
+        await self._background.close()
+        self._residency.close()
+        self._presence.close()
+
+    async def _identify(self, peer: str) -> Caller:
+        if peer not in self._callers:
+            uid, _ = await self._connection.credentials(peer)
+            self._callers[peer] = Caller(peer, uid)
+        return self._callers[peer]
+
+    async def _authorize(self, caller: Caller, interface: str, member: str) -> None:
+        if self._stop.is_set():
+            raise Busy("the daemon is stopping", hint="start it again: flash start")
+        await authorize(self._authority, caller, interface, member)
+
+    def _peer_left(self, peer: str) -> None:
+        self._callers.pop(peer, None)
+        self._imports.peer_left(peer)
+        self._serving.peer_left(peer)
+
+    def _job_changed(self, job: Job) -> None:
+        self._presence.job_changed(job)
+        if job.finished:
+            self._imports.ended(job)
+            self._arrivals.ended(job)
+            self._serving.ended(job)
+
+    def _job_forgotten(self, job: Job) -> None:
+        self._presence.job_forgotten(job)
+
+    def _model_published(self, model: Model) -> None:
+        log.info("%s is a model: %s", model.name, format_bytes(model.size_bytes))
+        self._presence.model_published(model)
+        self._models.collect_soon()
+        self._factory.begin()
+
+    def _model_changed(self, name: str) -> None:
+        self._presence.model_changed(name)
+
+    def _model_removed(self, name: str) -> None:
+        self._presence.model_removed(name)
+
+    def _source_removed(self, name: str) -> None:
+        if self._settings.current.inbox.on_remove == "remove":
+            self._background.start(self._models.remove(name))
+
+    def _inbox_changed(self) -> None:
+        self._presence.manager_changed()
+
+    def _is_pinned(self, checkpoint_id: str) -> bool:
+        return self._models.is_pinned(checkpoint_id)
+
+    def _checkpoint_changed(self, checkpoint_id: str) -> None:
+        self._presence.checkpoint_changed(checkpoint_id)
+        if not self._residency.holds(checkpoint_id) and not self._stop.is_set():
+            self._models.collect_if_unused(checkpoint_id)
+
+    def _lease_began(self, lease: Lease) -> None:
+        self._presence.lease_began(lease)
+
+    def _lease_ended(self, lease: Lease) -> None:
+        self._presence.lease_ended(lease)
+
+    def _swapper_changed(self) -> None:
+        self._serving.swap_progressed()
+        self._engine_stats.note_activity()
+        self._presence.engines_changed()
+
+    def _engine_changed(self, number: int) -> None:
+        self._presence.engine_changed(number)
+
+    def _engine_lost(self, target: Target) -> None:
+        if not self._stop.is_set():
+            self._serving.engine_lost(target, self._ourselves)
+
+    def _park_idle(self) -> None:
+        self._serving.park(self._ourselves)
+
+
+def streamer_options(config: Config) -> Options:
+    chosen = config.streamer
+    return Options(
+        block_bytes=chosen.block_bytes, depth=chosen.depth, backend=Backend(chosen.backend), direct=chosen.direct
+    )
+
+
+def notify(state: str) -> None:
+    """Tells the service manager, if one started us (sd_notify(3))."""
+    address = configuration.notify_socket()
+    if address is None:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        channel.connect("\0" + address[1:] if address.startswith("@") else address)
+        channel.sendall(state.encode())
+
+
+def _engine_settings(config: Config, runtime: RuntimeFolder, settings: Settings) -> process.Settings:
+    return process.Settings(
+        python=configuration.torch_python(config),
+        runtime=runtime.path,
+        logs=settings.paths.state / "logs",
+        threads=config.engines.torch.threads,
+        max_tokens_default=config.engines.torch.max_tokens_default,
+        start_timeout_s=config.engines.start_timeout_s,
+    )
+
+
+def _log_load(checkpoint: Checkpoint, result: TransferResult) -> None:
+    rate = result.size_bytes / max(result.seconds, 1e-9) / 1e9
+    how = f"{result.backend}, {'direct' if result.direct else 'buffered'}"
+    fallback = f"; {result.fallback}" if result.fallback else ""
+    log.info(
+        "loaded %s, %s at %.2f GB/s (%s%s)", checkpoint.id[:12], format_bytes(result.size_bytes), rate, how, fallback
+    )

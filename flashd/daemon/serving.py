@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How are models used? Swapped to, loaded, leased and parked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dbus_next import Variant
+
+from flashd import wire
+from flashd.daemon.exports import Caller
+from flashd.daemon.jobs import Job, Jobs, JobState, Owner, Result, Work
+from flashd.daemon.threads import Background
+from flashd.errors import Cancelled, NotFound
+from flashd.memory.lease import Lease, LeaseBook
+from flashd.memory.residency import Residency
+from flashd.store.catalog import Catalog, Model
+from flashd.swap import Swapper, SwapState, Target
+
+log = logging.getLogger(__name__)
+
+# An engine that dies again so soon after it was brought back is left alone: the model itself must be the reason.
+_BRING_BACK_AGAIN_S = 300.0
+
+
+class Serving:
+    """Operations that use models, as jobs where they are long."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        residency: Residency,
+        swapper: Swapper,
+        leases: LeaseBook,
+        jobs: Jobs,
+        background: Background,
+        *,
+        endpoint: Path,
+        is_present: Callable[[str], bool],
+        on_leased: Callable[[Lease], None],
+        on_used: Callable[[str], None],
+    ) -> None:
+        """`is_present` tells whether a bus peer is still there; `on_used` hears of models whose use was noted."""
+        self._catalog = catalog
+        self._residency = residency
+        self._leases = leases
+        self._jobs = jobs
+        self._background = background
+        self._endpoint = endpoint
+        self._is_present = is_present
+        self._on_leased = on_leased
+        self._on_used = on_used
+        self._swapper = swapper
+        self._line: list[Job] = []  # swaps and parks that have not ended, in the order asked
+        self._waiting_for_lease: dict[str, set[asyncio.Task[Any]]] = {}
+        self._brought_back: dict[str, float] = {}
+
+    def is_wanted(self, name: str) -> bool:
+        """Whether a model is active, or a swap to it waits or is under way."""
+        active = self._swapper.active
+        return (active is not None and active.target.model_name == name) or any(
+            job.subject == name for job in self._line
+        )
+
+    def swap(self, model: Model, owner: Owner) -> Job:
+        """Joins the last swap asked for, if that one is to the same model and has not ended."""
+        if self._line and self._line[-1].kind == "swap" and self._line[-1].subject == model.name:
+            return self._line[-1]
+        target = Target(model.name, (model.name, *model.aliases), self._catalog.checkpoint(model.checkpoint_id))
+
+        async def work(job: Job) -> Result:
+            outcome = await self._swapper.swap(target, lambda done, total: job.report(None, done, total))
+            _begin(job)
+            self._note_use(model.name, swapped=True)
+            return {
+                "model": Variant("o", wire.model_path(outcome.model_name)),
+                "engine": Variant("o", wire.engine_path(outcome.engine_number)),
+                "endpoint": Variant("s", str(self._endpoint)),
+                "how": Variant("s", outcome.how.value),
+                "from_tier": Variant("s", outcome.from_tier.value),
+                "seconds": Variant("d", outcome.seconds),
+                "phases": Variant("a{sd}", dict(outcome.phases)),
+            }
+
+        return self._enqueue("swap", model.name, owner, work)
+
+    def park(self, owner: Owner) -> Job:
+        async def work(job: Job) -> Result:
+            await self._swapper.park()
+            _begin(job)
+            return {}
+
+        active = self._swapper.active
+        return self._enqueue("park", active.target.model_name if active else "", owner, work)
+
+    def load(self, model: Model, owner: Owner) -> Job:
+        checkpoint = self._catalog.checkpoint(model.checkpoint_id)
+
+        async def work(job: Job) -> Result:
+            job.begin("loading")
+            started = time.monotonic()
+            with await self._residency.acquire(checkpoint, lambda done, total: job.report(None, done, total)):
+                seconds = time.monotonic() - started
+                return {
+                    "residency": Variant("s", self._residency.tier_of(checkpoint.id).value),
+                    "seconds": Variant("d", seconds),
+                    "size_bytes": Variant("t", checkpoint.manifest.data_bytes),
+                }
+
+        return self._jobs.run("load", model.name, owner, work)
+
+    async def lease(self, model: Model, caller: Caller) -> tuple[Lease, int, str]:
+        """A lease, a read-only descriptor of its arena (the caller's to close), and the layout as JSON."""
+        checkpoint = self._catalog.checkpoint(model.checkpoint_id)
+        layout = await asyncio.to_thread(checkpoint.layout_json)
+        with self._abandoned_with(caller.peer):
+            hold = await self._residency.acquire(checkpoint)
+        if not self._is_present(caller.peer):
+            hold.release()
+            raise Cancelled("its caller has left the bus")
+        try:
+            arena_fd = hold.arena.open_read_only()
+        except BaseException:
+            hold.release()
+            raise
+        lease = self._leases.add(model.name, caller.peer, caller.uid, hold)
+        self._on_leased(lease)
+        self._note_use(model.name)
+        return lease, arena_fd, layout
+
+    def peer_left(self, peer: str) -> None:
+        for task in self._waiting_for_lease.get(peer, ()):
+            task.cancel()
+        self._leases.release_owner(peer)
+
+    async def stop_engine(self, number: int) -> None:
+        await self._swapper.stop_engine(number)
+
+    def ended(self, job: Job) -> None:
+        """To be told of finished jobs."""
+        if job in self._line:
+            self._line.remove(job)
+
+    def swap_progressed(self) -> None:
+        """To be told of every change of the swapper: the job at the head of the line is the one whose turn it is."""
+        state = self._swapper.state
+        if self._line and state is not SwapState.IDLE:
+            _begin(self._line[0])
+            self._line[0].report(state.value.replace("_", " "))
+
+    def engine_lost(self, target: Target, owner: Owner) -> None:
+        """The active engine ended unasked: its model is brought back in another one, once."""
+        name, now = target.model_name, time.monotonic()
+        if now - self._brought_back.get(name, -_BRING_BACK_AGAIN_S) < _BRING_BACK_AGAIN_S:
+            log.error("%s is not brought back: its engine died twice in a short time", name)
+            return
+        self._brought_back[name] = now
+        with contextlib.suppress(NotFound):
+            self.swap(self._catalog.resolve(name), owner)
+
+    def _enqueue(self, kind: str, subject: str, owner: Owner, work: Work) -> Job:
+        job = self._jobs.create(kind, subject, owner)
+        self._line.append(job)
+        job.start(work)
+        return job
+
+    @contextlib.contextmanager
+    def _abandoned_with(self, peer: str) -> Iterator[None]:
+        """Cancels the current task when this peer leaves: nobody would ever end its lease."""
+        task = asyncio.current_task()
+        assert task is not None
+        tasks = self._waiting_for_lease.setdefault(peer, set())
+        tasks.add(task)
+        try:
+            yield
+        finally:
+            tasks.discard(task)
+            if not tasks:
+                self._waiting_for_lease.pop(peer, None)
+
+    def _note_use(self, name: str, *, swapped: bool = False) -> None:
+        async def note() -> None:
+            await asyncio.to_thread(self._catalog.touch, name, swapped=swapped)
+            self._on_used(name)
+
+        self._background.start(note())
+
+
+def _begin(job: Job) -> None:
+    if job.state is JobState.QUEUED:
+        job.begin()
