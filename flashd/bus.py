@@ -303,8 +303,9 @@ class Connection:
 
     async def closed(self) -> None:
         """Returns when the connection ends, by us or by the bus."""
-        with contextlib.suppress(Exception):
-            await self._bus.wait_for_disconnect()
+        ended = self._bus._disconnect_future
+        await asyncio.wait([ended])  # and not `await ended`: whoever stops waiting would cancel it for all
+        ended.exception()
 
     async def close(self) -> None:
         """Calls under way are answered with Cancelled; answers under way are sent."""
