@@ -1,4 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holds a hundred models on one machine and switches between them while you watch."""
+"""Holds a hundred models on one machine and switches between them while you watch.
+
+import flashd
+
+with flashd.connect() as client:
+    client.swap("Qwen/Qwen3-0.6B")
+    print(client.chat("Qwen/Qwen3-0.6B", [{"role": "user", "content": "Who are you?"}]))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flashd import errors
+from flashd.errors import FlashdError
+
+if TYPE_CHECKING:
+    from flashd.client import Client, Engine, Job, Lease, Model, Status, SwapOutcome
 
 __version__ = "0.1.0"
+__all__ = [
+    "Client",
+    "Engine",
+    "FlashdError",
+    "Job",
+    "Lease",
+    "Model",
+    "Status",
+    "SwapOutcome",
+    "__version__",
+    "connect",
+    "errors",
+]
+
+
+def connect(address: str | None = None) -> Client:
+    """A client of the daemon at `address` (`session`, `system` or a D-Bus address).
+
+    By default: $FLASHD_BUS_ADDRESS if it is set, else the first of the private bus that `flash start` made, the session
+    bus and the system bus that has a flashd. Raises Unavailable if none has.
+    """
+    from flashd import client
+
+    return client.connect(address)
+
+
+def __getattr__(name: str) -> Any:
+    """The client's types, imported when first asked for: importing flashd itself takes a few milliseconds."""
+    if name in __all__:
+        from flashd import client
+
+        return getattr(client, name)
+    raise AttributeError(f"module 'flashd' has no attribute {name!r}")

@@ -94,6 +94,7 @@ class EnginesConfig:
     """[engines]: who answers."""
 
     default: Literal["torch"] = _setting("torch", "Kind of engine for a swap that does not say.")
+    warm_up: bool = _setting(True, "Import the framework before the first swap; costs its memory from then on.")
     max_parked: int = _setting(2, "Engines kept parked; the one parked longest ago is stopped first.")
     drain_timeout_s: float = _setting(10.0, "Requests in flight may take so long to finish before a swap cuts them.")
     start_timeout_s: float = _setting(120.0, "An engine that does not answer after so long has failed.")

@@ -169,7 +169,7 @@ class Service:
         await self._connection.watch_peers(self._peer_left)
         await self._connection.own(wire.BUS_NAME)
         if self._catalog.models():
-            self._factory.begin()
+            self._warm_up()
         self._engine_stats.start()
         self._inbox.start()
         self._models.collect_soon()
@@ -229,7 +229,12 @@ class Service:
         log.info("%s is a model: %s", model.name, format_bytes(model.size_bytes))
         self._presence.model_published(model)
         self._models.collect_soon()
-        self._factory.begin()
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """As soon as there is a model, somebody may want it to answer."""
+        if self._settings.current.engines.warm_up:
+            self._factory.begin()
 
     def _model_changed(self, name: str) -> None:
         self._presence.model_changed(name)

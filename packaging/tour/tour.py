@@ -16,7 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 import flashd
+from flashd.private_bus import PrivateBus
 from flashd.units import format_bytes, format_seconds
 
 CHECKOUT = Path(__file__).parents[2]
@@ -90,6 +91,16 @@ def running(command: list[str | Path], log: Path, *, keep: bool) -> Iterator[sub
         if not keep:
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=30)
+
+
+@contextmanager
+def private_bus(home: Home, *, keep: bool) -> Iterator[str]:
+    bus = PrivateBus(home.runtime)
+    try:
+        yield bus.address
+    finally:
+        if not keep:
+            bus.stop()
 
 
 def connect(address: str, daemon: subprocess.Popen[bytes], log: Path) -> flashd.Client:

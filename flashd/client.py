@@ -1,0 +1,612 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How do programs ask the daemon? A blocking client over D-Bus; the bus runs on a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+import queue
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from dbus_next import Variant
+
+from flashd import bus, config, inference, wire
+from flashd.bus import OBJECT_MANAGER, PROPERTIES, Connection, Received, plain
+from flashd.checkpoint import header
+from flashd.checkpoint.source import SourceFiles
+from flashd.errors import FlashdError, InvalidArgument, Unavailable, from_bus
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+Properties = Mapping[str, Any]
+OnProgress = Callable[["Job"], None]
+
+_CALL_S = 25.0
+_LEASE_S = 3600.0  # a lease loads the model first, from whatever disk there is
+_MATCH = f"type='signal',sender='{wire.BUS_NAME}',path_namespace='{wire.ROOT_PATH}'"
+_GONE = f"type='signal',sender='{bus.DBUS}',member='NameOwnerChanged',arg0='{wire.BUS_NAME}'"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model as it was when asked. Sizes in bytes, times in seconds since the epoch (0 for never)."""
+
+    name: str
+    aliases: tuple[str, ...]
+    checkpoint: str
+    architecture: str
+    dtype: str
+    size_bytes: int
+    tensor_count: int
+    residency: str
+    active: bool
+    pinned: bool
+    leases: int
+    created_at: int
+    last_used_at: int
+    use_count: int
+    source: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An inference process as it was when asked."""
+
+    kind: str
+    state: str
+    model: str
+    architecture: str
+    endpoint: str
+    pid: int
+    active_requests: int
+    memory_bytes: int
+    started_at: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A memory and its pool as they were when asked."""
+
+    name: str
+    kind: str
+    total_bytes: int
+    budget_bytes: int
+    used_bytes: int
+    leased_bytes: int
+    huge_pages: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class InboxItem:
+    """A source that is not a model yet; state is settling, incomplete, converting or failed."""
+
+    name: str
+    state: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The machine as it was when asked. `active_model` is a name, empty if none is."""
+
+    version: str
+    state: str
+    active_model: str
+    endpoint: str
+    models_directories: tuple[str, ...]
+    store_path: str
+    store_bytes: int
+    store_quota_bytes: int
+    store_free_bytes: int
+    inbox_items: tuple[InboxItem, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SwapOutcome:
+    """How a swap went: `how` is already-active, rebind, wake or start; `from_tier` is where the weights were."""
+
+    model: str
+    how: str
+    from_tier: str
+    seconds: float
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something changed: an object appeared (`added`), changed or went (`removed`), or a signal was sent."""
+
+    kind: str
+    path: str
+    interface: str
+    properties: Properties
+
+
+class Job:
+    """A long operation in the daemon; its attributes are as of the last `refresh`, `wait` or progress report."""
+
+    def __init__(self, client: Client, path: str, properties: Properties) -> None:
+        self._client = client
+        self.path = path
+        self._read(properties)
+
+    @property
+    def finished(self) -> bool:
+        return self.state in {"done", "failed", "cancelled"}
+
+    def refresh(self) -> None:
+        self._read(self._client._properties(self.path, wire.JOB))
+
+    def cancel(self) -> None:
+        self._client._call(self.path, wire.JOB, "Cancel")
+
+    def wait(self, on_progress: OnProgress | None = None) -> Mapping[str, Any]:
+        """Its result, once it is done. Raises what made it fail. Interrupting the wait leaves the job running."""
+        with self._client._subscribed() as events:
+            self.refresh()
+            while not self.finished:
+                if on_progress:
+                    on_progress(self)
+                event = events.get()
+                if event is None:
+                    raise Unavailable("flashd ended during the job", hint="start it again: flash start")
+                if event.path == self.path:
+                    self.refresh()
+        if on_progress:
+            on_progress(self)
+        if self.error_name:
+            raise from_bus(self.error_name, self.error_message, self.error_hint)
+        return self.result
+
+    def _read(self, properties: Properties) -> None:
+        self.number = int(self.path.rsplit("/", 1)[-1])
+        self.kind: str = properties["Kind"]
+        self.subject: str = properties["Subject"]
+        self.state: str = properties["State"]
+        self.phase: str = properties["Phase"]
+        self.done_bytes: int = properties["DoneBytes"]
+        self.total_bytes: int = properties["TotalBytes"]
+        self.created_at: float = properties["CreatedAt"]
+        self.finished_at: float = properties["FinishedAt"]
+        self.result: Mapping[str, Any] = properties["Result"]
+        name, message, hint = properties["Error"]
+        self.error_name: str = name
+        self.error_message: str = message.removesuffix("\n" + hint) if hint else message
+        self.error_hint: str = hint
+
+
+class Lease:
+    """The right to use a model's weights in place; ends with `release`, its context, or this process."""
+
+    def __init__(self, client: Client, path: str, fd: int, layout: header.Header, details: Properties) -> None:
+        self._client = client
+        self._path = path
+        self._fd = fd
+        self.layout = layout
+        self.model: str = details["model"]
+        self.checkpoint: str = details["checkpoint"]
+        self.size_bytes: int = details["size_bytes"]
+        self._region: memoryview | None = None
+
+    @property
+    def fd(self) -> int:
+        """The arena: a sealed memfd that can only be mapped for reading. It stays the lease's."""
+        return self._fd
+
+    @property
+    def buffer(self) -> memoryview:
+        """All weights, mapped for reading; tensor extents of `layout` count from its start."""
+        if self._region is None:
+            mapping = mmap.mmap(self._fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+            self._region = memoryview(mapping)[: self.size_bytes]
+        return self._region
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """torch tensors over the arena, nothing copied, for reading; needs torch. They keep the memory mapped."""
+        from flashd.tensors import torch_tensors
+
+        return torch_tensors(self.buffer, self.layout)
+
+    def release(self) -> None:
+        """Gives the right back. Memory stays mapped while tensors over it are alive, but no longer counts as leased."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self._region = None
+            with contextlib.suppress(Unavailable):  # the daemon has gone, and the lease with it
+                self._client._call(self._path, wire.LEASE, "Release")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class Client:
+    """A connection to one daemon. Methods block; use one client a thread. Make it with `connect`."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, thread: threading.Thread, connection: Connection) -> None:
+        self._loop = loop
+        self._thread = thread
+        self._connection = connection
+        self._subscribers: list[queue.SimpleQueue[Event | None]] = []
+        self._matched = False
+        connection.listen(self._on_signal)
+
+    # -- models ------------------------------------------------------------------------------------------------------
+
+    def models(self) -> list[Model]:
+        """All models, by name."""
+        return sorted(self._objects(wire.MODEL, _model), key=lambda model: model.name)
+
+    def model(self, name: str) -> Model:
+        """The model that `name` means; raises NotFound."""
+        path = self._find(name)
+        return _model(path, self._properties(path, wire.MODEL))
+
+    def import_(
+        self,
+        path: Path,
+        name: str,
+        *,
+        aliases: Sequence[str] = (),
+        replace: bool = True,
+        on_progress: OnProgress | None = None,
+    ) -> Model:
+        """Makes a model of a folder or file that this process can read."""
+        job = self.begin_import(path, name, aliases=aliases, replace=replace)
+        return self.model(_name_of(job.wait(on_progress)["model"]))
+
+    def begin_import(self, path: Path, name: str, *, aliases: Sequence[str] = (), replace: bool = True) -> Job:
+        """Like `import_`, without waiting. The files are opened here and handed over: the daemon opens none itself."""
+        options = {"aliases": Variant("as", list(aliases)), "replace": Variant("b", replace)}
+        with SourceFiles.from_path(Path(path)) as files:
+            names = list(files)
+            batches = [names[i : i + wire.FILES_PER_MESSAGE] for i in range(0, len(names), wire.FILES_PER_MESSAGE)]
+            job_path = ""
+            for index, batch in enumerate(batches or [[]]):
+                fds = [files[file].fd for file in batch]
+                table = {file: number for number, file in enumerate(batch)}
+                more = index + 1 < len(batches)
+                if not job_path:
+                    (job_path,) = self._manager("Import", "sa{sh}ba{sv}", name, table, more, options, fds=fds)
+                else:
+                    self._manager("ImportFiles", "oa{sh}b", job_path, table, more, fds=fds)
+        return self._job(job_path)
+
+    def remove(self, name: str) -> None:
+        """Forgets the model; raises Busy while it is active."""
+        self._call(self._find(name), wire.MODEL, "Remove")
+
+    def pin(self, name: str) -> None:
+        self._call(self._find(name), wire.MODEL, "Pin")
+
+    def unpin(self, name: str) -> None:
+        self._call(self._find(name), wire.MODEL, "Unpin")
+
+    def evict(self, name: str) -> None:
+        """Leaves the host tier; raises Busy while leased or active."""
+        self._call(self._find(name), wire.MODEL, "Evict")
+
+    def set_aliases(self, name: str, aliases: Sequence[str]) -> None:
+        self._call(self._find(name), wire.MODEL, "SetAliases", "as", list(aliases))
+
+    def verify(self, name: str, on_progress: OnProgress | None = None) -> None:
+        """Compares the checkpoint with its digests; raises CorruptCheckpoint."""
+        (path,) = self._call(self._find(name), wire.MODEL, "Verify")
+        self._job(path).wait(on_progress)
+
+    # -- swapping ----------------------------------------------------------------------------------------------------
+
+    def swap(self, name: str, on_progress: OnProgress | None = None) -> SwapOutcome:
+        """Makes a model the active one; returns when its first token is possible. On failure the old one goes on."""
+        return _outcome(name, self.begin_swap(name).wait(on_progress))
+
+    def begin_swap(self, name: str) -> Job:
+        """Like `swap`, without waiting."""
+        (path,) = self._manager("Swap", "sa{sv}", name, {})
+        return self._job(path)
+
+    def load(self, name: str, tier: str = "host", on_progress: OnProgress | None = None) -> Mapping[str, Any]:
+        """Brings a model into a memory tier."""
+        (path,) = self._manager("Load", "ssa{sv}", name, tier, {})
+        return self._job(path).wait(on_progress)
+
+    def park(self) -> None:
+        """Parks the active engine: no model is active then."""
+        (path,) = self._manager("Park")
+        self._job(path).wait()
+
+    def lease(self, name: str, device: str = "host") -> Lease:
+        """The weights themselves, in place. Blocks until they are there."""
+        options = {"device": Variant("s", device)}
+        body = (name, options)
+        reply = self._run(
+            self._connection.call(
+                wire.BUS_NAME, wire.ROOT_PATH, wire.MANAGER, "Lease", "sa{sv}", body, timeout_s=_LEASE_S
+            )
+        )
+        path, fd, layout, details = reply.body
+        details = plain(details)
+        return Lease(
+            self, path, fd, header.parse(layout.encode(), data_bytes=details["size_bytes"], path=name), details
+        )
+
+    def chat(self, name: str, messages: Sequence[inference.Message], **parameters: Any) -> str:
+        """Asks the active model, which must be `name`; swap to it first."""
+        return inference.chat(self.status().endpoint, name, messages, **parameters)
+
+    def stream_chat(self, name: str, messages: Sequence[inference.Message], **parameters: Any) -> Iterator[str]:
+        """Like `chat`, as the answer grows."""
+        return inference.stream_chat(self.status().endpoint, name, messages, **parameters)
+
+    # -- the machine -------------------------------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        found = self._properties(wire.ROOT_PATH, wire.MANAGER)
+        return Status(
+            version=found["Version"],
+            state=found["State"],
+            active_model=_name_of(found["ActiveModel"]),
+            endpoint=found["Endpoint"],
+            models_directories=tuple(found["ModelsDirectories"]),
+            store_path=found["StorePath"],
+            store_bytes=found["StoreBytes"],
+            store_quota_bytes=found["StoreQuotaBytes"],
+            store_free_bytes=found["StoreFreeBytes"],
+            inbox_items=tuple(InboxItem(*item) for item in found["InboxItems"]),
+        )
+
+    def engines(self) -> list[Engine]:
+        return self._objects(wire.ENGINE, _engine)
+
+    def devices(self) -> list[Device]:
+        return self._objects(wire.DEVICE, _device)
+
+    def jobs(self) -> list[Job]:
+        """All jobs, the finished ones of the last minutes included, oldest first."""
+        jobs = self._objects(wire.JOB, lambda path, properties: Job(self, path, properties))
+        return sorted(jobs, key=lambda job: job.number)
+
+    def job(self, number: int) -> Job:
+        """Raises NotFound if it is long over."""
+        return self._job(wire.job_path(number))
+
+    def scrub(self, on_progress: OnProgress | None = None) -> Mapping[str, Any]:
+        """Compares everything in the store with its digests: {checked, corrupt, size_bytes}."""
+        (path,) = self._manager("Scrub")
+        return self._job(path).wait(on_progress)
+
+    def collect(self) -> tuple[list[str], int]:
+        """Deletes what nobody needs; the checkpoints deleted, and the bytes freed."""
+        removed, freed_bytes = self._manager("Collect")
+        return removed, freed_bytes
+
+    def config(self) -> str:
+        """The configuration in force, as TOML."""
+        return str(self._manager("GetConfig")[0])
+
+    def set_config(self, key: str, value: str) -> bool:
+        """Changes a setting; True if the daemon must be restarted for it."""
+        return bool(self._manager("SetConfig", "ss", key, value)[0])
+
+    def stop(self) -> None:
+        """Ends the daemon."""
+        self._manager("Stop")
+
+    def watch(self) -> Iterator[Event]:
+        """Every change, as it happens, until the daemon ends."""
+        with self._subscribed() as events:
+            while (event := events.get()) is not None:
+                yield event
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self._run(self._connection.close())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- the bus -----------------------------------------------------------------------------------------------------
+
+    def _run(self, step: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(step, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _call(
+        self, path: str, interface: str, member: str, signature: str = "", *body: Any, fds: Sequence[int] = ()
+    ) -> Any:
+        reply = self._run(
+            self._connection.call(
+                wire.BUS_NAME, path, interface, member, signature, body, fds=fds, timeout_s=_CALL_S, interactive=True
+            )
+        )
+        return tuple(plain(value) for value in reply.body)
+
+    def _manager(self, member: str, signature: str = "", *body: Any, fds: Sequence[int] = ()) -> Any:
+        return self._call(wire.ROOT_PATH, wire.MANAGER, member, signature, *body, fds=fds)
+
+    def _find(self, name: str) -> str:
+        return str(self._manager("FindModel", "s", name)[0])
+
+    def _properties(self, path: str, interface: str) -> Properties:
+        found: Properties = self._call(path, PROPERTIES, "GetAll", "s", interface)[0]
+        return found
+
+    def _job(self, path: str) -> Job:
+        return Job(self, path, self._properties(path, wire.JOB))
+
+    def _objects(self, interface: str, make: Callable[[str, Properties], T]) -> list[T]:
+        (objects,) = self._call(wire.ROOT_PATH, OBJECT_MANAGER, "GetManagedObjects")
+        return [make(path, found[interface]) for path, found in objects.items() if interface in found]
+
+    @contextlib.contextmanager
+    def _subscribed(self) -> Iterator[queue.SimpleQueue[Event | None]]:
+        """A queue of all changes from now on; None when the daemon has gone."""
+        if not self._matched:
+            self._run(self._connection.add_match(_MATCH))
+            self._run(self._connection.add_match(_GONE))
+            self._matched = True
+        events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._subscribers.append(events)
+        gone = self._run(_when_closed(self._connection, lambda: events.put(None)))
+        try:
+            yield events
+        finally:
+            self._subscribers.remove(events)
+            self._loop.call_soon_threadsafe(gone.cancel)
+
+    def _on_signal(self, signal: Received) -> None:
+        match signal.interface, signal.member:
+            case bus.DBUS, "NameOwnerChanged":
+                if signal.body[0] == wire.BUS_NAME and not signal.body[2]:
+                    self._publish(None)
+            case str(i), "PropertiesChanged" if i == PROPERTIES:
+                self._publish(Event("changed", signal.path, signal.body[0], plain(signal.body[1])))
+            case str(i), "InterfacesAdded" if i == OBJECT_MANAGER:
+                for interface in set(signal.body[1]) & set(wire.INTERFACES):
+                    self._publish(Event("added", signal.body[0], interface, plain(signal.body[1][interface])))
+            case str(i), "InterfacesRemoved" if i == OBJECT_MANAGER:
+                for interface in set(signal.body[1]) & set(wire.INTERFACES):
+                    self._publish(Event("removed", signal.body[0], interface, {}))
+            case str(i), "Finished" if i == wire.JOB:
+                self._publish(Event("finished", signal.path, i, {"State": signal.body[0]}))
+
+    def _publish(self, event: Event | None) -> None:
+        for events in list(self._subscribers):
+            events.put(event)
+
+
+async def _when_closed(connection: Connection, then: Callable[[], None]) -> asyncio.Task[None]:
+    async def watch() -> None:
+        await connection.closed()
+        then()
+
+    return asyncio.create_task(watch())
+
+
+def connect(address: str | None = None) -> Client:
+    """See `flashd.connect`."""
+    wanted = address or config.bus_address()
+    if wanted:
+        return _connected(wanted)
+    private = config.default_paths(config.Scope.USER).runtime / "bus"
+    places = [f"unix:path={private}"] if private.exists() else []
+    places += ["session"] if config.has_session_bus() else []
+    for place in (*places, "system"):
+        with contextlib.suppress(FlashdError):
+            return _connected(place)
+    raise Unavailable("flashd is not running", hint="start it: flash start")
+
+
+def _connected(address: str) -> Client:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="flashd client", daemon=True)
+    thread.start()
+    try:
+        connection = asyncio.run_coroutine_threadsafe(_connect(address), loop).result()
+    except BaseException:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+        raise
+    return Client(loop, thread, connection)
+
+
+async def _connect(address: str) -> Connection:
+    connection = await bus.connect(address)
+    reply = await connection.call(bus.DBUS, bus.DBUS_PATH, bus.DBUS, "NameHasOwner", "s", [wire.BUS_NAME])
+    if not reply.body[0]:
+        await connection.close()
+        raise Unavailable(f"flashd is not running on the bus {address}", hint="start it: flash start")
+    return connection
+
+
+def _name_of(path: str) -> str:
+    """The name in a model's path; empty for none."""
+    return wire.unescape(path.rsplit("/", 1)[-1]) if path != "/" else ""
+
+
+def _outcome(name: str, result: Mapping[str, Any]) -> SwapOutcome:
+    try:
+        return SwapOutcome(
+            _name_of(result["model"]), result["how"], result["from_tier"], result["seconds"], result["endpoint"]
+        )
+    except KeyError as missing:
+        raise InvalidArgument(f"the swap to {name} ended without saying {missing}") from None
+
+
+def _model(path: str, found: Properties) -> Model:
+    return Model(
+        name=found["Name"],
+        aliases=tuple(found["Aliases"]),
+        checkpoint=found["Checkpoint"],
+        architecture=found["Architecture"],
+        dtype=found["DType"],
+        size_bytes=found["SizeBytes"],
+        tensor_count=found["TensorCount"],
+        residency=found["Residency"],
+        active=found["Active"],
+        pinned=found["Pinned"],
+        leases=found["Leases"],
+        created_at=found["CreatedAt"],
+        last_used_at=found["LastUsedAt"],
+        use_count=found["UseCount"],
+        source=found["Source"],
+        path=path,
+    )
+
+
+def _engine(path: str, found: Properties) -> Engine:
+    return Engine(
+        kind=found["Kind"],
+        state=found["State"],
+        model=_name_of(found["Model"]),
+        architecture=found["Architecture"],
+        endpoint=found["Endpoint"],
+        pid=found["Pid"],
+        active_requests=found["ActiveRequests"],
+        memory_bytes=found["MemoryBytes"],
+        started_at=found["StartedAt"],
+        path=path,
+    )
+
+
+def _device(path: str, found: Properties) -> Device:
+    return Device(
+        name=found["Name"],
+        kind=found["Kind"],
+        total_bytes=found["TotalBytes"],
+        budget_bytes=found["BudgetBytes"],
+        used_bytes=found["UsedBytes"],
+        leased_bytes=found["LeasedBytes"],
+        huge_pages=found["HugePages"],
+        path=path,
+    )

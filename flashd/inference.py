@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How is a model asked? OpenAI's HTTP interface, over the Unix socket that flashd's endpoint is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from flashd.errors import Busy, EngineFailed, InvalidArgument, NotFound, Unavailable
+
+Message = Mapping[str, str]
+CONNECT_S = 5.0
+
+
+def chat(endpoint: str, model: str, messages: Sequence[Message], **parameters: Any) -> str:
+    """The answer to a conversation. `parameters` are OpenAI's: temperature, max_tokens, stop, seed, ..."""
+    return "".join(stream_chat(endpoint, model, messages, **parameters))
+
+
+def stream_chat(endpoint: str, model: str, messages: Sequence[Message], **parameters: Any) -> Iterator[str]:
+    """The answer as it grows. Leaving the loop early ends the generation."""
+    body = {"model": model, "messages": list(messages), "stream": True, **parameters}
+    for event in _events(endpoint, "/v1/chat/completions", body):
+        for choice in event.get("choices", []):
+            if text := choice.get("delta", {}).get("content"):
+                yield text
+
+
+def stream_completion(endpoint: str, model: str, prompt: str, **parameters: Any) -> Iterator[str]:
+    """The continuation of a text as it grows, for models without a chat template."""
+    body = {"model": model, "prompt": prompt, "stream": True, **parameters}
+    for event in _events(endpoint, "/v1/completions", body):
+        for choice in event.get("choices", []):
+            if text := choice.get("text"):
+                yield text
+
+
+def embeddings(endpoint: str, model: str, texts: Sequence[str]) -> list[list[float]]:
+    """One vector a text."""
+    with _client(endpoint) as client:
+        try:
+            response = client.post("/v1/embeddings", json={"model": model, "input": list(texts)})
+        except httpx.TransportError as error:
+            raise _unreachable(endpoint, error) from None
+    if response.status_code != 200:
+        raise _refusal(response)
+    return [entry["embedding"] for entry in response.json()["data"]]
+
+
+def _client(endpoint: str) -> httpx.Client:
+    # No limit on reading: a long prompt may keep a small machine busy for minutes before the first token.
+    timeout = httpx.Timeout(None, connect=CONNECT_S)
+    return httpx.Client(transport=httpx.HTTPTransport(uds=endpoint), base_url="http://flashd", timeout=timeout)
+
+
+def _events(endpoint: str, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    with _client(endpoint) as client:
+        try:
+            with client.stream("POST", path, json=body) as response:
+                if response.status_code != 200:
+                    response.read()
+                    raise _refusal(response)
+                for line in response.iter_lines():
+                    if not line.startswith("data: ") or line == "data: [DONE]":
+                        continue
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise Busy(event["error"]["message"], hint="ask again")
+                    yield event
+        except httpx.TransportError as error:
+            raise _unreachable(endpoint, error) from None
+
+
+def _unreachable(endpoint: str, error: Exception) -> Exception:
+    if isinstance(error, httpx.ConnectError):
+        return Unavailable(f"nobody answers at {endpoint}", hint="no model is active: flash swap MODEL")
+    return EngineFailed(f"the engine ended while it answered: {error}", hint="flash status shows what is left")
+
+
+def _refusal(response: httpx.Response) -> Exception:
+    try:
+        message = str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        message = response.text[:500]
+    match response.status_code:
+        case 404:
+            return NotFound(message)
+        case 503:
+            return Busy(message, hint="try again in a moment")
+        case status if status < 500:
+            return InvalidArgument(message)
+    return EngineFailed(message, hint="the engine's log has the reason")
