@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real bus and a real daemon, for each test its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dbus_next import Variant
+from safetensors.numpy import save_file
+
+from flashd import wire
+from flashd.bus import OBJECT_MANAGER, PROPERTIES, Connection, Received, connect, plain
+from flashd.private_bus import PrivateBus
+
+READY_S = 20.0
+# Tests without engines do not pay for importing torch; settling is made quick.
+CONFIG = """
+[inbox]
+settle_s = 0.2
+rescan_s = 1.0
+[engines]
+warm_up = false
+"""
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose path is short enough for Unix sockets; pytest's are not."""
+    with tempfile.TemporaryDirectory(prefix="fd-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def bus(short_path: Path) -> Iterator[PrivateBus]:
+    with PrivateBus(short_path) as running:
+        yield running
+
+
+@pytest.fixture
+async def connection(bus: PrivateBus) -> AsyncIterator[Connection]:
+    made = await connect(bus.address)
+    yield made
+    await made.close()
+
+
+@dataclass(slots=True)
+class Daemon:
+    """A running flashd and its folders."""
+
+    address: str
+    root: Path
+    runtime: Path
+    process: subprocess.Popen[bytes] | None = None
+    arguments: Sequence[str | Path] = ()
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    @property
+    def state(self) -> Path:
+        return self.root / "state"
+
+    @property
+    def config(self) -> Path:
+        return self.root / "flashd.toml"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "flashd.log"
+
+    def start(self) -> None:
+        """Returns when it says that it is ready."""
+        self.models.mkdir(parents=True, exist_ok=True)
+        if not self.config.exists():
+            self.config.write_text(CONFIG)
+        address = self.runtime / "notify"
+        address.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, self.log.open("ab") as output:
+            notify.bind(str(address))
+            notify.settimeout(READY_S)
+            self.process = subprocess.Popen(
+                self.command(), env={**os.environ, "NOTIFY_SOCKET": str(address)}, stdout=output, stderr=output
+            )
+            try:
+                assert notify.recv(100) == b"READY=1"
+            except TimeoutError:
+                self.process.kill()
+                self.process.wait()
+                raise AssertionError(f"not ready:\n{self.log.read_text()}") from None
+
+    def command(self) -> list[str | Path]:
+        return [
+            *(sys.executable, "-m", "flashd.daemon.main", "--bus", self.address, "--config", self.config),
+            *("--state-dir", self.state, "--models-dir", self.models, "--runtime-dir", self.runtime / "run"),
+        ]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        assert self.process is not None
+        self.process.send_signal(number)
+        return self.process.wait(timeout=20)
+
+
+@pytest.fixture
+def daemon(bus: PrivateBus, short_path: Path, tmp_path: Path) -> Iterator[Daemon]:
+    running = Daemon(bus.address, tmp_path, short_path)
+    running.start()
+    yield running
+    if running.process is not None and running.process.poll() is None:
+        status = running.stop()
+        words = running.log.read_text()
+        assert status == 0, words
+        assert "Traceback" not in words, words
+        assert "never retrieved" not in words, words
+
+
+@dataclass(slots=True)
+class Remote:
+    """flashd as a program on the bus sees it, with nothing of ours between."""
+
+    connection: Connection
+    signals: list[Received] = field(default_factory=list)
+
+    async def call(
+        self, member: str, signature: str = "", *body: Any, path: str = wire.ROOT_PATH,
+        interface: str = wire.MANAGER, fds: Sequence[int] = (),
+    ) -> tuple[Any, ...]:  # fmt: skip
+        reply = await self.connection.call(wire.BUS_NAME, path, interface, member, signature, body, fds=fds)
+        return reply.body
+
+    async def get(self, path: str, interface: str, name: str) -> Any:
+        (value,) = await self.call("Get", "ss", interface, name, path=path, interface=PROPERTIES)
+        return plain(value)
+
+    async def all(self, path: str, interface: str) -> dict[str, Any]:
+        (values,) = await self.call("GetAll", "s", interface, path=path, interface=PROPERTIES)
+        return plain(values)
+
+    async def objects(self) -> dict[str, dict[str, dict[str, Any]]]:
+        (objects,) = await self.call("GetManagedObjects", interface=OBJECT_MANAGER)
+        return plain(objects)
+
+    async def finished(self, job: str) -> dict[str, Any]:
+        """The job's properties when it has ended."""
+        await until(lambda: self._has_finished(job))
+        return await self.all(job, wire.JOB)
+
+    async def _has_finished(self, job: str) -> bool:
+        return await self.get(job, wire.JOB, "State") in {"done", "failed", "cancelled"}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """A model's properties, once it is there."""
+        path = wire.model_path(name)
+
+        async def is_there() -> bool:
+            return path in await self.objects()
+
+        await until(is_there)
+        return await self.all(path, wire.MODEL)
+
+    async def import_folder(self, folder: Path, name: str, **options: Variant) -> str:
+        """Sends the files of a folder, as many messages as it takes; returns the job."""
+        batches = _batches(folder)
+        job = ""
+        for number, batch in enumerate(batches):
+            more = number < len(batches) - 1
+            fds = [os.open(file, os.O_RDONLY) for file in batch]
+            indexes = {file.name: index for index, file in enumerate(batch)}
+            try:
+                if not job:
+                    (job,) = await self.call("Import", "sa{sh}ba{sv}", name, indexes, more, options, fds=fds)
+                else:
+                    await self.call("ImportFiles", "oa{sh}b", job, indexes, more, fds=fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+        return job
+
+
+def _batches(folder: Path) -> list[list[Path]]:
+    files = sorted(folder.iterdir())
+    return [files[i : i + wire.FILES_PER_MESSAGE] for i in range(0, len(files), wire.FILES_PER_MESSAGE)]
+
+
+@pytest.fixture
+async def remote(daemon: Daemon, connection: Connection) -> Remote:
+    made = Remote(connection)
+    connection.listen(made.signals.append)
+    await connection.add_match(f"type='signal',sender='{wire.BUS_NAME}'")
+    return made
+
+
+async def until(condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
+    """Returns when the condition holds, a coroutine or not; fails after a while."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        holds = condition()
+        if asyncio.iscoroutine(holds):
+            holds = await holds
+        if holds:
+            return
+        assert time.monotonic() < deadline, "it did not come to pass"
+        await asyncio.sleep(0.02)
+
+
+def make_source(
+    folder: Path, *, seed: int = 0, shards: int = 1, elements: int = 3000, config: Mapping[str, Any] | None = None
+) -> Path:
+    """A source folder of random weights; other seeds make other bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    weight_map = {}
+    for shard in range(1, shards + 1):
+        name = "model.safetensors" if shards == 1 else f"model-{shard:05d}-of-{shards:05d}.safetensors"
+        tensors = {f"layer.{shard}.weight": random.standard_normal(elements, dtype=np.float32)}
+        save_file(tensors, folder / name)
+        weight_map |= dict.fromkeys(tensors, name)
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    architecture = {"architectures": ["TinyForNothing"], "model_type": "tiny"}
+    (folder / "config.json").write_text(json.dumps(config or architecture))
+    return folder
+
+
+async def import_model(remote: Remote, folder: Path, name: str) -> None:
+    job = await remote.finished(await remote.import_folder(folder, name))
+    assert job["State"] == "done", job

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The defects of dbus-next, each closed: shown on a real bus, between real connections."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import os
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from flashd import wire
+from flashd.bus import Connection, Received, Reply, connect
+from flashd.daemon.exports import Caller, Exported, ObjectTree
+from flashd.errors import Busy, FlashdError, Internal, InvalidArgument, NotFound, Unavailable
+from flashd.private_bus import PrivateBus
+
+NAME = "org.flashd1.Test"
+
+
+class Service:
+    """What each test calls, by the member's name."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.received: list[Received] = []
+
+    async def answer(self, call: Received) -> Reply:
+        match call.member:
+            case "Sender":
+                await asyncio.sleep(0.001 * (len(call.sender) % 3))
+                return Reply("s", (call.sender,))
+            case "Defect":
+                raise ZeroDivisionError("secret detail")
+            case "Refuse":
+                raise Busy("not now", hint="try later")
+            case "TakeFds":
+                return Reply("u", (len(call.fds),))
+            case "GiveFd":
+                return Reply("h", (0,), (os.open("/dev/null", os.O_RDONLY),))
+            case "Wait":
+                await asyncio.sleep(3600)
+        raise NotFound(call.member)
+
+
+@pytest.fixture
+async def service(bus: PrivateBus) -> AsyncIterator[Service]:
+    connection = await connect(bus.address)
+    made = Service(connection)
+    connection.serve(made.answer)
+    await connection.own(NAME)
+    yield made
+    await connection.close()
+
+
+async def ask(
+    connection: Connection, member: str, signature: str = "", *body: object, fds: tuple[int, ...] = ()
+) -> Received:
+    return await connection.call(NAME, "/", "org.flashd1.Test", member, signature, body, fds=fds)
+
+
+async def test_a_flood_of_20_000_signals_arrives_whole_and_in_order(service: Service, connection: Connection) -> None:
+    got: list[int] = []
+    complete = asyncio.Event()
+
+    def listen(signal: Received) -> None:
+        if signal.member == "Tick":
+            got.append(signal.body[0])
+            if len(got) == 20_000:
+                complete.set()
+
+    connection.listen(listen)
+    await connection.add_match("type='signal',interface='org.flashd1.Test'")
+    for number in range(20_000):  # in one tick of the loop: the socket's buffer holds a few hundred
+        service.connection.emit("/x", "org.flashd1.Test", "Tick", "us", [number, "x" * 200])
+    assert (await ask(connection, "Sender")).body == (connection.unique_name,)
+    await asyncio.wait_for(complete.wait(), 60)
+    assert got == list(range(20_000))
+
+
+async def test_senders_stay_apart_in_400_interleaved_calls(service: Service, bus: PrivateBus) -> None:
+    callers = [await connect(bus.address) for _ in range(20)]
+    try:
+        replies = await asyncio.gather(*(ask(caller, "Sender") for _ in range(20) for caller in callers))
+        wanted = [caller.unique_name for _ in range(20) for caller in callers]
+        assert [reply.body[0] for reply in replies] == wanted
+    finally:
+        for caller in callers:
+            await caller.close()
+
+
+async def test_a_defect_is_internal_and_its_traceback_stays_here(
+    service: Service, connection: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.ERROR), pytest.raises(Internal) as caught:
+        await ask(connection, "Defect")
+    assert "Traceback" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert "secret detail" in caplog.text
+
+
+async def test_errors_arrive_with_their_class_message_and_hint(service: Service, connection: Connection) -> None:
+    with pytest.raises(Busy) as caught:
+        await ask(connection, "Refuse")
+    assert (caught.value.message, caught.value.hint) == ("not now", "try later")
+
+
+def null() -> IO[str]:
+    return Path("/dev/null").open()
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def test_100_calls_with_descriptors_leak_none(service: Service, connection: Connection) -> None:
+    with null() as file:
+        fds = (file.fileno(),) * 3
+        await ask(connection, "TakeFds", "ah", [0, 1, 2], fds=fds)
+        (await ask(connection, "GiveFd")).close_fds()
+        gc.collect()
+        before = descriptors()
+        for _ in range(100):
+            assert (await ask(connection, "TakeFds", "ah", [0, 1, 2], fds=fds)).body == (3,)
+            (await ask(connection, "GiveFd")).close_fds()
+            with pytest.raises(Busy):
+                await ask(connection, "Refuse", "ah", [0, 1, 2], fds=fds)
+        await asyncio.sleep(0.05)
+        assert descriptors() == before
+
+
+async def test_a_descriptor_that_was_announced_and_not_sent_is_refused(
+    service: Service, connection: Connection
+) -> None:
+    with null() as file, pytest.raises(InvalidArgument):
+        await ask(connection, "TakeFds", "ah", [0, 7], fds=(file.fileno(),))
+
+
+async def test_closing_answers_the_calls_under_way(service: Service, connection: Connection) -> None:
+    waiting = asyncio.create_task(ask(connection, "Wait"))
+    await ask(connection, "Sender")
+    await service.connection.close()
+    with pytest.raises(FlashdError) as caught:
+        await waiting
+    assert type(caught.value).__name__ == "Cancelled"
+
+
+async def test_no_bus_is_unavailable(short_path: Path) -> None:
+    with pytest.raises(Unavailable):
+        await connect(f"unix:path={short_path}/nothing")
+    with pytest.raises(Unavailable):
+        await connect("nonsense")
+
+
+async def test_nobody_there_is_unavailable(connection: Connection) -> None:
+    with pytest.raises(Unavailable, match="not running"):
+        await connection.call("org.flashd1", "/", "org.flashd1.Manager", "Park")
+
+
+class Job(Exported):
+    interface = wire.JOB
+
+    def __init__(self, number: int) -> None:
+        super().__init__(wire.job_path(number))
+        self.done_bytes = 0
+
+    def properties(self) -> dict[str, object]:
+        return {
+            "Kind": "import", "Subject": "x", "State": "running", "Phase": "", "DoneBytes": self.done_bytes,
+            "TotalBytes": 9, "CreatedAt": 0.0, "FinishedAt": 0.0, "Result": {}, "Error": ["", "", ""],
+        }  # fmt: skip
+
+    async def cancel(self, caller: Caller) -> None: ...
+
+
+@pytest.fixture
+async def tree(service: Service) -> ObjectTree:
+    async def identify(peer: str) -> Caller:
+        return Caller(peer, os.getuid())
+
+    async def authorize(caller: Caller, interface: str, member: str) -> None: ...
+
+    made = ObjectTree(service.connection, identify=identify, authorize=authorize)
+    made.add(Job(1), announce=False)
+    return made
+
+
+GIO = """
+import gi, json, sys
+gi.require_version("Gio", "2.0")
+from gi.repository import Gio, GLib
+address, name, root = sys.argv[1:]
+flags = Gio.DBusConnectionFlags.AUTHENTICATION_CLIENT | Gio.DBusConnectionFlags.MESSAGE_BUS_CONNECTION
+bus = Gio.DBusConnection.new_for_address_sync(address, flags, None, None)
+new, flags = Gio.DBusObjectManagerClient.new_sync, Gio.DBusObjectManagerClientFlags.DO_NOT_AUTO_START
+client = new(bus, flags, name, root, None, None, None)
+def say(*words): print(json.dumps(words), flush=True)
+say("there", sorted(o.get_object_path() for o in client.get_objects()))
+def changed(client, object, proxy, values, invalidated): say("changed", object.get_object_path(), values.unpack())
+client.connect("object-added", lambda c, o: say("added", o.get_object_path()))
+client.connect("object-removed", lambda c, o: say("removed", o.get_object_path()))
+client.connect("interface-proxy-properties-changed", changed)
+GLib.MainLoop().run()
+"""
+
+
+async def test_gio_sees_objects_come_change_and_go(bus: PrivateBus, tree: ObjectTree) -> None:
+    arguments = ["/usr/bin/python3", "-c", GIO, bus.address, NAME, wire.ROOT_PATH]
+    gio = await asyncio.create_subprocess_exec(*arguments, stdout=subprocess.PIPE)
+    assert gio.stdout is not None
+
+    async def said() -> list[object]:
+        return list(json.loads(await asyncio.wait_for(gio.stdout.readline(), 10)))
+
+    try:
+        assert await said() == ["there", [wire.job_path(1)]]
+        second = Job(2)
+        tree.add(second)
+        assert await said() == ["added", wire.job_path(2)]
+        for done_bytes in range(1, 6):
+            second.done_bytes = done_bytes
+            tree.changed(second.path)
+        assert await said() == ["changed", wire.job_path(2), {"DoneBytes": 5}]  # five changes, one signal
+        tree.remove(wire.job_path(1))
+        assert await said() == ["removed", wire.job_path(1)]
+    finally:
+        gio.kill()
+        await gio.wait()
