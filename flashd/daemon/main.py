@@ -22,11 +22,14 @@ from flashd.config import Paths, Scope
 from flashd.daemon.service import run
 from flashd.daemon.settings import Settings
 from flashd.errors import FlashdError
+from flashd.private_bus import PrivateBus
+
+PRIVATE = "private"  # a bus of our own, in the runtime folder, where there is no other
 
 
 def parser() -> argparse.ArgumentParser:
     described = argparse.ArgumentParser(prog="flashd", description="Holds models and switches between them, on D-Bus.")
-    described.add_argument("--bus", metavar="session|system|ADDRESS", help="the bus to be on")
+    described.add_argument("--bus", metavar="session|system|private|ADDRESS", help="the bus to be on")
     described.add_argument("--config", type=Path, metavar="FILE", help="flashd.toml; its drop-ins are in FILE.d/*.toml")
     described.add_argument("--state-dir", type=Path, metavar="FOLDER", help="where the store and the logs lie")
     described.add_argument("--models-dir", type=Path, metavar="FOLDER", help="the folder watched for sources")
@@ -55,7 +58,12 @@ async def _until_signalled(settings: Settings, address: str) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await run(settings, address, stop)
+    if address != PRIVATE:
+        await run(settings, address, stop)
+        return
+    settings.paths.runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with PrivateBus(settings.paths.runtime) as private_bus:
+        await run(settings, private_bus.address, stop)
 
 
 def _paths(options: argparse.Namespace) -> Paths:

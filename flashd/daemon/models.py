@@ -105,8 +105,8 @@ class Models:
         self._background.start(collect())
 
     def collect_if_unused(self, checkpoint_id: str) -> None:
-        """To be told of checkpoints that nobody holds any more: one of a removed model may be deleted now."""
-        if not any(checkpoint_id in {m.checkpoint_id, *m.previous} for m in self._catalog.models()):
+        """To be told of checkpoints that nobody holds any more: one that no model points to may be deleted now."""
+        if not any(model.checkpoint_id == checkpoint_id for model in self._catalog.models()):
             self.collect_soon()
 
     async def _scrub(self, job: Job) -> Result:

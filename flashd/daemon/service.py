@@ -287,11 +287,14 @@ def streamer_options(config: Config) -> Options:
 
 
 def notify(state: str) -> None:
-    """Tells the service manager, if one started us (sd_notify(3))."""
+    """Tells the service manager, if one started us (sd_notify(3)). One that has left is no reason to fail."""
     address = configuration.notify_socket()
     if address is None:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel,
+        contextlib.suppress(OSError),
+    ):
         channel.connect("\0" + address[1:] if address.startswith("@") else address)
         channel.sendall(state.encode())
 
