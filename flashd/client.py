@@ -21,7 +21,7 @@ from flashd import bus, config, inference, wire
 from flashd.bus import OBJECT_MANAGER, PROPERTIES, Connection, Received, plain
 from flashd.checkpoint import header
 from flashd.checkpoint.source import SourceFiles
-from flashd.errors import FlashdError, InvalidArgument, Unavailable, from_bus
+from flashd.errors import FlashdError, Unavailable, from_bus
 
 if TYPE_CHECKING:
     import torch
@@ -122,6 +122,12 @@ class SwapOutcome:
     from_tier: str
     seconds: float
     endpoint: str
+
+    @classmethod
+    def from_result(cls, result: Properties) -> SwapOutcome:
+        """From the result of a swap's job."""
+        name = _name_of(result["model"])
+        return cls(name, result["how"], result["from_tier"], result["seconds"], result["endpoint"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +321,7 @@ class Client:
 
     def swap(self, name: str, on_progress: OnProgress | None = None) -> SwapOutcome:
         """Makes a model the active one; returns when its first token is possible. On failure the old one goes on."""
-        return _outcome(name, self.begin_swap(name).wait(on_progress))
+        return SwapOutcome.from_result(self.begin_swap(name).wait(on_progress))
 
     def begin_swap(self, name: str) -> Job:
         """Like `swap`, without waiting."""
@@ -552,15 +558,6 @@ async def _connect(address: str) -> Connection:
 def _name_of(path: str) -> str:
     """The name in a model's path; empty for none."""
     return wire.unescape(path.rsplit("/", 1)[-1]) if path != "/" else ""
-
-
-def _outcome(name: str, result: Mapping[str, Any]) -> SwapOutcome:
-    try:
-        return SwapOutcome(
-            _name_of(result["model"]), result["how"], result["from_tier"], result["seconds"], result["endpoint"]
-        )
-    except KeyError as missing:
-        raise InvalidArgument(f"the swap to {name} ended without saying {missing}") from None
 
 
 def _model(path: str, found: Properties) -> Model:

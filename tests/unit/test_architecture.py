@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "memory": {"checkpoint", "streamer"},
     "engines": {"memory", "checkpoint", "tensors"},
     "swap": {"engines", "memory", "store", "checkpoint"},
-    "daemon": {"swap", "engines", "memory", "store", "checkpoint", "streamer", "bus"},
+    "daemon": {"swap", "engines", "memory", "store", "checkpoint", "streamer", "bus", "private_bus"},
     "client": {"bus", "checkpoint", "tensors", "inference"},
     "bench": {"streamer", "checkpoint", "memory", "client"},
     "cli": {"client", "inference", "private_bus", "checkpoint", "bench", "streamer", "memory"},

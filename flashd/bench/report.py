@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does every benchmark print and keep? One schema, so that results can be compared, tabled and plotted.
+
+`value` and `limit` are medians of one and the same run; `ratio` is the better-is-larger quotient of the two, null where
+there is no limit to compare with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure; `runs` are the values the median was taken of."""
+
+    name: str
+    value: float
+    unit: str
+    limit: float | None
+    ratio: float | None
+    runs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    benchmark: str
+    device: str
+    driver: str
+    date: str
+    command: str
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def report(benchmark: str, command: str, rows: Sequence[Row], *, driver: str = "host") -> Report:
+    """A report of this machine and this moment."""
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Report(benchmark, device_name(), driver, date, command, tuple(rows))
+
+
+def rate_row(name: str, runs: Sequence[float], unit: str, limits: Sequence[float] = ()) -> Row:
+    """A figure of which more is better, beside the limits of the same rounds."""
+    value, limit = median(runs), median(limits) if limits else None
+    return Row(name, value, unit, limit, value / limit if limit else None, tuple(runs))
+
+
+def cost_row(name: str, runs: Sequence[float], unit: str, limit: float | None = None) -> Row:
+    """A figure of which less is better."""
+    value = median(runs)
+    return Row(name, value, unit, limit, limit / value if limit and value else None, tuple(runs))
+
+
+def device_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor, how many of it, and the kernel: what a figure depends on here."""
+    fields = [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line]
+    models = [value.strip() for name, value in fields if name.strip() == "model name"]
+    count = sum(name.strip() == "processor" for name, _ in fields)
+    return f"{count} x {models[0] if models else platform.machine()}, Linux {platform.release()}"

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How close does a load come to what the disk can do?
+
+Every round does, in random order: the barest O_DIRECT read of the file into ready memory, at the best block size and
+depth that a small sweep found; a load into ready memory, without and with digests; a load into fresh memory as the
+daemon does it; and the safetensors library from a dropped page cache. Memory is touched once before the first round: a
+virtual machine gets it from its host only then, which is not what is measured.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import random
+import resource
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashd.bench.report import Report, Row, cost_row, rate_row, report
+from flashd.checkpoint import header
+from flashd.checkpoint.files import MANIFEST, WEIGHTS, Checkpoint
+from flashd.errors import InvalidArgument
+from flashd.memory.arena import Arena, probe_huge_pages
+from flashd.streamer import (
+    ALIGNMENT,
+    Digests,
+    Extent,
+    OpenFile,
+    Options,
+    Read,
+    TransferResult,
+    load,
+    raw_read,
+)
+from flashd.units import MiB
+
+SWEEP = [(block * MiB, depth) for block, depth in ((1, 32), (4, 16), (8, 8), (8, 16), (16, 8), (32, 4))]
+CPU_S_PER_GB = 0.03
+_HUGE_PAGE = 2 * MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The file, and the part of it that an arena would hold."""
+
+    path: Path
+    extent: Extent
+    digests: Digests | None
+
+    @property
+    def aligned(self) -> Extent:
+        """The part that a bare O_DIRECT read can take: all but an unaligned tail."""
+        return Extent(self.extent.offset, self.extent.length // ALIGNMENT * ALIGNMENT)
+
+
+def run(path: Path, *, runs: int, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
+    """Raises InvalidArgument for files that are too small to measure, or whose data is not aligned."""
+    subject = _subject(path)
+    figures: defaultdict[str, list[float]] = defaultdict(list)
+    peer = _peer(subject)
+    with _opened(subject.path) as file, Ready(subject.extent.length) as ready:
+        block_bytes, depth = _sweep(subject, ready)
+
+        def raw() -> None:
+            figures["raw"].append(_raw(subject, ready, block_bytes, depth))
+
+        def ready_load() -> None:
+            result = _load(file, subject, ready.address, ready.size_bytes)
+            figures["load"].append(result.gb_per_s)
+            figures["cpu"].append(result.cpu_seconds / result.size_bytes * 1e9)
+
+        def verified() -> None:
+            if subject.digests:
+                result = _load(file, subject, ready.address, ready.size_bytes, digests=subject.digests)
+                figures["digests"].append(result.gb_per_s)
+
+        def fresh() -> None:
+            with Arena(subject.extent.length, "bench", probe_huge_pages()) as arena:
+                result = _load(file, subject, arena.address, arena.mapped_bytes, populate=True)
+            figures["fresh"].append(result.gb_per_s)
+            figures["populate"].append(result.populate_cpu_seconds / result.size_bytes * 1e9)
+
+        def safetensors() -> None:
+            if peer:
+                figures["safetensors"].append(subject.extent.length / peer() / 1e9)
+
+        fresh()  # the first touch of so much memory is the host's affair
+        figures.clear()
+        for done in range(runs):
+            on_progress(done, runs)
+            steps = [raw, ready_load, verified, fresh, safetensors]
+            random.shuffle(steps)
+            for step in steps:
+                step()
+        on_progress(runs, runs)
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return report("stream", f"flash bench stream {path.name} --runs {runs}", _rows(figures, subject, peak_bytes))
+
+
+def _rows(figures: defaultdict[str, list[float]], subject: Subject, peak_bytes: int) -> list[Row]:
+    raw = figures["raw"]
+    rows = [
+        rate_row("nvme_to_host", figures["load"], "GB/s", raw),
+        rate_row("nvme_to_host.fresh_memory", figures["fresh"], "GB/s", raw),
+        cost_row("cpu_s_per_gb", figures["cpu"], "s/GB", CPU_S_PER_GB),
+        cost_row("populate_cpu_s_per_gb", figures["populate"], "s/GB"),
+        cost_row("peak_bytes", [float(peak_bytes)], "B", float(2 * subject.extent.length)),
+    ]
+    if figures["digests"]:
+        rows.insert(1, rate_row("nvme_to_host.verified", figures["digests"], "GB/s", raw))
+    if figures["safetensors"]:
+        rows.append(rate_row("peer.safetensors.cold", figures["safetensors"], "GB/s", raw))
+    return rows
+
+
+class Ready:
+    """Memory of huge pages where the machine has them, present before anything is measured."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = -(-size_bytes // ALIGNMENT) * ALIGNMENT
+        self._mapping = mmap.mmap(-1, self.size_bytes + _HUGE_PAGE)
+        self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+        self.address = -(-start // _HUGE_PAGE) * _HUGE_PAGE
+
+    def __enter__(self) -> Ready:
+        ctypes.memset(self.address, 1, self.size_bytes)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._mapping.close()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[OpenFile]:
+    with path.open("rb") as file:
+        yield OpenFile(file.fileno(), str(path))
+
+
+def _subject(path: Path) -> Subject:
+    if path.is_dir():
+        if not (path / MANIFEST).exists():
+            hint = "flash convert makes one; flash show tells where the store has it"
+            raise InvalidArgument(f"{path} is not a checkpoint's folder", hint=hint)
+        checkpoint = Checkpoint.open(path)
+        subject = Subject(path / WEIGHTS, checkpoint.extent, checkpoint.digests())
+    else:
+        with path.open("rb") as file:
+            found = header.read(file.fileno(), str(path))
+        subject = Subject(path, Extent(found.data_offset, found.data_bytes), None)
+    if subject.extent.offset % ALIGNMENT:
+        raise InvalidArgument(f"the data of {path} is not aligned", hint="flash convert makes a checkpoint of it")
+    if subject.extent.length < 64 * MiB:
+        raise InvalidArgument(f"{path} is too small to measure a disk with", hint="take a model of a GB or more")
+    return subject
+
+
+def _sweep(subject: Subject, ready: Ready) -> tuple[int, int]:
+    """The best block size and depth for the barest read, on a part of the file."""
+    part = Subject(subject.path, Extent(subject.extent.offset, min(subject.aligned.length, 1024 * MiB)), None)
+    return max(SWEEP, key=lambda choice: _raw(part, ready, *choice))
+
+
+def _raw(subject: Subject, ready: Ready, block_bytes: int, depth: int) -> float:
+    extent = subject.aligned
+    seconds = raw_read(
+        str(subject.path),
+        offset=extent.offset,
+        address=ready.address,
+        size_bytes=extent.length,
+        block_bytes=block_bytes,
+        depth=depth,
+    )
+    return extent.length / seconds / 1e9
+
+
+def _load(
+    file: OpenFile,
+    subject: Subject,
+    address: int,
+    size_bytes: int,
+    *,
+    digests: Digests | None = None,
+    populate: bool = False,
+) -> TransferResult:
+    read = Read(0, subject.extent.offset, 0, subject.extent.length)
+    with load(
+        [file], [read], address=address, size_bytes=size_bytes, options=Options(), digests=digests, populate=populate
+    ) as transfer:
+        return transfer.wait()
+
+
+_PEER = """
+import os, sys, time
+from safetensors import safe_open
+path = sys.argv[1]
+fd = os.open(path, os.O_RDONLY)
+os.fsync(fd)
+os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+started = time.perf_counter()
+with safe_open(path, framework="pt") as file:
+    for name in file.keys():
+        file.get_tensor(name).clone()
+print(time.perf_counter() - started)
+"""
+
+
+def _peer(subject: Subject) -> Callable[[], float] | None:
+    """Seconds of the safetensors library from a dropped page cache, in a process of its own; None if it is not here."""
+
+    def measure() -> float:
+        done = subprocess.run(
+            [sys.executable, "-c", _PEER, str(subject.path)], capture_output=True, text=True, check=True
+        )
+        return float(done.stdout)
+
+    try:
+        measure()
+    except (subprocess.CalledProcessError, OSError):
+        return None
+    return measure
