@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings: where they come from, which one counts, and that a mistake is never silently a default."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashd import config
+from flashd.config import Config, Paths, Scope
+from flashd.errors import InvalidArgument, TransferFailed
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Paths:
+    return Paths(tmp_path / "flashd.toml", tmp_path / "state", tmp_path / "run", tmp_path / "models")
+
+
+def test_defaults_lie_where_the_paths_say(paths: Paths) -> None:
+    loaded = config.load(paths)
+    assert loaded.store.path == paths.state / "store"
+    assert loaded.inbox.folders == (paths.models,)
+
+
+def test_file_drop_ins_in_order_and_overrides_count_in_that_order(paths: Paths) -> None:
+    paths.config.write_text(
+        '[engines]\nmax_parked = 1\ndrain_timeout_s = 1\nstart_timeout_s = 1\n[store]\nquota = "1GB"'
+    )
+    paths.drop_ins.mkdir()
+    (paths.drop_ins / "20-b.toml").write_text("[engines]\ndrain_timeout_s = 3\n")
+    (paths.drop_ins / "10-a.toml").write_text("[engines]\ndrain_timeout_s = 2\nmax_parked = 2\n")
+    (paths.drop_ins / "note.txt").write_text("not [ toml")
+    loaded = config.load(paths, {"engines.start_timeout_s": 4})
+    assert (loaded.engines.max_parked, loaded.engines.drain_timeout_s, loaded.engines.start_timeout_s) == (2, 3.0, 4.0)
+    assert loaded.store.quota_bytes == 10**9
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "hint"),
+    [
+        ("[memory]\nhost_bugdet = 3", "memory.host_bugdet", "memory.host_budget"),
+        ("[memroy]\nhost_budget = 3", "memroy", "did you mean|all settings"),
+        ("[engines.torch]\nthraeds = 3", "engines.torch.thraeds", "engines.torch.threads"),
+        ("[memory]\nhost_budget = 'lots'", "'lots' is not a size", "64GB"),
+        ("[memory]\nhost_budget = true", "cannot be True", "whole number"),
+        ("[streamer]\ndepth = 1.5", "cannot be 1.5", "whole number"),
+        ("[streamer]\ndepth = -1", "cannot be -1", "from 0 up"),
+        ("[streamer]\ndirect = 1", "cannot be 1", "true or false"),
+        ("[streamer]\nbackend = 'fast'", "cannot be 'fast'", "auto or io_uring or threads"),
+        ("[inbox]\nfolders = '/one'", "is a list", "["),
+        ("[inbox]\nfolders = ['models']", "relative", "whole path"),
+        ("[inbox]\nsettle_s = nan", "cannot be nan", "from 0 up"),
+        ("[store]\npath = 3", "cannot be 3", "path"),
+        ("store = 3", "store is a section", "[store]"),
+        ("[store", "is not TOML", "correct"),
+    ],
+)
+def test_mistakes_name_the_file_the_key_and_the_remedy(paths: Paths, text: str, said: str, hint: str) -> None:
+    paths.config.write_text(text)
+    with pytest.raises(InvalidArgument) as caught:
+        config.load(paths)
+    assert said in caught.value.message
+    assert any(part in caught.value.hint for part in hint.split("|"))
+
+
+def test_what_is_dumped_is_read_back(paths: Paths) -> None:
+    loaded = config.load(paths, {"memory.host_budget": "64GB", "inbox.folders": ["/a", "/b"], "store.quota": 12345})
+    paths.config.write_text(config.dump(loaded))
+    elsewhere = dataclasses.replace(paths, state=Path("/nowhere"), models=Path("/nowhere"))
+    assert config.load(elsewhere) == loaded
+    assert 'host_budget = "64GB"' in config.dump(loaded)
+
+
+@given(size_bytes=st.integers(0, 1 << 60))
+def test_every_size_is_written_exactly(size_bytes: int) -> None:
+    with_it = config.with_value(Config(), "store.quota", size_bytes)
+    written = config.value_of(with_it, "store.quota")
+    assert config.with_value(Config(), "store.quota", written) == with_it
+
+
+def test_a_changed_setting_goes_to_a_drop_in_and_leaves_the_file_alone(paths: Paths) -> None:
+    text = "# mine\n[engines]\nmax_parked = 1\n"
+    paths.config.write_text(text)
+    assert not config.set_value(paths, "engines.max_parked", "4").live
+    assert config.set_value(paths, "engines.idle_timeout_s", "60").live
+    config.set_value(paths, "inbox.folders", '["/a", "/b"]')
+    config.set_value(paths, "store.path", "/srv/models")  # a bare word is a string
+    loaded = config.load(paths)
+    assert (loaded.engines.max_parked, loaded.engines.idle_timeout_s) == (4, 60.0)
+    assert (loaded.inbox.folders, loaded.store.path) == ((Path("/a"), Path("/b")), Path("/srv/models"))
+    assert paths.config.read_text() == text
+
+
+@pytest.mark.parametrize(("key", "value"), [("engines.max_parkt", "4"), ("engines", "4"), ("engines.max_parked", "x")])
+def test_a_refused_change_writes_nothing(paths: Paths, key: str, value: str) -> None:
+    with pytest.raises(InvalidArgument):
+        config.set_value(paths, key, value)
+    assert not paths.drop_ins.exists()
+
+
+def test_a_change_that_cannot_be_written_says_why(paths: Paths) -> None:
+    (paths.drop_ins / config.DROP_IN).with_suffix(".partial").mkdir(parents=True)
+    with pytest.raises(TransferFailed, match="cannot write"):
+        config.set_value(paths, "engines.max_parked", "4")
+
+
+def test_every_setting_is_documented_once_and_has_its_default() -> None:
+    found = list(config.settings())
+    assert len({setting.key for setting in found}) == len(found)
+    for setting in found:
+        assert setting.doc.endswith("."), setting.key
+        assert config.value_of(Config(), setting.key) == setting.default
+
+
+def test_paths_follow_the_xdg_specification(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    assert config.default_paths(Scope.USER).config == tmp_path / ".config/flashd/flashd.toml"
+    assert config.default_paths(Scope.USER).models == tmp_path / "models"
+    monkeypatch.setenv("XDG_CONFIG_HOME", "relative/is/ignored")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "s"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "r"))
+    user = config.default_paths(Scope.USER)
+    assert user.config == tmp_path / ".config/flashd/flashd.toml"
+    assert (user.state, user.runtime) == (tmp_path / "s/flashd", tmp_path / "r/flashd")
+    assert config.default_paths(Scope.SYSTEM).state == Path("/var/lib/flashd")
