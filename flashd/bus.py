@@ -61,6 +61,8 @@ class _PatientWriter(_MessageWriter):  # type: ignore[misc]
             return
         except Exception as error:  # noqa: BLE001 -- the connection is gone, whatever the reason; all waiters learn it
             _future_set_exception(self.fut, error)
+            if self.fut is not None:
+                self.fut.exception()  # not everybody waits for a message to be sent
             self.bus._finalize(error)
 
     def _next_message(self) -> bool:

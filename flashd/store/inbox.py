@@ -69,7 +69,7 @@ class Handler(Protocol):
 
 
 class Inbox:
-    """Watches folders until `close`. Folders that do not exist are waited for."""
+    """Watches folders until `close`. Those that do not exist are made, and waited for if they go away later."""
 
     def __init__(self, folders: Sequence[Path], handler: Handler, *, settle_s: float, rescan_s: float) -> None:
         self._folders = folders
@@ -85,6 +85,11 @@ class Inbox:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
+        for folder in self._folders:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                log.warning("cannot make the models folder %s: %s", folder, error.strerror)
         self._task = asyncio.create_task(self._run(), name="inbox")
 
     async def close(self) -> None:
@@ -111,7 +116,8 @@ class Inbox:
                 await self._compare(found)
             except OSError as error:
                 log.warning("cannot look into the inbox: %s", error)
-            waits = self._settle_s / 2 if self._unsettled() else self._rescan_s
+            is_soon = self._unsettled() or len(self._watches) < len(self._folders)
+            waits = self._settle_s / 2 if is_soon else self._rescan_s
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), waits)
                 await asyncio.sleep(_EVENT_DELAY_S)
