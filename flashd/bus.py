@@ -259,7 +259,7 @@ class Connection:
         message = Message(destination, path, interface, member, signature=signature, body=list(body), flags=flags)
         message.unix_fds = list(fds)
         try:
-            reply = await asyncio.wait_for(self._bus.call(message), timeout_s)
+            reply = await self._reply_to(message, timeout_s)
         except TimeoutError:
             hint = "it may be busy, or stopped in a debugger; try again"
             raise errors.Unavailable(f"{destination} did not answer in {timeout_s} s", hint=hint) from None
@@ -268,6 +268,20 @@ class Connection:
         if reply.message_type is MessageType.ERROR:
             raise raised(reply)
         return _received(reply)
+
+    async def _reply_to(self, message: Message, timeout_s: float | None) -> Message:
+        """The library leaves callers waiting for ever when the connection ends before the reply."""
+        answered = asyncio.ensure_future(self._bus.call(message))
+        lost = self._bus._disconnect_future
+        try:
+            await asyncio.wait({answered, lost}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if answered.done():
+                return answered.result()
+        finally:
+            answered.cancel()
+        if lost.done():
+            raise ConnectionResetError("the bus went away")
+        raise TimeoutError
 
     def emit(self, path: str, interface: str, member: str, signature: str, body: Sequence[Any]) -> None:
         """Sends a signal; returns at once, whatever the state of the socket."""

@@ -2,7 +2,6 @@
 #include "file.hpp"
 
 #include <fcntl.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -28,40 +27,44 @@ File::File(int fd, std::string path, Access access, bool want_direct)
     : path_(std::move(path)), buffered_(::fcntl(fd, F_DUPFD_CLOEXEC, 3)) {
     if (!buffered_) throw Error(Failure::system, "dup", errno, path_);
     if (!want_direct) {
-        direct_refused_ = "O_DIRECT was not asked for";
+        open_refused_ = "O_DIRECT was not asked for";
         return;
     }
     const std::string self = "/proc/self/fd/" + std::to_string(buffered_.get());
     const int mode = access == Access::read ? O_RDONLY : O_RDWR;
     direct_ = UniqueFd(::open(self.c_str(), mode | O_DIRECT | O_CLOEXEC));
-    if (!direct_) direct_refused_ = std::string("O_DIRECT refused: ") + std::strerror(errno);
+    if (!direct_) open_refused_ = std::string("O_DIRECT refused: ") + std::strerror(errno);
+    direct_works_ = static_cast<bool>(direct_);
 }
 
-int File::descriptor(uint64_t offset, uint64_t length, const void* address) const {
-    const bool aligned = ((offset | length | reinterpret_cast<uintptr_t>(address)) & (alignment - 1)) == 0;
-    return direct_ && aligned ? direct_.get() : buffered_.get();
+File::File(File&& other) noexcept
+    : path_(std::move(other.path_)),
+      buffered_(std::move(other.buffered_)),
+      direct_(std::move(other.direct_)),
+      open_refused_(std::move(other.open_refused_)),
+      direct_works_(other.direct_works_.load()) {}
+
+bool File::takes_direct(uint64_t offset, uint64_t length, const void* address) const {
+    return has_direct() && ((offset | length | reinterpret_cast<uintptr_t>(address)) & (alignment - 1)) == 0;
 }
 
-void File::give_up_direct(const char* reason) {
-    direct_ = UniqueFd();
-    direct_refused_ = std::string("O_DIRECT refused: ") + reason;
-}
-
-uint64_t File::size() const {
-    struct stat status{};
-    if (::fstat(buffered_.get(), &status) != 0) throw Error(Failure::system, "fstat", errno, path_);
-    return static_cast<uint64_t>(status.st_size);
+std::string File::direct_refused() const {
+    if (has_direct()) return {};
+    return direct_ ? "O_DIRECT refused: accepted at open, then EINVAL" : open_refused_;
 }
 
 void File::preallocate(uint64_t size) const {
-    // Not every file system can (tmpfs can, FUSE may not); writing then finds out about a full disk by itself.
-    if (size > 0 && ::fallocate(buffered_.get(), 0, 0, static_cast<off_t>(size)) != 0 && errno != EOPNOTSUPP)
-        throw Error(Failure::system, "fallocate", errno, path_, size);
+    if (size == 0) return;
+    while (::fallocate(buffered_.get(), 0, 0, static_cast<off_t>(size)) != 0) {
+        // Not every file system can (tmpfs can, FUSE may not); writing then finds out about a full disk by itself.
+        if (errno == EOPNOTSUPP || errno == ENOSYS) return;
+        if (errno != EINTR) throw Error(Failure::system, "fallocate", errno, path_);
+    }
 }
 
 void File::truncate(uint64_t size) const {
     if (::ftruncate(buffered_.get(), static_cast<off_t>(size)) != 0)
-        throw Error(Failure::system, "ftruncate", errno, path_, size);
+        throw Error(Failure::system, "ftruncate", errno, path_);
 }
 
 void File::sync() const {

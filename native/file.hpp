@@ -2,6 +2,7 @@
 // An open file, with and without O_DIRECT, and whole reads and writes on it.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -39,19 +40,20 @@ class File {
     enum class Access { read, write };
 
     File(int fd, std::string path, Access access, bool want_direct);
+    File(File&& other) noexcept;
+    File& operator=(File&&) = delete;
 
     const std::string& path() const { return path_; }
-    bool has_direct() const { return static_cast<bool>(direct_); }
-    // The description to use for this request: O_DIRECT wherever the request is aligned and the file allows it.
-    int descriptor(uint64_t offset, uint64_t length, const void* address) const;
-    int buffered() const { return buffered_.get(); }
+    bool has_direct() const { return direct_works_; }
+    // Whether a request may use the O_DIRECT description: it is aligned, and the file allows it.
+    bool takes_direct(uint64_t offset, uint64_t length, const void* address) const;
+    int descriptor(bool direct) const { return direct ? direct_.get() : buffered_.get(); }
     // Why there is no O_DIRECT; empty if there is.
-    const std::string& direct_refused() const { return direct_refused_; }
-    // Called when a request on the O_DIRECT description fails with EINVAL after a successful open, as FUSE and some
-    // overlays do: from here on the file is buffered.
-    void give_up_direct(const char* reason);
+    std::string direct_refused() const;
+    // For a request that failed with EINVAL although the open succeeded, as FUSE and some overlays do: from here on the
+    // file is buffered. Any thread may call it; the description stays open for the requests of others.
+    void give_up_direct() { direct_works_ = false; }
 
-    uint64_t size() const;
     void preallocate(uint64_t size) const;
     void truncate(uint64_t size) const;
     void sync() const;
@@ -60,7 +62,8 @@ class File {
     std::string path_;
     UniqueFd buffered_;
     UniqueFd direct_;
-    std::string direct_refused_;
+    std::string open_refused_;
+    std::atomic<bool> direct_works_{false};
 };
 
 }  // namespace flashd
