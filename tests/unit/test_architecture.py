@@ -72,7 +72,7 @@ def part(module: str) -> str:
     return module.split(".")[1]
 
 
-@pytest.mark.parametrize(("name", "tree"), modules(), ids=[name for name, _ in modules()])
+@pytest.mark.parametrize(("name", "tree"), list(modules()), ids=[name for name, _ in modules()])
 def test_imports_stay_within_the_layers(name: str, tree: ast.Module) -> None:
     ours = {part(m) for m in imports(tree) if m.startswith("flashd.")} - {part(name), "__version__"}
     known = {p for p in ours if (PACKAGE / p).is_dir() or (PACKAGE / f"{p}.py").is_file() or p == "_native"}
@@ -80,7 +80,7 @@ def test_imports_stay_within_the_layers(name: str, tree: ast.Module) -> None:
     assert known <= allowed, f"{name} imports {sorted(known - allowed)}, which its layer may not"
 
 
-@pytest.mark.parametrize(("name", "tree"), modules(), ids=[name for name, _ in modules()])
+@pytest.mark.parametrize(("name", "tree"), list(modules()), ids=[name for name, _ in modules()])
 def test_only_those_who_need_them_import_torch_and_dbus(name: str, tree: ast.Module) -> None:
     roots = {m.split(".")[0] for m in imports(tree)}
     if roots & {"torch", "transformers"}:
