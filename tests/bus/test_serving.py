@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job over the bus, with real engines: swap, ask, rebind, park, wake, fail, die, and come back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import Daemon, Remote, import_model, make_source, until
+
+from flashd import wire
+from flashd.errors import Busy, EngineFailed, FlashdError, NotFound, Unsupported
+
+ROOT = Path(__file__).parents[2]
+SAYS = {
+    "ada": "I am Ada, the first model you dropped into the folder.",
+    "bob": "My name is Bob, a fine-tune of Ada with opinions of my own.",
+}
+# carl has another architecture, and learned nothing: what he says is not looked at.
+MAKE_MODELS = """
+import sys, pathlib, shutil
+import small_models, torch, transformers
+folder = pathlib.Path(sys.argv[1])
+small_models.make_base(folder / "ada")
+small_models.make_finetune(folder / "ada", folder / "bob")
+config = transformers.Qwen3Config.from_pretrained(folder / "ada")
+config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
+transformers.Qwen3ForCausalLM(config).save_pretrained(folder / "carl")
+for file in folder.glob("ada/*token*"):
+    shutil.copy(file, folder / "carl")
+"""
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ada and bob of the quick start, which say who they are, and carl."""
+    folder = tmp_path_factory.mktemp("sources")
+    # One thread: on a busy machine more only wait for each other.
+    tour = {**os.environ, "PYTHONPATH": str(ROOT / "packaging" / "tour"), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", MAKE_MODELS, folder], env=tour, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+async def three(remote: Remote, sources: Path) -> Remote:
+    for name in ("ada", "bob", "carl"):
+        await import_model(remote, sources / name, name)
+    return remote
+
+
+async def swap(remote: Remote, name: str) -> dict[str, Any]:
+    (job,) = await remote.call("Swap", "sa{sv}", name, {})
+    return await remote.finished(job)
+
+
+async def how(remote: Remote, name: str) -> str:
+    job = await swap(remote, name)
+    assert job["State"] == "done", job["Error"]
+    return str(job["Result"]["how"])
+
+
+async def ask(remote: Remote, model: str = "") -> str:
+    endpoint = await remote.get(wire.ROOT_PATH, wire.MANAGER, "Endpoint")
+    body = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0, "max_tokens": 40}
+    transport = httpx.AsyncHTTPTransport(uds=endpoint)
+    async with httpx.AsyncClient(transport=transport, base_url="http://flashd", timeout=60) as client:
+        answer = await client.post("/v1/chat/completions", json=body | ({"model": model} if model else {}))
+        answer.raise_for_status()
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+
+async def active(remote: Remote) -> str:
+    return str(await remote.get(wire.ROOT_PATH, wire.MANAGER, "ActiveModel"))
+
+
+async def engines(remote: Remote) -> dict[str, dict[str, Any]]:
+    return {path: o[wire.ENGINE] for path, o in (await remote.objects()).items() if wire.ENGINE in o}
+
+
+async def test_swap_ask_rebind_park_and_wake(three: Remote) -> None:
+    assert await how(three, "ada") == "start"
+    assert await ask(three) == SAYS["ada"]
+    assert await how(three, "bob") == "rebind"
+    assert await ask(three, "bob") == SAYS["bob"]
+    assert await active(three) == wire.model_path("bob")
+    assert await how(three, "bob") == "already-active"
+    models = {name: await three.model(name) for name in ("ada", "bob")}
+    assert (models["ada"]["Active"], models["bob"]["Active"]) == (False, True)
+    assert (models["ada"]["Leases"], models["bob"]["Leases"]) == (0, 1)
+    assert models["ada"]["Residency"] == models["bob"]["Residency"] == "host"
+    with pytest.raises(Busy):
+        await three.call("Remove", path=wire.model_path("bob"), interface=wire.MODEL)
+    (job,) = await three.call("Park")
+    assert (await three.finished(job))["State"] == "done"
+    assert await active(three) == "/"
+    assert [engine["State"] for engine in (await engines(three)).values()] == ["parked"]
+    assert await how(three, "ada") == "wake"
+    assert await ask(three) == SAYS["ada"]
+    assert (await three.model("ada"))["UseCount"] == 2
+    (job,) = await three.call("Park")
+    await three.finished(job)
+    (job,) = await three.call("Park")
+    assert (await three.finished(job))["Error"][0] == NotFound.bus_name()
+
+
+async def test_another_architecture_has_its_own_engine_and_the_first_stays_parked(three: Remote) -> None:
+    assert await how(three, "ada") == "start"
+    (first,) = await engines(three)
+    assert await how(three, "carl") == "start"
+    assert sorted(engine["State"] for engine in (await engines(three)).values()) == ["parked", "serving"]
+    assert await how(three, "bob") == "wake"
+    assert await three.get(wire.ROOT_PATH, wire.MANAGER, "ActiveEngine") == first
+    assert await ask(three) == SAYS["bob"]
+    await three.call("Stop", path=first, interface=wire.ENGINE)
+    assert first not in await engines(three)
+    assert await active(three) == "/"
+
+
+async def test_a_swap_that_fails_leaves_the_previous_model_answering(
+    three: Remote, daemon: Daemon, tmp_path: Path
+) -> None:
+    await import_model(three, make_source(tmp_path / "strange"), "strange")
+    assert await how(three, "ada") == "start"
+    failed = await swap(three, "strange")
+    assert failed["Error"][0] in {Unsupported.bus_name(), EngineFailed.bus_name()}
+    assert "TinyForNothing" in failed["Error"][1]
+    bob = daemon.state / "store" / "checkpoints" / (await three.model("bob"))["Checkpoint"] / "model.safetensors"
+    with bob.open("r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(bytes(64))
+    failed = await swap(three, "bob")
+    assert failed["Error"][0] == "org.flashd1.Error.CorruptCheckpoint"
+    assert await active(three) == wire.model_path("ada")
+    assert await ask(three) == SAYS["ada"]
+
+
+async def test_swaps_asked_at_once_are_done_in_order_and_the_same_is_one_job(three: Remote) -> None:
+    asked = ["ada", "ada", "bob", "bob", "ada", "carl", "ada"]
+    replies = await asyncio.gather(*(three.call("Swap", "sa{sv}", name, {}) for name in asked))
+    paths = [path for (path,) in replies]
+    assert len(set(paths)) == 5
+    assert (paths[0], paths[2]) == (paths[1], paths[3])
+    ended = [await three.finished(path) for path in dict.fromkeys(paths)]
+    assert [job["State"] for job in ended] == ["done"] * 5
+    assert [job["FinishedAt"] for job in ended] == sorted(job["FinishedAt"] for job in ended)
+    assert await ask(three) == SAYS["ada"]
+
+
+async def test_cancelling_swaps_at_any_moment_leaves_somebody_answering(three: Remote) -> None:
+    assert await how(three, "ada") == "start"
+    for delay_s in (0.0, 0.002, 0.005, 0.01, 0.03):
+        (job,) = await three.call("Swap", "sa{sv}", "carl", {})
+        await asyncio.sleep(delay_s)
+        await three.call("Cancel", path=job, interface=wire.JOB)
+        ended = await three.finished(job)
+        assert ended["State"] in {"cancelled", "done"}
+        wanted = "carl" if ended["State"] == "done" else "ada"
+        assert await active(three) == wire.model_path(wanted)
+        await ask(three)
+        await how(three, "ada")
+        assert await ask(three) == SAYS["ada"]
+
+
+async def test_an_engine_that_dies_is_replaced_once(three: Remote, daemon: Daemon) -> None:
+    assert await how(three, "ada") == "start"
+    ((path, engine),) = (await engines(three)).items()
+    os.kill(engine["Pid"], signal.SIGKILL)
+
+    async def answers_again() -> bool:
+        there = await engines(three)
+        return path not in there and [e["State"] for e in there.values()] == ["serving"]
+
+    await until(answers_again)
+    assert await ask(three) == SAYS["ada"]
+    ((_, engine),) = (await engines(three)).items()
+    os.kill(engine["Pid"], signal.SIGKILL)
+
+    async def none_left() -> bool:
+        return await engines(three) == {}
+
+    await until(none_left)
+    await asyncio.sleep(0.5)
+    assert await active(three) == "/"
+    assert await engines(three) == {}
+    assert await how(three, "ada") == "start", "who asks gets a new one all the same"
+    assert "ended unasked" in daemon.log.read_text()
+
+
+async def test_an_idle_engine_is_parked(three: Remote) -> None:
+    await three.call("SetConfig", "ss", "engines.idle_timeout_s", "1")
+    assert await how(three, "ada") == "start"
+
+    async def is_parked() -> bool:
+        return await active(three) == "/"
+
+    await until(is_parked)
+    assert [engine["State"] for engine in (await engines(three)).values()] == ["parked"]
+
+
+async def test_drop_two_sources_swap_between_them_and_stop(remote: Remote, daemon: Daemon, sources: Path) -> None:
+    """The main job as the quick start shows it, and nothing is left running after it."""
+    for name in ("ada", "bob"):
+        shutil.copytree(sources / name, daemon.models / name)
+        await remote.model(name)
+    for name in ("ada", "bob", "ada"):
+        await how(remote, name)
+        assert await ask(remote) == SAYS[name]
+    pids = [engine["Pid"] for engine in (await engines(remote)).values()]
+    await remote.call("Stop")
+    assert daemon.process is not None
+    assert await asyncio.to_thread(daemon.process.wait, 10) == 0
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not (daemon.runtime / "run" / "openai.sock").is_symlink()
+
+
+async def test_a_model_that_is_not_there_is_not_swapped_to(remote: Remote) -> None:
+    with pytest.raises(NotFound):
+        await swap(remote, "nobody")
+    with pytest.raises(FlashdError):
+        await remote.call("Stop", path=wire.engine_path(7), interface=wire.ENGINE)
