@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever a stranger's source says, the answer is one clear error, and nothing is written but in the draft."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sources import converted, entry, forge
+
+from flashd.checkpoint import header
+from flashd.checkpoint.pickles import _parse
+from flashd.checkpoint.source import SourceFiles, missing_shards
+from flashd.errors import FlashdError, InvalidSource
+
+F32 = entry("F32", [2], 0, 8)
+
+BAD_HEADERS: dict[str, tuple[Any, bytes]] = {
+    "overlap": ({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 4, 12)}, bytes(12)),
+    "hole": ({"a": F32, "b": entry("F32", [2], 12, 20)}, bytes(20)),
+    "out of range": ({"a": entry("F32", [2], 8, 16)}, bytes(8)),
+    "trailing bytes": ({"a": F32}, bytes(9)),
+    "cut short": ({"a": F32}, bytes(7)),
+    "wrong size": ({"a": entry("F32", [3], 0, 8)}, bytes(8)),
+    "negative offset": ({"a": entry("F32", [2], -8, 0)}, bytes(8)),
+    "backwards": ({"a": entry("F32", [2], 8, 0)}, bytes(8)),
+    "overflowing shape": ({"a": entry("F32", [1 << 40, 1 << 40], 0, 8)}, bytes(8)),
+    "wrapping shape": ({"a": entry("F32", [1 << 62, 4, 1 << 62], 0, 8)}, bytes(8)),
+    "negative extent": ({"a": entry("F32", [-2], 0, 8)}, bytes(8)),
+    "boolean extent": ({"a": entry("F32", [True, 2], 0, 8)}, bytes(8)),
+    "float offset": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8.0]}}, bytes(8)),
+    "rank 65": ({"a": entry("F32", [1] * 64 + [2], 0, 8)}, bytes(8)),
+    "unknown dtype": ({"a": entry("Q4", [2], 0, 8)}, bytes(8)),
+    "half a byte": ({"a": entry("F4", [3], 0, 1)}, bytes(1)),
+    "no dtype": ({"a": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8)),
+    "control character": ({"a\x1b[31m": F32}, bytes(8)),
+    "newline": ({"a\nb": F32}, bytes(8)),
+    "lone surrogate": (b'{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', bytes(8)),
+    "long name": ({"a" * 5000: F32}, bytes(8)),
+    "empty name": ({"": F32}, bytes(8)),
+    "not UTF-8": (b'{"\xff": 1}', b""),
+    "not JSON": (b"{" + b"x" * 20, b""),
+    "NaN": (b'{"a": NaN}', b""),
+    "huge number": (b'{"a": ' + b"9" * 10_000 + b"}", b""),
+    "deep": (b"[" * 200_000, b""),
+    "a list": (b"[1, 2]", b""),
+    "duplicate name": (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, '
+                       b'"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}', b"x"),
+    "metadata not strings": ({"__metadata__": {"a": 1}, "t": F32}, bytes(8)),
+    "nothing": ({}, b""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_HEADERS)
+def test_a_bad_header_is_one_clear_error(name: str, tmp_path: Path) -> None:
+    raw, data = BAD_HEADERS[name]
+    source = forge(tmp_path / "model.safetensors", raw, data)
+    with pytest.raises(InvalidSource) as caught:
+        converted(source, tmp_path / "out")
+    assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 600
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("length", [1, 7, 1 << 20, 1 << 40, (1 << 64) - 1])
+def test_a_header_length_that_lies_reads_nothing_it_should_not(length: int, tmp_path: Path) -> None:
+    source = forge(tmp_path / "model.safetensors", {"a": F32}, bytes(8), length=length)
+    with pytest.raises(InvalidSource):
+        converted(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", struct.pack("<Q", 2)])
+def test_a_file_too_short_for_a_header(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(InvalidSource):
+        converted(tmp_path / "model.safetensors", tmp_path / "out")
+
+
+def test_slashes_and_spaces_in_tensor_names_are_legal(tmp_path: Path) -> None:
+    source = forge(tmp_path / "model.safetensors", {"a/b c/../d": F32}, bytes(range(8)))
+    (tensor,) = converted(source, tmp_path / "out").header().tensors
+    assert tensor.name == "a/b c/../d"
+
+
+def _sharded(folder: Path, weight_map: dict[str, str]) -> None:
+    forge(folder / "model-00001-of-00002.safetensors", {"a": F32}, bytes(8))
+    forge(folder / "model-00002-of-00002.safetensors", {"b": F32}, bytes(8))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        {"a": "../outside.safetensors"},
+        {"a": "/etc/passwd"},
+        {"a": "sub/model.safetensors"},
+        {"a": ".."},
+        {"a": ""},
+        {"a": "config.json"},
+        {"a": 3},
+        {"a": TWO, "b": TWO},
+        {"a": ONE, "b": TWO, "c": ONE},
+        {"a": ONE, "b": "model-00003-of-00003.safetensors"},
+        {"a\x00": ONE},
+        ["a"],
+    ],
+    ids=repr,
+)
+def test_an_index_that_points_elsewhere_or_lies(weight_map: Any, tmp_path: Path) -> None:
+    forge(tmp_path / "outside.safetensors", {"a": F32}, bytes(8))
+    folder = tmp_path / "source"
+    folder.mkdir()
+    _sharded(folder, weight_map)
+    with pytest.raises(InvalidSource):
+        converted(folder, tmp_path / "out")
+
+
+def test_missing_shards_are_named(tmp_path: Path) -> None:
+    _sharded(tmp_path, {"a": ONE, "b": TWO})
+    (tmp_path / TWO).unlink()
+    assert missing_shards(tmp_path) == [TWO]
+    with pytest.raises(InvalidSource, match=TWO):
+        converted(tmp_path, tmp_path / "out")
+
+
+def test_the_same_tensor_in_two_files(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    forge(folder / "one.safetensors", {"a": F32}, bytes(8))
+    forge(folder / "two.safetensors", {"a": F32}, bytes(8))
+    with pytest.raises(InvalidSource, match=r"one\.safetensors and in two"):
+        converted(folder, tmp_path / "out")
+
+
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+    secret = forge(tmp_path / "secret.safetensors", {"a": F32}, b"secrets!")
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(secret)
+    with pytest.raises(InvalidSource, match="symbolic link") as caught:
+        converted(folder, tmp_path / "out")
+    assert "cp -rL" in caught.value.hint
+
+
+def test_a_linked_side_file_is_not_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    forge(folder / "model.safetensors", {"a": F32}, bytes(8))
+    (folder / "config.json").symlink_to("/etc/hostname")
+    with pytest.raises(InvalidSource, match="symbolic link"):
+        converted(folder, tmp_path / "out")
+
+
+@pytest.mark.timeout(10)
+def test_a_fifo_neither_blocks_nor_converts(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(InvalidSource, match="not a regular file"):
+        converted(tmp_path, tmp_path / "out")
+
+
+def test_a_device_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSource, match="not a regular file"):
+        SourceFiles.from_path(Path("/dev/zero"))
+
+
+def test_a_directory_named_like_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(InvalidSource, match="not a regular file"):
+        converted(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["../evil.safetensors", "a/b.safetensors", "", ".", "..", "a\x1b"])
+def test_names_of_imported_descriptors_stay_in_the_folder(name: str, tmp_path: Path) -> None:
+    forge(tmp_path / "x", {"a": F32}, bytes(8))
+    fd = os.open(tmp_path / "x", os.O_RDONLY)
+    with pytest.raises(InvalidSource):
+        SourceFiles.from_fds({name: fd})
+    with pytest.raises(OSError):
+        os.fstat(fd)  # a refused descriptor is closed
+
+
+class Caller:
+    """What a hostile pickle asks for: a call of something when it is loaded."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+def test_a_pickle_that_calls_things_calls_nothing(tmp_path: Path) -> None:
+    proof = tmp_path / "called"
+    folder = tmp_path / "source"
+    folder.mkdir()
+    torch.save({"a": torch.ones(2), "b": Caller(f"touch {proof}")}, folder / "model.pt")
+    (folder / "raw.bin").write_bytes(pickle.dumps(Caller(f"touch {proof}")))
+    for name in ("model.pt", "raw.bin"):
+        with pytest.raises(InvalidSource, match="not a file of tensors that can be read safely"):
+            converted(folder / name, tmp_path / f"out-{name}")
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x04.", b"x" * 1000])
+def test_what_is_no_pickle_at_all(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(content)
+    with pytest.raises(InvalidSource):
+        converted(tmp_path / "model.bin", tmp_path / "out")
+
+
+def test_the_unpickler_can_neither_open_a_socket_nor_gain_rights(tmp_path: Path) -> None:
+    code = (
+        "import os, socket\n"
+        "from flashd import sandbox\n"
+        "missing = sandbox.restrict(sandbox.Limits(open_files=64, file_bytes=1 << 20))\n"
+        "status = open('/proc/self/status').read()\n"
+        "assert 'CapEff:\\t0000000000000000' in status and 'NoNewPrivs:\\t1' in status, status\n"
+        "if 'network namespaces' not in missing:\n"
+        "    try:\n"
+        "        socket.create_connection(('127.0.0.1', 1), timeout=1)\n"
+        "    except ConnectionRefusedError:\n"
+        "        raise SystemExit('the loopback of the machine is within reach')\n"
+        "    except OSError:\n"
+        "        pass\n"
+        "print('restricted')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "restricted", done.stderr
+
+
+def test_an_interpreter_without_torch_is_told_apart_from_a_bad_file(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "model.pt")
+    with pytest.raises(FlashdError, match="no torch") as caught:
+        directory = tmp_path / "out"
+        directory.mkdir()
+        from flashd.checkpoint.convert import convert
+
+        with SourceFiles.from_path(tmp_path / "model.pt") as files:
+            bare = tmp_path / "python"
+            bare.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'torch'\" >&2; exit 1\n")
+            bare.chmod(0o755)
+            convert(files, directory, python=str(bare))
+    assert "engines.torch.python" in caught.value.hint
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=8), children, max_size=4),
+    max_leaves=20,
+)
+TENSORISH = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(["F32", "U8", "F4", "nope", 3]),
+        "shape": st.lists(st.integers(-2, 1 << 63), max_size=3) | JSON,
+        "data_offsets": st.lists(st.integers(-8, 64), min_size=1, max_size=3) | JSON,
+    },
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.text(max_size=6), TENSORISH | JSON, max_size=4), st.integers(0, 64))
+def test_fuzzed_headers_parse_or_are_refused(document: dict[str, Any], data_bytes: int) -> None:
+    raw = json.dumps(document).encode()
+    try:
+        parsed = header.parse(raw, data_bytes=data_bytes, path="fuzz")
+    except InvalidSource:
+        return
+    assert parsed.data_bytes == data_bytes
+    assert sum(t.extent.length for t in parsed.tensors) == data_bytes
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200), st.integers(0, 64))
+def test_fuzzed_bytes_parse_or_are_refused(raw: bytes, data_bytes: int) -> None:
+    with contextlib.suppress(InvalidSource):
+        header.parse(raw, data_bytes=data_bytes, path="fuzz")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {
+            "tensors": st.lists(
+                st.fixed_dictionaries(
+                    {"name": st.text(max_size=4)},
+                    optional={
+                        "dtype": st.sampled_from(["F32", "U8", None]),
+                        "shape": st.lists(st.integers(-1, 9), max_size=2),
+                        "offset": st.integers(-4, 70) | st.none(),
+                        "spilled": st.booleans(),
+                        "same_as": st.text(max_size=4),
+                    },
+                ),
+                max_size=4,
+            )
+        }
+    )
+    | JSON
+)
+def test_fuzzed_answers_of_the_unpickler_never_reach_outside(answer: Any) -> None:
+    try:
+        table = _parse(answer, 0, 1, 64, 16, "fuzz")
+    except InvalidSource:
+        return
+    for tensor in table.tensors:
+        assert 0 <= tensor.extent.offset <= tensor.extent.end <= (16 if tensor.file == 1 else 64)
