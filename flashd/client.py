@@ -281,7 +281,7 @@ class Client:
     def begin_import(self, path: Path, name: str, *, aliases: Sequence[str] = (), replace: bool = True) -> Job:
         """Like `import_`, without waiting. The files are opened here and handed over: the daemon opens none itself."""
         options = {"aliases": Variant("as", list(aliases)), "replace": Variant("b", replace)}
-        with SourceFiles.from_path(Path(path)) as files:
+        with SourceFiles.from_path(Path(path).resolve()) as files:
             names = list(files)
             batches = [names[i : i + wire.FILES_PER_MESSAGE] for i in range(0, len(names), wire.FILES_PER_MESSAGE)]
             job_path = ""

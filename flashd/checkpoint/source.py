@@ -78,9 +78,9 @@ class SourceFiles:
 
     @classmethod
     def from_path(cls, path: Path) -> SourceFiles:
-        """A folder, or a single file of weights. Raises InvalidSource."""
+        """A folder, or a single file of weights, not a link to one. Raises InvalidSource."""
         try:
-            is_folder = stat.S_ISDIR(path.stat().st_mode)
+            is_folder = stat.S_ISDIR(path.lstat().st_mode)
         except OSError as error:
             raise InvalidSource(f"{path} cannot be read: {error.strerror}") from None
         return cls.from_folder(path) if is_folder else cls({path.name: _open(None, path)})

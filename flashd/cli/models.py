@@ -105,7 +105,10 @@ def convert(
     partial.mkdir()
     started = time.monotonic()
     try:
-        with SourceFiles.from_path(source) as files, output.bytes_progress(f"converting {source.name}") as show:
+        with (
+            SourceFiles.from_path(source.resolve()) as files,
+            output.bytes_progress(f"converting {source.name}") as show,
+        ):
             manifest = convert_source(files, partial, python=python, note=str(source), on_progress=show)
         partial.rename(destination)
     finally:

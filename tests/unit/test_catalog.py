@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The store: names, versions, sharing, and the old state or the new one whatever happens."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+from sources import entry, forge
+
+from flashd.checkpoint.convert import convert
+from flashd.checkpoint.files import WEIGHTS, verify
+from flashd.checkpoint.source import SourceFiles
+from flashd.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StoreFull
+from flashd.store import names, retention
+from flashd.store.catalog import Catalog, Model, Origin
+from flashd.units import MiB
+
+ORIGIN = Origin("import", "a test")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Catalog]:
+    with Catalog(tmp_path / "store") as catalog:
+        yield catalog
+
+
+def source(folder: Path, seed: int, **files: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {"w": np.random.default_rng(seed).standard_normal((64, 64), np.float32)}
+    safetensors.numpy.save_file(weights, folder / "model.safetensors")
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(content)
+    return folder
+
+
+def add(catalog: Catalog, name: str, path: Path, **options: object) -> Model:
+    with SourceFiles.from_path(path) as files, catalog.draft(MiB) as draft:
+        manifest = convert(files, draft.directory, python=sys.executable)
+        return draft.publish(name, manifest, ORIGIN, **options)  # type: ignore[arg-type]
+
+
+def test_a_published_model_is_there_after_a_restart(tmp_path: Path) -> None:
+    with Catalog(tmp_path / "store") as catalog:
+        model = add(catalog, "Qwen/Qwen3-0.6B", source(tmp_path / "s", 1), aliases=("tiny",))
+        catalog.set_pinned(model.name, True)
+        catalog.touch(model.name, swapped=True)
+        before = catalog.models()
+    with Catalog(tmp_path / "store") as catalog:
+        assert catalog.models() == before
+        assert (before[0].pinned, before[0].use_count, before[0].aliases) == (True, 1, ("tiny",))
+        verify(catalog.checkpoint(before[0].checkpoint_id))
+
+
+def test_names_are_found_as_people_write_them(store: Catalog, tmp_path: Path) -> None:
+    for number, name in enumerate(("Qwen/Qwen3-0.6B", "other/qwen3-0.6b", "My Model (v2)")):
+        add(store, name, source(tmp_path / str(number), number))
+    store.set_aliases("My Model (v2)", ["mine"])
+    assert store.resolve("mine").name == store.resolve("my model (V2)").name == "My Model (v2)"
+    assert store.resolve("qwen/qwen3-0.6B").name == "Qwen/Qwen3-0.6B"
+    with pytest.raises(InvalidArgument) as several:
+        store.resolve("qwen3-0.6b")
+    assert "Qwen/Qwen3-0.6B, other/qwen3-0.6b" in several.value.hint
+    with pytest.raises(NotFound) as missing:
+        store.resolve("my model v2")
+    assert "My Model (v2)" in missing.value.hint
+
+
+def test_an_alias_can_mean_one_thing_only(store: Catalog, tmp_path: Path) -> None:
+    add(store, "a", source(tmp_path / "a", 1))
+    add(store, "b", source(tmp_path / "b", 2))
+    store.set_aliases("a", ["x"])
+    for taken in (["x"], ["a"]):
+        with pytest.raises(AlreadyExists):
+            store.set_aliases("b", taken)
+    with pytest.raises(AlreadyExists):
+        add(store, "x", source(tmp_path / "c", 3))
+    with pytest.raises(AlreadyExists):
+        add(store, "a", source(tmp_path / "d", 4), replace=False)
+
+
+def test_the_same_bytes_are_stored_once(store: Catalog, tmp_path: Path) -> None:
+    one = add(store, "one", source(tmp_path / "1", 1))
+    size_bytes = store.size_bytes()
+    two = add(store, "two", source(tmp_path / "2", 1))
+    assert one.checkpoint_id == two.checkpoint_id and store.size_bytes() == size_bytes
+    templated = add(store, "three", source(tmp_path / "3", 1, chat_template__jinja="hello"))
+    assert templated.checkpoint_id != one.checkpoint_id
+    inodes = {store.checkpoint(m.checkpoint_id).weights_path.stat().st_ino for m in (one, templated)}
+    assert len(inodes) == 1, "equal weights with other side files are hard links"
+    assert store.size_bytes() < size_bytes + 10_000
+    store.remove("one"), store.remove("two")
+    store.collect(())
+    verify(store.checkpoint(templated.checkpoint_id))
+
+
+def test_a_saved_again_fine_tune_is_a_new_version_and_the_old_one_stays_while_used(
+    store: Catalog, tmp_path: Path
+) -> None:
+    ids = [add(store, "tune", source(tmp_path / "s", seed)).checkpoint_id for seed in range(4)]
+    model = store.get("tune")
+    assert model is not None and model.checkpoint_id == ids[3] and model.previous == (ids[2], ids[1], ids[0])
+    collected = store.collect({ids[0]})
+    assert collected.checkpoint_ids == (ids[1],) and collected.freed_bytes > 0
+    verify(store.checkpoint(ids[0]))
+    assert set(store.collect(()).checkpoint_ids) == {ids[0]}
+
+
+def test_removal_waits_for_whoever_uses_it(store: Catalog, tmp_path: Path) -> None:
+    model = add(store, "a", source(tmp_path / "a", 1))
+    store.remove("a")
+    assert store.collect({model.checkpoint_id}).checkpoint_ids == ()
+    assert store.checkpoint(model.checkpoint_id).weights_path.exists()
+    assert store.collect(()).checkpoint_ids == (model.checkpoint_id,)
+    with pytest.raises(NotFound):
+        store.remove("a")
+
+
+def test_one_daemon_a_store(store: Catalog) -> None:
+    with pytest.raises(Busy):
+        Catalog(store.root)
+
+
+def test_the_quota_is_asked_before_anything_is_written(tmp_path: Path) -> None:
+    with Catalog(tmp_path / "store", quota_bytes=100_000) as catalog:
+        add_small = 20_000
+        with pytest.raises(StoreFull, match="quota") as caught, catalog.draft(200_000):
+            pytest.fail("a draft was given")
+        assert "flash rm" in caught.value.hint
+        with (
+            catalog.draft(add_small),
+            catalog.draft(add_small),
+            pytest.raises(StoreFull),
+            catalog.draft(80_000),
+        ):
+            pytest.fail("drafts under way were not counted")
+        assert list((catalog.root / "partial").iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_everything_as_it_was(store: Catalog, tmp_path: Path) -> None:
+    """A real small file system where we may mount one, else the kernel's limit on the size of files."""
+    add(store, "old", source(tmp_path / "s", 1))
+    big = forge(tmp_path / "big.safetensors", {"a": entry("U8", [64 * MiB], 0, 64 * MiB)}, bytes(64 * MiB))
+    code = (
+        "import sys, resource, pathlib, signal\n"
+        "from flashd.checkpoint.convert import convert\n"
+        "from flashd.checkpoint.source import SourceFiles\n"
+        "from flashd.errors import StoreFull\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 20, 16 << 20))\n"
+        "out = pathlib.Path(sys.argv[2]); out.mkdir()\n"
+        "try:\n"
+        "    with SourceFiles.from_path(pathlib.Path(sys.argv[1])) as files:\n"
+        "        convert(files, out, python=sys.executable)\n"
+        "except StoreFull as error:\n"
+        "    print('full', error.hint)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, big, tmp_path / "out"], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith("full free some space"), done.stderr
+    assert [m.name for m in store.models()] == ["old"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+def test_a_full_file_system(tmp_path: Path) -> None:
+    mount = tmp_path / "small"
+    mount.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", mount], check=True)
+    try:
+        with Catalog(mount / "store") as catalog:
+            add(catalog, "old", source(tmp_path / "s", 1))
+            before = catalog.models()
+            big = forge(tmp_path / "big.safetensors", {"a": entry("U8", [96 * MiB], 0, 96 * MiB)}, bytes(96 * MiB))
+            with pytest.raises(StoreFull), SourceFiles.from_path(big) as files, catalog.draft(1) as draft:
+                convert(files, draft.directory, python=sys.executable)
+            assert catalog.models() == before and list((catalog.root / "partial").iterdir()) == []
+            verify(catalog.checkpoint(before[0].checkpoint_id))
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+_VICTIM = """
+import sys, pathlib
+from flashd.checkpoint.convert import convert
+from flashd.checkpoint.source import SourceFiles
+from flashd.store.catalog import Catalog, Origin
+print("ready", flush=True)
+sys.stdin.readline()
+with Catalog(pathlib.Path(sys.argv[1])) as catalog:
+    for name, source in (("new", sys.argv[2]), ("tune", sys.argv[3])):
+        with SourceFiles.from_path(pathlib.Path(source)) as files, catalog.draft(1 << 20) as draft:
+            manifest = convert(files, draft.directory, python=sys.executable)
+            draft.publish(name, manifest, Origin("import", source))
+    catalog.remove("gone")
+    catalog.collect(())
+print("done", flush=True)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_killed_at_any_moment_the_store_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    """kill -9 at 40 moments of adding a model, replacing another, and removing a third."""
+    first, second, third = (source(tmp_path / name, seed) for seed, name in enumerate(("one", "two", "three")))
+    large = forge(tmp_path / "large.safetensors", {"a": entry("U8", [32 * MiB], 0, 32 * MiB)}, bytes(32 * MiB))
+    rng = random.Random(4)
+    seen: set[tuple[bool, bool, bool]] = set()
+    for attempt in range(40):
+        root = tmp_path / f"store-{attempt}"
+        with Catalog(root) as catalog:
+            old = add(catalog, "tune", first).checkpoint_id
+            add(catalog, "gone", third)
+        child = subprocess.Popen(
+            [sys.executable, "-c", _VICTIM, root, large, second], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        with child:
+            assert child.stdin and child.stdout and child.stdout.readline() == b"ready\n"
+            child.stdin.write(b"\n")
+            child.stdin.flush()
+            time.sleep(rng.uniform(0, 0.12))
+            child.send_signal(signal.SIGKILL)
+        with Catalog(root) as catalog:
+            assert list((root / "partial").iterdir()) == []
+            for model in catalog.models():
+                verify(catalog.checkpoint(model.checkpoint_id))
+            present = {model.name: model.checkpoint_id for model in catalog.models()}
+            assert "tune" in present and set(present) <= {"new", "tune", "gone"}
+            catalog.collect(())
+            stored = {path.name for path in (root / "checkpoints").iterdir()}
+            kept = {i for m in catalog.models() for i in (m.checkpoint_id, *m.previous)}
+            assert stored == kept, "nothing unreachable is left"
+        seen.add(("new" in present, present["tune"] != old, "gone" not in present))
+    assert len(seen) >= 2, "the kills all came at the same moment: change the delays"
+
+
+def test_a_damaged_record_is_set_aside_and_hurts_nobody(tmp_path: Path) -> None:
+    with Catalog(tmp_path / "store") as catalog:
+        add(catalog, "good", source(tmp_path / "g", 1))
+        add(catalog, "bad", source(tmp_path / "b", 2))
+    (tmp_path / "store/models/bad.toml").write_text("not = [toml")
+    with Catalog(tmp_path / "store") as catalog:
+        assert [model.name for model in catalog.models()] == ["good"]
+    assert (tmp_path / "store/models/bad.damaged").exists()
+
+
+def test_a_checkpoint_folder_is_not_writable_by_accident_of_names(store: Catalog, tmp_path: Path) -> None:
+    for evil in ("../x", "a//b", "/etc", "a/../b", "-rf", "a\nb", "", "  ", "x" * 300, "a/ b"):
+        with pytest.raises(InvalidArgument):
+            add(store, evil, source(tmp_path / "s", 1))
+    assert store.models() == []
+    assert not (tmp_path / "x").exists()
+
+
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_different_names_have_different_safe_files(one: str, other: str) -> None:
+    files = []
+    for text in (one, other):
+        try:
+            files.append((names.check_name(text), names.file_name(names.check_name(text))))
+        except InvalidArgument:
+            return
+    assert (files[0][0] == files[1][0]) == (files[0][1] == files[1][1])
+    for _, file in files:
+        assert "/" not in file and not file.startswith(".") and len(file.encode()) <= 255
+
+
+def test_retention_keeps_the_newest_and_the_used() -> None:
+    assert retention.versions_to_keep(["c", "b", "a"], 1, {"a"}) == ("c", "a")
+    assert retention.versions_to_keep(["c"], 0, ()) == ()
+
+
+def test_weights_are_opened_under_their_own_name(store: Catalog, tmp_path: Path) -> None:
+    model = add(store, "a", source(tmp_path / "s", 1))
+    assert store.checkpoint(model.checkpoint_id).weights_path.name == WEIGHTS
