@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from enum import Enum
 
 class Error(Exception):
-    """args: kind (system, truncated, corrupt, cancelled), operation, errno, path, offset or None."""
+    """args: kind (system, memory, truncated, corrupt, cancelled), operation, errno, path, offset or None."""
 
 class Backend(Enum):
     AUTO = ...

@@ -16,10 +16,21 @@ from types import TracebackType
 from typing import Self
 
 from flashd import _native
-from flashd.errors import Cancelled, CorruptCheckpoint, FlashdError, InvalidArgument, StoreFull, TransferFailed
-from flashd.units import MiB
+from flashd.errors import (
+    Cancelled,
+    CorruptCheckpoint,
+    FlashdError,
+    InvalidArgument,
+    OutOfMemory,
+    StoreFull,
+    TransferFailed,
+)
+from flashd.units import GiB, MiB
 
 ALIGNMENT = 4096  # O_DIRECT: what every device in use accepts for offset, length and address (open(2))
+_LARGEST_BLOCK = GiB
+_DEEPEST = 1024
+_DIGEST_BYTES = 32
 
 
 class Backend(StrEnum):
@@ -63,6 +74,12 @@ class Options:
         if self.block_bytes <= 0 or self.block_bytes % ALIGNMENT:
             hint = f"use a multiple of {ALIGNMENT}, for example 8MiB"
             raise InvalidArgument(f"{self.block_bytes} bytes cannot be a block", hint=hint)
+        if self.block_bytes > _LARGEST_BLOCK:  # a read(2) moves a little less than 2 GiB at most
+            raise InvalidArgument(f"{self.block_bytes} bytes is too large a block", hint="use 1GiB or less")
+        if not 1 <= self.depth <= _DEEPEST:
+            raise InvalidArgument(f"{self.depth} requests cannot be in flight", hint=f"use 1 to {_DEEPEST}")
+        if self.populate_threads < 1 or self.digest_threads < 1:
+            raise InvalidArgument("a transfer needs at least one thread for each of its tasks")
         return _native.Options(
             self.block_bytes,
             self.depth,
@@ -99,6 +116,14 @@ class Digests:
 
     block_bytes: int
     table: bytes
+
+    def _check_count(self, size_bytes: int, path: str) -> None:
+        blocks = -(-size_bytes // self.block_bytes) if self.block_bytes > 0 else 0
+        if self.block_bytes <= 0 or len(self.table) != blocks * _DIGEST_BYTES:
+            raise CorruptCheckpoint(
+                f"{path} has {len(self.table) / _DIGEST_BYTES:g} digests for {blocks} blocks",
+                hint="remove the model and convert its source again",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +171,7 @@ class Transfer:
         return self._transfer.finished
 
     def cancel(self) -> None:
-        """Asks it to end; what is in flight is awaited, which takes less than 100 ms on any disk of this century."""
+        """Asks it to end. The disk still owns what is in flight (64 MiB by default), and that is awaited."""
         self._transfer.cancel()
 
     def wait(self, timeout_s: float | None = None) -> TransferResult:
@@ -199,14 +224,17 @@ def load(
 ) -> Transfer:
     """Starts reading files into the memory at `address`, each byte straight to its final place.
 
-    With `digests`, each block of the memory is compared on the way. With `populate`, helper threads make the memory
-    present ahead of the reads; ask for it when the memory is fresh.
+    With `digests`, each block of the memory is compared on the way; the reads must then fill it from its start in
+    order. With `populate`, helper threads make the memory present ahead of the reads; ask for it when it is fresh.
     """
     for read in reads:
         if read.length < 0 or read.memory_offset < 0 or read.memory_offset + read.length > size_bytes:
             raise InvalidArgument(f"a read of {read.length} bytes ends outside the memory of {size_bytes} bytes")
         if not 0 <= read.file < len(files):
             raise InvalidArgument(f"a read names file {read.file} of {len(files)}")
+    if digests:
+        end = _end_without_holes([(read.memory_offset, read.length) for read in reads], "the memory")
+        digests._check_count(end, files[0].path if files else "nothing")
     return _started(
         lambda: _native.load(
             _pairs(files),
@@ -236,11 +264,12 @@ def copy(
     of each block of the region. The target (opened for reading and writing) is preallocated, fsynced and cut to size;
     what lies before `region_offset` is left alone. Memory: two blocks for each of `options.depth` threads.
     """
-    end = 0
+    if digest_block_bytes <= 0 or digest_block_bytes % ALIGNMENT or region_offset % ALIGNMENT:
+        raise InvalidArgument(f"blocks and region of {target.path} must be multiples of {ALIGNMENT} bytes")
     for piece in pieces:
-        if piece.target_offset != end or piece.length < 0:
-            raise InvalidArgument(f"pieces leave a hole or overlap at offset {end} of {target.path}")
-        end += piece.length
+        if not 0 <= piece.file < len(files):
+            raise InvalidArgument(f"a piece names file {piece.file} of {len(files)}")
+    _end_without_holes([(piece.target_offset, piece.length) for piece in pieces], target.path)
     return _started(
         lambda: _native.copy(
             _pairs(files),
@@ -275,6 +304,7 @@ def verify(
     options: Options = Options(depth=4),
 ) -> Transfer:
     """Starts reading an extent and comparing it with its digests, keeping nothing."""
+    digests._check_count(extent.length, file.path)
     return _started(
         lambda: _native.verify(
             (file.fd, file.path), extent.offset, extent.length, digests.block_bytes, digests.table, options._native()
@@ -295,6 +325,15 @@ def blake3(data: bytes | memoryview) -> bytes:
     return _native.blake3(bytes(data))
 
 
+def _end_without_holes(ranges: Sequence[tuple[int, int]], what: str) -> int:
+    end = 0
+    for offset, length in ranges:
+        if offset != end or length < 0:
+            raise InvalidArgument(f"there is a hole or an overlap at offset {end} of {what}")
+        end += length
+    return end
+
+
 def _pairs(files: Sequence[OpenFile]) -> list[tuple[int, str]]:
     return [(file.fd, file.path) for file in files]
 
@@ -313,6 +352,11 @@ def _translated(error: _native.Error) -> FlashdError:
     match kind:
         case "cancelled":
             return Cancelled("the transfer was cancelled")
+        case "memory":
+            return OutOfMemory(
+                f"the kernel has no memory for a transfer: {operation}: {os.strerror(number)}",
+                hint="evict a model, or reserve more huge pages",
+            )
         case "truncated":
             return TransferFailed(
                 f"{path} ends{where}, before its contents do", hint="it was truncated: drop or convert it again"

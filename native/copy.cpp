@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "copy.hpp"
 
-#include <sys/uio.h>
-
 #include <algorithm>
 #include <cstring>
 
@@ -19,33 +17,18 @@ namespace {
 // Below this, an O_DIRECT window costs more than the page cache does.
 constexpr uint64_t worth_a_window = 128 << 10;
 
-// What of a piece is in the page cache already: a model that was just downloaded or dropped usually is, and reading it
-// again from the disk would halve the speed. RWF_NOWAIT never waits for the disk (preadv2(2)).
-uint64_t read_cached(const File& file, const Piece& piece, std::byte* to) {
-    uint64_t done = 0;
-    while (done < piece.length) {
-        const iovec part{to + done, piece.length - done};
-        const ssize_t got =
-            ::preadv2(file.buffered(), &part, 1, static_cast<off_t>(piece.source_offset + done), RWF_NOWAIT);
-        if (got <= 0) break;
-        done += static_cast<uint64_t>(got);
-    }
-    return done;
-}
-
+// A model that was just downloaded or dropped is in the page cache, and reading it again from the disk would halve the
+// speed. (RWF_NOWAIT cannot be used to find out: it starts a read-ahead of what is missing.)
 void read_piece(File& file, const Piece& piece, std::byte* to, Buffer& window) {
-    const uint64_t cached = read_cached(file, piece, to);
-    const uint64_t offset = piece.source_offset + cached;
-    const uint64_t length = piece.length - cached;
-    if (length == 0) return;
-    if (length < worth_a_window || !file.has_direct()) {
-        execute_one(Direction::read, file, {0, offset, to + cached, length, length});
+    const uint64_t start = align_down(piece.source_offset);
+    const uint64_t lead = piece.source_offset - start;
+    if (piece.length < worth_a_window || !file.has_direct() || file.is_cached(piece.source_offset, piece.length)) {
+        execute_one(Direction::read, file, {0, piece.source_offset, to, piece.length, piece.length});
         return;
     }
-    const uint64_t start = align_down(offset);
-    const uint64_t lead = offset - start;
-    execute_one(Direction::read, file, {0, start, window.data(), lead + length, align_up(lead + length)});
-    host_driver().copy(to + cached, window.data() + lead, length);
+    const uint64_t length = lead + piece.length;
+    execute_one(Direction::read, file, {0, start, window.data(), length, align_up(length)});
+    host_driver().copy(to, window.data() + lead, piece.length);
 }
 
 }  // namespace
@@ -84,7 +67,7 @@ std::unique_ptr<Transfer> copy(std::vector<File> sources, std::vector<Piece> pie
         transfer.result.direct = to->has_direct();
         transfer.result.block = block;
         transfer.result.depth = options.depth;
-        if (options.direct) transfer.fell_back(to->direct_refused());
+        transfer.fell_back(to->direct_refused());
     });
 }
 

@@ -5,6 +5,8 @@
 
 #include <cstring>
 
+#include "error.hpp"
+
 namespace flashd {
 
 Digest digest(std::span<const std::byte> data) {
@@ -16,8 +18,10 @@ Digest digest(std::span<const std::byte> data) {
     return result;
 }
 
-bool DigestTable::matches(size_t index, const Digest& digest) const {
-    return index < size() && std::memcmp(table_.data() + index * digest_bytes, digest.data(), digest_bytes) == 0;
+void DigestTable::check(size_t index, std::span<const std::byte> data, const std::string& path, uint64_t offset) const {
+    const Digest found = digest(data);
+    if (index >= size() || std::memcmp(table_.data() + index * digest_bytes, found.data(), digest_bytes) != 0)
+        throw Error(Failure::corrupt, "digest", 0, path, offset);
 }
 
 }  // namespace flashd

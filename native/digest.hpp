@@ -25,7 +25,8 @@ class DigestTable {
     bool empty() const { return table_.empty(); }
     uint64_t block() const { return block_; }
     size_t size() const { return table_.size() / digest_bytes; }
-    bool matches(size_t index, const Digest& digest) const;
+    // Throws Error (corrupt) unless `data`, found at `offset` of the file named `path`, is block number `index`.
+    void check(size_t index, std::span<const std::byte> data, const std::string& path, uint64_t offset) const;
 
   private:
     uint64_t block_ = 0;

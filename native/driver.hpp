@@ -10,9 +10,9 @@ namespace flashd {
 
 struct Driver {
     const char* name;
-    // True if a file can be read straight into this memory, without a staging ring between.
-    bool reads_directly;
     void (*copy)(void* to, const void* from, size_t length);
+    // Makes memory present before it is written to. 0 or an errno.
+    int (*populate)(void* start, size_t length);
 };
 
 const Driver& host_driver();

@@ -12,7 +12,7 @@ namespace flashd {
 // Value 0 of `offset` is a real offset, so "no offset" needs a value of its own.
 inline constexpr uint64_t no_offset = UINT64_MAX;
 
-enum class Failure { system, truncated, corrupt, cancelled };
+enum class Failure { system, memory, truncated, corrupt, cancelled };
 
 struct Error : std::runtime_error {
     // `operation` is the system call or step that failed; `number` is errno, 0 where there is none.

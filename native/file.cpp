@@ -2,8 +2,11 @@
 #include "file.hpp"
 
 #include <fcntl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <utility>
@@ -51,6 +54,27 @@ bool File::takes_direct(uint64_t offset, uint64_t length, const void* address) c
 std::string File::direct_refused() const {
     if (has_direct()) return {};
     return direct_ ? "O_DIRECT refused: accepted at open, then EINVAL" : open_refused_;
+}
+
+bool File::is_cached(uint64_t offset, uint64_t length) const {
+    // cachestat(2), since Linux 6.5; written out because C libraries and headers are older.
+    constexpr long cachestat = 451;
+    const auto page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
+    const struct {
+        uint64_t offset, length;
+    } range{offset, length};
+    struct {
+        uint64_t cached, dirty, writeback, evicted, recently_evicted;
+    } pages{};
+    if (::syscall(cachestat, buffered_.get(), &range, &pages, 0U) != 0) return false;
+    const uint64_t spanned = (offset + length + page - 1) / page - offset / page;
+    return pages.cached >= spanned;
+}
+
+uint64_t File::end_before(uint64_t offset) const {
+    struct stat status{};
+    const bool known = ::fstat(buffered_.get(), &status) == 0 && S_ISREG(status.st_mode);
+    return known ? std::min(offset, static_cast<uint64_t>(status.st_size)) : offset;
 }
 
 void File::preallocate(uint64_t size) const {

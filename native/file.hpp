@@ -54,6 +54,11 @@ class File {
     // file is buffered. Any thread may call it; the description stays open for the requests of others.
     void give_up_direct() { direct_works_ = false; }
 
+    // Whether all of a range is in the page cache; false where the kernel cannot tell.
+    bool is_cached(uint64_t offset, uint64_t length) const;
+    // Where the file ends, given that a read at `offset` met its end: blocks are read in any order, and it may have been
+    // the first of several beyond the end.
+    uint64_t end_before(uint64_t offset) const;
     void preallocate(uint64_t size) const;
     void truncate(uint64_t size) const;
     void sync() const;

@@ -6,9 +6,10 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
+#include <exception>
 #include <mutex>
 #include <optional>
+#include <utility>
 
 #include "error.hpp"
 #include "uring.hpp"
@@ -22,41 +23,39 @@ constexpr uint64_t fixed_buffer = 1 << 30;
 
 const char* operation(Direction direction) { return direction == Direction::read ? "read" : "write"; }
 
-// A request and how far it has come. After a short result the rest is asked for again, from an aligned offset.
+// A request, and how far it has come.
 struct Progress {
     Request request{};
     uint64_t done = 0;
+    bool direct = false;  // how it was issued last
 
     uint64_t offset() const { return request.offset + done; }
     std::byte* address() const { return request.address + done; }
-    bool complete() const { return done >= request.length; }
-    uint64_t wanted() const {
-        const uint64_t left = request.length - done;
-        return std::min(align_up(left), request.capacity - done);
+    uint64_t wanted() const { return std::min(align_up(request.length - done), request.capacity - done); }
+    bool complete() const { return done == request.length; }
+
+    // After a short result the rest is asked for again, from an aligned offset where that still is progress.
+    void advance(uint64_t bytes) {
+        const uint64_t reached = std::min(done + bytes, request.length);
+        const bool can_realign = direct && reached < request.length && align_down(reached) > done;
+        done = can_realign ? align_down(reached) : reached;
     }
-    void advance(uint64_t bytes) { done = done + bytes >= request.length ? request.length : align_down(done + bytes); }
 };
 
-// Takes what the kernel said of a request. True if the request (or its rest) must be issued again.
-bool must_repeat(Direction direction, File& file, Progress& progress, int64_t result, int error) {
-    const bool short_of_block = result > 0 && static_cast<uint64_t>(result) < std::min(progress.wanted(), alignment);
-    if (error == EINTR || error == EAGAIN) return true;
-    if (error == EINVAL && file.has_direct()) {
-        file.give_up_direct("EINVAL, although it was accepted at open");
+// Takes what the kernel answered: a count of bytes, or a negative errno. True if the rest must be asked for.
+bool must_continue(Direction direction, File& file, Progress& progress, int64_t answer) {
+    if (answer == -EINTR || answer == -EAGAIN) return true;
+    if (answer == -EINVAL && progress.direct) {
+        file.give_up_direct();
         return true;
     }
-    if (error != 0) throw Error(Failure::system, operation(direction), error, file.path(), progress.offset());
-    const uint64_t left = progress.request.length - progress.done;
-    const bool at_end = result == 0 || (short_of_block && static_cast<uint64_t>(result) < left);
-    // A read that ends inside a block has met the end of the file: reads are otherwise cut at block boundaries.
-    if (at_end && direction == Direction::read && progress.offset() + static_cast<uint64_t>(result) >= file.size())
-        throw Error(Failure::truncated, "read", 0, file.path(), progress.offset() + static_cast<uint64_t>(result));
-    if (result == 0) throw Error(Failure::system, operation(direction), EIO, file.path(), progress.offset());
-    // Without O_DIRECT any offset will do, so a short result inside a block still is progress.
-    if (static_cast<uint64_t>(result) < left && align_down(static_cast<uint64_t>(result)) == 0 && !file.has_direct())
-        progress.done += static_cast<uint64_t>(result);
-    else
-        progress.advance(static_cast<uint64_t>(result));
+    if (answer == 0 && direction == Direction::read)
+        throw Error(Failure::truncated, "read", 0, file.path(), file.end_before(progress.offset()));
+    if (answer <= 0) {
+        const int number = answer == 0 ? EIO : static_cast<int>(-answer);
+        throw Error(Failure::system, operation(direction), number, file.path(), progress.offset());
+    }
+    progress.advance(static_cast<uint64_t>(answer));
     return !progress.complete();
 }
 
@@ -64,14 +63,15 @@ class UringQueue {
   public:
     UringQueue(Transfer& transfer, Direction direction, std::span<File> files, Ring ring, unsigned depth)
         : transfer_(transfer), direction_(direction), files_(files), ring_(std::move(ring)), slots_(depth) {
-        for (unsigned slot = 0; slot < depth; ++slot) free_.push_back(depth - 1 - slot);
+        for (unsigned slot = depth; slot-- > 0;) free_.push_back(slot);
     }
 
+    // File number i is registered as 2i (O_DIRECT) and 2i + 1 (buffered).
     void register_files() {
         std::vector<int> fds;
         for (const File& file : files_) {
-            fds.push_back(file.descriptor(0, 0, nullptr));
-            fds.push_back(file.buffered());
+            fds.push_back(file.descriptor(file.has_direct()));
+            fds.push_back(file.descriptor(false));
         }
         transfer_.result.fixed_files = fixed_files_ = ring_.register_files(fds);
     }
@@ -87,75 +87,88 @@ class UringQueue {
 
     void run(std::span<const Request> requests, const Hooks& hooks) {
         size_t next = 0;
-        std::exception_ptr error;
-        // Even after an error or a cancel, the kernel owns the memory of what is in flight: it must be awaited.
-        while (in_flight() > 0 || (next < requests.size() && !error && !transfer_.cancelled())) {
-            while (!error && !transfer_.cancelled() && next < requests.size() && !free_.empty()) {
-                hooks.before(requests[next]);
-                const unsigned slot = free_.back();
-                free_.pop_back();
-                slots_[slot] = {requests[next++]};
-                issue(slot);
-            }
-            if (in_flight() == 0) break;
-            if (const int number = ring_.submit_and_wait(); number != 0)
-                throw Error(Failure::system, "io_uring_enter", number, files_[0].path());
-            while (const auto completion = ring_.next_completion()) {
-                try {
-                    completed(static_cast<unsigned>(completion->tag), completion->result, error != nullptr, hooks);
-                } catch (...) {
-                    if (!error) error = std::current_exception();
-                }
-            }
+        for (;;) {
+            for (; !stopping() && next < requests.size() && !free_.empty(); ++next)
+                guarded([&] { start(requests[next], hooks); });
+            // Even after an error or a cancel the kernel owns the memory of what is in flight: that is awaited.
+            if (free_.size() == slots_.size()) break;
+            check(ring_.wait());
+            while (const auto completion = ring_.next_completion())
+                guarded([&] { completed(static_cast<unsigned>(completion->tag), completion->result, hooks); });
         }
-        if (error) std::rethrow_exception(error);
+        if (error_) std::rethrow_exception(error_);
         transfer_.stop_if_cancelled();
     }
 
   private:
-    size_t in_flight() const { return slots_.size() - free_.size(); }
+    bool stopping() const { return error_ || transfer_.cancelled(); }
 
-    void issue(unsigned slot) {
-        const Progress& progress = slots_[slot];
-        const File& file = files_[progress.request.file];
-        io_uring_sqe& entry = ring_.prepare();
+    template <class Step>
+    void guarded(Step step) {
+        try {
+            step();
+        } catch (...) {
+            if (!error_) error_ = std::current_exception();
+        }
+    }
+
+    void check(int number) const {
+        if (number != 0) throw Error(Failure::system, "io_uring_enter", number, files_[0].path());
+    }
+
+    void start(const Request& request, const Hooks& hooks) {
+        hooks.before(request);
+        const unsigned slot = free_.back();
+        slots_[slot] = {.request = request};
+        prepare(slot);
+        free_.pop_back();
+        // At once, not in batches: the next `before` may block, and a system call a block is nothing.
+        check(ring_.submit());
+    }
+
+    void prepare(unsigned slot) {
+        Progress& progress = slots_[slot];
+        const Request& request = progress.request;
+        const File& file = files_[request.file];
         const uint64_t length = progress.wanted();
         const bool reading = direction_ == Direction::read;
+        progress.direct = file.takes_direct(progress.offset(), length, progress.address());
+        io_uring_sqe& entry = ring_.prepare();
         entry.opcode = reading ? IORING_OP_READ : IORING_OP_WRITE;
-        entry.fd = file.descriptor(progress.offset(), length, progress.address());
+        entry.fd = file.descriptor(progress.direct);
         if (fixed_files_) {
-            entry.fd = static_cast<int>(2 * progress.request.file + (entry.fd == file.buffered() ? 1 : 0));
+            entry.fd = static_cast<int>(2 * request.file + (progress.direct ? 0 : 1));
             entry.flags = IOSQE_FIXED_FILE;
         }
         entry.off = progress.offset();
         entry.addr = reinterpret_cast<uintptr_t>(progress.address());
         entry.len = static_cast<uint32_t>(length);
         entry.user_data = slot;
-        if (!fixed_memory_.empty()) {
-            const auto start = static_cast<uint64_t>(progress.address() - fixed_memory_.data());
-            if (start / fixed_buffer == (start + length - 1) / fixed_buffer && start + length <= fixed_memory_.size()) {
-                entry.opcode = reading ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED;
-                entry.buf_index = static_cast<uint16_t>(start / fixed_buffer);
-            }
+        if (const auto buffer = buffer_of(progress.address(), length)) {
+            entry.opcode = reading ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED;
+            entry.buf_index = *buffer;
         }
     }
 
-    void completed(unsigned slot, int result, bool failed, const Hooks& hooks) {
+    // The registered buffer that a range lies in, if one does.
+    std::optional<uint16_t> buffer_of(const std::byte* address, uint64_t length) const {
+        if (fixed_memory_.empty()) return std::nullopt;
+        const auto start = static_cast<uint64_t>(address - fixed_memory_.data());
+        const uint64_t first = start / fixed_buffer;
+        if (first != (start + length - 1) / fixed_buffer) return std::nullopt;
+        return static_cast<uint16_t>(first);
+    }
+
+    void completed(unsigned slot, int answer, const Hooks& hooks) {
         Progress& progress = slots_[slot];
-        File& file = files_[progress.request.file];
-        bool repeat = false;
-        try {
-            repeat = must_repeat(direction_, file, progress, std::max(result, 0), result < 0 ? -result : 0);
-        } catch (...) {
-            free_.push_back(slot);
-            throw;
-        }
-        if (repeat && !failed && !transfer_.cancelled()) {
-            issue(slot);
+        free_.push_back(slot);
+        if (must_continue(direction_, files_[progress.request.file], progress, answer)) {
+            if (stopping()) return;
+            prepare(slot);
+            free_.pop_back();
+            check(ring_.submit());
             return;
         }
-        free_.push_back(slot);
-        if (repeat) return;
         transfer_.advance(progress.request.length);
         hooks.after(progress.request);
     }
@@ -166,6 +179,7 @@ class UringQueue {
     Ring ring_;
     std::vector<Progress> slots_;
     std::vector<unsigned> free_;
+    std::exception_ptr error_;
     bool fixed_files_ = false;
     std::span<std::byte> fixed_memory_;
 };
@@ -177,6 +191,7 @@ void execute_with_threads(Transfer& transfer, Direction direction, std::span<Fil
         return [&](size_t index) {
             const Request& request = requests[index];
             hooks.before(request);
+            transfer.stop_if_cancelled();
             execute_one(direction, files[request.file], request);
             const std::lock_guard lock(mutex);
             transfer.advance(request.length);
@@ -188,24 +203,61 @@ void execute_with_threads(Transfer& transfer, Direction direction, std::span<Fil
 std::optional<Ring> make_ring(Transfer& transfer, const Options& options) {
     if (options.backend == Backend::threads) return std::nullopt;
     std::string refused;
-    auto ring = Ring::create(std::max(options.depth, 1U), refused);
-    if (!ring && options.backend == Backend::io_uring) throw Error(Failure::system, refused, ENOSYS, "");
+    int number = 0;
+    auto ring = Ring::create(options.depth, refused, number);
+    if (!ring && options.backend == Backend::io_uring)
+        throw Error(Failure::system, "io_uring_setup", number, "io_uring");
     transfer.fell_back(refused);
     return ring;
 }
 
+// Says which files did not take the fast way, and why.
+void note_direct(Transfer& transfer, std::span<const File> files, std::span<const Request> requests) {
+    bool direct = true;
+    for (const File& file : files) {
+        direct = direct && file.has_direct();
+        transfer.fell_back(file.direct_refused());
+    }
+    // Tails of less than a block cannot be direct, and cost nothing.
+    const auto buffered = [&](const Request& request) {
+        const uint64_t wanted = std::min(align_up(request.length), request.capacity);
+        return wanted >= alignment && !files[request.file].takes_direct(request.offset, wanted, request.address);
+    };
+    if (direct && std::any_of(requests.begin(), requests.end(), buffered)) {
+        direct = false;
+        transfer.fell_back("O_DIRECT is impossible: file and memory offsets are not aligned alike");
+    }
+    transfer.result.direct = direct;
+}
+
 }  // namespace
 
+std::vector<Request> requests_for(std::span<const Read> plan, std::span<std::byte> memory) {
+    uint64_t end = 0;
+    for (const Read& read : plan) end = std::max(end, read.memory_offset + read.length);
+    std::vector<Request> requests;
+    for (const Read& read : plan) {
+        const bool last = read.memory_offset + read.length == end;
+        const uint64_t room = std::min(align_up(read.length), memory.size() - read.memory_offset);
+        requests.push_back({.file = read.file,
+                            .offset = read.file_offset,
+                            .address = memory.data() + read.memory_offset,
+                            .length = read.length,
+                            .capacity = last ? room : read.length});
+    }
+    return requests;
+}
+
 void execute_one(Direction direction, File& file, const Request& request) {
-    Progress progress{request};
-    bool repeat = request.length > 0;
-    while (repeat) {
+    Progress progress{.request = request};
+    while (!progress.complete()) {
         const uint64_t length = progress.wanted();
-        const int fd = file.descriptor(progress.offset(), length, progress.address());
+        progress.direct = file.takes_direct(progress.offset(), length, progress.address());
+        const int fd = file.descriptor(progress.direct);
         const auto offset = static_cast<off_t>(progress.offset());
-        const ssize_t result = direction == Direction::read ? ::pread(fd, progress.address(), length, offset)
-                                                            : ::pwrite(fd, progress.address(), length, offset);
-        repeat = must_repeat(direction, file, progress, std::max<ssize_t>(result, 0), result < 0 ? errno : 0);
+        const ssize_t moved = direction == Direction::read ? ::pread(fd, progress.address(), length, offset)
+                                                           : ::pwrite(fd, progress.address(), length, offset);
+        must_continue(direction, file, progress, moved < 0 ? -errno : moved);
     }
 }
 
@@ -214,20 +266,17 @@ void execute(Transfer& transfer, Direction direction, std::span<File> files, std
     Result& result = transfer.result;
     result.block = options.block;
     result.depth = options.depth;
-    auto ring = make_ring(transfer, options);
-    if (ring) {
+    if (auto ring = make_ring(transfer, options)) {
         result.backend = Backend::io_uring;
-        UringQueue queue(transfer, direction, files, std::move(*ring), std::max(options.depth, 1U));
+        UringQueue queue(transfer, direction, files, std::move(*ring), options.depth);
         queue.register_files();
         if (!memory.empty()) queue.register_buffers(memory);
         queue.run(requests, hooks);
     } else {
         result.backend = Backend::threads;
-        execute_with_threads(transfer, direction, files, requests, std::max(options.depth, 1U), hooks);
+        execute_with_threads(transfer, direction, files, requests, options.depth, hooks);
     }
-    result.direct = std::all_of(files.begin(), files.end(), [](const File& file) { return file.has_direct(); });
-    for (const File& file : files)
-        if (options.direct) transfer.fell_back(file.direct_refused());
+    note_direct(transfer, files, requests);
 }
 
 }  // namespace flashd

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "file.hpp"
+#include "plan.hpp"
 #include "transfer.hpp"
 
 namespace flashd {
@@ -25,13 +26,18 @@ struct Request {
     uint64_t capacity;
 };
 
+// The requests that carry out a plan in this memory. Only the last may run on: behind any other lie wanted bytes.
+std::vector<Request> requests_for(std::span<const Read> plan, std::span<std::byte> memory);
+
+// `before` is called before a request is issued and may block, on threads from several of them at once; `after` is
+// called when it is complete, one at a time. What they throw ends the transfer.
 struct Hooks {
     std::function<void(const Request&)> before = [](const Request&) {};
     std::function<void(const Request&)> after = [](const Request&) {};
 };
 
 // Carries out all requests, at most `options.depth` at a time, retrying what is short. Notes in `transfer.result` how
-// it was done. `before` is called before a request is issued, `after` when it is complete, both one at a time.
+// it was done. Where the limits allow, `memory` is registered with the ring (io_uring_register(2)).
 void execute(Transfer& transfer, Direction direction, std::span<File> files, std::span<const Request> requests,
              const Options& options, std::span<std::byte> memory, const Hooks& hooks);
 

@@ -16,7 +16,7 @@ namespace flashd {
 
 // Reads every byte to its final place. With digests, each block of `memory` (the data region of a checkpoint) is
 // compared as soon as it is there. With `populate`, helper threads make the memory present ahead of the reads.
-std::unique_ptr<Transfer> load(std::vector<File> files, std::span<const Read> reads, std::span<std::byte> memory,
+std::unique_ptr<Transfer> load(std::vector<File> files, std::vector<Read> reads, std::span<std::byte> memory,
                                DigestTable digests, bool populate, const Options& options);
 
 // Reads [start, start + length) of a file and compares it with its digests, keeping nothing.

@@ -5,14 +5,11 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <new>
 #include <utility>
 
 #include "cpu_clock.hpp"
-
-#ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_WRITE 23
-#endif
+#include "driver.hpp"
+#include "error.hpp"
 
 namespace flashd {
 
@@ -25,7 +22,7 @@ constexpr uint64_t populate_step = 16 << 20;
 Buffer::Buffer(uint64_t size) : size_(size) {
     mapped_ = size + huge_page;
     mapping_ = ::mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapping_ == MAP_FAILED) throw std::bad_alloc();
+    if (mapping_ == MAP_FAILED) throw Error(Failure::memory, "mmap", errno, "");
     const auto address = (reinterpret_cast<uintptr_t>(mapping_) + huge_page - 1) & ~(huge_page - 1);
     data_ = reinterpret_cast<std::byte*>(address);
     ::madvise(data_, size_, MADV_HUGEPAGE);
@@ -46,23 +43,27 @@ Populator::Populator(std::span<std::byte> region, unsigned threads, const std::a
     for (unsigned i = 0; i < threads; ++i) threads_.emplace_back([this] { run(); });
 }
 
-Populator::~Populator() { join(); }
+Populator::~Populator() {
+    next_ = done_.size();  // nobody waits any more
+    threads_.clear();
+}
 
-void Populator::join() {
-    for (auto& thread : threads_)
-        if (thread.joinable()) thread.join();
+double Populator::finish() {
+    threads_.clear();
+    return cpu_seconds_;
 }
 
 void Populator::run() {
     for (uint64_t index; (index = next_++) < done_.size() && !cancel_;) {
         const uint64_t start = index * populate_step;
         const uint64_t length = std::min(populate_step, region_.size() - start);
-        while (::madvise(region_.data() + start, length, MADV_POPULATE_WRITE) != 0 && errno == EAGAIN) {
-        }
+        const int error = host_driver().populate(region_.data() + start, length);
         const std::lock_guard lock(mutex_);
+        if (error != 0) error_ = error;
         done_[index] = true;
         while (done_prefix_ < done_.size() && done_[done_prefix_]) ++done_prefix_;
         progressed_.notify_all();
+        if (error != 0) break;
     }
     const std::lock_guard lock(mutex_);
     cpu_seconds_ += thread_cpu_seconds();
@@ -73,7 +74,8 @@ void Populator::run() {
 void Populator::wait_until(uint64_t end) {
     const uint64_t wanted = (std::min<uint64_t>(end, region_.size()) + populate_step - 1) / populate_step;
     std::unique_lock lock(mutex_);
-    progressed_.wait(lock, [&] { return done_prefix_ >= wanted || running_ == 0 || cancel_; });
+    progressed_.wait(lock, [&] { return done_prefix_ >= wanted || running_ == 0 || error_ != 0; });
+    if (error_ != 0) throw Error(Failure::memory, "populate", error_, "", end);
 }
 
 }  // namespace flashd

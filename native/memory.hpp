@@ -31,18 +31,16 @@ class Buffer {
     uint64_t size_;
 };
 
-// Populates a region front to back with helper threads (MADV_POPULATE_WRITE), and lets a reader wait until it has got
-// far enough. Where the kernel cannot (before 5.14), the reads fault pages in on their way: slower, never wrong.
+// Populates a region front to back with helper threads, and lets a reader wait until they have got far enough.
 class Populator {
   public:
     Populator(std::span<std::byte> region, unsigned threads, const std::atomic<bool>& cancel);
     ~Populator();
 
-    // Blocks until the region up to `end` is present, or populating has ended.
+    // Blocks until the region up to `end` is present, or populating has ended. Throws Error (memory) if it failed.
     void wait_until(uint64_t end);
-    // CPU seconds that the helper threads have used; complete once `join` has returned.
-    double cpu_seconds() const { return cpu_seconds_; }
-    void join();
+    // Waits for the helper threads; the CPU seconds they used.
+    double finish();
 
   private:
     void run();
@@ -55,6 +53,7 @@ class Populator {
     std::vector<bool> done_;
     uint64_t done_prefix_ = 0;
     unsigned running_ = 0;
+    int error_ = 0;
     double cpu_seconds_ = 0;
     std::vector<std::jthread> threads_;
 };

@@ -6,6 +6,7 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <system_error>
 #include <tuple>
 #include <vector>
 
@@ -48,6 +49,8 @@ const char* kind_name(Failure kind) {
     switch (kind) {
         case Failure::system:
             return "system";
+        case Failure::memory:
+            return "memory";
         case Failure::truncated:
             return "truncated";
         case Failure::corrupt:
@@ -68,6 +71,10 @@ void translate(const std::exception_ptr& caught, void*) {
         const nb::object offset =
             error.offset == no_offset ? nb::object(nb::none()) : nb::object(nb::int_(error.offset));
         const nb::tuple args = nb::make_tuple(kind_name(error.kind), error.operation, error.number, error.path, offset);
+        PyErr_SetObject(error_type, args.ptr());
+    } catch (const std::system_error& error) {
+        // Only the threads of a transfer raise it: the process may have no more of them.
+        const nb::tuple args = nb::make_tuple("system", "start", error.code().value(), "a thread", nb::none());
         PyErr_SetObject(error_type, args.ptr());
     }
 }
@@ -125,7 +132,7 @@ NB_MODULE(_native, m) {
             std::vector<Read> plan;
             for (const auto& [file, file_offset, memory_offset, length] : reads)
                 plan.push_back({file, file_offset, memory_offset, length});
-            return load(open_all(files, options.direct), plan, memory_at(address, size),
+            return load(open_all(files, options.direct), std::move(plan), memory_at(address, size),
                         table_of(digest_block, digests), populate, options);
         },
         "files"_a, "reads"_a, "address"_a, "size"_a, "digest_block"_a, "digests"_a, "populate"_a, "options"_a);

@@ -3,13 +3,16 @@
 
 #include <algorithm>
 
+#include "file.hpp"
+
 namespace flashd {
 
 std::vector<Read> split(std::span<const Read> reads, uint64_t block) {
     std::vector<Read> result;
     for (Read rest : reads) {
         while (rest.length > 0) {
-            const uint64_t length = std::min(rest.length, block - rest.memory_offset % block);
+            uint64_t length = std::min(rest.length, block - rest.memory_offset % block);
+            if (rest.file_offset % alignment == 0 && length > alignment) length = align_down(length);
             result.push_back({rest.file, rest.file_offset, rest.memory_offset, length});
             rest.file_offset += length;
             rest.memory_offset += length;

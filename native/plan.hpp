@@ -24,7 +24,7 @@ struct Piece {
     uint64_t length;
 };
 
-// Splits reads at multiples of `block` in memory, so that each request is one block of the digest grid.
+// Splits reads at multiples of `block` in memory, and cuts off tails that O_DIRECT could not take.
 std::vector<Read> split(std::span<const Read> reads, uint64_t block);
 
 // The parts of `pieces` (sorted by target offset) that lie in [start, start + length) of the target.

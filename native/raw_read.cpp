@@ -16,8 +16,9 @@ double raw_read(const std::string& path, uint64_t offset, std::span<std::byte> m
     const UniqueFd fd(::open(path.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC));
     if (!fd) throw Error(Failure::system, "open", errno, path);
     std::string refused;
-    auto ring = Ring::create(depth, refused);
-    if (!ring) throw Error(Failure::system, refused, ENOSYS, path);
+    int number = 0;
+    auto ring = Ring::create(depth, refused, number);
+    if (!ring) throw Error(Failure::system, "io_uring_setup", number, path);
     const auto started = std::chrono::steady_clock::now();
     unsigned in_flight = 0;
     for (uint64_t next = 0; next < memory.size() || in_flight > 0;) {
@@ -32,8 +33,7 @@ double raw_read(const std::string& path, uint64_t offset, std::span<std::byte> m
             entry.user_data = length;
             next += length;
         }
-        if (const int number = ring->submit_and_wait(); number != 0)
-            throw Error(Failure::system, "io_uring_enter", number, path);
+        if (number = ring->wait(); number != 0) throw Error(Failure::system, "io_uring_enter", number, path);
         while (const auto completion = ring->next_completion()) {
             --in_flight;
             if (completion->result != static_cast<int>(completion->tag))

@@ -24,18 +24,17 @@ void* map(int fd, size_t size, off_t offset) {
 
 }  // namespace
 
-std::optional<Ring> Ring::create(unsigned entries, std::string& refused) {
+std::optional<Ring> Ring::create(unsigned entries, std::string& refused, int& number) {
+    const auto refuse = [&](int with, const std::string& why) {
+        number = with;
+        refused = "io_uring refused: " + why;
+        return std::nullopt;
+    };
     io_uring_params parameters{};
     Ring ring;
     ring.fd_ = UniqueFd(static_cast<int>(::syscall(__NR_io_uring_setup, entries, &parameters)));
-    if (!ring.fd_) {
-        refused = std::string("io_uring refused: ") + std::strerror(errno);
-        return std::nullopt;
-    }
-    if ((parameters.features & IORING_FEAT_SINGLE_MMAP) == 0) {
-        refused = "io_uring refused: the kernel is older than 5.4";
-        return std::nullopt;
-    }
+    if (!ring.fd_) return refuse(errno, std::strerror(errno));
+    if ((parameters.features & IORING_FEAT_SINGLE_MMAP) == 0) return refuse(ENOSYS, "the kernel is older than 5.4");
     const auto& sq = parameters.sq_off;
     const auto& cq = parameters.cq_off;
     ring.rings_size_ = std::max<size_t>(sq.array + parameters.sq_entries * sizeof(unsigned),
@@ -45,10 +44,8 @@ std::optional<Ring> Ring::create(unsigned entries, std::string& refused) {
     if (rings != MAP_FAILED) ring.rings_ = rings;
     void* submissions = map(ring.fd_.get(), ring.entries_size_, static_cast<off_t>(IORING_OFF_SQES));
     if (submissions != MAP_FAILED) ring.entries_ = static_cast<io_uring_sqe*>(submissions);
-    if (ring.rings_ == nullptr || ring.entries_ == nullptr) {
-        refused = std::string("io_uring refused: mmap: ") + std::strerror(errno);
-        return std::nullopt;
-    }
+    if (ring.rings_ == nullptr || ring.entries_ == nullptr)
+        return refuse(errno, std::string("mmap: ") + std::strerror(errno));
     auto* base = static_cast<std::byte*>(ring.rings_);
     const auto at = [base](uint32_t offset) { return reinterpret_cast<unsigned*>(base + offset); };
     ring.submit_tail_ = at(sq.tail);
@@ -97,16 +94,17 @@ io_uring_sqe& Ring::prepare() {
     return entry;
 }
 
-int Ring::submit_and_wait() {
+int Ring::enter(unsigned completions) {
     store_release(submit_tail_, *submit_tail_ + prepared_);
     published_ += std::exchange(prepared_, 0);
+    const unsigned flags = completions > 0 ? IORING_ENTER_GETEVENTS : 0;
     for (;;) {
         const long taken =
-            ::syscall(__NR_io_uring_enter, fd_.get(), published_, 1, IORING_ENTER_GETEVENTS, nullptr, size_t{0});
+            ::syscall(__NR_io_uring_enter, fd_.get(), published_, completions, flags, nullptr, size_t{0});
         if (taken >= 0) published_ -= static_cast<unsigned>(taken);
         if (taken >= 0 && published_ == 0) return 0;
-        // EAGAIN and EBUSY: the kernel is out of room for the moment; completions give it back, and the next call
-        // submits the rest.
+        // EAGAIN and EBUSY: the kernel is out of room for the moment. Completions give it back, and the next call
+        // hands over the rest.
         if (taken < 0 && errno != EINTR) return errno == EAGAIN || errno == EBUSY ? 0 : errno;
     }
 }

@@ -16,8 +16,8 @@ namespace flashd {
 
 class Ring {
   public:
-    // Nothing where the kernel or a seccomp filter refuses; `refused` then says why.
-    static std::optional<Ring> create(unsigned entries, std::string& refused);
+    // Nothing where the kernel or a seccomp filter refuses; `refused` then says why, and `number` is the errno.
+    static std::optional<Ring> create(unsigned entries, std::string& refused, int& number);
     Ring(Ring&& other) noexcept;
     Ring& operator=(Ring&&) = delete;
     ~Ring();
@@ -27,8 +27,10 @@ class Ring {
 
     // The next free submission entry, zeroed. The caller keeps no more requests in flight than it made entries.
     io_uring_sqe& prepare();
-    // Hands over what was prepared and waits for at least one completion. Returns 0 or an errno.
-    int submit_and_wait();
+    // Hands over what was prepared. Returns 0 or an errno.
+    int submit() { return enter(0); }
+    // The same, and waits for at least one completion.
+    int wait() { return enter(1); }
 
     struct Completion {
         uint64_t tag;
@@ -38,6 +40,7 @@ class Ring {
 
   private:
     Ring() = default;
+    int enter(unsigned completions);
 
     UniqueFd fd_;
     void* rings_ = nullptr;
