@@ -17,11 +17,13 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Coroutine, Sequence
+import struct
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dbus_next import BusType, Message, MessageType, Variant
+from dbus_next._private.marshaller import Marshaller
 from dbus_next.aio import MessageBus
 from dbus_next.aio.message_bus import _future_set_exception, _future_set_result, _MessageWriter
 from dbus_next.constants import MessageFlag, NameFlag, RequestNameReply
@@ -37,6 +39,7 @@ PROPERTIES = "org.freedesktop.DBus.Properties"
 OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
 
 _CONNECT_TIMEOUT_S = 10.0
+_EMPTY_DICTIONARY_BYTES = 8  # its length, and padding to where its first entry would be
 _CLOSE_TIMEOUT_S = 2.0  # for a caller that does not read its answer
 
 
@@ -138,9 +141,10 @@ class Received:
 
 def _received(message: Message) -> Received:
     fds = tuple(message.unix_fds)
-    body = tuple(
-        _in_place(value, node, fds) for value, node in zip(message.body, message.signature_tree.types, strict=True)
-    )
+    body = tuple(message.body)
+    if fds or "h" in message.signature:  # without any, large listings are not walked through
+        nodes = message.signature_tree.types
+        body = tuple(_in_place(value, node, fds) for value, node in zip(body, nodes, strict=True))
     return Received(
         message.sender or "", message.path or "", message.interface or "", message.member or "",
         message.signature, body, fds,
@@ -177,11 +181,40 @@ def plain(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a method returns: values that match its signature, and descriptors that are closed once sent."""
+    """What a method returns: values that match its signature, and descriptors that are closed once sent.
+
+    `marshalled` is the body of a reply that is one large dictionary, ready to send; its value is then an empty one.
+    """
 
     signature: str = ""
     values: tuple[Any, ...] = ()
     fds: tuple[int, ...] = ()
+    marshalled: bytes = b""
+
+
+def dictionary_entry(signature: str, key: Any, value: Any) -> bytes:
+    """One entry of a dictionary of this signature, as it stands in a message; it begins on a multiple of 8."""
+    return bytes(Marshaller(signature, [{key: value}]).marshall()[_EMPTY_DICTIONARY_BYTES:])
+
+
+def dictionary(entries: Iterable[bytes]) -> bytes:
+    """The body of a message that is one dictionary (D-Bus specification, Marshaling: arrays)."""
+    body = bytearray(_EMPTY_DICTIONARY_BYTES)
+    for entry in entries:
+        body += bytes(-len(body) % 8) + entry
+    struct.pack_into("<I", body, 0, len(body) - _EMPTY_DICTIONARY_BYTES)
+    return bytes(body)
+
+
+class _Prepared(Message):  # type: ignore[misc]
+    """A message whose body, one dictionary, is marshalled already."""
+
+    marshalled: bytes
+
+    def _marshall(self, negotiate_unix_fd: bool = False) -> bytes:
+        head = bytearray(super()._marshall(negotiate_unix_fd)[:-_EMPTY_DICTIONARY_BYTES])
+        struct.pack_into("<I", head, 4, len(self.marshalled))  # the length of the body, in the fixed part of the header
+        return bytes(head) + self.marshalled
 
 
 def error_reply(call: Message, error: BaseException) -> Message:
@@ -365,7 +398,7 @@ class Connection:
             received = _received(message)
             result = await self._serve(received)
             fds = result.fds
-            reply = Message.new_method_return(message, result.signature, list(result.values), list(fds))
+            reply = _reply(message, result)
         except BaseException as error:  # noqa: BLE001 -- the boundary: every call gets exactly one reply
             reply = error_reply(message, error)
         finally:
@@ -382,6 +415,20 @@ class Connection:
             self._replying.discard(this)
             for fd in fds:
                 os.close(fd)
+
+
+def _reply(call: Message, result: Reply) -> Message:
+    reply = (_Prepared if result.marshalled else Message)(
+        message_type=MessageType.METHOD_RETURN,
+        reply_serial=call.serial,
+        destination=call.sender,
+        signature=result.signature,
+        body=list(result.values),
+        unix_fds=list(result.fds),
+    )
+    if result.marshalled:
+        reply.marshalled = result.marshalled
+    return reply
 
 
 def _retrieve(future: asyncio.Future[None]) -> None:

@@ -23,10 +23,11 @@ from dbus_next import Variant
 from dbus_next.introspection import Interface, Node
 
 from flashd import wire
-from flashd.bus import OBJECT_MANAGER, PROPERTIES, Connection, Received, Reply
+from flashd.bus import OBJECT_MANAGER, PROPERTIES, Connection, Received, Reply, dictionary, dictionary_entry
 from flashd.errors import InvalidArgument, NotFound
 
 COALESCE_S = 0.05
+_MANAGED_OBJECTS = "a{oa{sa{sv}}}"
 INTROSPECTABLE = "org.freedesktop.DBus.Introspectable"
 
 _STANDARD_XML = """\
@@ -140,6 +141,7 @@ class ObjectTree:
         self._authorize = authorize
         self._objects: dict[str, Exported] = {}
         self._sent: dict[str, dict[str, Any]] = {}
+        self._entries: dict[str, bytes] = {}  # of the answer to GetManagedObjects: listing 1,000 models takes 2 ms
         self._changed: set[str] = set()
         self._flush: asyncio.TimerHandle | None = None
         connection.serve(self._answer)
@@ -155,16 +157,16 @@ class ObjectTree:
     def remove(self, path: str) -> None:
         exported = self._objects.pop(path)
         del self._sent[path]
+        self._entries.pop(path, None)
         self._changed.discard(path)
-        self._connection.emit(
-            wire.ROOT_PATH, OBJECT_MANAGER, "InterfacesRemoved", "oas", [path, [exported.interface, *self._standard()]]
-        )
+        self._connection.emit(wire.ROOT_PATH, OBJECT_MANAGER, "InterfacesRemoved", "oas", [path, [exported.interface]])
 
     def get(self, path: str) -> Exported | None:
         return self._objects.get(path)
 
     def changed(self, path: str) -> None:
         """Some property of the object may have changed: it is compared, and told, within COALESCE_S."""
+        self._entries.pop(path, None)
         if path in self._objects:
             self._changed.add(path)
             if self._flush is None:
@@ -191,13 +193,27 @@ class ObjectTree:
         (signal,) = [s for s in contract(exported.interface).signals if s.name == member]
         self._connection.emit(exported.path, exported.interface, member, signal.signature, values)
 
+    async def prepare(self) -> None:
+        """Makes the first listing as fast as the later ones, without keeping anybody else waiting."""
+        for path in list(self._objects):
+            if path in self._objects and path != wire.ROOT_PATH:
+                self._entry(path)
+                await asyncio.sleep(0)
+
+    def _entry(self, path: str) -> bytes:
+        entry = self._entries.get(path)
+        if entry is None:
+            entry = dictionary_entry(_MANAGED_OBJECTS, path, self._interfaces(self._objects[path]))
+            self._entries[path] = entry
+        return entry
+
     async def _answer(self, call: Received) -> Reply:
         match call.interface, call.member:
             case (str(i), "Introspect") if i in {INTROSPECTABLE, ""}:
                 return Reply("s", (self._introspection(call.path),))
             case (str(i), "GetManagedObjects") if i in {OBJECT_MANAGER, ""} and call.path == wire.ROOT_PATH:
-                others = [o for path, o in self._objects.items() if path != wire.ROOT_PATH]
-                return Reply("a{oa{sa{sv}}}", ({o.path: self._interfaces(o) for o in others},))
+                entries = (self._entry(path) for path in self._objects if path != wire.ROOT_PATH)
+                return Reply(_MANAGED_OBJECTS, ({},), marshalled=dictionary(entries))
         exported = self._objects.get(call.path)
         if exported is None:
             raise NotFound(
@@ -243,8 +259,7 @@ class ObjectTree:
         raise InvalidArgument(f"{exported.interface} has no such property: {call.member} {list(call.body[1:])}")
 
     def _interfaces(self, exported: Exported) -> dict[str, dict[str, Variant]]:
-        ours = {exported.interface: as_variants(exported.interface, exported.properties())}
-        return ours | {standard: {} for standard in self._standard()}
+        return {exported.interface: as_variants(exported.interface, exported.properties())}
 
     @staticmethod
     def _standard() -> tuple[str, ...]:

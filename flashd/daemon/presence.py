@@ -31,6 +31,9 @@ class Presence:
         for model in self._parts.catalog.models():
             self._tree.add(ModelObject(self._parts, model.name), announce=False)
 
+    async def prepare(self) -> None:
+        await self._tree.prepare()
+
     def close(self) -> None:
         """Tells what was not told yet."""
         self._tree.flush()
@@ -44,16 +47,15 @@ class Presence:
             self._tree.add(ModelObject(self._parts, model.name))
         else:
             self._tree.changed(path)
-        self.manager_changed()
+        self._models_came_or_went()
 
     def model_changed(self, name: str) -> None:
         self._tree.changed(wire.model_path(name))
+        self._tree.changed(self._device.path)  # a pinned model cannot be evicted
 
     def model_removed(self, name: str) -> None:
         self._tree.remove(wire.model_path(name))
-        self.manager_changed()
-        for lease in self._parts.leases.all():
-            self._tree.changed(wire.lease_path(lease.number))
+        self._models_came_or_went()
 
     def checkpoint_changed(self, checkpoint_id: str) -> None:
         """Its tier, or who holds it."""
@@ -100,3 +102,11 @@ class Presence:
             self.model_changed(changed)
         self._active = name
         self.manager_changed()
+
+    def _models_came_or_went(self) -> None:
+        """Leases and engines name their model only while it is there."""
+        self.manager_changed()
+        for lease in self._parts.leases.all():
+            self._tree.changed(wire.lease_path(lease.number))
+        for number in self._engines:
+            self.engine_changed(number)

@@ -170,6 +170,7 @@ class Service:
         await self._connection.own(wire.BUS_NAME)
         if self._catalog.models():
             self._warm_up()
+        self._background.start(self._presence.prepare())
         self._engine_stats.start()
         self._inbox.start()
         self._models.collect_soon()

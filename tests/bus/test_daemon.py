@@ -313,6 +313,27 @@ async def test_changes_are_told_and_finished_jobs_say_so(remote: Remote, tmp_pat
     await until(lambda: [wire.MODEL, {"Pinned": True}, []] in told("PropertiesChanged", PROPERTIES))
 
 
+async def test_a_listing_says_what_the_objects_say(remote: Remote, tmp_path: Path) -> None:
+    """Listings are kept ready to send: what changed since must be in them."""
+    for number, name in enumerate(("a", "bb", "ccc", "Owner/dddd")):
+        await import_model(remote, make_source(tmp_path / str(number), seed=number), name)
+    await remote.objects()
+    await remote.call("Pin", path=wire.model_path("bb"), interface=wire.MODEL)
+    await remote.call("Remove", path=wire.model_path("ccc"), interface=wire.MODEL)
+    await remote.call("Lease", "sa{sv}", "a", {})
+    await remote.call("SetAliases", "as", ["x", "y"], path=wire.model_path("a"), interface=wire.MODEL)
+
+    async def use_is_noted() -> bool:
+        return (await remote.model("a"))["LastUsedAt"] > 0
+
+    await until(use_is_noted)
+    listed = await remote.objects()
+    assert len([path for path in listed if "/model/" in path]) == 3
+    for path, interfaces in listed.items():
+        for interface, values in interfaces.items():
+            assert await remote.all(path, interface) == values
+
+
 # The process
 
 
