@@ -29,6 +29,7 @@ ssize_t move(long call, int fd, void* address, size_t length, off_t offset) {
     }
     const bool direct = (::fcntl(fd, F_GETFL) & O_DIRECT) != 0;
     if (direct && disk.refuses_direct) {
+        ::usleep(2000);  // long enough for other threads to be refused as well
         errno = EINVAL;
         return -1;
     }
