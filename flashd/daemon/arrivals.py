@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of sources dropped into the inbox? Each is converted once, and shown until it is a model."""
+"""What becomes of sources dropped into the inbox? Each is converted once, and shown until it is a model.
+
+A model that was removed while its source stays in the inbox does not come back until the source changes.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from dbus_next import Variant
 from flashd import wire
 from flashd.checkpoint.source import SourceFiles
 from flashd.daemon.conversions import Conversions, Request
+from flashd.daemon.dismissals import Dismissals
 from flashd.daemon.jobs import Job, Jobs, JobState, Owner, Result
-from flashd.store.catalog import Catalog, Origin
+from flashd.store.catalog import Catalog, Model, Origin
 from flashd.store.inbox import Item
 
 
@@ -23,6 +27,7 @@ class Arrivals:
         catalog: Catalog,
         jobs: Jobs,
         conversions: Conversions,
+        dismissals: Dismissals,
         *,
         owner: Owner,
         on_change: Callable[[], None],
@@ -31,6 +36,7 @@ class Arrivals:
         self._catalog = catalog
         self._jobs = jobs
         self._conversions = conversions
+        self._dismissals = dismissals
         self._owner = owner
         self._on_change = on_change
         self._on_source_removed = on_source_removed
@@ -45,7 +51,14 @@ class Arrivals:
         rows |= {name: [name, "converting", ""] for name in self._under_way}
         return [rows[name] for name in sorted(rows)]
 
+    def dismiss(self, model: Model) -> None:
+        """To be told of removed models."""
+        if model.origin.kind == "inbox":
+            self._dismissals.add(model.origin.location, model.origin.fingerprint)
+
     def is_known(self, item: Item) -> bool:
+        if self._dismissals.holds(str(item.path), item.fingerprint):
+            return True
         model = self._catalog.get(item.name)
         return model is not None and model.origin.kind == "inbox" and model.origin.fingerprint == item.fingerprint
 
@@ -64,6 +77,7 @@ class Arrivals:
         self._on_change()
 
     async def removed(self, item: Item) -> None:
+        self._dismissals.drop(str(item.path))
         await self._drop(item.name)
         self._failed.pop(item.name, None)
         self._on_change()

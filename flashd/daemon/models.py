@@ -36,9 +36,9 @@ class Models:
         options: Options,
         is_wanted: Callable[[str], bool],
         on_change: Callable[[str], None],
-        on_remove: Callable[[str], None],
+        on_remove: Callable[[Model], None],
     ) -> None:
-        """`is_wanted` tells whether a model is active or about to be; the others hear the names of models."""
+        """`is_wanted` tells whether a model is active or about to be; the others hear of models."""
         self._catalog = catalog
         self._residency = residency
         self._jobs = jobs
@@ -70,8 +70,10 @@ class Models:
         """Raises Busy while it is active, or a swap to it is under way."""
         if self._is_wanted(name):
             raise Busy(f"{name} is active, or about to be", hint="swap to another model first, or park it: flash park")
+        model = self._catalog.get(name)
         await asyncio.to_thread(self._catalog.remove, name)
-        self._on_remove(name)
+        if model is not None:
+            self._on_remove(model)
         self.collect_soon()
 
     def verify(self, name: str, owner: Owner) -> Job:

@@ -17,6 +17,7 @@ from flashd.config import Config
 from flashd.daemon.arrivals import Arrivals
 from flashd.daemon.authorization import Authority, SameUser, authorize
 from flashd.daemon.conversions import Conversions
+from flashd.daemon.dismissals import Dismissals
 from flashd.daemon.endpoint import EndpointLink, RuntimeFolder
 from flashd.daemon.engine_stats import EngineStatsBook
 from flashd.daemon.exports import Caller, ObjectTree
@@ -77,6 +78,7 @@ class Service:
         self._connection = connection
         self._settings = settings
         self._stop = stop
+        self._is_warm = False
         self._ourselves = Owner(peer="", uid=os.getuid())
         self._authority: Authority = SameUser(os.getuid())
         self._callers: dict[str, Caller] = {}
@@ -91,6 +93,7 @@ class Service:
             catalog,
             self._jobs,
             conversions,
+            Dismissals(settings.paths.state / "dismissed.toml"),
             owner=self._ourselves,
             on_change=self._inbox_changed,
             on_source_removed=self._source_removed,
@@ -218,6 +221,8 @@ class Service:
 
     def _job_changed(self, job: Job) -> None:
         self._presence.job_changed(job)
+        if job.kind == "import":
+            self._warm_up()
         if job.finished:
             self._imports.ended(job)
             self._arrivals.ended(job)
@@ -230,24 +235,27 @@ class Service:
         log.info("%s is a model: %s", model.name, format_bytes(model.size_bytes))
         self._presence.model_published(model)
         self._models.collect_soon()
-        self._warm_up()
 
     def _warm_up(self) -> None:
-        """As soon as there is a model, somebody may want it to answer."""
-        if self._settings.current.engines.warm_up:
+        """As soon as there is a model, or about to be one, somebody may want it to answer."""
+        if self._settings.current.engines.warm_up and not self._is_warm:
+            self._is_warm = True
             self._factory.begin()
 
     def _model_changed(self, name: str) -> None:
         self._presence.model_changed(name)
 
-    def _model_removed(self, name: str) -> None:
-        self._presence.model_removed(name)
+    def _model_removed(self, model: Model) -> None:
+        self._presence.model_removed(model.name)
+        self._arrivals.dismiss(model)
 
     def _source_removed(self, name: str) -> None:
         if self._settings.current.inbox.on_remove == "remove":
             self._background.start(self._models.remove(name))
 
     def _inbox_changed(self) -> None:
+        if self._arrivals.shown():
+            self._warm_up()
         self._presence.manager_changed()
 
     def _is_pinned(self, checkpoint_id: str) -> bool:

@@ -115,6 +115,18 @@ async def test_a_restart_converts_nothing_again(remote: Remote, daemon: Daemon) 
     assert not [path for path in await remote.objects() if "/job/" in path]
 
 
+async def test_a_removed_model_stays_removed_until_its_source_changes(remote: Remote, daemon: Daemon) -> None:
+    folder = make_source(daemon.models / "tiny", seed=1)
+    await remote.model("tiny")
+    await remote.call("Remove", path=wire.model_path("tiny"), interface=wire.MODEL)
+    daemon.stop()
+    daemon.start()
+    await asyncio.sleep(1)
+    assert wire.model_path("tiny") not in await remote.objects()
+    make_source(folder, seed=2)
+    await remote.model("tiny")
+
+
 # Import
 
 

@@ -37,6 +37,7 @@ class Script:
         self.fail_at: int | None = None
         self.reached = asyncio.Event()
         self.pause_at: int | None = None
+        self.orders: list[asyncio.Future[None]] = []
 
     async def step(self, name: str) -> None:
         number, self.count = self.count, self.count + 1
@@ -86,21 +87,26 @@ class FakeEngine:
 
     async def park(self) -> None:
         assert not self.open, "park without drain"
-        await self._script.step("park")
-        self._enter(EngineState.PARKED)
+        await self._remotely("park", lambda: self._enter(EngineState.PARKED))
 
     async def wake(self, binding: Binding) -> None:
         assert self.state is EngineState.PARKED
         assert self.binding is None or binding.architecture_key == self.binding.architecture_key
-        await self._script.step("wake")
-        self._enter(EngineState.SERVING)
-        self.binding, self.open = binding, True
+
+        def effect() -> None:
+            self._enter(EngineState.SERVING)
+            self.binding, self.open = binding, True
+
+        await self._remotely("wake", effect)
 
     async def rebind(self, binding: Binding) -> None:
         assert self.state is EngineState.SERVING and not self.open and self.binding
         assert binding.architecture_key == self.binding.architecture_key
-        await self._script.step("rebind")
-        self.binding = binding
+
+        def effect() -> None:
+            self.binding = binding
+
+        await self._remotely("rebind", effect)
 
     async def stop(self) -> None:
         self.stopped = True
@@ -109,6 +115,18 @@ class FakeEngine:
 
     async def stats(self) -> EngineStats:
         return EngineStats(0, 0)
+
+    async def _remotely(self, name: str, effect: Callable[[], None]) -> None:
+        """An order that was sent is carried out, whether or not somebody still waits for the answer."""
+
+        async def carry_out() -> None:
+            await self._script.step(name)
+            if self.state is not EngineState.FAILED:
+                effect()
+
+        order = asyncio.ensure_future(carry_out())
+        self._script.orders.append(order)
+        await asyncio.shield(order)
 
     def die(self) -> None:
         self.state = EngineState.FAILED
@@ -333,6 +351,7 @@ async def test_a_cancel_at_any_step_leaves_somebody_answering(
         now = wanted
     except asyncio.CancelledError:
         now = before
+    await asyncio.gather(*world.script.orders, return_exceptions=True)
     world.check()
     assert world.answering() == now
     await world.swapper.close()
