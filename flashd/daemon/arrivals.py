@@ -7,6 +7,7 @@ A model that was removed while its source stays in the inbox does not come back 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from dbus_next import Variant
 
@@ -52,8 +53,8 @@ class Arrivals:
         return [rows[name] for name in sorted(rows)]
 
     def dismiss(self, model: Model) -> None:
-        """To be told of removed models."""
-        if model.origin.kind == "inbox":
+        """To be told of removed models; one that went with its source may come back with it."""
+        if model.origin.kind == "inbox" and Path(model.origin.location).exists():
             self._dismissals.add(model.origin.location, model.origin.fingerprint)
 
     def is_known(self, item: Item) -> bool:

@@ -115,6 +115,20 @@ async def test_a_restart_converts_nothing_again(remote: Remote, daemon: Daemon) 
     assert not [path for path in await remote.objects() if "/job/" in path]
 
 
+async def test_a_source_moved_out_and_back_is_a_model_again(remote: Remote, daemon: Daemon, tmp_path: Path) -> None:
+    await remote.call("SetConfig", "ss", "inbox.on_remove", "remove")
+    folder = make_source(daemon.models / "tiny")
+    await remote.model("tiny")
+    folder.rename(tmp_path / "elsewhere")
+
+    async def is_gone() -> bool:
+        return wire.model_path("tiny") not in await remote.objects()
+
+    await until(is_gone)
+    (tmp_path / "elsewhere").rename(folder)
+    await remote.model("tiny")
+
+
 async def test_a_removed_model_stays_removed_until_its_source_changes(remote: Remote, daemon: Daemon) -> None:
     folder = make_source(daemon.models / "tiny", seed=1)
     await remote.model("tiny")
