@@ -141,6 +141,19 @@ async def test_a_removed_model_stays_removed_until_its_source_changes(remote: Re
     await remote.model("tiny")
 
 
+async def test_killed_in_a_conversion_it_starts_again_and_does_it_again(remote: Remote, daemon: Daemon) -> None:
+    make_source(daemon.models / "large", elements=50_000_000)
+    await until(lambda: list((daemon.state / "store" / "partial").glob("*/model.safetensors")))
+    daemon.stop(signal.SIGKILL)
+    daemon.start()
+    model = await remote.model("large")
+    (job,) = await remote.call("Verify", path=wire.model_path("large"), interface=wire.MODEL)
+    assert (await remote.finished(job))["State"] == "done"
+    assert model["SizeBytes"] == 200_000_000
+    assert list((daemon.state / "store" / "partial").iterdir()) == []
+    (daemon.models / "large" / "model.safetensors").unlink()
+
+
 # Import
 
 
