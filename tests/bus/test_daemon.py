@@ -285,6 +285,14 @@ async def test_a_lease_ends_with_its_owner_and_outlives_its_model(
     assert await remote.get(wire.device_path("host"), wire.DEVICE, "UsedBytes") == 0
 
 
+async def test_leases_of_removed_models_do_not_hinder_its_end(remote: Remote, daemon: Daemon, tmp_path: Path) -> None:
+    await import_model(remote, make_source(tmp_path / "source"), "tiny")
+    await remote.call("Lease", "sa{sv}", "tiny", {})
+    await remote.call("Remove", path=wire.model_path("tiny"), interface=wire.MODEL)
+    assert daemon.stop() == 0, daemon.log.read_text()
+    assert "Traceback" not in daemon.log.read_text()
+
+
 async def test_what_does_not_fit_is_refused_with_the_numbers(remote: Remote, daemon: Daemon, tmp_path: Path) -> None:
     daemon.stop()
     daemon.config.write_text('[memory]\nhost_budget = "64KiB"\nhuge_pages = "off"\n[engines]\nwarm_up = false\n')
