@@ -121,8 +121,9 @@ class FakeEngine:
 
         async def carry_out() -> None:
             await self._script.step(name)
-            if self.state is not EngineState.FAILED:
-                effect()
+            if self.state is EngineState.FAILED:
+                raise EngineFailed("the process ended before it answered")
+            effect()
 
         order = asyncio.ensure_future(carry_out())
         self._script.orders.append(order)
