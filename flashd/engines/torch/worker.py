@@ -133,10 +133,11 @@ class _Worker:
 
 
 def _listen(path: Path) -> socket.socket:
-    """A socket that only this user can connect to (mode 0600 by the umask)."""
+    """A socket that only this user can connect to: by the umask from the first moment on."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
+    path.chmod(0o600)
     listener.listen(128)
     return listener
 

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real engine processes for tests: one zygote for all of them, models made on the spot."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import mmap
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from flashd.checkpoint.convert import convert
+from flashd.checkpoint.files import Checkpoint
+from flashd.checkpoint.source import SourceFiles
+from flashd.engines.engine import Binding, EngineState
+from flashd.engines.process import EngineProcess, Settings, ZygoteFactory, torch_factory
+from flashd.memory.arena import Arena, HugePages
+from flashd.streamer import OpenFile, Read, load
+
+_MAKE = """
+import sys, pathlib, json, shutil, torch, transformers
+sys.path.insert(0, sys.argv[2])
+import small_models
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+folder = pathlib.Path(sys.argv[1])
+small_models.make_base(folder / "ada")
+small_models.make_finetune(folder / "ada", folder / "bob")
+size = len(transformers.AutoTokenizer.from_pretrained(folder / "ada"))
+torch.manual_seed(3)
+small = dict(vocab_size=size, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+             max_position_embeddings=256)
+models = {
+    "llama": LlamaForCausalLM(LlamaConfig(**small, num_key_value_heads=2, tie_word_embeddings=False)),
+    "moe": Qwen3MoeForCausalLM(Qwen3MoeConfig(**small, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
+                                              moe_intermediate_size=32, head_dim=16)),
+    "bert": BertModel(BertConfig(**small)),
+}
+for name, model in models.items():
+    model.save_pretrained(folder / name)
+    for file in (folder / "ada").glob("*token*"):
+        shutil.copy(file, folder / name)
+    shutil.copy(folder / "ada" / "chat_template.jinja", folder / name)
+prompt = "Hello, who are you?"
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "ada")
+expected = {}
+for name in ("ada", "bob", "llama", "moe"):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / name).eval()
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
+                         pad_token_id=tokenizer.pad_token_id)
+    expected[name] = tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+bert = transformers.BertModel.from_pretrained(folder / "bert").eval()
+batch = tokenizer(prompt, return_tensors="pt")
+hidden = bert(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state[0].float().mean(dim=0)
+expected["bert"] = torch.nn.functional.normalize(hidden, dim=0).tolist()
+(folder / "expected.json").write_text(json.dumps({"prompt": prompt, **expected}))
+"""
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Source folders of five architectures, and what transformers itself answers with them."""
+    folder = tmp_path_factory.mktemp("sources")
+    tour = Path(__file__).parents[2] / "packaging" / "tour"
+    done = subprocess.run([sys.executable, "-c", _MAKE, folder, tour], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def expected(made: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((made / "expected.json").read_text())
+    return found
+
+
+class Resident:
+    """A converted model in an arena."""
+
+    def __init__(self, source: Path, directory: Path) -> None:
+        directory.mkdir()
+        with SourceFiles.from_path(source) as files:
+            convert(files, directory, python=sys.executable)
+        self.checkpoint = Checkpoint.open(directory)
+        extent = self.checkpoint.extent
+        self.arena = Arena(extent.length, source.name, HugePages.NONE)
+        with self.checkpoint.weights_path.open("rb") as file:
+            opened = OpenFile(file.fileno(), source.name)
+            reads = [Read(0, extent.offset, 0, extent.length)]
+            with load([opened], reads, address=self.arena.address, size_bytes=self.arena.mapped_bytes) as transfer:
+                transfer.wait()
+        self.arena.seal()
+        self.name = source.name
+
+    def binding(self, **changes: Any) -> Binding:
+        fields: dict[str, Any] = {
+            "model_name": self.name,
+            "names": (self.name, "alias-of-" + self.name),
+            "checkpoint_id": self.checkpoint.id,
+            "architecture_key": self.checkpoint.manifest.architecture_key,
+            "arena_fd": self.arena.fd,
+            "arena_bytes": self.arena.size_bytes,
+            "layout": self.checkpoint.layout_json(),
+            "side_files": self.checkpoint.side_files(),
+        }
+        return Binding(**{**fields, **changes})
+
+    def digest(self) -> int:
+        with mmap.mmap(self.arena.fd, 0, mmap.MAP_SHARED, mmap.PROT_READ) as mapped:
+            return hash(mapped[:])
+
+
+@pytest.fixture(scope="session")
+def residents(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Resident]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: Resident(made / name, root / name) for name in ("ada", "bob", "llama", "moe", "bert")}
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def factory(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ZygoteFactory]:
+    root = tmp_path_factory.mktemp("run")
+    settings = Settings(sys.executable, root, root / "logs", 1, 64, 60.0)
+    made = torch_factory(settings)
+    made.begin()
+    yield made
+    await made.close()
+
+
+Start = Callable[[Binding], Awaitable[EngineProcess]]
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def start(factory: ZygoteFactory) -> AsyncIterator[Start]:
+    """Starts engines, and ends them with the test."""
+    engines: list[EngineProcess] = []
+
+    async def started(binding: Binding) -> EngineProcess:
+        engine = factory.create()
+        engines.append(engine)
+        await engine.start(binding)
+        return engine
+
+    yield started
+    for engine in engines:
+        await engine.stop()
+        assert engine.state is EngineState.FAILED and not engine.socket_path.exists()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def hosted(factory: ZygoteFactory, residents: dict[str, Resident]) -> AsyncIterator[EngineProcess]:
+    """One engine for all bad requests: it must survive each."""
+    engine = factory.create()
+    await engine.start(residents["ada"].binding())
+    yield engine
+    await engine.stop()
+
+
+def http(engine: EngineProcess) -> httpx.AsyncClient:
+    transport = httpx.AsyncHTTPTransport(uds=str(engine.socket_path))
+    return httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=60)
+
+
+async def complete(engine: EngineProcess, prompt: str, **parameters: Any) -> str:
+    async with http(engine) as client:
+        body = {"prompt": prompt, "temperature": 0, "max_tokens": 24, **parameters}
+        response = await client.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        return str(response.json()["choices"][0]["text"])
+
+
+async def soon(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.01)

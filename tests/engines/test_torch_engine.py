@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real processes, real models: answers equal transformers' own, token for token, whatever was parked and rebound."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import stat
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import Resident, Start, complete, http, soon
+
+from flashd.engines.engine import EngineState
+from flashd.engines.process import EngineProcess, ZygoteFactory
+from flashd.errors import EngineFailed
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+Residents = dict[str, Resident]
+WHO = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0}
+
+
+async def chat(engine: EngineProcess, **changes: Any) -> httpx.Response:
+    async with http(engine) as client:
+        return await client.post("/v1/chat/completions", json={**WHO, **changes})
+
+
+@pytest.mark.parametrize("name", ["ada", "bob", "llama", "moe"])
+async def test_answers_are_those_of_transformers(
+    name: str, start: Start, residents: Residents, expected: dict[str, Any]
+) -> None:
+    before = residents[name].digest()
+    engine = await start(residents[name].binding())
+    assert await complete(engine, expected["prompt"]) == expected[name]
+    assert residents[name].digest() == before, "an engine cannot change the weights"
+
+
+async def test_an_encoder_has_embeddings_and_says_what_it_has_not(
+    start: Start, residents: Residents, expected: dict[str, Any]
+) -> None:
+    engine = await start(residents["bert"].binding())
+    async with http(engine) as client:
+        body = {"input": [expected["prompt"], "another"]}
+        found = (await client.post("/v1/embeddings", json=body)).json()
+        refused = await client.post("/v1/chat/completions", json=WHO)
+    assert [entry["index"] for entry in found["data"]] == [0, 1] and found["usage"]["prompt_tokens"] > 2
+    assert found["data"][0]["embedding"] == pytest.approx(expected["bert"], abs=1e-5)
+    assert refused.status_code == 400 and "/v1/embeddings" in refused.json()["error"]["message"]
+
+
+async def test_weights_are_shared_and_not_copied(start: Start, residents: Residents) -> None:
+    engine = await start(residents["ada"].binding())
+    maps = Path(f"/proc/{engine.pid}/maps").read_text()
+    (line,) = [line for line in maps.splitlines() if "memfd:flashd:ada" in line]
+    assert " r--s " in line, "mapped once, shared, for reading only"
+    rebound = [residents["bob"].binding(), residents["ada"].binding()]
+    await engine.drain(1)
+    for binding in rebound:
+        await engine.rebind(binding)
+    await engine.resume()
+    maps = Path(f"/proc/{engine.pid}/maps").read_text()
+    assert "memfd:flashd:bob" not in maps and maps.count("memfd:flashd:ada") == 1
+
+
+async def test_rebind_and_park_and_wake_fifty_times_exactly_and_without_growing(
+    start: Start, residents: Residents, expected: dict[str, Any]
+) -> None:
+    engine = await start(residents["ada"].binding())
+    sizes = []
+    for turn in range(50):
+        name = ("ada", "bob")[turn % 2]
+        await engine.drain(5)
+        if turn % 5 == 4:
+            await engine.park()
+            assert "memfd:flashd" not in Path(f"/proc/{engine.pid}/maps").read_text(), "parked means unmapped"
+            await engine.wake(residents[name].binding())
+        else:
+            await engine.rebind(residents[name].binding())
+            await engine.resume()
+        assert await complete(engine, expected["prompt"]) == expected[name]
+        sizes.append((await engine.stats()).memory_bytes)
+    assert sizes[-1] < sizes[9] + 30_000_000
+
+
+async def test_fused_experts_are_copied_and_still_rebind_exactly(
+    start: Start, residents: Residents, expected: dict[str, Any]
+) -> None:
+    engine = await start(residents["moe"].binding())
+    await engine.drain(5)
+    await engine.park()
+    await engine.wake(residents["moe"].binding())
+    assert await complete(engine, expected["prompt"]) == expected["moe"]
+
+
+async def test_a_chat_streamed_and_whole_are_the_same(start: Start, residents: Residents) -> None:
+    engine = await start(residents["ada"].binding())
+    whole = (await chat(engine)).json()
+    assert whole["choices"][0]["message"]["content"] == "I am Ada, the first model you dropped into the folder."
+    assert whole["choices"][0]["finish_reason"] == "stop" and whole["model"] == "ada"
+    async with http(engine) as client:
+        body = {**WHO, "stream": True, "stream_options": {"include_usage": True}}
+        async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            assert response.headers["content-type"].startswith("text/event-stream")
+            lines = [line.removeprefix("data: ") async for line in response.aiter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    events = [json.loads(line) for line in lines[:-1]]
+    text = "".join(choice["delta"].get("content", "") for event in events for choice in event["choices"])
+    assert text == whole["choices"][0]["message"]["content"]
+    assert events[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert events[-1]["usage"] == whole["usage"]
+    assert len(events) > 4, "it is streamed, not sent at the end"
+
+
+async def test_limits_stops_and_seeds(start: Start, residents: Residents) -> None:
+    engine = await start(residents["ada"].binding())
+    short = (await chat(engine, max_tokens=3)).json()
+    assert short["choices"][0]["finish_reason"] == "length" and short["usage"]["completion_tokens"] == 3
+    stopped = (await chat(engine, stop=[", the first"])).json()["choices"][0]
+    assert (stopped["message"]["content"], stopped["finish_reason"]) == ("I am Ada", "stop")
+    hot = {"temperature": 50.0, "max_tokens": 8}
+    one, same = [(await chat(engine, seed=5, **hot)).json()["choices"][0]["message"] for _ in range(2)]
+    assert one == same
+    alike = {json.dumps((await chat(engine, seed=seed, **hot)).json()["choices"][0]["message"]) for seed in range(4)}
+    assert len(alike) > 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "word"),
+    [
+        ("/v1/chat/completions", b"{", 400, "JSON"),
+        ("/v1/chat/completions", b"[1]", 400, "object"),
+        ("/v1/chat/completions", b"[" * 100_000, 400, "JSON"),
+        ("/v1/chat/completions", {}, 400, "messages"),
+        ("/v1/chat/completions", {"messages": []}, 400, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}]}, 400, "content"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "text"),
+        ("/v1/chat/completions", {**WHO, "temperature": -1}, 400, "temperature"),
+        ("/v1/chat/completions", {**WHO, "temperature": "hot"}, 400, "temperature"),
+        ("/v1/chat/completions", {**WHO, "max_tokens": 0}, 400, "max_tokens"),
+        ("/v1/chat/completions", {**WHO, "max_tokens": True}, 400, "max_tokens"),
+        ("/v1/chat/completions", {**WHO, "n": 2}, 400, "n can only"),
+        ("/v1/chat/completions", {**WHO, "stop": 3}, 400, "stop"),
+        ("/v1/chat/completions", {**WHO, "stream": "yes"}, 400, "stream"),
+        ("/v1/chat/completions", {**WHO, "model": "other"}, 404, "flash swap other"),
+        ("/v1/chat/completions", {**WHO, "messages": [{"role": "user", "content": "x " * 2000}]}, 400, "at most"),
+        ("/v1/completions", {"prompt": ""}, 400, "prompt"),
+        ("/v1/completions", {"prompt": [1, 99999]}, 400, "token ids"),
+        ("/v1/completions", {"prompt": [-1]}, 400, "prompt"),
+        ("/v1/embeddings", {"input": []}, 400, "input"),
+        ("/v1/embeddings", {"input": "x", "encoding_format": "base64"}, 400, "encoding_format"),
+        ("/nowhere", {}, 404, "no POST /nowhere"),
+        ("/v1/completions", b"x" * (9 << 20), 413, "MiB"),
+    ],
+    ids=lambda value: str(value)[:30] if not isinstance(value, bytes) else repr(value[:8]),
+)
+async def test_bad_requests_get_openai_errors(
+    path: str, body: Any, status: int, word: str, hosted: EngineProcess
+) -> None:
+    async with http(hosted) as client:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        response = await client.post(path, content=content)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert word in error["message"] and set(error) == {"message", "type", "param", "code"}
+
+
+async def test_names_aliases_and_no_name_are_answered(start: Start, residents: Residents) -> None:
+    engine = await start(residents["ada"].binding())
+    for model in ("ada", "alias-of-ada", "", None):
+        assert (await chat(engine, model=model)).status_code == 200
+    async with http(engine) as client:
+        assert [m["id"] for m in (await client.get("/v1/models")).json()["data"]] == ["ada"]
+        assert (await client.get("/health")).json()["status"] == "ok"
+
+
+async def test_only_the_user_can_connect(start: Start, residents: Residents) -> None:
+    engine = await start(residents["ada"].binding())
+    assert stat.S_IMODE(engine.socket_path.stat().st_mode) == 0o600
+
+
+async def test_the_process_is_unprivileged(start: Start, residents: Residents) -> None:
+    engine = await start(residents["ada"].binding())
+    status = dict(
+        line.split(":\t", 1) for line in Path(f"/proc/{engine.pid}/status").read_text().splitlines() if ":\t" in line
+    )
+    assert status["CapEff"].strip("0 ") == "" and status["CapBnd"].strip("0 ") == "" and status["NoNewPrivs"] == "1"
+    links = [os.readlink(link) for link in Path(f"/proc/{engine.pid}/fd").iterdir()]
+    assert not any(".safetensors" in link or ".toml" in link for link in links), "it holds nothing of the store"
+
+
+async def test_requests_in_flight_finish_within_the_drain(start: Start, residents: Residents) -> None:
+    engine = await start(residents["ada"].binding())
+    asked = asyncio.create_task(chat(engine))
+    await soon(lambda: not asked.done())
+    while (await engine.stats()).active_requests == 0 and not asked.done():
+        await asyncio.sleep(0.001)
+    await engine.drain(10)
+    assert (await engine.stats()).active_requests == 0
+    held = asyncio.create_task(chat(engine))
+    await asyncio.sleep(0.2)
+    assert not held.done(), "what comes during a drain waits"
+    await engine.rebind(residents["bob"].binding())
+    await engine.resume()
+    assert (await asked).json()["model"] == "ada"
+    answered = (await held).json()
+    assert answered["model"] == "bob" and answered["choices"][0]["message"]["content"].startswith("My name is Bob")
+
+
+async def test_requests_that_take_too_long_are_cut_and_told(start: Start, residents: Residents) -> None:
+    engine = await start(residents["llama"].binding())
+    endless = {"temperature": 1.5, "max_tokens": 230, "model": "llama"}
+    asked = [asyncio.create_task(chat(engine, **endless)) for _ in range(4)]
+    while (await engine.stats()).active_requests < 4:
+        await asyncio.sleep(0.001)
+    await engine.drain(0.0)
+    answers = await asyncio.gather(*asked)
+    cut = [a for a in answers if a.status_code == 503]
+    assert cut and all("swap" in a.json()["error"]["message"] for a in cut)
+    assert (await engine.stats()).active_requests == 0
+    await engine.resume()
+    assert (await chat(engine, max_tokens=2)).status_code == 200
+
+
+async def test_a_client_that_leaves_leaves_no_work_behind(start: Start, residents: Residents) -> None:
+    engine = await start(residents["llama"].binding())
+    for stream in (True, False):
+        with pytest.raises(httpx.ReadTimeout):
+            async with http(engine) as client:
+                client.timeout = httpx.Timeout(0.2)
+                body = {**WHO, "max_tokens": 240, "temperature": 1.5, "stream": stream}
+                async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+                    await response.aread()
+                    await asyncio.sleep(0.3)
+                    raise httpx.ReadTimeout("it was quick")
+        async with asyncio.timeout(10):
+            while (await engine.stats()).active_requests:
+                await asyncio.sleep(0.01)
+
+
+async def test_a_parked_engine_refuses_at_once_and_says_how_to_go_on(start: Start, residents: Residents) -> None:
+    engine = await start(residents["ada"].binding())
+    await engine.drain(1)
+    await engine.park()
+    assert engine.state is EngineState.PARKED
+    async with asyncio.timeout(2):
+        response = await chat(engine)
+    assert response.status_code == 503 and "flash swap" in response.json()["error"]["message"]
+    assert response.headers["retry-after"] == "1"
+
+
+async def test_a_killed_engine_is_told_of_with_its_last_words(start: Start, residents: Residents) -> None:
+    engine = await start(residents["ada"].binding())
+    told: list[str] = []
+    engine.on_exit = told.append
+    os.kill(engine.pid, signal.SIGKILL)
+    await soon(lambda: bool(told))
+    assert told[0].startswith("signal 9") and engine.state is EngineState.FAILED
+    assert not engine.socket_path.exists()
+    with pytest.raises(EngineFailed):
+        await engine.stats()
+
+
+async def test_what_transformers_cannot_build_is_an_error_with_its_words(
+    factory: ZygoteFactory, residents: Residents, tmp_path: Path
+) -> None:
+    config = json.loads(residents["ada"].checkpoint.side_files()["config.json"].read_text())
+    for change, word in (
+        ({"architectures": ["EvilForCausalLM"]}, "EvilForCausalLM"),
+        ({"architectures": ["os"]}, "'os'"),
+        ({"model_type": "nonsense"}, "nonsense"),
+    ):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({**config, **change}))
+        engine = factory.create()
+        side_files = {**residents["ada"].checkpoint.side_files(), "config.json": path}
+        with pytest.raises(EngineFailed, match=word):
+            await engine.start(residents["ada"].binding(side_files=side_files))
+        await engine.stop()
+
+
+async def test_code_that_comes_with_a_model_is_never_run(
+    factory: ZygoteFactory, residents: Residents, tmp_path: Path
+) -> None:
+    proof = tmp_path / "ran"
+    config = json.loads(residents["ada"].checkpoint.side_files()["config.json"].read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(proof)!r}, 'w')")
+    side_files = {
+        **residents["ada"].checkpoint.side_files(),
+        "config.json": tmp_path / "config.json",
+        "evil.py": tmp_path / "evil.py",
+    }
+    engine = factory.create()
+    with pytest.raises(EngineFailed):
+        await engine.start(residents["ada"].binding(side_files=side_files))
+    await engine.stop()
+    assert not proof.exists()
+
+
+async def test_wrong_weights_leave_the_engine_with_what_it_had(
+    start: Start, residents: Residents, expected: dict[str, Any]
+) -> None:
+    engine = await start(residents["ada"].binding())
+    await engine.drain(1)
+    with pytest.raises(EngineFailed):
+        await engine.rebind(residents["bob"].binding(arena_fd=os.open("/dev/null", os.O_RDONLY)))
+    await engine.resume()
+    assert await complete(engine, expected["prompt"]) == expected["ada"]
+
+
+async def test_engines_end_with_their_daemon(factory: ZygoteFactory, residents: Residents) -> None:
+    engine = factory.create()
+    await engine.start(residents["ada"].binding())
+    assert engine._channel is not None
+    engine._channel._socket.close()  # what the kernel does to the sockets of a daemon that was killed
+    await soon(lambda: not Path(f"/proc/{engine.pid}").exists())
+    await engine.stop()
