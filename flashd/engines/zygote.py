@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from flashd.engines.control import AsyncChannel, pair
 from flashd.errors import EngineFailed, Unavailable
+
+log = logging.getLogger(__name__)
 
 _GRACE_S = 2.0
 LAST_WORDS_BYTES = 4096
@@ -38,6 +41,7 @@ class Zygote:
         """Starts importing, in the background. Call it again after a zygote has died: it starts another."""
         if self._starting is None or (self._channel is not None and self._channel.closed.is_set()):
             self._starting = asyncio.create_task(self._start(), name="zygote")
+            self._starting.add_done_callback(_note_failure)
 
     async def fork(self, control: socket.socket, log: Path) -> int:
         """A worker that has `control`; returns its process id. Raises Unavailable if there is no such interpreter or
@@ -121,6 +125,12 @@ class Zygote:
         future = self._exits.setdefault(pid, asyncio.get_running_loop().create_future())
         if not future.done():
             future.set_result(status)
+
+
+def _note_failure(starting: asyncio.Task[None]) -> None:
+    """Nobody may be waiting for it yet; whoever wants an engine later is told again."""
+    if not starting.cancelled() and (error := starting.exception()) is not None:
+        log.warning("%s", error)
 
 
 def last_words(log: Path) -> str:
