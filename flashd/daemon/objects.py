@@ -121,6 +121,7 @@ class ModelObject(Exported):
         super().__init__(wire.model_path(name))
         self._parts = parts
         self._name = name
+        self._last_known = self._model()
 
     def _model(self) -> Model:
         model = self._parts.catalog.get(self._name)
@@ -129,7 +130,9 @@ class ModelObject(Exported):
         return model
 
     def properties(self) -> Mapping[str, Any]:
-        model, parts = self._model(), self._parts
+        parts = self._parts
+        # While it is being removed, in a thread, it is gone from the catalog and not yet from the bus.
+        model = self._last_known = parts.catalog.get(self._name) or self._last_known
         active = parts.swapper.active
         return {
             "Name": model.name,
