@@ -203,7 +203,7 @@ async def test_an_import_that_waits_for_files_dies_with_its_caller(
     remote: Remote, bus: PrivateBus, daemon: Daemon
 ) -> None:
     caller = await connect(bus.address)
-    with Path("/dev/null").open() as file:  # noqa: ASYNC230
+    with Path("/dev/null").open() as file:
         (job,) = await Remote(caller).call(
             "Import", "sa{sh}ba{sv}", "half", {"model.safetensors": 0}, True, {}, fds=[file.fileno()]
         )
@@ -211,10 +211,10 @@ async def test_an_import_that_waits_for_files_dies_with_its_caller(
     with pytest.raises(NotAuthorized):
         await remote.call("ImportFiles", "oa{sh}b", job, {}, False)
     assert daemon.process is not None
-    held = len(os.listdir(f"/proc/{daemon.process.pid}/fd"))  # noqa: PTH208
+    held = len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
     await caller.close()
     assert (await remote.finished(job))["State"] == "cancelled"
-    assert len(os.listdir(f"/proc/{daemon.process.pid}/fd")) == held - 1  # noqa: PTH208
+    assert len(os.listdir(f"/proc/{daemon.process.pid}/fd")) == held - 1
 
 
 async def test_cancelling_an_import_leaves_nothing(remote: Remote, daemon: Daemon, tmp_path: Path) -> None:
