@@ -83,12 +83,12 @@ def job_progress(what: str) -> Iterator[Callable[[Job], None]]:
 
 def wait(job: Job, what: str) -> Any:
     """Waits for a job with a progress bar. Ctrl-C cancels the job, and says what became of it."""
-    with job_progress(what) as show:
-        try:
+    try:
+        with job_progress(what) as show:
             return job.wait(show)
-        except KeyboardInterrupt:
-            job.cancel()
-            return job.wait(show)
+    except KeyboardInterrupt:
+        job.cancel()
+        return job.wait()
 
 
 def ago(seconds_since_epoch: float) -> str:

@@ -9,6 +9,7 @@ parameters at the same offsets of another mapping. Equal layouts are what the ar
 
 from __future__ import annotations
 
+import json
 import mmap
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from flashd.checkpoint import header
 from flashd.errors import Unsupported
 from flashd.tensors import bytes_tensor, torch_tensors
+
+_HINT = "a newer transformers may have it; code that comes with a model is never run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ class Model:
         tensors = torch_tensors(region, layout)
         dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
         dtype = dtypes.pop() if len(dtypes) == 1 else getattr(config, "dtype", None) or torch.float32
-        cls = _class_of(config)
+        cls = _class_of(config.architectures)
         self.module = cls.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype)
         self.module.eval().requires_grad_(False)
         self.generation = self.module.generation_config if self.can_generate else GenerationConfig()
@@ -127,7 +130,7 @@ class Model:
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             for name, content in side_files.items():
                 (Path(folder) / name).write_bytes(content)
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            config = _read_config(folder)
             if any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for name in side_files):
                 self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             else:
@@ -147,16 +150,22 @@ def _mapped(weights: Weights) -> memoryview:
     return memoryview(mapping)[: weights.arena_bytes]
 
 
-def _class_of(config: Any) -> Any:
+def _read_config(folder: str) -> Any:
+    """Raises Unsupported if transformers itself does not know what config.json describes."""
+    _class_of(json.loads((Path(folder) / "config.json").read_text()).get("architectures"))
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = str(error).split("\n", 1)[0].replace(folder, "this folder")
+        raise Unsupported(f"transformers cannot read its config.json: {reason}", hint=_HINT) from None
+
+
+def _class_of(architectures: Any) -> Any:
     """The class that config.json names, if it is one of transformers' own. Code that comes with a model never runs."""
-    name = (config.architectures or [""])[0]
-    cls = getattr(transformers, name, None)
+    name = architectures[0] if isinstance(architectures, list) and architectures else ""
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
-        version = transformers.__version__
-        raise Unsupported(
-            f"transformers {version} has no architecture {name!r}",
-            hint="a newer transformers may have it; code that comes with a model is never run",
-        )
+        raise Unsupported(f"transformers {transformers.__version__} has no architecture {name!r}", hint=_HINT)
     return cls
 
 

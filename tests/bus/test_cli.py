@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`flash` as people and scripts use it, against a real daemon."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Daemon
+from safetensors.numpy import load_file, save_file
+
+import flashd
+from flashd import errors
+from flashd.units import MiB
+
+FLASH = Path(sys.executable).with_name("flash")
+
+
+def flash(*arguments: str | Path, bus: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [FLASH, *arguments], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=60,
+        env={**os.environ, "FLASHD_BUS_ADDRESS": bus, **environment},
+    )  # fmt: skip
+
+
+Flash = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(daemon: Daemon) -> Flash:
+    def bound(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return flash(*arguments, bus=daemon.address)
+
+    return bound
+
+
+def source(folder: Path, seed: int = 0, rows: int = 64) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {"w": np.random.default_rng(seed).standard_normal((rows, 64), np.float32)}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"architectures": ["NoSuchForCausalLM"]}')
+    return folder
+
+
+def test_import_list_show_pin_alias_verify_scrub_and_rm(run: Flash, tmp_path: Path) -> None:
+    assert "No models yet. Drop one into" in run("list").stderr
+    assert json.loads(run("list", "--json").stdout) == []
+    imported = run("import", source(tmp_path / "my-tune"), "Me/Tune", "--alias", "tune")
+    assert imported.returncode == 0 and "Me/Tune: 16.4 kB" in imported.stderr
+    (line,) = run("list").stdout.splitlines()
+    assert line.split("\t")[1:3] == ["Me/Tune", "16.4 kB"]
+    (listed,) = json.loads(run("list", "--json").stdout)
+    assert listed["aliases"] == ["tune"] and listed["residency"] == "stored"
+    assert json.loads(run("show", "tune", "--json").stdout)["name"] == "Me/Tune"
+    assert "NoSuchForCausalLM" in run("show", "me/tune").stdout
+    for command in (("pin", "tune"), ("alias", "tune", "x", "y"), ("verify", "x"), ("scrub",), ("unpin", "y")):
+        done = run(*command)
+        assert done.returncode == 0, done.stderr
+    assert json.loads(run("scrub", "--json").stdout) == {"checked": 1, "corrupt": [], "size_bytes": 16384}
+    assert run("rm", "x").returncode == 0
+    assert run("list").stdout == ""
+
+
+def test_load_evict_status_top_and_jobs(run: Flash, tmp_path: Path) -> None:
+    run("import", source(tmp_path / "a"))
+    loaded = run("load", "a")
+    assert loaded.returncode == 0 and "host tier" in loaded.stderr
+    assert run("list").stdout.split("\t")[3] == "host"
+    status = run("status")
+    assert "none: flash swap MODEL" in status.stdout
+    manager, device = json.loads(run("status", "--json").stdout)
+    assert manager["active_model"] == "" and device["used_bytes"] > 0
+    assert "host" in run("top", "--once").stdout
+    assert run("evict", "a").returncode == 0
+    assert run("list").stdout.split("\t")[3] == "stored"
+    jobs = json.loads(run("jobs", "--json").stdout)
+    assert [(job["kind"], job["state"]) for job in jobs] == [("import", "done"), ("load", "done")]
+    assert len(run("jobs").stdout.splitlines()) == 2
+
+
+def test_a_swap_that_cannot_work_says_why_with_its_status(run: Flash, tmp_path: Path) -> None:
+    run("import", source(tmp_path / "a"))
+    for command in (("swap", "a"), ("run", "a", "hello")):
+        failed = run(*command)
+        assert failed.returncode == errors.EngineFailed.exit_status, failed.stderr
+        assert "NoSuchForCausalLM" in failed.stderr and "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (("show", "nope"), errors.NotFound, "there is no model 'nope'"),
+        (("swap", "nope"), errors.NotFound, "flash list"),
+        (("config", "memory.host_budgt", "1GB"), errors.InvalidArgument, "did you mean memory.host_budget?"),
+        (("config", "memory.host_budget", "lots"), errors.InvalidArgument, "not a size"),
+        (("cancel", "77"), errors.NotFound, "77"),
+        (("park",), errors.NotFound, "no model is active"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_mistakes_are_answered_with_a_remedy_and_their_status(
+    arguments: tuple[str, ...], error: type[errors.FlashdError], words: str, run: Flash
+) -> None:
+    done = run(*arguments)
+    assert done.returncode == error.exit_status, done.stderr
+    assert words in done.stderr and done.stdout == "" and "Traceback" not in done.stderr
+
+
+def test_without_a_daemon_every_command_says_how_to_start_one(tmp_path: Path) -> None:
+    nowhere = f"unix:path={tmp_path}/nothing"
+    for command in ("list", "status", "jobs", "stop", "top", "watch"):
+        done = flash(command, bus=nowhere)
+        assert done.returncode == errors.Unavailable.exit_status and "flash start" in done.stderr, command
+
+
+def test_usage_errors_are_status_2(tmp_path: Path) -> None:
+    for arguments in (("swap",), ("no-such-command",), ("list", "--no-such-option"), ("import", tmp_path / "gone")):
+        assert flash(*arguments).returncode == 2
+    help_text = flash("--help", COLUMNS="200").stdout
+    for cls in errors.FlashdError.__subclasses__():
+        assert f"{cls.exit_status} " in help_text
+    assert flash("--version").stdout == f"flash {flashd.__version__}\n"
+
+
+def test_config_shows_changes_and_explains(run: Flash) -> None:
+    assert "[store]" in run("config").stdout
+    changed = run("config", "inbox.on_remove", "remove")
+    assert changed.returncode == 0 and "started again" not in changed.stderr
+    assert run("config", "inbox.on_remove").stdout == "remove\n"
+    assert "started again" in run("config", "memory.host_budget", "2GB").stderr
+    keys = {setting["key"] for setting in json.loads(run("config", "--json").stdout)}
+    assert {"memory.host_budget", "inbox.settle_s"} <= keys
+
+
+def test_convert_needs_no_daemon_and_other_tools_open_the_result(tmp_path: Path) -> None:
+    made = source(tmp_path / "source")
+    done = flash("convert", made, tmp_path / "out", bus="unix:path=/nowhere")
+    assert done.returncode == 0, done.stderr
+    assert (load_file(tmp_path / "out/model.safetensors")["w"] == load_file(made / "model.safetensors")["w"]).all()
+    again = flash("convert", made, tmp_path / "out")
+    assert again.returncode == errors.AlreadyExists.exit_status
+    (made / "model.safetensors").write_bytes(b"nonsense" * 4)
+    failed = flash("convert", made, tmp_path / "other")
+    assert failed.returncode == errors.InvalidSource.exit_status
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}, "nothing is left behind"
+
+
+def test_a_hostile_source_changes_nothing(run: Flash, tmp_path: Path) -> None:
+    folder = source(tmp_path / "bad")
+    (folder / "model.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
+    failed = run("import", folder)
+    assert failed.returncode == errors.InvalidSource.exit_status and "claims a header" in failed.stderr
+    assert run("list").stdout == ""
+
+
+def test_a_dropped_source_that_fails_is_shown(run: Flash, daemon: Daemon) -> None:
+    folder = source(daemon.models / "bad")
+    (folder / "model.safetensors").write_bytes(b"nonsense" * 4)
+    deadline = time.monotonic() + 10
+    while "failed bad" not in (shown := run("list").stderr):
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.1)
+
+
+def test_ctrl_c_cancels_the_job(daemon: Daemon, run: Flash, tmp_path: Path) -> None:
+    big = tmp_path / "big"
+    big.mkdir()
+    save_file({"w": np.zeros((1024, MiB), np.uint8)}, big / "model.safetensors")
+    process = subprocess.Popen(
+        [FLASH, "import", big], env={**os.environ, "FLASHD_BUS_ADDRESS": daemon.address}, stderr=subprocess.PIPE
+    )
+    with process:
+        while "running" not in run("jobs").stdout:
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == errors.Cancelled.exit_status
+        assert process.stderr and b"cancelled" in process.stderr.read()
+    (job,) = json.loads(run("jobs", "--json").stdout)
+    assert job["state"] == "cancelled" and run("list").stdout == ""
+
+
+def test_a_closed_pipe_is_no_error(daemon: Daemon, run: Flash, tmp_path: Path) -> None:
+    run("import", source(tmp_path / "a"))
+    done = subprocess.run(
+        f"{FLASH} show a --json | true", shell=True, capture_output=True, text=True, check=False,
+        env={**os.environ, "FLASHD_BUS_ADDRESS": daemon.address},
+    )  # fmt: skip
+    assert done.stderr == ""
+
+
+def test_watch_tells_of_what_happens(daemon: Daemon, run: Flash, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [FLASH, "watch", "--json"], stdout=subprocess.PIPE, env={**os.environ, "FLASHD_BUS_ADDRESS": daemon.address}
+    )
+    with process:
+        time.sleep(1.0)
+        run("import", source(tmp_path / "a"))
+        assert process.stdout
+        seen: list[Any] = []
+        wanted = {("added", "org.flashd1.Model"), ("added", "org.flashd1.Job"), ("finished", "org.flashd1.Job")}
+        while not wanted <= {(event["kind"], event["interface"]) for event in seen}:
+            seen.append(json.loads(process.stdout.readline()))
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=10)
+
+
+def test_colours_only_on_a_terminal(daemon: Daemon, run: Flash, tmp_path: Path) -> None:
+    run("import", source(tmp_path / "a"))
+    assert "\x1b" not in run("list").stdout + run("show", "nope").stderr
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [FLASH, "list"], stdout=theirs, stderr=theirs, stdin=theirs,
+        env={**os.environ, "FLASHD_BUS_ADDRESS": daemon.address, "TERM": "xterm-256color", "NO_COLOR": ""},
+    )  # fmt: skip
+    os.close(theirs)
+    process.wait(timeout=20)
+    shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert "\x1b[" in shown and "model" in shown, "a heading, in bold"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_for_every_shell_knows_the_models(shell: str, daemon: Daemon, run: Flash, tmp_path: Path) -> None:
+    run("import", source(tmp_path / "my-tune"))
+    words = "flash swap my"
+    environment = {
+        "bash": {"COMP_WORDS": words, "COMP_CWORD": "2"},
+        "zsh": {"_TYPER_COMPLETE_ARGS": words},
+        "fish": {"_TYPER_COMPLETE_ARGS": words, "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
+    }
+    done = flash(bus=daemon.address, _FLASH_COMPLETE=f"complete_{shell}", **environment[shell])
+    assert "my-tune" in done.stdout, done.stderr
+    script = flash(_FLASH_COMPLETE=f"source_{shell}").stdout
+    assert "flash" in script and "_FLASH_COMPLETE" in script
+
+
+@pytest.fixture
+def home() -> Iterator[dict[str, str]]:
+    """A user with nothing: no session bus, no configuration."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="fh-") as folder:
+        yield {
+            "HOME": folder, "XDG_RUNTIME_DIR": folder, "DBUS_SESSION_BUS_ADDRESS": "", "XDG_STATE_HOME": "",
+            "XDG_CONFIG_HOME": "", "DBUS_SYSTEM_BUS_ADDRESS": "unix:path=/nowhere",
+        }  # fmt: skip
+
+
+def test_start_and_stop_where_there_is_no_bus(home: dict[str, str]) -> None:
+    started = flash("start", **home)
+    try:
+        assert started.returncode == 0, started.stderr
+        assert "drop a model into" in started.stderr and f"{home['HOME']}/models" in started.stderr
+        assert "runs already" in flash("start", **home).stderr
+        doctor = flash("doctor", "--json", **home)
+        verdicts = {finding["subject"]: finding["verdict"] for finding in json.loads(doctor.stdout)}
+        assert verdicts["daemon"] == "good" and verdicts["io_uring"] in {"good", "slow"}
+        assert doctor.returncode == (1 if "bad" in verdicts.values() else 0)
+        shutil.copytree(source(Path(home["HOME"]) / "elsewhere"), Path(home["HOME"]) / "models" / "tune")
+        deadline = time.monotonic() + 15
+        while "tune" not in flash("list", **home).stdout:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        stopped = flash("stop", **home)
+    assert stopped.returncode == 0, stopped.stderr
+    assert flash("status", **home).returncode == errors.Unavailable.exit_status
+
+
+def test_doctor_without_a_daemon_says_so_and_looks_at_the_rest(home: dict[str, str]) -> None:
+    done = flash("doctor", **home)
+    assert done.returncode == 1 and "flash start" in done.stdout and "O_DIRECT" in done.stdout
