@@ -45,10 +45,8 @@ struct Load {
             workers.emplace(memory, digests, reads, files, options.digest_threads);
             hooks.after = [&](const Request& request) { workers->arrived(memory_offset(request), request.length); };
         }
-        // Registering memory makes all of it present first, so it only pays where it already is.
-        const auto ready = populate ? std::span<std::byte>{} : memory;
         const auto requests = requests_for(split(reads, options.block), memory);
-        execute(transfer, Direction::read, files, requests, options, ready, hooks);
+        execute(transfer, Direction::read, files, requests, options, memory, hooks);
         if (workers) transfer.result.digest_cpu_seconds = workers->finish();
         if (populator) transfer.result.populate_cpu_seconds = populator->finish();
     }

@@ -19,13 +19,20 @@ double raw_read(const std::string& path, uint64_t offset, std::span<std::byte> m
     int number = 0;
     auto ring = Ring::create(depth, refused, number);
     if (!ring) throw Error(Failure::system, "io_uring_setup", number, path);
+    // Registered outside the measured time: the limit lacks nothing that the streamer may use.
+    bool fixed = ring->register_buffer_table(static_cast<unsigned>((memory.size() + block - 1) / block));
+    for (uint64_t start = 0; fixed && start < memory.size(); start += block) {
+        const uint64_t length = std::min<uint64_t>(block, memory.size() - start);
+        fixed = ring->register_buffer(static_cast<unsigned>(start / block), {memory.data() + start, length});
+    }
     const auto started = std::chrono::steady_clock::now();
     unsigned in_flight = 0;
     for (uint64_t next = 0; next < memory.size() || in_flight > 0;) {
         for (; in_flight < depth && next < memory.size(); ++in_flight) {
             const uint64_t length = std::min<uint64_t>(block, memory.size() - next);
             io_uring_sqe& entry = ring->prepare();
-            entry.opcode = IORING_OP_READ;
+            entry.opcode = fixed ? IORING_OP_READ_FIXED : IORING_OP_READ;
+            entry.buf_index = static_cast<uint16_t>(next / block);
             entry.fd = fd.get();
             entry.off = offset + next;
             entry.addr = reinterpret_cast<uintptr_t>(memory.data() + next);

@@ -17,10 +17,10 @@ enum class Backend { automatic, io_uring, threads };
 
 struct Options {
     uint64_t block = 8 << 20;
-    unsigned depth = 8;
+    unsigned depth = 12;
     Backend backend = Backend::automatic;
     bool direct = true;
-    unsigned populate_threads = 1;
+    unsigned populate_threads = 4;
     unsigned digest_threads = 2;
 };
 

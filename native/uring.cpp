@@ -83,8 +83,19 @@ bool Ring::register_files(std::span<const int> fds) {
     return ::syscall(__NR_io_uring_register, fd_.get(), IORING_REGISTER_FILES, fds.data(), fds.size()) == 0;
 }
 
-bool Ring::register_buffers(std::span<const iovec> buffers) {
-    return ::syscall(__NR_io_uring_register, fd_.get(), IORING_REGISTER_BUFFERS, buffers.data(), buffers.size()) == 0;
+bool Ring::register_buffer_table(unsigned count) {
+    io_uring_rsrc_register table{};
+    table.nr = count;
+    table.flags = IORING_RSRC_REGISTER_SPARSE;
+    return ::syscall(__NR_io_uring_register, fd_.get(), IORING_REGISTER_BUFFERS2, &table, sizeof table) == 0;
+}
+
+bool Ring::register_buffer(unsigned index, iovec buffer) {
+    io_uring_rsrc_update2 update{};
+    update.offset = index;
+    update.data = reinterpret_cast<uintptr_t>(&buffer);
+    update.nr = 1;
+    return ::syscall(__NR_io_uring_register, fd_.get(), IORING_REGISTER_BUFFERS_UPDATE, &update, sizeof update) == 1;
 }
 
 io_uring_sqe& Ring::prepare() {

@@ -23,7 +23,9 @@ class Ring {
     ~Ring();
 
     bool register_files(std::span<const int> fds);
-    bool register_buffers(std::span<const iovec> buffers);
+    // A table of `count` buffers, filled later one by one (Linux 5.19).
+    bool register_buffer_table(unsigned count);
+    bool register_buffer(unsigned index, iovec buffer);
 
     // The next free submission entry, zeroed. The caller keeps no more requests in flight than it made entries.
     io_uring_sqe& prepare();

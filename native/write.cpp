@@ -15,7 +15,7 @@ std::unique_ptr<Transfer> write(File target, uint64_t offset, std::span<std::byt
         shared->preallocate(offset + memory.size());
         const std::array<Read, 1> whole{Read{0, offset, 0, memory.size()}};
         const auto requests = requests_for(split(whole, options.block), memory);
-        execute(transfer, Direction::write, {shared.get(), 1}, requests, options, {}, {});
+        execute(transfer, Direction::write, {shared.get(), 1}, requests, options, memory, {});
         shared->truncate(offset + memory.size());
         shared->sync();
     });

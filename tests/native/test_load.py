@@ -103,7 +103,7 @@ def test_fresh_memory_is_populated_by_helpers(opened: Opened) -> None:
         ).wait()
         assert fresh[:] == contents
     assert result.populate_cpu_seconds > 0
-    assert not result.fixed_buffers
+    assert result.fixed_buffers or os.geteuid()
 
 
 def test_memory_that_the_kernel_does_not_have(opened: Opened) -> None:
