@@ -67,7 +67,8 @@ class Options:
     depth: int = 12  # requests in flight, or threads where there is no io_uring
     backend: Backend = Backend.AUTO
     direct: bool = True
-    populate_threads: int = 4  # one does 10 GB/s of huge pages, but no more than 2 of ordinary ones
+    # One populates 10 GB/s of huge pages, but no more than 2 of ordinary ones. 0: one a processor, four at most.
+    populate_threads: int = 0
     digest_threads: int = 2
 
     def _native(self) -> _native.Options:
@@ -78,7 +79,7 @@ class Options:
             raise InvalidArgument(f"{self.block_bytes} bytes is too large a block", hint="use 1GiB or less")
         if not 1 <= self.depth <= _DEEPEST:
             raise InvalidArgument(f"{self.depth} requests cannot be in flight", hint=f"use 1 to {_DEEPEST}")
-        if self.populate_threads < 1 or self.digest_threads < 1:
+        if self.populate_threads < 0 or self.digest_threads < 1:
             raise InvalidArgument("a transfer needs at least one thread for each of its tasks")
         return _native.Options(
             self.block_bytes,

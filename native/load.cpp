@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <numeric>
 #include <optional>
+#include <thread>
 #include <utility>
 
 #include "digest_workers.hpp"
@@ -35,7 +36,9 @@ struct Load {
         Hooks hooks;
         std::optional<Populator> populator;
         if (populate) {
-            populator.emplace(memory, options.populate_threads, transfer.cancelled());
+            const unsigned automatic = std::clamp(std::thread::hardware_concurrency(), 1U, 4U);
+            const unsigned threads = options.populate_threads == 0 ? automatic : options.populate_threads;
+            populator.emplace(memory, threads, transfer.cancelled());
             hooks.before = [&](const Request& request) {
                 populator->wait_until(memory_offset(request) + request.length);
             };

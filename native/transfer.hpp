@@ -20,7 +20,7 @@ struct Options {
     unsigned depth = 12;
     Backend backend = Backend::automatic;
     bool direct = true;
-    unsigned populate_threads = 4;
+    unsigned populate_threads = 0;  // 0: as many as there are processors, four at most
     unsigned digest_threads = 2;
 };
 
