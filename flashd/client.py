@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import mmap
 import os
 import queue
@@ -258,7 +259,8 @@ class Client:
 
     def models(self) -> list[Model]:
         """All models, by name."""
-        return sorted(self._objects(wire.MODEL, _model), key=lambda model: model.name)
+        (listed,) = self._manager("ListModels")
+        return [_model(path, found) for path, found in json.loads(listed).items()]
 
     def model(self, name: str) -> Model:
         """The model that `name` means; raises NotFound."""

@@ -27,6 +27,7 @@ class Action(Enum):
 
 ACTIONS: Mapping[tuple[str, str], Action] = {
     (wire.MANAGER, "FindModel"): Action.READ,
+    (wire.MANAGER, "ListModels"): Action.READ,
     (wire.MANAGER, "Import"): Action.MANAGE,
     (wire.MANAGER, "ImportFiles"): Action.MANAGE,
     (wire.MANAGER, "Swap"): Action.USE,

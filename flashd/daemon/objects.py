@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,6 +52,10 @@ class ManagerObject(Exported):
 
     async def find_model(self, caller: Caller, name: str) -> str:
         return wire.model_path(self._parts.catalog.resolve(name).name)
+
+    async def list_models(self, caller: Caller) -> str:
+        models = self._parts.catalog.models()
+        return json.dumps({wire.model_path(model.name): model_properties(self._parts, model) for model in models})
 
     async def import_(
         self, caller: Caller, name: str, files: dict[str, int], more: bool, options: dict[str, Variant]
@@ -114,6 +119,27 @@ class ManagerObject(Exported):
         self._parts.stop()
 
 
+def model_properties(parts: Parts, model: Model) -> Mapping[str, Any]:
+    active = parts.swapper.active
+    return {
+        "Name": model.name,
+        "Aliases": list(model.aliases),
+        "Checkpoint": model.checkpoint_id,
+        "Architecture": model.architecture,
+        "DType": model.dtype,
+        "SizeBytes": model.size_bytes,
+        "TensorCount": model.tensor_count,
+        "Residency": parts.residency.tier_of(model.checkpoint_id).value,
+        "Active": active is not None and active.target.model_name == model.name,
+        "Pinned": model.pinned,
+        "Leases": parts.residency.holds(model.checkpoint_id),
+        "CreatedAt": int(model.created_at),
+        "LastUsedAt": int(model.last_used_at),
+        "UseCount": model.use_count,
+        "Source": model.origin.location,
+    }
+
+
 class ModelObject(Exported):
     interface = wire.MODEL
 
@@ -130,27 +156,9 @@ class ModelObject(Exported):
         return model
 
     def properties(self) -> Mapping[str, Any]:
-        parts = self._parts
         # While it is being removed, in a thread, it is gone from the catalog and not yet from the bus.
-        model = self._last_known = parts.catalog.get(self._name) or self._last_known
-        active = parts.swapper.active
-        return {
-            "Name": model.name,
-            "Aliases": list(model.aliases),
-            "Checkpoint": model.checkpoint_id,
-            "Architecture": model.architecture,
-            "DType": model.dtype,
-            "SizeBytes": model.size_bytes,
-            "TensorCount": model.tensor_count,
-            "Residency": parts.residency.tier_of(model.checkpoint_id).value,
-            "Active": active is not None and active.target.model_name == model.name,
-            "Pinned": model.pinned,
-            "Leases": parts.residency.holds(model.checkpoint_id),
-            "CreatedAt": int(model.created_at),
-            "LastUsedAt": int(model.last_used_at),
-            "UseCount": model.use_count,
-            "Source": model.origin.location,
-        }
+        self._last_known = self._parts.catalog.get(self._name) or self._last_known
+        return model_properties(self._parts, self._last_known)
 
     async def pin(self, caller: Caller) -> None:
         await self._parts.models.set_pinned(self._name, True)
