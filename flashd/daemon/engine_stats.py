@@ -13,7 +13,7 @@ from flashd.errors import FlashdError
 from flashd.swap import Swapper
 
 _ASK_EVERY_S = 2.0
-_NOTHING = EngineStats(active_requests=0, memory_bytes=0)
+_NOTHING = EngineStats(active_requests=0, memory_bytes=0, seen_requests=0)
 
 
 class EngineStatsBook:
@@ -55,10 +55,12 @@ class EngineStatsBook:
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(_ASK_EVERY_S)
+            active = self._swapper.active
+            before = self.of(active.engine.number).seen_requests if active else 0
             await self._ask_all()
             limit_s = self._idle_timeout_s()
-            active = self._swapper.active
-            if active is None or self.of(active.engine.number).active_requests:
+            now = self.of(active.engine.number) if active else _NOTHING
+            if active is None or now.active_requests or now.seen_requests != before:
                 self.note_activity()
             elif limit_s and time.monotonic() - self._busy_at > limit_s:
                 self.note_activity()

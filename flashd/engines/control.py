@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flashd.errors import EngineFailed
+from flashd.errors import EngineFailed, Unsupported
 from flashd.units import MiB
 
 MAX_FRAME_BYTES = 64 * MiB  # the layout of the largest model is a third of this
@@ -97,7 +97,8 @@ class AsyncChannel:
             finally:
                 self._answer = None
         if "error" in answer:
-            raise EngineFailed(str(answer["error"]), hint=str(answer.get("hint", "")))
+            kind = Unsupported if answer.get("unsupported") else EngineFailed
+            raise kind(str(answer["error"]), hint=str(answer.get("hint", "")))
         return answer
 
     async def close(self) -> None:

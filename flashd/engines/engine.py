@@ -58,10 +58,12 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """`memory_bytes` is resident memory that is the process's own; the weights in the arena are not."""
+    """`memory_bytes` is resident memory that is the process's own; the weights in the arena are not. `seen_requests`
+    counts all since the start."""
 
     active_requests: int
     memory_bytes: int
+    seen_requests: int
 
 
 class Engine(Protocol):

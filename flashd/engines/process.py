@@ -117,7 +117,7 @@ class EngineProcess:
 
     async def stats(self) -> EngineStats:
         answer = await self._request({"op": "stats"})
-        return EngineStats(int(answer["active_requests"]), int(answer["memory_bytes"]))
+        return EngineStats(int(answer["active_requests"]), int(answer["memory_bytes"]), int(answer["seen_requests"]))
 
     async def _bind(self, op: str, binding: Binding, options: Mapping[str, Any] | None = None) -> None:
         """Sends weights and side files as descriptors: the worker opens nothing of ours by name."""

@@ -29,6 +29,7 @@ class Gate:
         self._open = asyncio.Event()
         self._parked = True
         self._inside: dict[object, threading.Event] = {}  # requests, and their work in threads
+        self.seen = 0  # requests that were let in since the start
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -45,6 +46,7 @@ class Gate:
         except TimeoutError:
             raise NotServing("the engine was busy with a swap for too long; try again") from None
         cut = threading.Event()
+        self.seen += 1
         self._enter(cut, cut)
         try:
             yield cut

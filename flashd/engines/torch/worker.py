@@ -27,7 +27,7 @@ from flashd.engines.control import Channel, Frame, close_all
 from flashd.engines.torch.gate import Gate
 from flashd.engines.torch.model import Model, Weights
 from flashd.engines.torch.server import Bound, Server
-from flashd.errors import FlashdError
+from flashd.errors import FlashdError, Unsupported
 
 
 def main(channel: Channel) -> int:
@@ -82,7 +82,7 @@ class _Worker:
         try:
             return self._do(frame) or {}
         except FlashdError as error:
-            return {"error": error.message, "hint": error.hint}
+            return {"error": error.message, "hint": error.hint, "unsupported": isinstance(error, Unsupported)}
         except Exception as error:  # noqa: BLE001 -- the boundary of an order: transformers raises what it likes
             traceback.print_exc()
             return {"error": f"{type(error).__name__}: {error}"}
@@ -100,7 +100,11 @@ class _Worker:
             case "park":
                 self._park()
             case "stats":
-                return {"active_requests": self._gate.active, "memory_bytes": _own_memory_bytes()}
+                return {
+                    "active_requests": self._gate.active,
+                    "memory_bytes": _own_memory_bytes(),
+                    "seen_requests": self._gate.seen,
+                }
             case op:
                 return {"error": f"an engine cannot {op}"}
         return None
