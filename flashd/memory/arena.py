@@ -7,6 +7,7 @@ writable mapping and every change of size, to us as to everybody who is handed t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -62,7 +63,8 @@ class Arena:
         try:
             self._mapping = mmap.mmap(self._fd, self.mapped_bytes)
             if huge_pages is HugePages.SHMEM:
-                self._mapping.madvise(mmap.MADV_HUGEPAGE)
+                with contextlib.suppress(OSError):  # advice: a kernel without transparent huge pages refuses it
+                    self._mapping.madvise(mmap.MADV_HUGEPAGE)
         except (OSError, ValueError) as error:
             self.close()
             raise _no_memory(self.mapped_bytes, error) from error

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from flashd.errors import OutOfMemory
 from flashd.memory.arena import Arena, HugePages, probe_huge_pages
 from flashd.units import GiB, KiB
 
@@ -48,6 +50,11 @@ class HostDevice:
         return max(self.total_bytes // 2, self.total_bytes - _RESERVE_BYTES - self.total_bytes // 10)
 
     def allocate(self, size_bytes: int, label: str) -> Arena:
+        if self.huge_pages is HugePages.HUGETLB:
+            # The reserved ones may be taken by now, by us or by others; mapping tells (hugetlbpage, admin guide).
+            with contextlib.suppress(OutOfMemory):
+                return Arena(size_bytes, label, HugePages.HUGETLB)
+            return Arena(size_bytes, label, HugePages.SHMEM)
         return Arena(size_bytes, label, self.huge_pages)
 
 

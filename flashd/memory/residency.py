@@ -9,6 +9,7 @@ recently used first; pinned checkpoints stay. Loads of one checkpoint asked for 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection
@@ -43,19 +44,27 @@ class Loader(Protocol):
 
 
 @dataclass(slots=True)
-class _Resident:
-    arena: Arena
+class _Loading:
+    """A load under way, and whoever waits for it, to be told of its progress. One that nobody awaits is abandoned."""
+
+    task: asyncio.Task[None]
     reservation: Reservation
-    holds: int = 0
+    waiters: list[Progress] = field(default_factory=list)
 
 
 @dataclass(slots=True)
-class _Loading:
-    """A load under way, how many wait for it, and who is told of its progress."""
+class _Resident:
+    arena: Arena
+    loading: _Loading  # what brought it here; its waiters will hold it as soon as they run
+    holds: int = 0
 
-    task: asyncio.Task[None]
-    waiters: int = 0
-    listeners: list[Progress] = field(default_factory=list)
+    @property
+    def is_free(self) -> bool:
+        return not self.holds and not self.loading.waiters
+
+    @property
+    def size_bytes(self) -> int:
+        return self.loading.reservation.size_bytes
 
 
 class Hold:
@@ -110,11 +119,17 @@ class Residency:
 
     def in_use(self) -> Collection[str]:
         """Checkpoints that must not be deleted: held, or being loaded."""
-        return {i for i, resident in self._residents.items() if resident.holds} | self._loading.keys()
+        return {i for i, resident in self._residents.items() if not resident.is_free} | self._loading.keys()
 
     def fixed_bytes(self) -> int:
-        """What of the pool cannot be evicted now."""
-        return sum(r.reservation.size_bytes for i, r in self._residents.items() if r.holds or self._is_pinned(i))
+        """What of the pool cannot be evicted now: what is held, pinned, or being loaded."""
+        return self.pool.used_bytes - sum(self._residents[i].size_bytes for i in self._evictable())
+
+    def fits_without(self, checkpoint: Checkpoint, hold: Hold) -> bool:
+        """Whether a checkpoint would fit if this hold were given up."""
+        resident = self._residents[hold.checkpoint_id]
+        given_up_bytes = resident.size_bytes if resident.holds == 1 and not self._is_pinned(hold.checkpoint_id) else 0
+        return self._needed_bytes(checkpoint) <= self.pool.budget_bytes - self.fixed_bytes() + given_up_bytes
 
     async def acquire(self, checkpoint: Checkpoint, on_progress: Progress = lambda done, total: None) -> Hold:
         """Holds a checkpoint's arena, loading it first if it must.
@@ -136,9 +151,9 @@ class Residency:
         resident = self._residents.get(checkpoint_id)
         if resident is None:
             return
-        if resident.holds:
+        if not resident.is_free:
             hint = "park it, or wait until its leases end"
-            raise Busy(f"its arena is in use {resident.holds} times", hint=hint)
+            raise Busy(f"its arena is in use {resident.holds + len(resident.loading.waiters)} times", hint=hint)
         self._drop(checkpoint_id)
 
     def close(self) -> None:
@@ -149,40 +164,48 @@ class Residency:
             self._drop(checkpoint_id)
 
     async def _join_load(self, checkpoint: Checkpoint, on_progress: Progress) -> None:
+        """Waits for the load under way, or for one that it begins; the caller looks again whether that helped."""
         loading = self._loading.get(checkpoint.id)
         if loading is None:
             reservation = self._make_room(checkpoint)
-            task = asyncio.create_task(self._load(checkpoint, reservation), name=f"load {checkpoint.id[:12]}")
-            loading = self._loading[checkpoint.id] = _Loading(task)
-        loading.waiters += 1
-        loading.listeners.append(on_progress)
+            task = asyncio.create_task(self._load(checkpoint), name=f"load {checkpoint.id[:12]}")
+            loading = self._loading[checkpoint.id] = _Loading(task, reservation)
+        elif not loading.waiters:
+            await asyncio.wait([loading.task])  # abandoned: it ends, and another one begins
+            return
+        loading.waiters.append(on_progress)
         try:
             await asyncio.shield(loading.task)
         finally:
-            loading.waiters -= 1
-            loading.listeners.remove(on_progress)
-            if loading.waiters == 0 and not loading.task.done():
+            loading.waiters.remove(on_progress)
+            if not loading.waiters and not loading.task.done():
                 loading.task.cancel()
                 await asyncio.wait([loading.task])
 
+    def _evictable(self) -> list[str]:
+        """Least recently used first."""
+        return [i for i, resident in self._residents.items() if resident.is_free and not self._is_pinned(i)]
+
+    def _needed_bytes(self, checkpoint: Checkpoint) -> int:
+        return rounded(checkpoint.manifest.data_bytes, self.device.huge_pages)
+
     def _make_room(self, checkpoint: Checkpoint) -> Reservation:
         """Evicts just enough, or, if even that is not enough, nothing."""
-        needed_bytes = rounded(checkpoint.manifest.data_bytes, self.device.huge_pages)
-        evictable = [i for i, r in self._residents.items() if not r.holds and not self._is_pinned(i)]
-        available_bytes = self.pool.free_bytes + sum(self._residents[i].reservation.size_bytes for i in evictable)
-        if needed_bytes > available_bytes:
+        needed_bytes = self._needed_bytes(checkpoint)
+        fixed_bytes = self.fixed_bytes()
+        if needed_bytes > self.pool.budget_bytes - fixed_bytes:
             raise OutOfMemory(
                 f"{format_bytes(needed_bytes)} do not fit: of the {self.pool.name} pool's "
-                f"{format_bytes(self.pool.budget_bytes)}, {format_bytes(self.fixed_bytes())} are leased or pinned",
+                f"{format_bytes(self.pool.budget_bytes)}, {format_bytes(fixed_bytes)} are leased or pinned",
                 hint=f"park or unpin a model, end a lease, or raise memory.{self.pool.name}_budget",
             )
-        for checkpoint_id in evictable:
+        for checkpoint_id in self._evictable():
             if needed_bytes <= self.pool.free_bytes:
                 break
             self._drop(checkpoint_id)
         return self.pool.reserve(needed_bytes)
 
-    async def _load(self, checkpoint: Checkpoint, reservation: Reservation) -> None:
+    async def _load(self, checkpoint: Checkpoint) -> None:
         arena: Arena | None = None
         try:
             arena = self.device.allocate(checkpoint.manifest.data_bytes, checkpoint.id[:12])
@@ -191,16 +214,14 @@ class Residency:
         except BaseException:
             if arena is not None:
                 arena.close()
-            reservation.release()
+            self._loading.pop(checkpoint.id).reservation.release()
             raise
-        finally:
-            del self._loading[checkpoint.id]
-        self._residents[checkpoint.id] = _Resident(arena, reservation)
+        self._residents[checkpoint.id] = _Resident(arena, self._loading.pop(checkpoint.id))
         self._on_change(checkpoint.id)
 
     def _tell(self, checkpoint_id: str, done: int, total: int) -> None:
-        for listener in list(self._loading[checkpoint_id].listeners):
-            listener(done, total)
+        for waiter in list(self._loading[checkpoint_id].waiters):
+            waiter(done, total)
 
     def _let_go(self, checkpoint_id: str) -> None:
         self._residents[checkpoint_id].holds -= 1
@@ -209,7 +230,7 @@ class Residency:
     def _drop(self, checkpoint_id: str) -> None:
         resident = self._residents.pop(checkpoint_id)
         resident.arena.close()
-        resident.reservation.release()
+        resident.loading.reservation.release()
         self._on_change(checkpoint_id)
 
 
@@ -238,16 +259,21 @@ class StreamLoader:
                 digests=digests,
                 populate=True,
             )
-            ended = asyncio.ensure_future(asyncio.to_thread(transfer.wait))
+            ended = asyncio.get_running_loop().run_in_executor(None, transfer.wait)
             try:
                 while not ended.done():
                     on_progress(transfer.done_bytes, transfer.total_bytes)
                     await asyncio.wait({ended}, timeout=_POLL_S)
-            except asyncio.CancelledError:
-                # The memory and the file must outlive the transfer: what is in flight is awaited.
-                transfer.cancel()
-                await asyncio.wait({ended})
-                ended.exception()
-                raise
+            finally:
+                transfer.cancel()  # of no effect on one that has ended
+                await _outlast(ended)
             self._on_loaded(checkpoint, ended.result())
             on_progress(transfer.total_bytes, transfer.total_bytes)
+
+
+async def _outlast(ended: asyncio.Future[TransferResult]) -> None:
+    """Waits whatever happens: file and memory must outlive what is in flight, however often we are cancelled."""
+    while not ended.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({ended})
+    ended.exception()  # looked at, though nobody may want it
