@@ -6,12 +6,13 @@ idle        loading                a swap's turn has come
 loading     making_way, switching  the new weights are brought into memory, while the old model answers
 making_way  loading                both do not fit: the old engine is drained and parked, its weights may be evicted
 switching   serving                an engine is rebound, woken or started with the new weights; the endpoint moves
-serving     idle                   the old engine is drained and parked
-any         rolling_back           something failed, or was cancelled
-rolling_back idle                  the old model answers again, or, if its engine is gone, none does
+serving     idle                   the new model answers; the old engine is drained and parked
+any but serving  rolling_back      something failed, or was cancelled
+rolling_back idle                  the old model answers again: in its own engine if that is intact, else in another
 
-Swaps happen one at a time, in the order asked. A swap to a model that a waiting swap already wants joins it. Until
-`switching` has succeeded nothing of the old state is given up that cannot be had back.
+Swaps happen one at a time, in the order asked; one that finds its model active already has nothing to do. An order to
+an engine is always awaited to its end, within a limit: a cancel is obeyed between orders, and comes too late once an
+engine has been told to take the new weights, for then the new model answers in a moment.
 """
 
 from __future__ import annotations
@@ -21,15 +22,14 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
 from flashd.checkpoint.files import Checkpoint
 from flashd.engines.engine import Binding, Engine, EngineFactory, EngineState
-from flashd.errors import FlashdError, NotFound, OutOfMemory, Unsupported
-from flashd.memory.arena import rounded
+from flashd.errors import Busy, EngineFailed, FlashdError, NotFound, OutOfMemory, Unsupported
 from flashd.memory.residency import Hold, Progress, Residency, Tier
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ TRANSITIONS: Mapping[SwapState, frozenset[SwapState]] = {
     SwapState.LOADING: frozenset({SwapState.MAKING_WAY, SwapState.SWITCHING, SwapState.ROLLING_BACK}),
     SwapState.MAKING_WAY: frozenset({SwapState.LOADING, SwapState.ROLLING_BACK}),
     SwapState.SWITCHING: frozenset({SwapState.SERVING, SwapState.ROLLING_BACK}),
-    SwapState.SERVING: frozenset({SwapState.IDLE, SwapState.ROLLING_BACK}),
+    SwapState.SERVING: frozenset({SwapState.IDLE}),
     SwapState.ROLLING_BACK: frozenset({SwapState.IDLE}),
 }
 
@@ -74,7 +74,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`phases` has the seconds spent in each state; `from_tier` is where the weights were."""
+    """`seconds` is the time until the new model could answer; `phases` has the seconds spent in each state.
+
+    `from_tier` is where the weights were.
+    """
 
     model_name: str
     engine_number: int
@@ -86,10 +89,15 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Limits in seconds; `max_parked` engines stay parked, the one parked longest ago is stopped first."""
+    """Limits in seconds; `max_parked` engines stay parked, the one parked longest ago is stopped first.
+
+    An engine that has not carried out an order after `order_timeout_s` is taken for dead, and ended. Starting is not an
+    order: engines limit that themselves.
+    """
 
     drain_timeout_s: float = 10.0
     max_parked: int = 2
+    order_timeout_s: float = 60.0
 
 
 class Endpoint(Protocol):
@@ -98,13 +106,17 @@ class Endpoint(Protocol):
     def point_to(self, socket_path: Path | None) -> None: ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Seat:
-    """An engine and what it holds in memory; no hold while it is parked."""
+    """An engine, the model it has or had last, and its hold on the weights: none while it is parked.
+
+    It `is_shut` from drain to resume, and while parked: requests are held back, or refused.
+    """
 
     engine: Engine
     target: Target
     hold: Hold | None
+    is_shut: bool = False
 
 
 class Swapper:
@@ -129,7 +141,8 @@ class Swapper:
         self._on_lost = on_lost
         self._turn = asyncio.Lock()  # fair: waiters get it in the order they asked
         self._active: Seat | None = None
-        self._parked: list[Seat] = []  # parked longest ago first
+        self._parked: list[Seat] = []  # parked, or about to be; longest ago first
+        self._closed = False
         self._state = SwapState.IDLE
         self._entered_at = 0.0
         self._phases: dict[str, float] = {}
@@ -150,86 +163,77 @@ class Swapper:
     async def swap(self, target: Target, on_progress: Progress = lambda done, total: None) -> Outcome:
         """Makes `target` the active model.
 
-        Raises Unsupported, OutOfMemory, CorruptCheckpoint, TransferFailed, EngineFailed or Cancelled, and then what was
-        active before is active still. Cancelling the call is safe at every moment.
+        Raises Unsupported, OutOfMemory, CorruptCheckpoint, TransferFailed or EngineFailed, and then what was active
+        before is active again. Cancelling the call is safe at every moment.
         """
         async with self._turn:
-            started = time.monotonic()
+            if self._closed:
+                raise Busy("the daemon is stopping", hint="start it again: flash start")
             active = self._active
             if active and active.engine.state is EngineState.SERVING and _is_same(active.target, target):
-                active.target = target
                 return Outcome(target.model_name, active.engine.number, How.ALREADY_ACTIVE, Tier.HOST, 0.0)
             if reason := self._factory.refusal(target.checkpoint.manifest.architecture, target.checkpoint.side_files()):
                 raise Unsupported(f"{target.model_name} cannot run: {reason}", hint="flash show tells its architecture")
             self._phases = {}
             self._enter(SwapState.LOADING)
             try:
-                how, from_tier = await self._take_over(target, on_progress)
+                outcome = await self._take_over(target, on_progress)
             finally:
                 self._enter(SwapState.IDLE)
-            assert self._active is not None
-            seconds = time.monotonic() - started
-            return Outcome(target.model_name, self._active.engine.number, how, from_tier, seconds, dict(self._phases))
+            return replace(outcome, phases=dict(self._phases))
 
     async def park(self) -> None:
         """Parks the active engine; no model is active then. Raises NotFound if none was."""
         async with self._turn:
             if self._active is None:
                 raise NotFound("no model is active", hint="there is nothing to park")
-            seat, self._active = self._active, None
-            self._endpoint.point_to(None)
-            await _to_the_end(self._retire(seat))
-            await self._stop_surplus()
+            self._activate(None)
+            await _to_the_end(self._tidy())
 
     async def stop_engine(self, number: int) -> None:
         """Ends one engine. Raises NotFound."""
         async with self._turn:
             for seat in self.seats:
                 if seat.engine.number == number:
-                    await self._discard(seat)
-                    self._on_change()
+                    await _to_the_end(self._discard(seat))
                     return
             raise NotFound(f"there is no engine {number}", hint="flash status shows the engines")
 
     async def close(self) -> None:
-        """Ends all engines."""
+        """Ends all engines; swaps that still wait are refused."""
+        self._closed = True
         async with self._turn:
             for seat in self.seats:
                 await self._discard(seat)
 
     def engine_exited(self, engine: Engine) -> None:
         """To be called when a process ends unasked: its seat is given up, whatever the moment."""
-        for seat in self.seats:
-            if seat.engine is engine:
-                was_active = seat is self._active
-                self._forget(seat)
-                self._on_change()
-                if was_active and self._state is SwapState.IDLE:
-                    self._on_lost(seat.target)
+        seat = next((seat for seat in self.seats if seat.engine is engine), None)
+        if seat is None:
+            return
+        was_active = seat is self._active
+        self._forget(seat)
+        if was_active and self._state in {SwapState.IDLE, SwapState.SERVING}:  # else the swap under way sees to it
+            self._on_lost(seat.target)
 
-    async def _take_over(self, target: Target, on_progress: Progress) -> tuple[How, Tier]:
+    async def _take_over(self, target: Target, on_progress: Progress) -> Outcome:
         """The swap itself; on any error, what was active before is active again."""
-        old = self._active
+        started = time.monotonic()
+        before = self._active
+        previous = before.target if before else None
         hold: Hold | None = None
         try:
             hold = await self._acquire(target, on_progress)
             self._enter(SwapState.SWITCHING)
-            how = await self._switch(target, hold)
+            how, engine = await self._switch(target, hold)
         except BaseException:
             self._enter(SwapState.ROLLING_BACK)
-            if hold is not None:
-                hold.release()
-            await _to_the_end(self._restore(old))
+            await _to_the_end(self._roll_back(before, previous, hold))
             raise
+        outcome = Outcome(target.model_name, engine.number, how, hold.from_tier, time.monotonic() - started)
         self._enter(SwapState.SERVING)
-        seat = self._active
-        assert seat is not None
-        self._endpoint.point_to(seat.engine.socket_path)
-        self._on_change()
-        if old is not None and old is not seat and old.engine.state is EngineState.SERVING:
-            await _to_the_end(self._retire(old))
-        await self._stop_surplus()
-        return how, hold.from_tier
+        await _to_the_end(self._tidy())
+        return outcome
 
     async def _acquire(self, target: Target, on_progress: Progress) -> Hold:
         """The new weights, beside the old ones if both fit, else in their place."""
@@ -237,121 +241,160 @@ class Swapper:
             return await self._residency.acquire(target.checkpoint, on_progress)
         except OutOfMemory:
             old = self._active
-            if old is None or old.hold is None or not self._fits_alone(target, old):
+            if old is None or old.hold is None or not self._residency.fits_without(target.checkpoint, old.hold):
                 raise
             self._enter(SwapState.MAKING_WAY)
-            await self._make_way(old)
+            await self._park(old)
             self._enter(SwapState.LOADING)
             return await self._residency.acquire(target.checkpoint, on_progress)
 
-    def _fits_alone(self, target: Target, old: Seat) -> bool:
-        """Whether the pool could take the target if the old model gave up its place."""
-        assert old.hold is not None
-        fixed_bytes = self._residency.fixed_bytes()
-        if self._residency.holds(old.hold.checkpoint_id) == 1:
-            fixed_bytes -= old.hold.arena.mapped_bytes
-        needed_bytes = rounded(target.checkpoint.manifest.data_bytes, self._residency.device.huge_pages)
-        return needed_bytes <= self._residency.pool.budget_bytes - fixed_bytes
-
-    async def _make_way(self, old: Seat) -> None:
-        await old.engine.drain(self._policy.drain_timeout_s)
-        await _to_the_end(old.engine.park())
-        self._release(old)
-
-    async def _switch(self, target: Target, hold: Hold) -> How:
-        """Gives the weights to an engine: the active one, a parked one, or a new one."""
+    async def _switch(self, target: Target, hold: Hold) -> tuple[How, Engine]:
+        """Gives the weights to an engine and makes it the active one: the one that is, a parked one, or a new one."""
         key = target.checkpoint.manifest.architecture_key
-        binding = _binding(target, hold)
-        active = self._active
-        if active and key and active.engine.state is EngineState.SERVING and _key(active) == key:
-            await self._rebind(active, target, hold, binding)
-            return How.REBIND
-        for seat in ([active] if active else []) + list(reversed(self._parked)):
-            if key and seat.engine.state is EngineState.PARKED and _key(seat) == key:
-                await self._wake(seat, target, hold, binding)
-                return How.WAKE
+        binding = await _binding(target, hold)
+        for seat in self.seats if key else []:
+            if _key(seat) != key:
+                continue
+            if seat is self._active and seat.engine.state is EngineState.SERVING:
+                await self._drain(seat)
+                await _to_the_end(self._rebind(seat, target, hold, binding))
+                return How.REBIND, seat.engine
+            if seat.engine.state is EngineState.PARKED and await self._woken(seat, target, hold, binding):
+                return How.WAKE, seat.engine
         engine = self._factory.create()
         engine.on_exit = lambda last_words: self._report_exit(engine, last_words)
         try:
             await engine.start(binding)
+            self._activate(Seat(engine, target, hold))
         except BaseException:
             await _to_the_end(engine.stop())
             raise
-        self._seat_as_active(Seat(engine, target, hold))
-        return How.START
+        return How.START, engine
 
     async def _rebind(self, seat: Seat, target: Target, hold: Hold, binding: Binding) -> None:
-        await seat.engine.drain(self._policy.drain_timeout_s)
-        await _to_the_end(seat.engine.rebind(binding))
+        await self._order(seat.engine, seat.engine.rebind(binding))
         old_hold, seat.hold, seat.target = seat.hold, hold, target
         if old_hold is not None:
             old_hold.release()
-        await _to_the_end(seat.engine.resume())
+        await self._resume(seat)
+        self._activate(seat)
+
+    async def _woken(self, seat: Seat, target: Target, hold: Hold, binding: Binding) -> bool:
+        """False if the engine turns out to have died in its sleep: another one can take its place."""
+        try:
+            await _to_the_end(self._wake(seat, target, hold, binding))
+        except EngineFailed:
+            if seat.engine.state is not EngineState.FAILED:
+                raise
+            await _to_the_end(self._discard(seat))
+            return False
+        return True
 
     async def _wake(self, seat: Seat, target: Target, hold: Hold, binding: Binding) -> None:
-        await _to_the_end(seat.engine.wake(binding))
-        seat.hold, seat.target = hold, target
-        self._seat_as_active(seat)
+        self._release(seat)
+        await self._order(seat.engine, seat.engine.wake(binding))
+        seat.hold, seat.target, seat.is_shut = hold, target, False
+        self._activate(seat)
 
-    def _seat_as_active(self, seat: Seat) -> None:
-        if seat in self._parked:
-            self._parked.remove(seat)
-        old, self._active = self._active, seat
-        if old is not None and old is not seat and old.engine.state is EngineState.PARKED:
-            self._parked.append(old)  # it made way
-
-    async def _restore(self, old: Seat | None) -> None:
-        """Puts back what was active. An engine that cannot be put back is stopped: never one in an unknown state."""
-        self._active = old
-        if old is None or old.engine.state is EngineState.FAILED:
-            if old is not None:
-                self._forget(old)
-            self._endpoint.point_to(None)
+    async def _roll_back(self, before: Seat | None, previous: Target | None, hold: Hold | None) -> None:
+        """Undoes a swap. What was active is put back where it was, or into whichever engine can take it."""
+        for seat in self.seats:
+            if seat.engine.state is EngineState.FAILED or (hold is not None and seat.hold is hold):
+                await self._discard(seat)  # dead, or bound to the new model already
+        if hold is not None:
+            hold.release()
+        if before is None or previous is None:
             return
         try:
-            if old.engine.state is EngineState.PARKED:
-                hold = await self._residency.acquire(old.target.checkpoint)
-                try:
-                    await old.engine.wake(_binding(old.target, hold))
-                except BaseException:
-                    hold.release()
-                    raise
-                old.hold = hold
-            await old.engine.resume()
-            self._endpoint.point_to(old.engine.socket_path)
-        except FlashdError as error:
-            log.error("%s could not be put back: %s", old.target.model_name, error)
-            await self._discard(old)
-        self._on_change()
+            if not await self._resumed(before):
+                with contextlib.ExitStack() as on_error:
+                    hold = on_error.enter_context(await self._residency.acquire(previous.checkpoint))
+                    await self._switch(previous, hold)
+                    on_error.pop_all()
+        except (FlashdError, OSError) as error:
+            log.error("%s could not be put back: %s", previous.model_name, error)
+            self._activate(None)
+            await self._tidy()
 
-    async def _retire(self, seat: Seat) -> None:
-        """Drains and parks an engine that is not needed now; one that cannot be parked is stopped."""
+    async def _resumed(self, seat: Seat) -> bool:
+        """Whether an engine that was drained at most, if at all, answers again."""
+        if seat.engine.state is not EngineState.SERVING:
+            return False
         try:
-            await seat.engine.drain(self._policy.drain_timeout_s)
-            await seat.engine.park()
-            self._release(seat)
-            self._parked.append(seat)
-        except FlashdError as error:
-            log.warning("engine %d could not be parked: %s", seat.engine.number, error)
+            if seat.is_shut:
+                await self._resume(seat)
+        except EngineFailed:
             await self._discard(seat)
+            return False
+        return True
+
+    def _activate(self, seat: Seat | None) -> None:
+        """Moves the endpoint; whoever was active is among the parked, and soon will be parked."""
+        self._endpoint.point_to(seat.engine.socket_path if seat else None)
+        old, self._active = self._active, seat
+        if seat in self._parked:
+            self._parked.remove(seat)
+        if old is not None and old is not seat:
+            self._parked.append(old)
         self._on_change()
 
-    async def _stop_surplus(self) -> None:
+    async def _tidy(self) -> None:
+        """Parks whoever is not active any more, or stops it if it cannot be parked; stops those that are too many."""
+        for seat in list(self._parked):
+            try:
+                if seat.engine.state is EngineState.SERVING:
+                    await self._park(seat)
+            except EngineFailed as error:
+                log.warning("engine %d could not be parked: %s", seat.engine.number, error)
+            if seat.engine.state is not EngineState.PARKED:
+                await self._discard(seat)
         while len(self._parked) > self._policy.max_parked:
-            await _to_the_end(self._discard(self._parked[0]))
-            self._on_change()
+            await self._discard(self._parked[0])
+
+    async def _park(self, seat: Seat) -> None:
+        await self._drain(seat)
+        await self._order(seat.engine, seat.engine.park())
+        self._release(seat)
+        self._on_change()
+
+    async def _drain(self, seat: Seat) -> None:
+        limit_s = self._policy.drain_timeout_s
+        seat.is_shut = True
+        await self._order(seat.engine, seat.engine.drain(limit_s), extra_s=limit_s)
+
+    async def _resume(self, seat: Seat) -> None:
+        await self._order(seat.engine, seat.engine.resume())
+        seat.is_shut = False
+
+    async def _order(self, engine: Engine, order: Coroutine[Any, Any, None], extra_s: float = 0.0) -> None:
+        """Awaits what an engine was told to do to its end, and obeys a cancel then.
+
+        One that does not answer is ended: nobody could say what it holds.
+        """
+        limit_s = self._policy.order_timeout_s + extra_s
+        try:
+            is_cancelled = await _to_the_end(asyncio.wait_for(order, limit_s))
+        except TimeoutError:
+            await _to_the_end(engine.stop())
+            hint = "its log may tell what kept it; the next swap gets another engine"
+            raise EngineFailed(
+                f"engine {engine.number} did not answer for {limit_s:.0f} s and was ended", hint=hint
+            ) from None
+        if is_cancelled:
+            raise asyncio.CancelledError
 
     async def _discard(self, seat: Seat) -> None:
         await seat.engine.stop()
         self._forget(seat)
 
     def _forget(self, seat: Seat) -> None:
+        self._release(seat)
+        if seat in self._parked:
+            self._parked.remove(seat)
         if seat is self._active:
             self._active = None
             self._endpoint.point_to(None)
-        with contextlib.suppress(ValueError):
-            self._parked.remove(seat)
-        self._release(seat)
+        self._on_change()
 
     def _release(self, seat: Seat) -> None:
         if seat.hold is not None:
@@ -371,25 +414,30 @@ class Swapper:
         self._on_change()
 
 
-async def _to_the_end(step: Coroutine[Any, Any, None]) -> None:
-    """Runs a short step that must not be left half done: a cancel that comes meanwhile comes too late."""
+async def _to_the_end(step: Coroutine[Any, Any, None]) -> bool:
+    """Runs a step that must not be left half done. True if a cancel came meanwhile: the caller's to obey or ignore."""
     task = asyncio.ensure_future(step)
+    is_cancelled = False
     while not task.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.shield(task)
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            is_cancelled = True
     task.result()
+    return is_cancelled
 
 
 def _is_same(one: Target, other: Target) -> bool:
-    return one.model_name == other.model_name and one.checkpoint.id == other.checkpoint.id
+    return (one.model_name, one.names, one.checkpoint.id) == (other.model_name, other.names, other.checkpoint.id)
 
 
 def _key(seat: Seat) -> str:
     return seat.target.checkpoint.manifest.architecture_key
 
 
-def _binding(target: Target, hold: Hold) -> Binding:
+async def _binding(target: Target, hold: Hold) -> Binding:
     checkpoint = target.checkpoint
+    layout = await asyncio.to_thread(checkpoint.layout_json)
     return Binding(
         model_name=target.model_name,
         names=target.names,
@@ -397,6 +445,6 @@ def _binding(target: Target, hold: Hold) -> Binding:
         architecture_key=checkpoint.manifest.architecture_key,
         arena_fd=hold.arena.fd,
         arena_bytes=hold.arena.size_bytes,
-        layout=checkpoint.layout_json(),
+        layout=layout,
         side_files=checkpoint.side_files(),
     )

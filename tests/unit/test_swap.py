@@ -6,18 +6,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sources import converted
 
 from flashd.checkpoint.files import Checkpoint
 from flashd.engines.engine import TRANSITIONS, Binding, EngineState, EngineStats
-from flashd.errors import EngineFailed, FlashdError, NotFound, OutOfMemory, Unsupported
+from flashd.errors import Busy, EngineFailed, FlashdError, NotFound, OutOfMemory, Unsupported
 from flashd.memory.arena import Arena, HugePages
 from flashd.memory.device import HostDevice
 from flashd.memory.pool import Pool
@@ -28,30 +31,57 @@ ARENA_BYTES = 4096
 DEVICE = HostDevice("host", 1 << 40, HugePages.NONE)
 
 
+class Fault(StrEnum):
+    """What may go wrong at a step; a step is an order to an engine, a load, or a move of the endpoint."""
+
+    FAILS = "it fails"
+    DIES = "the engine that carries it out dies"
+    HANGS = "the engine that carries it out does not answer"
+    CANCELLED = "the swap is cancelled"
+    OLD_DIES = "the engine that was active before dies"
+
+
 class Script:
-    """Counts the steps of all engines and loads, and fails, hangs or kills at a chosen one."""
+    """Counts the steps of all engines, loads and the endpoint; one fault strikes at a chosen one."""
 
     def __init__(self) -> None:
-        self.count = 0
         self.names: list[str] = []
-        self.fail_at: int | None = None
-        self.reached = asyncio.Event()
-        self.pause_at: int | None = None
-        self.orders: list[asyncio.Future[None]] = []
+        self.fault: Fault | None = None
+        self.at = -1
+        self.struck = False
+        self.swap: asyncio.Task[object] | None = None
+        self.old: FakeEngine | None = None
 
-    async def step(self, name: str) -> None:
-        number, self.count = self.count, self.count + 1
+    def arm(self, fault: Fault, steps_from_now: int) -> None:
+        self.fault, self.at, self.struck = fault, len(self.names) + steps_from_now, False
+
+    def strikes(self, name: str) -> bool:
         self.names.append(name)
+        strikes = self.fault is not None and len(self.names) - 1 == self.at
+        self.struck = self.struck or strikes
+        return strikes
+
+    async def step(self, name: str, engine: FakeEngine | None = None) -> None:
+        strikes = self.strikes(name)
         await asyncio.sleep(0)
-        if number == self.pause_at:
-            self.reached.set()
-            await asyncio.sleep(0.01)
-        if number == self.fail_at:
-            raise EngineFailed(f"step {number}, {name}, was told to fail")
+        if not strikes:
+            return
+        match self.fault:
+            case Fault.FAILS:
+                raise EngineFailed(f"{name} was told to fail")
+            case Fault.DIES if engine:
+                engine.die()
+            case Fault.HANGS if engine and name != "start":  # an engine limits its start itself
+                await engine.ended.wait()
+            case Fault.CANCELLED if self.swap:
+                self.swap.cancel()
+                await asyncio.sleep(0.001)  # what was ordered takes its time all the same
+            case Fault.OLD_DIES if self.old and self.old.state is not EngineState.FAILED:
+                self.old.die()
 
 
 class FakeEngine:
-    """Keeps the protocol to the letter: an illegal transition fails the test."""
+    """Keeps the protocol to the letter: an illegal transition fails the test, as does an order given too early."""
 
     def __init__(self, number: int, script: Script) -> None:
         self.number = number
@@ -63,76 +93,87 @@ class FakeEngine:
         self.started_at = 0.0
         self.on_exit: Callable[[str], None] = lambda last_words: None
         self.open = False
-        self.stopped = False
+        self.ended = asyncio.Event()
         self._script = script
+        self._order: asyncio.Future[None] | None = None
 
     async def start(self, binding: Binding) -> None:
         self._enter(EngineState.STARTING)
         try:
-            await self._script.step("start")
+            await self._script.step("start", self)
+            self._check_alive()
         except EngineFailed:
-            self._enter(EngineState.FAILED)
+            self._end()
             raise
         self._enter(EngineState.SERVING)
         self.binding, self.open = binding, True
 
     async def drain(self, timeout_s: float) -> None:
-        assert self.state is EngineState.SERVING
         self.open = False
-        await self._script.step("drain")
+        await self._obey("drain", EngineState.SERVING, lambda: None)
 
     async def resume(self) -> None:
-        assert self.state is EngineState.SERVING
-        self.open = True
+        def effect() -> None:
+            self.open = True
+
+        await self._obey("resume", EngineState.SERVING, effect)
 
     async def park(self) -> None:
         assert not self.open, "park without drain"
-        await self._remotely("park", lambda: self._enter(EngineState.PARKED))
+        await self._obey("park", EngineState.SERVING, lambda: self._enter(EngineState.PARKED))
 
     async def wake(self, binding: Binding) -> None:
-        assert self.state is EngineState.PARKED
-        assert self.binding is None or binding.architecture_key == self.binding.architecture_key
-
         def effect() -> None:
             self._enter(EngineState.SERVING)
             self.binding, self.open = binding, True
 
-        await self._remotely("wake", effect)
+        self._check_architecture(binding)
+        await self._obey("wake", EngineState.PARKED, effect)
 
     async def rebind(self, binding: Binding) -> None:
-        assert self.state is EngineState.SERVING and not self.open and self.binding
-        assert binding.architecture_key == self.binding.architecture_key
-
         def effect() -> None:
             self.binding = binding
 
-        await self._remotely("rebind", effect)
+        assert not self.open, "rebind without drain"
+        self._check_architecture(binding)
+        await self._obey("rebind", EngineState.SERVING, effect)
 
     async def stop(self) -> None:
-        self.stopped = True
-        self.state = EngineState.FAILED
-        self.open = False
+        self._end()
 
     async def stats(self) -> EngineStats:
-        return EngineStats(0, 0)
-
-    async def _remotely(self, name: str, effect: Callable[[], None]) -> None:
-        """An order that was sent is carried out, whether or not somebody still waits for the answer."""
-
-        async def carry_out() -> None:
-            await self._script.step(name)
-            if self.state is EngineState.FAILED:
-                raise EngineFailed("the process ended before it answered")
-            effect()
-
-        order = asyncio.ensure_future(carry_out())
-        self._script.orders.append(order)
-        await asyncio.shield(order)
+        return EngineStats(0, 0, 0)
 
     def die(self) -> None:
+        self._end()
+        self.on_exit("signal 9")
+
+    async def _obey(self, name: str, when: EngineState, effect: Callable[[], None]) -> None:
+        """An order that was sent is carried out, whether or not somebody still waits for the answer."""
+        assert self._order is None or self._order.done(), f"{name} before the last order was answered"
+        self._check_alive()
+        assert self.state is when, f"{name} while {self.state}"
+
+        async def carry_out() -> None:
+            await self._script.step(name, self)
+            self._check_alive()
+            effect()
+
+        self._order = asyncio.ensure_future(carry_out())
+        self._order.add_done_callback(lambda order: order.exception())  # looked at, though the swapper may have left
+        await asyncio.shield(self._order)
+
+    def _check_alive(self) -> None:
+        if self.state is EngineState.FAILED:
+            raise EngineFailed("the process has ended")
+
+    def _check_architecture(self, binding: Binding) -> None:
+        assert self.binding is None or binding.architecture_key == self.binding.architecture_key
+
+    def _end(self) -> None:
         self.state = EngineState.FAILED
         self.open = False
-        self.on_exit("signal 9")
+        self.ended.set()
 
     def _enter(self, state: EngineState) -> None:
         assert state in TRANSITIONS[self.state], f"{self.state} to {state}"
@@ -171,7 +212,20 @@ class World:
         )
 
     def point_to(self, socket_path: Path | None) -> None:
+        if self.script.strikes("point") and self.script.fault is Fault.FAILS and socket_path:
+            raise OSError("no space for a link")
         self.endpoint = socket_path
+
+    async def swap(self, target: Target) -> FlashdError | OSError | asyncio.CancelledError | None:
+        """Swaps; returns the error of a swap that failed as a swap may fail."""
+        active = self.swapper.active
+        self.script.old = active.engine if active else None  # type: ignore[assignment]
+        self.script.swap = asyncio.ensure_future(self.swapper.swap(target))
+        try:
+            await self.script.swap
+        except (FlashdError, OSError, asyncio.CancelledError) as error:
+            return error
+        return None
 
     async def _load(self, checkpoint: Checkpoint, arena: Arena, on_progress: Progress) -> None:
         await self.script.step("load")
@@ -190,7 +244,7 @@ class World:
         assert self.swapper.state is SwapState.IDLE
         assert (active.target.model_name if active else None) == self.answering()
         serving = [e for e in self.factory.engines if e.state is EngineState.SERVING]
-        assert [active.engine] if active else serving == []
+        assert serving == ([active.engine] if active else [])
         seats = {seat.engine.number for seat in self.swapper.seats}
         alive = {e.number for e in self.factory.engines if e.state in {EngineState.SERVING, EngineState.PARKED}}
         assert seats == alive, "no engine is forgotten, none is remembered that is gone"
@@ -256,13 +310,26 @@ async def test_too_large_for_both_makes_way_and_comes_back_if_it_fails(targets: 
     await world.swapper.swap(targets["a1"])
     assert (await world.swapper.swap(targets["a2"])).how is How.WAKE
     world.check()
-    await world.swapper.swap(targets["b"])
+    outcome = await world.swapper.swap(targets["b"])
+    assert set(outcome.phases) == {"loading", "making_way", "switching", "serving"}
     world.check()
-    world.script.fail_at = world.script.count + 3  # drain, park, load, start
-    with pytest.raises(EngineFailed):
-        await world.swapper.swap(targets["c"])
+    world.script.arm(Fault.FAILS, 3)  # drain, park, load, start
+    assert isinstance(await world.swap(targets["c"]), EngineFailed)
+    assert world.script.names[-5:] == ["start", "load", "wake", "point", "point"][-5:] or "start" in world.script.names
     world.check()
     assert world.answering() == "b"
+
+
+async def test_a_cancel_while_making_way_does_not_wait_for_the_load(targets: dict[str, Target]) -> None:
+    world = World(room=1)
+    await world.swapper.swap(targets["a1"])
+    for moment in (0, 1):  # drain, park
+        world.script.arm(Fault.CANCELLED, moment)
+        steps = len(world.script.names)
+        assert isinstance(await world.swap(targets["b"]), asyncio.CancelledError)
+        assert "start" not in world.script.names[steps:]
+        world.check()
+        assert world.answering() == "a1"
 
 
 async def test_what_can_never_fit_is_refused_and_nothing_stops(targets: dict[str, Target]) -> None:
@@ -270,10 +337,10 @@ async def test_what_can_never_fit_is_refused_and_nothing_stops(targets: dict[str
     await world.swapper.swap(targets["a1"])
     big = targets["b"].checkpoint
     huge = Checkpoint(big.directory, replace(big.manifest, data_bytes=9 * ARENA_BYTES))
-    steps = world.script.count
+    steps = len(world.script.names)
     with pytest.raises(OutOfMemory):
         await world.swapper.swap(Target("huge", ("huge",), huge))
-    assert world.script.count == steps, "the old engine was not even drained"
+    assert len(world.script.names) == steps, "the old engine was not even drained"
     world.check()
     assert world.answering() == "a1"
 
@@ -299,94 +366,139 @@ ROUTES = {
 }
 
 
-def moments() -> Iterator[tuple[str, int]]:
-    """Every step of every route; routes have seven steps at most."""
-    return itertools.product(ROUTES, range(8))
-
-
-@pytest.mark.parametrize(("route", "moment"), list(moments()))
-async def test_a_failure_at_any_step_leaves_somebody_answering(
-    route: str, moment: int, targets: dict[str, Target]
+@pytest.mark.parametrize("fault", list(Fault))
+@pytest.mark.parametrize("route", list(ROUTES))
+async def test_a_fault_at_any_step_of_any_swap_leaves_somebody_answering(
+    route: str, fault: Fault, targets: dict[str, Target]
 ) -> None:
+    """The new model if the swap succeeded, the old one if it did not: nothing else, and no engine or hold is lost."""
     first, wanted, room = ROUTES[route]
-    world = World(room=room, policy=Policy(drain_timeout_s=1, max_parked=1))
-    for name in first:
-        await world.swapper.swap(targets[name])
-    before = world.answering()
-    world.script.fail_at = world.script.count + moment
-    try:
-        await world.swapper.swap(targets[wanted])
-        now = wanted
-    except FlashdError:
-        now = before
-    world.check()
-    failed = world.script.count > world.script.fail_at
-    # Only where bringing the old model back fails too may nobody answer, and one failure a run cannot do that.
-    assert world.answering() == now
-    world.script.fail_at = None
-    assert failed or world.answering() == wanted
-    await world.swapper.swap(targets["a3"])
-    world.check()
-    assert world.answering() == "a3"
-    await world.swapper.close()
-    assert all(engine.stopped or engine.state is EngineState.FAILED for engine in world.factory.engines)
+    order_timeout_s = 0.05 if fault is Fault.HANGS else 60.0
+    for moment in itertools.count():
+        world = World(room=room, policy=Policy(0.0, 1, order_timeout_s))
+        for name in first:
+            await world.swapper.swap(targets[name])
+        before = world.answering()
+        world.script.arm(fault, moment)
+        error = await world.swap(targets[wanted])
+        world.script.fault = None
+        world.check()
+        assert world.answering() == (before if error else wanted), (moment, world.script.names, error)
+        await world.swapper.swap(targets["a3"])
+        world.check()
+        assert world.answering() == "a3"
+        await world.swapper.close()
+        assert all(engine.state is EngineState.FAILED for engine in world.factory.engines)
+        world.residency.close()
+        assert world.residency.pool.used_bytes == 0
+        if not world.script.struck:
+            assert moment >= 2, "every route has steps"
+            return
 
 
-@pytest.mark.parametrize(("route", "moment"), list(moments()))
-async def test_a_cancel_at_any_step_leaves_somebody_answering(
-    route: str, moment: int, targets: dict[str, Target]
+@settings(max_examples=40, deadline=None)
+@given(
+    room=st.sampled_from([1, 2, 10]),
+    swaps=st.lists(
+        st.tuples(st.sampled_from(["a1", "a2", "a3", "b", "c"]), st.sampled_from([None, *Fault]), st.integers(0, 7)),
+        max_size=12,
+    ),
+)
+def test_any_sequence_of_swaps_and_faults(
+    room: int, swaps: list[tuple[str, Fault | None, int]], targets: dict[str, Target]
 ) -> None:
-    first, wanted, room = ROUTES[route]
-    world = World(room=room, policy=Policy(drain_timeout_s=1, max_parked=1))
-    for name in first:
+    async def run() -> None:
+        world = World(room=room, policy=Policy(0.0, 1, 0.05))
+        for name, fault, moment in swaps:
+            before = world.answering()
+            if fault:
+                world.script.arm(fault, moment)
+            error = await world.swap(targets[name])
+            world.script.fault = None
+            world.check()
+            assert world.answering() == (before if error else name)
+        await world.swapper.close()
+        world.residency.close()
+
+    asyncio.run(run())
+
+
+async def test_an_engine_that_dies_in_its_sleep_is_replaced_on_the_way(targets: dict[str, Target]) -> None:
+    world = World()
+    for name in ("a1", "b"):
         await world.swapper.swap(targets[name])
-    before = world.answering()
-    world.script.pause_at = world.script.count + moment
-    swap = asyncio.create_task(world.swapper.swap(targets[wanted]))
-    paused = asyncio.create_task(world.script.reached.wait())
-    await asyncio.wait({swap, paused}, return_when=asyncio.FIRST_COMPLETED)
-    paused.cancel()
-    swap.cancel()
-    try:
-        await swap
-        now = wanted
-    except asyncio.CancelledError:
-        now = before
-    await asyncio.gather(*world.script.orders, return_exceptions=True)
+    world.script.arm(Fault.DIES, 1)  # load, wake
+    assert (await world.swapper.swap(targets["a2"])).how is How.START
     world.check()
-    assert world.answering() == now
-    await world.swapper.close()
 
 
-@pytest.mark.parametrize(("route", "moment"), list(moments()))
-async def test_the_old_engine_dying_at_any_step_confuses_nobody(
-    route: str, moment: int, targets: dict[str, Target]
-) -> None:
-    first, wanted, room = ROUTES[route]
-    if not first:
-        return
-    world = World(room=room, policy=Policy(drain_timeout_s=1, max_parked=1))
-    for name in first:
-        await world.swapper.swap(targets[name])
-    assert world.swapper.active
-    victim = world.swapper.active.engine
-    assert isinstance(victim, FakeEngine)
-    world.script.pause_at = world.script.count + moment
-    swap = asyncio.create_task(world.swapper.swap(targets[wanted]))
-    paused = asyncio.create_task(world.script.reached.wait())
-    await asyncio.wait({swap, paused}, return_when=asyncio.FIRST_COMPLETED)
-    paused.cancel()
-    if victim.state is not EngineState.FAILED:
-        victim.die()
-    result = (await asyncio.gather(swap, return_exceptions=True))[0]
-    if isinstance(result, AssertionError):
-        result = None  # the fake refuses a step on a dead engine by asserting; the real one raises EngineFailed
-    seats = {seat.engine.number for seat in world.swapper.seats}
-    alive = {e.number for e in world.factory.engines if e.state in {EngineState.SERVING, EngineState.PARKED}}
-    assert seats == alive and world.swapper.state is SwapState.IDLE
-    await world.swapper.swap(targets["a3"])
-    assert world.answering() == "a3"
-    await world.swapper.close()
+async def test_when_nothing_can_be_put_back_nobody_answers_and_the_next_swap_works(targets: dict[str, Target]) -> None:
+    world = World(room=1)
+    await world.swapper.swap(targets["a1"])
+    world.residency._loader = _refuse  # type: ignore[assignment]
+    assert isinstance(await world.swap(targets["b"]), EngineFailed)
+    world.check()
+    assert world.answering() is None and world.endpoint is None
+    world.residency._loader = world._load
+    await world.swapper.swap(targets["b"])
+    world.check()
+    assert world.answering() == "b"
+
+
+async def _refuse(checkpoint: Checkpoint, arena: Arena, on_progress: Progress) -> None:
+    raise EngineFailed("nothing loads any more")
+
+
+async def test_the_new_engine_dying_while_the_old_one_is_parked_is_told_of(targets: dict[str, Target]) -> None:
+    world = World()
+    await world.swapper.swap(targets["a1"])
+    swap = asyncio.ensure_future(world.swapper.swap(targets["b"]))
+    while world.swapper.state is not SwapState.SERVING:
+        await asyncio.sleep(0)
+    world.factory.engines[1].die()
+    assert (await swap).how is How.START
+    assert world.lost == ["b"] and world.answering() is None
+    world.check()
+
+
+async def test_new_aliases_reach_the_engine(targets: dict[str, Target]) -> None:
+    world = World()
+    await world.swapper.swap(targets["a1"])
+    renamed = replace(targets["a1"], names=("a1", "friend"))
+    assert (await world.swapper.swap(renamed)).how is How.REBIND
+    binding = world.factory.engines[0].binding
+    assert binding and binding.names == ("a1", "friend")
+    assert (await world.swapper.swap(renamed)).how is How.ALREADY_ACTIVE
+    world.check()
+
+
+async def test_swaps_that_wait_when_the_daemon_ends_start_nothing(targets: dict[str, Target]) -> None:
+    world = World()
+    swaps = [asyncio.ensure_future(world.swapper.swap(targets[name])) for name in ("a1", "b")]
+    await asyncio.sleep(0)
+    closed = asyncio.ensure_future(world.swapper.close())
+    late = asyncio.ensure_future(world.swapper.swap(targets["c"]))
+    results = await asyncio.gather(*swaps, closed, late, return_exceptions=True)
+    assert isinstance(results[1], Busy) and isinstance(results[3], Busy)
+    assert world.swapper.seats == [] and len(world.factory.engines) == 1
+
+
+async def test_swaps_to_one_model_asked_at_once_are_one_load_and_one_start(targets: dict[str, Target]) -> None:
+    world = World()
+    outcomes = await asyncio.gather(*(world.swapper.swap(targets["a1"]) for _ in range(5)))
+    assert [outcome.how for outcome in outcomes] == [How.START, *[How.ALREADY_ACTIVE] * 4]
+    assert world.script.names == ["load", "start", "point"]
+
+
+async def test_a_swap_cancelled_in_the_line_lets_the_others_pass(targets: dict[str, Target]) -> None:
+    world = World()
+    swaps = [asyncio.ensure_future(world.swapper.swap(targets[name])) for name in ("a1", "b", "a2")]
+    await asyncio.sleep(0)
+    swaps[1].cancel()
+    await asyncio.wait(swaps)
+    assert swaps[1].cancelled() and len(world.factory.engines) == 1
+    world.check()
+    assert world.answering() == "a2"
 
 
 async def test_two_clients_back_and_forth_never_deadlock_and_keep_their_order(targets: dict[str, Target]) -> None:
@@ -401,7 +513,8 @@ async def test_two_clients_back_and_forth_never_deadlock_and_keep_their_order(ta
 
     async with asyncio.timeout(20):
         await asyncio.gather(client(["a1", "b"]), client(["a2", "c"]))
-    assert len(order) == 100
+    # Each asks for its next when its last is done: strictly in turn.
+    assert order == ["a1", "a2", "b", "c"] * 25
     world.check()
 
 
@@ -424,7 +537,7 @@ async def test_parking_and_too_many_parked(targets: dict[str, Target]) -> None:
     for name in ("a1", "b", "c"):
         await world.swapper.swap(targets[name])
     assert [seat.target.model_name for seat in world.swapper.seats] == ["c", "b"]
-    assert world.factory.engines[0].stopped
+    assert world.factory.engines[0].state is EngineState.FAILED
     await world.swapper.park()
     world.check()
     assert world.endpoint is None and world.answering() is None
