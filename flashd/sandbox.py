@@ -2,15 +2,17 @@
 """How does a process that handles untrusted input give up what it does not need, for good?
 
 No new privileges, no capabilities, no network where the kernel lets us leave it, no writing to the file system where it
-has Landlock, and hard resource limits. Nothing here needs root, and each step that a kernel lacks is reported rather
-than assumed.
+has Landlock, no sockets and no programs where a seccomp filter can say so, and hard resource limits. Nothing here needs
+root, and each step that a kernel lacks is reported rather than assumed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
+import platform
 import resource
 import struct
 from collections.abc import Sequence
@@ -26,8 +28,31 @@ _CLONE_NEWUSER = 0x10000000
 _SYS_LANDLOCK_CREATE_RULESET = 444  # the same on every architecture
 _SYS_LANDLOCK_RESTRICT_SELF = 446
 _LANDLOCK_CREATE_RULESET_VERSION = 1
-# Execute, write a file, and every kind of making and removing; reading stays allowed.
+# Execute, write a file, and every kind of making and removing; reading stays allowed. Later versions of Landlock can
+# also forbid moving between folders (2), truncating (3) and ioctls of devices (5).
 _LANDLOCK_ALL_BUT_READING = 0b1_1111_1111_0011
+_LANDLOCK_LATER = {2: 1 << 13, 3: 1 << 14, 5: 1 << 15}
+
+# seccomp(2), bpf_common.h, audit.h
+_SECCOMP_SET_MODE_FILTER = 1
+_SECCOMP_FILTER_FLAG_TSYNC = 1
+_SECCOMP_RET_ALLOW = 0x7FFF0000
+_SECCOMP_RET_ERRNO = 0x00050000
+_BPF_LOAD_WORD, _BPF_JUMP_EQUAL, _BPF_JUMP_AT_LEAST, _BPF_RETURN = 0x20, 0x15, 0x35, 0x06
+_X32_SYSCALLS = 0x40000000  # the second set of numbers that x86-64 has
+# Sockets, programs, other processes, and the ways around a filter: io_uring opens sockets too.
+_FORBIDDEN = {
+    "x86_64": (0xC000003E, 317, {
+        "socket": 41, "connect": 42, "socketpair": 53, "execve": 59, "kill": 62, "ptrace": 101, "keyctl": 250,
+        "process_vm_readv": 310, "process_vm_writev": 311, "bpf": 321, "execveat": 322, "pidfd_send_signal": 424,
+        "io_uring_setup": 425, "pidfd_getfd": 438,
+    }),
+    "aarch64": (0xC00000B7, 277, {
+        "socket": 198, "connect": 203, "socketpair": 199, "execve": 221, "kill": 129, "ptrace": 117, "keyctl": 219,
+        "process_vm_readv": 270, "process_vm_writev": 271, "bpf": 280, "execveat": 281, "pidfd_send_signal": 424,
+        "io_uring_setup": 425, "pidfd_getfd": 438,
+    }),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +60,28 @@ class Limits:
     """None leaves a limit as it is. Bytes and seconds."""
 
     address_space_bytes: int | None = None
+    memory_bytes: int | None = None  # private and writable: what a process really needs memory for
     cpu_s: int | None = None
     file_bytes: int | None = None
     open_files: int | None = None
 
 
-def restrict(limits: Limits = Limits(), *, network: bool = False, writes: bool = False) -> Sequence[str]:
+def restrict(
+    limits: Limits = Limits(), *, network: bool = False, writes: bool = False, sockets: bool = True
+) -> Sequence[str]:
     """Restricts this process and all it will start. Returns what this kernel does not offer, for the log.
 
-    `network=False` leaves the machine's network; `writes=False` forbids changing the file system by path (open
-    descriptors keep working). Call it before starting threads: Linux restricts threads one by one.
+    `network=False` leaves the machine's network; `writes=False` forbids changing the file system by path and running
+    programs (open descriptors keep working); `sockets=False` forbids making sockets, running programs and touching
+    other processes: sockets in the file system are reachable from every network namespace. Call it before starting
+    threads: Linux restricts threads one by one.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     missing = []
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for kind, value in (
         (resource.RLIMIT_AS, limits.address_space_bytes),
+        (resource.RLIMIT_DATA, limits.memory_bytes),
         (resource.RLIMIT_CPU, limits.cpu_s),
         (resource.RLIMIT_FSIZE, limits.file_bytes),
         (resource.RLIMIT_NOFILE, limits.open_files),
@@ -64,6 +95,8 @@ def restrict(limits: Limits = Limits(), *, network: bool = False, writes: bool =
     _drop_capabilities(libc)
     if not writes and not _forbid_writes(libc):
         missing.append("Landlock")
+    if not sockets and not _forbid_syscalls(libc):
+        missing.append("seccomp")
     return missing
 
 
@@ -89,9 +122,11 @@ def _drop_capabilities(libc: ctypes.CDLL) -> None:
 
 def _forbid_writes(libc: ctypes.CDLL) -> bool:
     syscall = libc.syscall
-    if syscall(_SYS_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_CREATE_RULESET_VERSION) < 1:
+    version = syscall(_SYS_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_CREATE_RULESET_VERSION)
+    if version < 1:
         return False
-    attributes = struct.pack("=Q", _LANDLOCK_ALL_BUT_READING)
+    rights = _LANDLOCK_ALL_BUT_READING | sum(right for since, right in _LANDLOCK_LATER.items() if since <= version)
+    attributes = struct.pack("=Q", rights)
     ruleset = syscall(_SYS_LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
     if ruleset < 0:
         return False
@@ -100,3 +135,27 @@ def _forbid_writes(libc: ctypes.CDLL) -> bool:
     finally:
         with contextlib.suppress(OSError):
             os.close(ruleset)
+
+
+def _forbid_syscalls(libc: ctypes.CDLL) -> bool:
+    """A seccomp filter for all threads: what is forbidden fails with EPERM. False where it cannot be."""
+    if platform.machine() not in _FORBIDDEN:
+        return False
+    architecture, seccomp, forbidden = _FORBIDDEN[platform.machine()]
+    refuse = (_BPF_RETURN, 0, 0, _SECCOMP_RET_ERRNO | errno.EPERM)
+    numbers = sorted(forbidden.values())
+    # struct seccomp_data: int nr; __u32 arch. Jumps count the instructions they skip.
+    program = [
+        (_BPF_LOAD_WORD, 0, 0, 4),
+        (_BPF_JUMP_EQUAL, 1, 0, architecture),
+        refuse,
+        (_BPF_LOAD_WORD, 0, 0, 0),
+        (_BPF_JUMP_AT_LEAST, len(numbers) + 1, 0, _X32_SYSCALLS),
+        *((_BPF_JUMP_EQUAL, len(numbers) - index, 0, number) for index, number in enumerate(numbers)),
+        (_BPF_RETURN, 0, 0, _SECCOMP_RET_ALLOW),
+        refuse,
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in program))
+    filter_program = struct.pack("@HP", len(program), ctypes.addressof(code))
+    result = libc.syscall(seccomp, _SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_TSYNC, filter_program)
+    return bool(result == 0)

@@ -13,26 +13,48 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flashd.checkpoint import manifest as manifests
-from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, write_new
-from flashd.checkpoint.header import Header, serialise
+from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, finish, write_new, writing
+from flashd.checkpoint.header import ALIASES, MAX_HEADER_BYTES, Header, serialise
 from flashd.checkpoint.layout import Shape, arrange, layout_digest
 from flashd.checkpoint.manifest import Manifest
 from flashd.checkpoint.pickles import Converter, SourceTensor
-from flashd.checkpoint.source import Source, SourceFiles, read_source
+from flashd.checkpoint.source import Source, SourceFiles, read_source, read_whole
 from flashd.checkpoint.ties import find_ties
-from flashd.errors import Cancelled
+from flashd.errors import InvalidSource
 from flashd.streamer import OpenFile, Options, Piece, blake3, copy
-from flashd.units import MiB
+from flashd.units import MiB, format_bytes
 
 DIGEST_BLOCK_BYTES = 8 * MiB
-ALIASES = "flashd.aliases"
-_POLL_S = 0.05
+CONFIG = "config.json"
 
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    """Notices that somebody writes to the files of a source while we read them."""
+
+    before: Mapping[str, tuple[int, int]]
+
+    @classmethod
+    def begin(cls, files: SourceFiles) -> _Watch:
+        return cls({name: _age(files[name]) for name in files})
+
+    def end(self, files: SourceFiles) -> None:
+        """Raises InvalidSource: half of what was read may be old and half of it new."""
+        for name, age in self.before.items():
+            if _age(files[name]) != age:
+                hint = "convert it when writing has ended, or move it here in one piece"
+                raise InvalidSource(f"{files[name].path} was written to while it was converted", hint=hint)
+
+
+def _age(file: OpenFile) -> tuple[int, int]:
+    status = os.fstat(file.fd)
+    return status.st_size, status.st_mtime_ns
 
 
 def convert(
@@ -51,35 +73,55 @@ def convert(
     InvalidSource, StoreFull, TransferFailed, Unavailable (no torch) or Cancelled; the directory is then the caller's to
     remove.
     """
+    with writing(directory):
+        return _convert(files, directory, python, note, options, on_progress, cancelled)
+
+
+def _convert(
+    files: SourceFiles,
+    directory: Path,
+    python: str,
+    note: str,
+    options: Options,
+    on_progress: Progress,
+    cancelled: Callable[[], bool],
+) -> Manifest:
+    watch = _Watch.begin(files)
     source = read_source(files, Converter(python=python, scratch=directory, cancelled=cancelled))
     with contextlib.closing(source):
-        header, origin = _arranged(source)
+        config = manifests.read_config(read_whole(files[CONFIG])) if CONFIG in source.side_files else {}
+        header, origin = _arranged(source, cancelled)
         header_bytes = serialise(header)
         digests = _copy_weights(source, header, origin, header_bytes, directory, options, on_progress, cancelled)
     write_new(directory / DIGESTS, digests)
     side_files = {}
     for name, file in source.side_files.items():
-        raw = os.pread(file.fd, os.fstat(file.fd).st_size, 0)
+        raw = read_whole(file)
         write_new(directory / name, raw)
         side_files[name] = blake3(raw).hex()
-    manifest = _manifest(header, header_bytes, digests, side_files, _config(source), note)
+    watch.end(files)
+    manifest = _manifest(header, header_bytes, digests, side_files, config, note)
     write_new(directory / MANIFEST, manifest.to_toml().encode())
     _sync_directory(directory)
     return manifest
 
 
-def _arranged(source: Source) -> tuple[Header, Mapping[str, SourceTensor]]:
+def _arranged(source: Source, cancelled: Callable[[], bool]) -> tuple[Header, Mapping[str, SourceTensor]]:
     """The header of the checkpoint, and where each of its tensors comes from."""
-    aliases = {**source.aliases, **find_ties(source)}
+    aliases = {**source.aliases, **find_ties(source, cancelled)}
     kept = {tensor.name: tensor for tensor in source.tensors if tensor.name not in aliases}
     # An alias of something that turned out to be an alias itself points to what that one points to.
     resolved = {alias: aliases.get(name, name) for alias, name in aliases.items()}
     placed = arrange(Shape(t.name, t.dtype, t.shape, t.extent.length) for t in kept.values())
-    metadata = {"format": "pt"}
+    metadata = {"format": "pt", **source.metadata}  # transformers refuses files that do not say it
     if resolved:
         metadata[ALIASES] = json.dumps(dict(sorted(resolved.items())), separators=(",", ":"))
-    header = Header(placed, metadata)
-    return replace(header, data_offset=len(serialise(header))), kept
+    header = Header(placed, dict(sorted(metadata.items())))
+    header_bytes = len(serialise(header))
+    if header_bytes > MAX_HEADER_BYTES:
+        sizes = f"{format_bytes(header_bytes)}; at most {format_bytes(MAX_HEADER_BYTES)} make sense"
+        raise InvalidSource(f"the tensors' names and metadata need a header of {sizes}")
+    return replace(header, data_offset=header_bytes), kept
 
 
 def _copy_weights(
@@ -92,41 +134,27 @@ def _copy_weights(
     on_progress: Progress,
     cancelled: Callable[[], bool],
 ) -> bytes:
+    """Writes the weights; returns the digests of their blocks."""
     path = directory / WEIGHTS
+    pieces = [
+        Piece(origin[t.name].file, origin[t.name].extent.offset, t.extent.offset, t.extent.length)
+        for t in header.tensors
+        if t.extent.length
+    ]
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        pieces = [
-            Piece(origin[t.name].file, origin[t.name].extent.offset, t.extent.offset, t.extent.length)
-            for t in header.tensors
-            if t.extent.length
-        ]
         os.pwrite(fd, header_bytes, 0)
-        target = OpenFile(fd, str(path))
-        with copy(
+        transfer = copy(
             source.files,
             pieces,
-            target,
+            OpenFile(fd, str(path)),
             region_offset=len(header_bytes),
             digest_block_bytes=DIGEST_BLOCK_BYTES,
             options=options,
-        ) as transfer:
-            while True:
-                on_progress(transfer.done_bytes, transfer.total_bytes)
-                if cancelled():
-                    raise Cancelled("the conversion was cancelled")
-                try:
-                    return transfer.wait(_POLL_S).digests
-                except TimeoutError:
-                    continue
+        )
+        return finish(transfer, on_progress, cancelled).digests
     finally:
         os.close(fd)
-
-
-def _config(source: Source) -> dict[str, object]:
-    if "config.json" not in source.side_files:
-        return {}
-    file = source.side_files["config.json"]
-    return manifests.read_config(os.pread(file.fd, os.fstat(file.fd).st_size, 0))
 
 
 def _manifest(
@@ -156,7 +184,7 @@ def _manifest(
         quantization=manifests.quantization_of(config),
         side_files=dict(side_files),
         created_at=time.time(),
-        source=note,
+        source=note.encode("utf-8", "backslashreplace").decode(),  # a path need not be UTF-8
     )
 
 

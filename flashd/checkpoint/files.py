@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +14,15 @@ from flashd.checkpoint import header as headers
 from flashd.checkpoint import manifest as manifests
 from flashd.checkpoint.header import Header
 from flashd.checkpoint.manifest import Manifest
-from flashd.errors import Cancelled, CorruptCheckpoint
-from flashd.streamer import Digests, Extent, OpenFile, Options, blake3
+from flashd.errors import Cancelled, CorruptCheckpoint, InvalidSource, StoreFull, TransferFailed
+from flashd.streamer import Digests, Extent, OpenFile, Options, Transfer, TransferResult, blake3
 from flashd.streamer import verify as verify_blocks
 
 WEIGHTS = "model.safetensors"
 DIGESTS = "digests.b3"
 MANIFEST = "manifest.toml"
 _POLL_S = 0.05
+_AGAIN = "the disk or its driver changed it: remove the model and convert its source again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +58,18 @@ class Checkpoint:
         return {name: self.directory / name for name in self.manifest.side_files}
 
     def header(self) -> Header:
-        """Raises CorruptCheckpoint if it is not the header that was written."""
+        """Raises CorruptCheckpoint if it is not the header that was written, or the file not as long as it says."""
         path = self.weights_path
-        with path.open("rb") as file:
-            raw = file.read(self.manifest.data_offset)
-            if blake3(raw).hex() != self.manifest.header_digest:
-                raise CorruptCheckpoint(f"the header of {path} does not match its digest", hint=_AGAIN)
-            return headers.read(file.fileno(), str(path))
+        try:
+            with path.open("rb") as file:
+                raw = file.read(self.manifest.data_offset)
+                if blake3(raw).hex() != self.manifest.header_digest:
+                    raise CorruptCheckpoint(f"the header of {path} does not match its digest", hint=_AGAIN)
+                return headers.read(file.fileno(), str(path))
+        except OSError as error:
+            raise CorruptCheckpoint(f"{path}: {error.strerror}", hint=_AGAIN) from None
+        except InvalidSource as error:
+            raise CorruptCheckpoint(error.message, hint=_AGAIN) from None
 
     def layout_json(self) -> str:
         return headers.as_json(self.header())
@@ -69,13 +77,10 @@ class Checkpoint:
     def digests(self) -> Digests:
         """Raises CorruptCheckpoint if the table is not the one that was written."""
         path = self.directory / DIGESTS
-        table = path.read_bytes()
+        table = _read(path)
         if blake3(table).hex() != self.manifest.digests_digest:
-            raise CorruptCheckpoint(f"{path} is damaged", hint=_AGAIN)
+            raise CorruptCheckpoint(f"{path} does not match its digest", hint=_AGAIN)
         return Digests(self.manifest.digest_block_bytes, table)
-
-
-_AGAIN = "the disk or its driver changed it: remove the model and convert its source again"
 
 
 def verify(
@@ -88,30 +93,54 @@ def verify(
     """Reads all of a checkpoint and compares it with its digests. Raises CorruptCheckpoint, naming file and block."""
     manifest = checkpoint.manifest
     for name, digest in manifest.side_files.items():
-        try:
-            intact = blake3((checkpoint.directory / name).read_bytes()).hex() == digest
-        except OSError as error:
-            raise CorruptCheckpoint(f"{checkpoint.directory / name}: {error.strerror}", hint=_AGAIN) from None
-        if not intact:
+        if blake3(_read(checkpoint.directory / name)).hex() != digest:
             raise CorruptCheckpoint(f"{checkpoint.directory / name} does not match its digest", hint=_AGAIN)
     checkpoint.header()
     digests = checkpoint.digests()
-    if manifests.weights_id(bytes.fromhex(manifest.header_digest), digests.table) != manifest.weights:
-        raise CorruptCheckpoint(f"{checkpoint.directory / MANIFEST} does not fit the weights", hint=_AGAIN)
+    weights = manifests.weights_id(bytes.fromhex(manifest.header_digest), digests.table)
+    if weights != manifest.weights or manifests.checkpoint_id(weights, manifest.side_files) != manifest.id:
+        raise CorruptCheckpoint(f"{checkpoint.directory / MANIFEST} does not fit what it describes", hint=_AGAIN)
     if not manifest.data_bytes:
         return
     with checkpoint.weights_path.open("rb") as file:
         opened = OpenFile(file.fileno(), str(checkpoint.weights_path))
-        with verify_blocks(opened, checkpoint.extent, digests, options=options) as transfer:
-            while True:
-                on_progress(transfer.done_bytes, transfer.total_bytes)
-                if cancelled():
-                    raise Cancelled("the verification was cancelled")
-                try:
-                    transfer.wait(_POLL_S)
-                    return
-                except TimeoutError:
-                    continue
+        finish(verify_blocks(opened, checkpoint.extent, digests, options=options), on_progress, cancelled)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path}: {error.strerror}", hint=_AGAIN) from None
+
+
+def finish(
+    transfer: Transfer, on_progress: Callable[[int, int], None], cancelled: Callable[[], bool]
+) -> TransferResult:
+    """Waits for a transfer, telling how far it is and asking whether to go on, twenty times a second."""
+    with transfer:
+        while True:
+            on_progress(transfer.done_bytes, transfer.total_bytes)
+            if cancelled():
+                raise Cancelled("somebody cancelled it")
+            try:
+                result = transfer.wait(_POLL_S)
+            except TimeoutError:
+                continue
+            on_progress(transfer.total_bytes, transfer.total_bytes)
+            return result
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """What the system refuses while a directory is filled, in our words: StoreFull or TransferFailed."""
+    try:
+        yield
+    except OSError as error:
+        what = f"write {error.filename or directory}: {error.strerror}"
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise StoreFull(what, hint="free some space, or remove a model") from None
+        raise TransferFailed(what) from None
 
 
 def write_new(path: Path, content: bytes) -> None:

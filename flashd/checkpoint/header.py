@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flashd.checkpoint.dtypes import BITS, size_of
-from flashd.errors import InvalidSource
+from flashd.errors import InvalidSource, TransferFailed
 from flashd.streamer import ALIGNMENT, Extent
 from flashd.units import MiB
 
@@ -24,7 +24,11 @@ MAX_HEADER_BYTES = 64 * MiB  # the largest models in use, hundreds of thousands 
 MAX_NAME_BYTES = 1024
 MAX_RANK = 64
 MAX_TENSOR_BYTES = 1 << 62
+# Python needs up to 300 bytes for a JSON value that takes two in the file: 64 MiB of `[],[],` would be 2 GB of memory.
+# A tensor takes eight of these, so a quarter of a million tensors pass.
+MAX_JSON_VALUES = 2_000_000
 METADATA = "__metadata__"
+ALIASES = "flashd.aliases"  # in the metadata: a JSON object from further names to names of tensors
 
 _LENGTH = struct.Struct("<Q")
 
@@ -52,10 +56,16 @@ class Header:
         return max((tensor.extent.end for tensor in self.tensors), default=0)
 
 
-def strict_json(raw: bytes, what: str) -> Any:
-    """JSON from a stranger: UTF-8, no duplicate names, no endless nesting or numbers. Raises InvalidSource."""
+def strict_json(raw: bytes, what: str, *, constants: bool = False) -> Any:
+    """JSON from a stranger: UTF-8, no duplicate names, no endless nesting, numbers or lists. Raises InvalidSource.
+
+    `constants` allows NaN and Infinity, which Python writes and JSON does not know.
+    """
+    if sum(raw.count(mark) for mark in (b"[", b"{", b",")) > MAX_JSON_VALUES:
+        raise InvalidSource(f"{what} holds more than {MAX_JSON_VALUES} values")
+    parse_constant = None if constants else _no_constant
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=parse_constant)
     except UnicodeDecodeError as error:
         raise InvalidSource(f"{what} is not UTF-8 (byte {error.start})") from None
     except RecursionError:
@@ -78,7 +88,15 @@ def _no_constant(name: str) -> float:
 
 
 def read(fd: int, path: str) -> Header:
-    """The header of an open file. Raises InvalidSource, naming `path`, for anything that is not a sound one."""
+    """The header of an open file. Raises InvalidSource, naming `path`, for anything that is not a sound one, and
+    TransferFailed if it cannot be read."""
+    try:
+        return _read(fd, path)
+    except OSError as error:
+        raise TransferFailed(f"read {path}: {error.strerror}") from None
+
+
+def _read(fd: int, path: str) -> Header:
     size_bytes = os.fstat(fd).st_size
     start = os.pread(fd, _LENGTH.size, 0)
     if len(start) < _LENGTH.size:
@@ -99,7 +117,7 @@ def parse(raw: bytes, *, data_bytes: int, path: str) -> Header:
     if not isinstance(document, dict):
         raise InvalidSource(f"the header of {path} is not a JSON object")
     metadata = document.pop(METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(_is_text(text) for pair in metadata.items() for text in pair):
         raise InvalidSource(f"{METADATA} of {path} is not a table of strings")
     tensors = [_tensor(name, entry, path) for name, entry in document.items()]
     tensors.sort(key=lambda tensor: (tensor.extent.offset, tensor.extent.end))
@@ -107,9 +125,22 @@ def parse(raw: bytes, *, data_bytes: int, path: str) -> Header:
     return Header(tuple(tensors), metadata, _LENGTH.size + len(raw))
 
 
+def aliases(header: Header, path: str) -> Mapping[str, str]:
+    """Further name → stored name, of tensors that are stored once: in a checkpoint, or a source that was one."""
+    found = strict_json(header.metadata.get(ALIASES, "{}").encode(), f"{ALIASES} of {path}")
+    names = {tensor.name for tensor in header.tensors}
+    if not isinstance(found, dict) or not all(isinstance(n, str) and n in names for n in found.values()):
+        raise InvalidSource(f"{ALIASES} of {path} does not name tensors")
+    for alias in found:
+        if check_name(alias, path) in names:
+            raise InvalidSource(f"{path} has a tensor {alias!r}, and says that it is another's name")
+    return found
+
+
 def check_name(name: str, path: str) -> str:
     """Slashes and spaces are legal in a tensor's name; what could corrupt a terminal, a log or a file is not."""
-    if not name.isprintable() or not name or len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES:
+    usable = name.isprintable() and name not in {"", METADATA}
+    if not usable or len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES:
         raise InvalidSource(f"{path} has a tensor with the unusable name {name[:80]!r}")
     return name
 
@@ -125,6 +156,11 @@ def check_tensor(name: str, dtype: object, shape: object, path: str) -> tuple[st
     if size_bytes is None or size_bytes > MAX_TENSOR_BYTES:
         raise InvalidSource(f"tensor {name!r} of {path} has an impossible shape {shape} for {dtype}")
     return dtype, tuple(shape), size_bytes
+
+
+def _is_text(value: object) -> bool:
+    """A string that can be written again: JSON can say half a surrogate pair, UTF-8 cannot."""
+    return isinstance(value, str) and value.encode("utf-8", "replace").decode() == value
 
 
 def _is_count(value: object) -> bool:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,11 +58,24 @@ class Manifest:
             document = tomllib.loads(text)
             if document.pop("format", None) != FORMAT:
                 raise CorruptCheckpoint(f"{path} is of a format that this version does not know", hint="update flashd")
-            return cls(**document)
+            return cls(**document)._checked()
         except (tomllib.TOMLDecodeError, TypeError) as error:
             raise CorruptCheckpoint(
                 f"{path} is damaged: {error}", hint="remove the model and convert it again"
             ) from None
+
+    def _checked(self) -> Manifest:
+        """Raises TypeError for values of another kind than declared: dataclasses do not look."""
+        kinds: dict[str, tuple[type, ...]] = {
+            "int": (int,), "float": (int, float), "str": (str,), "Mapping[str, str]": (dict,),
+        }  # fmt: skip
+        for field in dataclasses.fields(self):
+            if not isinstance(getattr(self, field.name), kinds[str(field.type)]):
+                raise TypeError(f"{field.name} is not of type {field.type}")
+        for name, digest in self.side_files.items():
+            if "/" in name or not isinstance(digest, str):
+                raise TypeError(f"{name!r} cannot be a side file")
+        return self
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -89,20 +102,25 @@ def dominant_dtype(header: Header) -> str:
 
 def read_config(raw: bytes) -> dict[str, Any]:
     """config.json as a table; raises InvalidSource if it is something else."""
-    config = strict_json(raw, "config.json")
+    config = strict_json(raw, "config.json", constants=True)  # Mamba's time_step_limit is [0.0, Infinity]
     if not isinstance(config, dict):
         raise InvalidSource("config.json is not a JSON object")
     return config
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
-    names: Sequence[Any] = config.get("architectures") or []
-    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    names = config.get("architectures")
+    return _label(names[0]) if isinstance(names, list) and names else ""
 
 
 def quantization_of(config: Mapping[str, Any]) -> str:
     quantization = config.get("quantization_config")
-    return str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else ""
+    return _label(quantization.get("quant_method")) or "unknown" if isinstance(quantization, dict) else ""
+
+
+def _label(value: object) -> str:
+    """A word of a stranger's that people will read on terminals; nothing if it is not such a word."""
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= 200 else ""
 
 
 def architecture_key(config: Mapping[str, Any], layout: str) -> str:

@@ -12,7 +12,7 @@ import fnmatch
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,45 +20,66 @@ from types import TracebackType
 from typing import Self
 
 from flashd.checkpoint import header, pickles
-from flashd.checkpoint.pickles import SourceTensor
-from flashd.errors import InvalidSource
-from flashd.streamer import OpenFile
+from flashd.checkpoint.pickles import SourceTensor, Table
+from flashd.errors import InvalidSource, TransferFailed
+from flashd.streamer import Extent, OpenFile
 from flashd.units import MiB, format_bytes
 
 # What engines read beside the weights. An allow-list: code (.py) and training state are never stored.
 SIDE_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "*.tiktoken", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
-    "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "chat_template.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "quantize_config.json", "quantization_config.json", "modules.json", "config_sentence_transformers.json",
-    "sentence_bert_config.json", "tekken.json", "params.json",
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer*.model",
+    "*.tiktoken", "spiece.model", "sentencepiece*.model", "spm*.model", "source.spm", "target.spm", "bpe.codes",
+    "vocab.json", "vocab.txt", "vocab.bpe", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "quantize_config.json", "quantization_config.json", "modules.json",
+    "config_sentence_transformers.json", "sentence_bert_config.json", "tekken.json", "params.json",
 )  # fmt: skip
 MAX_SIDE_FILE_BYTES = 64 * MiB
-MAX_ENTRIES = 10_000
+MAX_ENTRIES = 10_000  # of a folder
+MAX_FILES = 500  # of a source; the largest models in use have 200, and each costs a descriptor
 
-SAFETENSORS = ("*.safetensors",)
 PICKLES = ("*.bin", "*.pt", "*.pth")
+WEIGHTS = ("*.safetensors", *PICKLES)
 # What trainers leave beside the weights.
 NOT_WEIGHTS = (
     "training_args.bin", "optimizer*", "scheduler*", "rng_state*", "scaler*", "*.index.json", "consolidated*",
     "adapter_model*",
 )  # fmt: skip
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_CONSOLIDATED = ("consolidated*.safetensors", "consolidated*.pth")  # as their makers publish Llama and Mistral
+_ADAPTER = "adapter_config.json"
 _SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\.\w+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Convention:
+    """How transformers names weights: one file, or an index and its shards."""
+
+    single: str
+    index: str
+    patterns: tuple[str, ...]
+
+
+# In the order in which transformers looks for them.
+CONVENTIONS = (
+    Convention("model.safetensors", "model.safetensors.index.json", ("*.safetensors",)),
+    Convention("pytorch_model.bin", "pytorch_model.bin.index.json", PICKLES),
+)
+
+Index = Mapping[str, str]  # tensor → file
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """Tensors by name, where their bytes are in `files`, and the small files beside them.
 
-    The last `spills` of the files are ours: `close` closes them.
+    `spill` is the last of the files if it is one that we made: `close` closes it.
     """
 
     files: tuple[OpenFile, ...]
-    spills: tuple[OpenFile, ...]
+    spill: OpenFile | None
     tensors: tuple[SourceTensor, ...]
     aliases: Mapping[str, str]
+    metadata: Mapping[str, str]
     side_files: Mapping[str, OpenFile]
 
     @property
@@ -66,12 +87,15 @@ class Source:
         return sum(tensor.extent.length for tensor in self.tensors)
 
     def close(self) -> None:
-        for spill in self.spills:
-            os.close(spill.fd)
+        if self.spill is not None:
+            os.close(self.spill.fd)
 
 
 class SourceFiles:
-    """The regular files of a source by their name; closes them at the end of its context."""
+    """The regular files of a source by their name; closes them at the end of its context.
+
+    Of a folder only what will be used is opened: not the pickles beside safetensors, nor an optimizer's state.
+    """
 
     def __init__(self, files: Mapping[str, OpenFile]) -> None:
         self._files = dict(files)
@@ -87,32 +111,37 @@ class SourceFiles:
 
     @classmethod
     def from_folder(cls, path: Path) -> SourceFiles:
-        files: dict[str, OpenFile] = {}
+        files = cls({})
         try:
             folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise InvalidSource(f"{path} cannot be read: {error.strerror}") from None
         try:
-            for name in sorted(_bounded_listing(folder, path)):
-                if _is_wanted(name):
-                    files[name] = _open(folder, path / name)
+            names = _bounded_listing(folder, path)
+
+            def open_index(name: str) -> Index:
+                files._files[name] = _open(folder, path / name)
+                return _read_index(files._files[name], name)
+
+            weights, _ = _choose(names, open_index)
+            side_files = [name for name in names if _matches(name, (*SIDE_FILES, _ADAPTER))]
+            for name in _checked_names([*weights, *side_files]):
+                if name in names and name not in files:
+                    files._files[name] = _open(folder, path / name)
         except BaseException:
-            cls(files).close()
+            files.close()
             raise
         finally:
             os.close(folder)
-        return cls(files)
+        return files
 
     @classmethod
     def from_fds(cls, fds: Mapping[str, int]) -> SourceFiles:
         """Descriptors that somebody sent us; they become ours. Names are those within the source."""
         files = cls({name: OpenFile(fd, name) for name, fd in fds.items()})
         try:
-            for name, file in files._files.items():
-                if "/" in name or not name.isprintable() or name in {"", ".", ".."}:
-                    raise InvalidSource(
-                        f"{name!r} is not the name of a file", hint="send the files of one folder, by name"
-                    )
+            for name in _checked_names(list(fds)):
+                file = files[name]
                 _check_regular(os.fstat(file.fd), name)
                 os.set_blocking(file.fd, True)
         except BaseException:
@@ -151,76 +180,86 @@ def read_source(files: SourceFiles, converter: pickles.Converter) -> Source:
     """The table of all tensors of a source. Raises InvalidSource for anything malformed, incomplete or hostile."""
     names, index = _weights(files)
     opened = [files[name] for name in names]
+    side_files = {name: files[name] for name in files.matching(SIDE_FILES)}
+    for file in side_files.values():
+        _check_size(file, MAX_SIDE_FILE_BYTES)
+    tables: dict[str, Table] = {}
+    metadata: dict[str, str] = {}
+    for number, name in enumerate(names):
+        if not _matches(name, PICKLES):
+            found = header.read(opened[number].fd, opened[number].path)
+            tables[name] = _table(found, number, opened[number].path)
+            metadata = {**found.metadata, **metadata}
+    metadata.pop(header.ALIASES, None)
+    spill = None
+    if numbers := [number for number, name in enumerate(names) if name not in tables]:
+        unpacked, spill = converter.tables(opened, numbers)
+        tables |= {names[number]: table for number, table in zip(numbers, unpacked, strict=True)}
     try:
-        tensors, aliases = _tensors(names, files, index, opened, converter)
-        return Source(tuple(opened), tuple(opened[len(names) :]), tensors, aliases, _side_files(files))
+        tensors, aliases = _merged(tables, index)
     except BaseException:
-        for spill in opened[len(names) :]:
+        if spill is not None:
             os.close(spill.fd)
         raise
+    return Source((*opened, *([spill] if spill else ())), spill, tensors, aliases, metadata, side_files)
 
 
-def _tensors(
-    names: list[str],
-    files: SourceFiles,
-    index: Mapping[str, str],
-    opened: list[OpenFile],
-    converter: pickles.Converter,
-) -> tuple[tuple[SourceTensor, ...], Mapping[str, str]]:
-    tensors: dict[str, SourceTensor] = {}
-    aliases: dict[str, str] = {}
-    held_by: dict[str, str] = {}
-    for name in names:
-        table = _table(files[name], opened, converter)
-        for found in (*(tensor.name for tensor in table.tensors), *table.aliases):
-            if found in held_by:
-                raise InvalidSource(f"tensor {found!r} is both in {held_by[found]} and in {name}")
-            held_by[found] = name
-        tensors |= {tensor.name: tensor for tensor in table.tensors}
-        aliases |= table.aliases
-    for tensor_name, shard in index.items():
-        if held_by.get(tensor_name) != shard:
-            raise InvalidSource(f"the index says that {tensor_name!r} is in {shard}, and it is not")
-    if not tensors:
-        raise InvalidSource("the weights hold no tensors")
-    return tuple(tensors.values()), aliases
-
-
-def _table(file: OpenFile, opened: list[OpenFile], converter: pickles.Converter) -> pickles.Table:
-    """The tensors of one file of weights; what a pickle had to be unpacked to is appended to `opened`."""
-    if _matches(file.path.rsplit("/", 1)[-1], PICKLES):
-        return converter.table(file, opened)
-    found = header.read(file.fd, file.path)
-    number = opened.index(file)
+def _table(found: header.Header, number: int, path: str) -> Table:
+    """The tensors of a safetensors file in offsets of the file."""
     tensors = tuple(
-        SourceTensor(t.name, t.dtype, t.shape, number, pickles.moved(t.extent, found.data_offset))
+        SourceTensor(t.name, t.dtype, t.shape, number, Extent(found.data_offset + t.extent.offset, t.extent.length))
         for t in found.tensors
     )
-    return pickles.Table(tensors, {})
+    return Table(tensors, header.aliases(found, path))
+
+
+def _merged(tables: Mapping[str, Table], index: Index) -> tuple[tuple[SourceTensor, ...], Mapping[str, str]]:
+    tensors: list[SourceTensor] = []
+    aliases: dict[str, str] = {}
+    held_by: dict[str, str] = {}
+    for file, table in tables.items():
+        for name in (*(tensor.name for tensor in table.tensors), *table.aliases):
+            if name in held_by:
+                hint = "drop only one of them, or a folder with an index"
+                raise InvalidSource(f"tensor {name!r} is both in {held_by[name]} and in {file}", hint=hint)
+            held_by[name] = file
+        tensors += table.tensors
+        aliases |= table.aliases
+    for name, shard in index.items():
+        if held_by.get(name) != shard:
+            raise InvalidSource(f"the index says that {name!r} is in {shard}, and it is not")
+    if not tensors:
+        raise InvalidSource("the weights hold no tensors")
+    return tuple(tensors), aliases
 
 
 def missing_shards(path: Path) -> list[str]:
-    """Shards that a folder still waits for: named by its index, or by the numbering of those that are there."""
+    """Shards that a folder still waits for: named by its index, or by the numbering of those that are there.
+
+    Raises InvalidSource for an index that makes no sense.
+    """
     try:
         names = set(_listing(path))
     except NotADirectoryError:
         return []
-    wanted: set[str] = set()
-    for index in INDEXES:
-        if index in names and (path / index).is_file():
-            wanted |= set(_read_index((path / index).read_bytes()[: header.MAX_HEADER_BYTES], index).values())
-    for name in names:
-        if match := _SHARD.fullmatch(name):
-            count = min(int(match[3]), MAX_ENTRIES)
-            wanted |= {f"{match[1]}{number:05d}-of-{match[3]}{match[4]}" for number in range(1, count + 1)}
-    return sorted(wanted - names)
+
+    def open_index(name: str) -> Index:
+        file = _open(None, path / name)
+        try:
+            return _read_index(file, name)
+        finally:
+            os.close(file.fd)
+
+    weights, _ = _choose(names, open_index)
+    return sorted(set(weights) - names)
 
 
 def has_weights(path: Path) -> bool:
-    """Whether a folder or a file looks like a source at all."""
+    """Whether a folder or a file looks like a source at all, if only to be told why it is none."""
     if not path.is_dir():
-        return _matches(path.name, SAFETENSORS + PICKLES) and not _matches(path.name, NOT_WEIGHTS)
-    return any(_is_weights(name) for name in _listing(path)) or any((path / index).is_file() for index in INDEXES)
+        return _is_weights(path.name)
+    telling = {convention.index for convention in CONVENTIONS} | {_ADAPTER}
+    return any(_is_weights(name) or name in telling or _matches(name, _CONSOLIDATED) for name in _listing(path))
 
 
 def _listing(path: Path) -> list[str]:
@@ -237,16 +276,22 @@ def _bounded_listing(folder: int, path: Path) -> list[str]:
     return names
 
 
+def _checked_names(names: list[str]) -> list[str]:
+    """Names of files within a folder that may stand in a message, a manifest and a terminal."""
+    if len(names) > MAX_FILES:
+        raise InvalidSource(f"there are {len(names)} files, and at most {MAX_FILES} make sense")
+    for name in names:
+        if "/" in name or not name.isprintable() or name in {"", ".", ".."}:
+            raise InvalidSource(f"{name!r} is not the name of a file", hint="use the files of one folder, by name")
+    return names
+
+
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _is_weights(name: str) -> bool:
-    return _matches(name, SAFETENSORS + PICKLES) and not _matches(name, NOT_WEIGHTS)
-
-
-def _is_wanted(name: str) -> bool:
-    return _matches(name, SAFETENSORS + PICKLES + SIDE_FILES + INDEXES) or name == "adapter_config.json"
+    return _matches(name, WEIGHTS) and not _matches(name, NOT_WEIGHTS)
 
 
 def _open(folder: int | None, path: Path) -> OpenFile:
@@ -272,53 +317,79 @@ def _check_regular(status: os.stat_result, path: str) -> None:
         raise InvalidSource(f"{path} is not a regular file")
 
 
-def _weights(files: SourceFiles) -> tuple[list[str], dict[str, str]]:
-    """The files of weights, safetensors before pickles, and what an index says of them."""
-    for index, patterns in zip(INDEXES, (SAFETENSORS, PICKLES), strict=True):
-        if index in files:
-            weight_map = _read_index(_read_small(files[index], header.MAX_HEADER_BYTES), index)
-            missing = sorted(set(weight_map.values()) - set(files))
-            if missing:
-                what = f"{len(missing)} of its files are missing, the first is {missing[0]}"
-                raise InvalidSource(f"{index}: {what}", hint="finish the download, or copy the missing files")
-            return sorted(set(weight_map.values())), weight_map
-        found = [name for name in files.matching(patterns) if not _matches(name, NOT_WEIGHTS)]
-        if found:
-            return found, {}
-    if "adapter_config.json" in files:
+def _choose(names: Collection[str], read_index: Callable[[str], Index]) -> tuple[list[str], Index]:
+    """Which files are the weights, among those there are, and what their index says. Some may not be there yet."""
+    for convention in CONVENTIONS:
+        index = read_index(convention.index) if convention.index in names else {}
+        shards = set(index.values())
+        if convention.single in names and convention.single not in shards:
+            return [convention.single], {}  # an index beside it was left by an earlier save
+        if shards:
+            return sorted(shards), index
+        if found := {n for n in names if _matches(n, convention.patterns) and not _matches(n, NOT_WEIGHTS)}:
+            return sorted(found | _numbered(found)), {}
+    for pattern in _CONSOLIDATED:
+        if found := {name for name in names if _matches(name, (pattern,))}:
+            return sorted(found), {}
+    return [], {}
+
+
+def _numbered(names: Collection[str]) -> set[str]:
+    """All shards of the series that some belong to: model-00002-of-00003.safetensors is one of three."""
+    series = {(match[1], match[3], match[4]) for name in names if (match := _SHARD.fullmatch(name))}
+    if sum(int(count) for _, count, _ in series) > MAX_FILES:
+        raise InvalidSource(f"the names of the shards speak of more than {MAX_FILES} files")
+    return {
+        f"{prefix}{number:05d}-of-{count}{suffix}"
+        for prefix, count, suffix in series
+        for number in range(1, int(count) + 1)
+    }
+
+
+def _weights(files: SourceFiles) -> tuple[list[str], Index]:
+    """The files of weights, all of them there, and what an index says of them."""
+    weights, index = _choose(list(files), lambda name: _read_index(files[name], name))
+    if missing := sorted(set(weights) - set(files)):
+        what = f"{len(missing)} files of weights are missing, the first is {missing[0]}"
+        raise InvalidSource(what, hint="finish the download, or copy the missing files")
+    if weights:
+        return weights, index
+    if _ADAPTER in files:
         hint = "merge it into its base model first (peft: merge_and_unload) and drop the result"
         raise InvalidSource("this is a LoRA adapter, not a whole model", hint=hint)
-    consolidated = files.matching(("consolidated*.safetensors",)) or files.matching(("consolidated*.pth",))
-    if consolidated:
-        return consolidated, {}
     hint = "a source has *.safetensors, or PyTorch's *.bin, *.pt or *.pth"
     raise InvalidSource("there are no weights here", hint=hint)
 
 
-def _read_index(raw: bytes, name: str) -> dict[str, str]:
+def _read_index(file: OpenFile, name: str) -> Index:
+    return parse_index(read_whole(file, header.MAX_HEADER_BYTES), name)
+
+
+def parse_index(raw: bytes, name: str) -> Index:
+    """Tensor → file, of an index that nobody vouches for: every file must be one of weights in the same folder."""
     document = header.strict_json(raw, name)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise InvalidSource(f"{name} has no weight_map from tensors to files")
-    for tensor, shard in weight_map.items():
+    for tensor in weight_map:
         header.check_name(tensor, name)
-        if "/" in shard or shard in {"", ".", ".."} or not _matches(shard, SAFETENSORS + PICKLES):
+    for shard in set(weight_map.values()):
+        if "/" in shard or not shard.isprintable() or not _matches(shard, WEIGHTS):
             raise InvalidSource(f"{name} names {shard[:80]!r}, which is not a file of weights in the same folder")
     return weight_map
 
 
-def _read_small(file: OpenFile, limit_bytes: int) -> bytes:
+def read_whole(file: OpenFile, limit_bytes: int = MAX_SIDE_FILE_BYTES) -> bytes:
+    """A small file. Raises InvalidSource for one that is not, TransferFailed if it cannot be read."""
+    try:
+        return os.pread(file.fd, _check_size(file, limit_bytes), 0)
+    except OSError as error:
+        raise TransferFailed(f"read {file.path}: {error.strerror}") from None
+
+
+def _check_size(file: OpenFile, limit_bytes: int) -> int:
     size_bytes = os.fstat(file.fd).st_size
     if size_bytes > limit_bytes:
-        raise InvalidSource(
-            f"{file.path} is {format_bytes(size_bytes)}; at most {format_bytes(limit_bytes)} make sense"
-        )
-    return os.pread(file.fd, size_bytes, 0)
-
-
-def _side_files(files: SourceFiles) -> dict[str, OpenFile]:
-    found = {name: files[name] for name in files.matching(SIDE_FILES)}
-    for file in found.values():
-        if os.fstat(file.fd).st_size > MAX_SIDE_FILE_BYTES:
-            raise InvalidSource(f"{file.path} is larger than {format_bytes(MAX_SIDE_FILE_BYTES)}")
-    return found
+        sizes = f"{format_bytes(size_bytes)}; at most {format_bytes(limit_bytes)} make sense"
+        raise InvalidSource(f"{file.path} is {sizes}")
+    return size_bytes

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from flashd.checkpoint.pickles import SourceTensor
 from flashd.checkpoint.source import Source
+from flashd.errors import Cancelled
 from flashd.units import KiB, MiB
 
 # Small tensors are equal by chance (norms that are all ones): tying those would give two fine-tunes of one
@@ -22,7 +23,7 @@ _SAMPLE_BYTES = 4 * KiB
 _COMPARE_BYTES = 4 * MiB
 
 
-def find_ties(source: Source) -> Mapping[str, str]:
+def find_ties(source: Source, cancelled: Callable[[], bool] = lambda: False) -> Mapping[str, str]:
     """Further name → first name, for tensors of the same dtype, shape and bytes. Those that are all zero stay apart."""
     groups: dict[tuple[str, tuple[int, ...], bytes], list[SourceTensor]] = defaultdict(list)
     shapes: dict[tuple[str, tuple[int, ...]], list[SourceTensor]] = defaultdict(list)
@@ -38,7 +39,7 @@ def find_ties(source: Source) -> Mapping[str, str]:
     for alike in groups.values():
         # Names sort so that `model.embed_tokens.weight` is kept and `lm_head.weight` is the further name.
         first, *others = alike
-        ties |= {other.name: first.name for other in others if _equal(source, first, other)}
+        ties |= {other.name: first.name for other in others if _equal(source, first, other, cancelled)}
     return ties
 
 
@@ -48,8 +49,10 @@ def _read(source: Source, tensor: SourceTensor, offset: int, length: int) -> byt
     )
 
 
-def _equal(source: Source, one: SourceTensor, other: SourceTensor) -> bool:
-    return all(
-        _read(source, one, offset, _COMPARE_BYTES) == _read(source, other, offset, _COMPARE_BYTES)
-        for offset in range(0, one.extent.length, _COMPARE_BYTES)
-    )
+def _equal(source: Source, one: SourceTensor, other: SourceTensor, cancelled: Callable[[], bool]) -> bool:
+    for offset in range(0, one.extent.length, _COMPARE_BYTES):
+        if cancelled():
+            raise Cancelled("the conversion was cancelled")
+        if _read(source, one, offset, _COMPARE_BYTES) != _read(source, other, offset, _COMPARE_BYTES):
+            return False
+    return True

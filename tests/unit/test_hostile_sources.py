@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sources import converted, entry, forge
 
 from flashd.checkpoint import header
-from flashd.checkpoint.pickles import _parse
+from flashd.checkpoint.pickles import Place, parse_table
 from flashd.checkpoint.source import SourceFiles, missing_shards
 from flashd.errors import FlashdError, InvalidSource
 
@@ -298,11 +298,11 @@ def test_fuzzed_bytes_parse_or_are_refused(raw: bytes, data_bytes: int) -> None:
                 st.fixed_dictionaries(
                     {"name": st.text(max_size=4)},
                     optional={
-                        "dtype": st.sampled_from(["F32", "U8", None]),
-                        "shape": st.lists(st.integers(-1, 9), max_size=2),
-                        "offset": st.integers(-4, 70) | st.none(),
-                        "spilled": st.booleans(),
-                        "same_as": st.text(max_size=4),
+                        "dtype": st.sampled_from(["F32", "U8", None]) | JSON,
+                        "shape": st.lists(st.integers(-1, 9), max_size=2) | JSON,
+                        "offset": st.integers(-4, 70) | JSON,
+                        "spilled": st.booleans() | JSON,
+                        "same_as": st.text(max_size=4) | JSON,
                     },
                 ),
                 max_size=4,
@@ -313,7 +313,7 @@ def test_fuzzed_bytes_parse_or_are_refused(raw: bytes, data_bytes: int) -> None:
 )
 def test_fuzzed_answers_of_the_unpickler_never_reach_outside(answer: Any) -> None:
     try:
-        table = _parse(answer, 0, 1, 64, 16, "fuzz")
+        table = parse_table(answer, Place(0, 64), Place(1, 16), "fuzz")
     except InvalidSource:
         return
     for tensor in table.tensors:
