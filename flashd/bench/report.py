@@ -65,4 +65,5 @@ def device_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     fields = [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line]
     models = [value.strip() for name, value in fields if name.strip() == "model name"]
     count = sum(name.strip() == "processor" for name, _ in fields)
-    return f"{count} x {models[0] if models else platform.machine()}, Linux {platform.release()}"
+    kernel = platform.release().split("-")[0]
+    return f"{count} x {models[0] if models else platform.machine()}, Linux {kernel}"

@@ -138,8 +138,6 @@ def test_whoever_waits_when_the_daemon_ends_is_told(client: flashd.Client, daemo
 
 
 def test_nothing_is_imported_until_it_is_used() -> None:
-    import subprocess
-    import sys
 
     code = (
         "import sys, flashd; print(sorted(m for m in sys.modules if m.split('.')[0] in {'dbus_next', 'httpx', 'rich'}))"

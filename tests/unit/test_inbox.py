@@ -65,7 +65,7 @@ async def recorder(folder: Path) -> AsyncIterator[Recorder]:
 
 async def until(condition: object, timeout_s: float = 8.0) -> None:
     async with asyncio.timeout(timeout_s):
-        while not condition():  # type: ignore[operator]  # noqa: ASYNC110
+        while not condition():  # type: ignore[operator]
             await asyncio.sleep(0.02)
 
 
