@@ -222,6 +222,7 @@ def _peak_bytes(path: Path) -> int:
 
 _PEER = """
 import os, sys, time
+import torch  # importing it is not what is measured
 from safetensors import safe_open
 path = sys.argv[1]
 fd = os.open(path, os.O_RDONLY)
