@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import fcntl
 import mmap
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,12 @@ from sources import converted
 from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.manifest import Manifest
 from flashd.errors import Busy, CorruptCheckpoint, NotFound, OutOfMemory
-from flashd.memory.arena import Arena, HugePages, probe_huge_pages
+from flashd.memory.arena import HUGE_PAGE_BYTES, Arena, HugePages, probe_huge_pages
 from flashd.memory.device import HostDevice, total_memory_bytes
 from flashd.memory.lease import LeaseBook
 from flashd.memory.pool import Pool
 from flashd.memory.residency import Progress, Residency, StreamLoader, Tier
-from flashd.streamer import Options
+from flashd.streamer import Options, Transfer, TransferResult
 from flashd.units import MiB
 
 DEVICE = HostDevice("host", 1 << 40, HugePages.NONE)
@@ -69,8 +71,6 @@ def open_descriptors() -> int:
 def test_a_sealed_arena_can_be_read_and_not_changed() -> None:
     with Arena(100_000, "test", HugePages.NONE) as arena:
         assert arena.mapped_bytes % mmap.PAGESIZE == 0
-        import ctypes
-
         ctypes.memset(arena.address, 7, 100)
         arena.seal()
         fd = arena.open_read_only()
@@ -183,6 +183,61 @@ async def test_a_load_nobody_waits_for_is_ended_and_leaves_nothing() -> None:
     assert open_descriptors() == before and residency.in_use() == set()
 
 
+async def test_who_comes_while_a_load_is_given_up_gets_another_one() -> None:
+    """A load that was given up takes a moment to end: its disk requests are awaited."""
+    started = []
+
+    async def slow_to_end(checkpoint: Checkpoint, arena: Arena, on_progress: Progress) -> None:
+        started.append(checkpoint.id)
+        if len(started) == 1:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                await asyncio.sleep(0.01)
+
+    residency = Residency(DEVICE, Pool("host", 4096), slow_to_end)
+    first = asyncio.create_task(residency.acquire(checkpoint("a", 4096)))
+    await asyncio.sleep(0.01)
+    first.cancel()
+    await asyncio.sleep(0)
+    with await residency.acquire(checkpoint("a", 4096)):
+        assert started == ["a", "a"] and first.cancelled()
+    residency.close()
+
+
+async def test_what_was_just_loaded_stays_for_who_asked() -> None:
+    """Between the end of a load and the turn of who waits for it, others may run, and want the room."""
+    loader = FakeLoader()
+    residency = Residency(DEVICE, Pool("host", 4096), loader)
+    wanted = asyncio.create_task(residency.acquire(checkpoint("a", 4096)))
+    while residency.tier_of("a") is Tier.STORED:
+        await asyncio.sleep(0)
+    assert not wanted.done()
+    with pytest.raises(OutOfMemory):
+        await residency.acquire(checkpoint("b", 4096))
+    with pytest.raises(Busy):
+        residency.evict("a")
+    (await wanted).release()
+    assert loader.started == ["a"] and residency.pool.free_bytes == 0
+    residency.evict("a")
+    residency.close()
+
+
+async def test_a_load_under_way_counts_as_taken() -> None:
+    loader = FakeLoader()
+    loader.gate.clear()
+    residency = Residency(DEVICE, Pool("host", 3 * 4096), loader)
+    loading = asyncio.create_task(residency.acquire(checkpoint("a", 2 * 4096)))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert residency.fixed_bytes() == 2 * 4096
+    with pytest.raises(OutOfMemory, match=r"8\.19 kB are leased"):
+        await residency.acquire(checkpoint("b", 2 * 4096))
+    loader.gate.set()
+    (await loading).release()
+    residency.close()
+
+
 async def test_a_failed_load_leaves_nothing_and_can_be_tried_again() -> None:
     loader = FakeLoader()
     loader.error = CorruptCheckpoint("block 3")
@@ -217,6 +272,50 @@ async def test_the_streamer_fills_the_arena_and_a_changed_byte_stops_it(tmp_path
         await residency.acquire(made)
     assert residency.pool.used_bytes == 0
     residency.close()
+
+
+async def test_however_often_it_is_cancelled_memory_outlives_what_is_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    safetensors.numpy.save_file({"w": np.zeros(64 * MiB, np.uint8)}, tmp_path / "model.safetensors")
+    made = converted(tmp_path / "model.safetensors", tmp_path / "out")
+    order: list[str] = []
+    wait, close = Transfer.wait, Arena.close
+
+    def slow_wait(transfer: Transfer, timeout_s: float | None = None) -> TransferResult:
+        try:
+            return wait(transfer, timeout_s)
+        finally:
+            time.sleep(0.1)
+            order.append("ended")
+
+    def noted_close(arena: Arena) -> None:
+        order.append("closed")
+        close(arena)
+
+    monkeypatch.setattr(Transfer, "wait", slow_wait)
+    monkeypatch.setattr(Arena, "close", noted_close)
+    loader = StreamLoader(Options(), verify=True, on_loaded=lambda c, result: None)
+    residency = Residency(DEVICE, Pool("host", 128 * MiB), loader)
+    task = asyncio.create_task(residency.acquire(made))
+    await asyncio.sleep(0.01)
+    for _ in range(3):  # as when a job is cancelled and the daemon is stopped
+        task.cancel()
+        residency.close()
+        await asyncio.sleep(0.01)
+    await asyncio.wait([task])
+    while residency.in_use():
+        await asyncio.sleep(0.01)
+    assert order == ["ended", "closed"] and residency.pool.used_bytes == 0
+
+
+def test_where_reserved_huge_pages_are_gone_ordinary_ones_do() -> None:
+    device = HostDevice("host", 1 << 40, HugePages.HUGETLB)
+    reserved_bytes = int(Path("/proc/meminfo").read_text().split("HugePages_Free:")[1].split()[0]) * HUGE_PAGE_BYTES
+    with device.allocate(reserved_bytes + 1, "test") as arena:
+        assert arena.mapped_bytes == reserved_bytes + HUGE_PAGE_BYTES
+        ctypes.memset(arena.address, 1, 4096)
+        arena.seal()
 
 
 async def test_leases_die_with_their_owner() -> None:
