@@ -56,8 +56,8 @@ class File {
 
     // Whether all of a range is in the page cache; false where the kernel cannot tell.
     bool is_cached(uint64_t offset, uint64_t length) const;
-    // Where the file ends, given that a read at `offset` met its end: blocks are read in any order, and it may have been
-    // the first of several beyond the end.
+    // Where the file ends, given that a read at `offset` met its end: blocks are read in any order, and it may have
+    // been the first of several beyond the end.
     uint64_t end_before(uint64_t offset) const;
     void preallocate(uint64_t size) const;
     void truncate(uint64_t size) const;
