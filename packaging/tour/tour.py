@@ -175,7 +175,8 @@ class Tour:
             raise WrongAnswer(f"{name} should have said {expected!r}, and said {answer!r}")
 
     def table(self, rows: list[Figures]) -> None:
-        labels = list(dict.fromkeys(label for row in rows for label in row.swaps_s))
+        taken = {label for row in rows for label in row.swaps_s}
+        labels = [label for label in ("cold swap", "warm swap", "cold rebind", "rebind") if label in taken]
         table = Table("model", "bytes", "convert", *labels, title="What it took", title_justify="left")
         for row in rows:
             swaps = [format_seconds(row.swaps_s[label]) if label in row.swaps_s else "" for label in labels]
