@@ -147,7 +147,7 @@ class Converter:
             if f"No module named '{module}'" in complaint:
                 what = f"{path} is a PyTorch file, and {self._python} has no {module}"
                 return Unavailable(what, hint=_TORCH_HINT)
-        if status in {errno.ENOSPC, errno.EDQUOT}:
+        if status in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             hint = "free some space, or remove a model"
             return StoreFull(f"there is no space to unpack {path}: {os.strerror(status)}", hint=hint)
         if status < 0:

@@ -246,7 +246,7 @@ def main() -> None:
     except Refused as refusal:
         sys.exit(str(refusal))
     except Exception as error:  # noqa: BLE001 -- whatever torch raises for a bad file is the answer, in one line
-        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             sys.exit(error.errno)
         first = str(error).strip().split("\n", 1)[0]
         sys.exit(f"{type(error).__name__}: {first}")

@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sources import converted, entry, forge
 
 from flashd.checkpoint import header
+from flashd.checkpoint.convert import convert
 from flashd.checkpoint.pickles import Place, parse_table
-from flashd.checkpoint.source import SourceFiles, missing_shards
-from flashd.errors import FlashdError, InvalidSource
+from flashd.checkpoint.source import SourceFiles, missing_shards, parse_index
+from flashd.errors import FlashdError, InvalidSource, TransferFailed, Unavailable
+from flashd.units import MiB
 
 F32 = entry("F32", [2], 0, 8)
 
@@ -57,6 +60,13 @@ BAD_HEADERS: dict[str, tuple[Any, bytes]] = {
     "a list": (b"[1, 2]", b""),
     "duplicate name": (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, '
                        b'"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}', b"x"),
+    "huge list": (b'{"a": [' + b"[]," * 2_500_000 + b"1]}", b""),
+    "metadata twice": (b'{"__metadata__": {"a": "b"}, "__metadata__": {"a": "c"}}', b""),
+    "half a surrogate pair in the metadata": (b'{"__metadata__": {"a": "\\ud800"}}', b""),
+    "aliases of nothing": ({"__metadata__": {"flashd.aliases": '{"b": "c"}'}, "a": F32}, bytes(8)),
+    "an alias that is a tensor": ({"__metadata__": {"flashd.aliases": '{"a": "a"}'}, "a": F32}, bytes(8)),
+    "aliases that are none": ({"__metadata__": {"flashd.aliases": "[1]"}, "a": F32}, bytes(8)),
+    "aliases with terminal codes": ({"__metadata__": {"flashd.aliases": '{"b\\u001b": "a"}'}, "a": F32}, bytes(8)),
     "metadata not strings": ({"__metadata__": {"a": 1}, "t": F32}, bytes(8)),
     "nothing": ({}, b""),
 }  # fmt: skip
@@ -136,6 +146,104 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
         converted(tmp_path, tmp_path / "out")
 
 
+def test_missing_shards_are_known_by_their_numbers_too(tmp_path: Path) -> None:
+    """Half a model would convert without an error, and answer nonsense."""
+    forge(tmp_path / ONE, {"a": F32}, bytes(8))
+    assert missing_shards(tmp_path) == [TWO]
+    with pytest.raises(InvalidSource, match=TWO):
+        converted(tmp_path, tmp_path / "out")
+
+
+def test_a_series_of_99999_shards_is_not_waited_for(tmp_path: Path) -> None:
+    forge(tmp_path / "model-00001-of-99999.safetensors", {"a": F32}, bytes(8))
+    with pytest.raises(InvalidSource, match="more than 500"):
+        missing_shards(tmp_path)
+    with pytest.raises(InvalidSource, match="more than 500"):
+        converted(tmp_path, tmp_path / "out")
+
+
+def test_an_index_is_not_read_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere.json").write_text(json.dumps({"weight_map": {"a": ONE}}))
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(InvalidSource, match="symbolic link"):
+        missing_shards(folder)
+    with pytest.raises(InvalidSource, match="symbolic link"):
+        converted(folder, tmp_path / "out")
+
+
+def test_more_files_than_a_model_has(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for number in range(501):
+        (folder / f"{number}.safetensors").touch()
+    with pytest.raises(InvalidSource, match="at most 500"):
+        converted(folder, tmp_path / "out")
+
+
+def test_a_file_name_cannot_write_to_the_terminal(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    forge(folder / "a\x1b[31m.safetensors", {"a": F32}, bytes(8))
+    with pytest.raises(InvalidSource) as caught:
+        converted(folder, tmp_path / "out")
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [b"[1]", b"{", b"\xff", b"[" * 100_000, b'{"a": 1, "a": 2}'])
+def test_a_config_that_is_none_is_refused_before_the_weights_are_copied(config: bytes, tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    forge(folder / "model.safetensors", {"a": F32}, bytes(8))
+    (folder / "config.json").write_bytes(config)
+    with pytest.raises(InvalidSource, match=r"config\.json"):
+        converted(folder, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_a_config_says_cannot_write_to_the_terminal(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    forge(folder / "model.safetensors", {"a": F32}, bytes(8))
+    config = {"architectures": ["\x1b[31mX"], "quantization_config": {"quant_method": "\ud800"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    manifest = converted(folder, tmp_path / "out").manifest
+    assert (manifest.architecture, manifest.quantization) == ("", "unknown")
+
+
+def test_a_side_file_larger_than_sense(tmp_path: Path) -> None:
+    forge(tmp_path / "model.safetensors", {"a": F32}, bytes(8))
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(65 << 20)
+    with pytest.raises(InvalidSource, match=r"tokenizer\.json is 68\.2 MB"):
+        converted(tmp_path, tmp_path / "out")
+
+
+def test_a_source_that_changes_under_our_feet(tmp_path: Path) -> None:
+    source = forge(tmp_path / "model.safetensors", {"a": F32}, bytes(8))
+
+    def on_progress(done: int, total: int) -> None:
+        with source.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"x")
+
+    with pytest.raises(InvalidSource, match="was written to while"):
+        converted(source, tmp_path / "out", on_progress=on_progress)
+    assert not (tmp_path / "out" / "manifest.toml").exists()
+
+
+def test_a_descriptor_that_cannot_be_read(tmp_path: Path) -> None:
+    source = forge(tmp_path / "model.safetensors", {"a": F32}, bytes(8))
+    directory = tmp_path / "out"
+    directory.mkdir()
+    with (
+        SourceFiles.from_fds({"model.safetensors": os.open(source, os.O_WRONLY)}) as files,
+        pytest.raises(TransferFailed, match=r"model\.safetensors"),
+    ):
+        convert(files, directory, python=sys.executable)
+
+
 def test_the_same_tensor_in_two_files(tmp_path: Path) -> None:
     folder = tmp_path / "source"
     folder.mkdir()
@@ -202,6 +310,44 @@ class Caller:
         return os.system, (self.command,)
 
 
+def test_a_pickle_cannot_name_a_tensor_like_the_metadata(tmp_path: Path) -> None:
+    """The header that we write would then say something else than we meant."""
+    torch.save({"__metadata__": torch.ones(2)}, tmp_path / "model.pt")
+    with pytest.raises(InvalidSource, match="__metadata__"):
+        converted(tmp_path / "model.pt", tmp_path / "out")
+
+
+def test_a_view_of_terabytes_in_a_kilobyte(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1).expand(1 << 20, 1 << 20)}, tmp_path / "model.pt")
+    with pytest.raises(InvalidSource, match="unpack to more than"):
+        converted(tmp_path / "model.pt", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_thousand_views_of_the_same_bytes(tmp_path: Path) -> None:
+    """Each lies in the file, and all of them together would fill the disk."""
+    storage = torch.zeros(4 * MiB, dtype=torch.uint8)
+    torch.save({str(n): storage[n:] for n in range(1000)}, tmp_path / "model.pt")
+    with pytest.raises(InvalidSource, match="claims to hold 4"):
+        converted(tmp_path / "model.pt", tmp_path / "out")
+
+
+def test_a_legacy_pickle_whose_storages_lie(tmp_path: Path) -> None:
+    source = tmp_path / "model.bin"
+    torch.save({"a": torch.arange(4, dtype=torch.int64)}, source, _use_new_zipfile_serialization=False)
+    raw = source.read_bytes()
+    data = struct.pack("<5q", 4, 0, 1, 2, 3)
+    assert raw.endswith(data)
+    for name, forged in {
+        "count": raw[: -len(data)] + struct.pack("<5q", 1 << 40, 0, 1, 2, 3),
+        "short": raw[:-8],
+        "shorter": raw[: -len(data)],
+    }.items():
+        source.write_bytes(forged)
+        with pytest.raises(InvalidSource):
+            converted(source, tmp_path / name)
+
+
 def test_a_pickle_that_calls_things_calls_nothing(tmp_path: Path) -> None:
     proof = tmp_path / "called"
     folder = tmp_path / "source"
@@ -221,24 +367,62 @@ def test_what_is_no_pickle_at_all(content: bytes, tmp_path: Path) -> None:
         converted(tmp_path / "model.bin", tmp_path / "out")
 
 
-def test_the_unpickler_can_neither_open_a_socket_nor_gain_rights(tmp_path: Path) -> None:
-    code = (
-        "import os, socket\n"
-        "from flashd import sandbox\n"
-        "missing = sandbox.restrict(sandbox.Limits(open_files=64, file_bytes=1 << 20))\n"
-        "status = open('/proc/self/status').read()\n"
-        "assert 'CapEff:\\t0000000000000000' in status and 'NoNewPrivs:\\t1' in status, status\n"
-        "if 'network namespaces' not in missing:\n"
-        "    try:\n"
-        "        socket.create_connection(('127.0.0.1', 1), timeout=1)\n"
-        "    except ConnectionRefusedError:\n"
-        "        raise SystemExit('the loopback of the machine is within reach')\n"
-        "    except OSError:\n"
-        "        pass\n"
-        "print('restricted')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "restricted", done.stderr
+ESCAPES = """
+import os, resource, socket, subprocess, sys
+from flashd import sandbox
+folder = sys.argv[1]
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(folder + "/socket")
+listener.listen()
+inherited = socket.socket(socket.AF_UNIX)
+missing = sandbox.restrict(sandbox.Limits(open_files=64, file_bytes=1 << 20, memory_bytes=1 << 30), sockets=False)
+status = open("/proc/self/status").read()
+assert "CapEff:\\t0000000000000000" in status and "NoNewPrivs:\\t1" in status, status
+escapes = {
+    "network namespaces": [lambda: socket.create_connection(("127.0.0.1", 1), timeout=1)],
+    "Landlock": [
+        lambda: open(folder + "/new", "w"),
+        lambda: open(folder + "/old", "a"),
+        lambda: os.unlink(folder + "/old"),
+        lambda: os.execv("/bin/true", ["true"]),
+    ],
+    "seccomp": [
+        lambda: socket.socket(socket.AF_UNIX),
+        lambda: inherited.connect(folder + "/socket"),
+        lambda: subprocess.run(["true"]),
+        lambda: os.execv("/bin/true", ["true"]),
+        lambda: os.kill(os.getppid(), 0),
+    ],
+    "": [lambda: bytearray(2 << 30)],
+}
+for need, attempts in escapes.items():
+    for number, attempt in enumerate(attempts):
+        if need in missing:
+            continue
+        try:
+            attempt()
+        except ConnectionRefusedError:
+            raise SystemExit("the loopback of the machine is within reach")
+        except (OSError, MemoryError):
+            continue
+        raise SystemExit(f"{need}: attempt {number} succeeded")
+print("restricted", *missing)
+"""
+
+
+def test_who_gets_past_torch_finds_the_doors_shut(tmp_path: Path) -> None:
+    (tmp_path / "old").touch()
+    done = subprocess.run([sys.executable, "-c", ESCAPES, tmp_path], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("restricted"), done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "socket"]
+
+
+def test_an_interpreter_that_is_not_there(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "model.pt")
+    directory = tmp_path / "out"
+    directory.mkdir()
+    with SourceFiles.from_path(tmp_path / "model.pt") as files, pytest.raises(Unavailable, match="nowhere"):
+        convert(files, directory, python="/nowhere/python")
 
 
 def test_an_interpreter_without_torch_is_told_apart_from_a_bad_file(tmp_path: Path) -> None:
@@ -246,8 +430,6 @@ def test_an_interpreter_without_torch_is_told_apart_from_a_bad_file(tmp_path: Pa
     with pytest.raises(FlashdError, match="no torch") as caught:
         directory = tmp_path / "out"
         directory.mkdir()
-        from flashd.checkpoint.convert import convert
-
         with SourceFiles.from_path(tmp_path / "model.pt") as files:
             bare = tmp_path / "python"
             bare.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'torch'\" >&2; exit 1\n")
@@ -288,6 +470,55 @@ def test_fuzzed_headers_parse_or_are_refused(document: dict[str, Any], data_byte
 def test_fuzzed_bytes_parse_or_are_refused(raw: bytes, data_bytes: int) -> None:
     with contextlib.suppress(InvalidSource):
         header.parse(raw, data_bytes=data_bytes, path="fuzz")
+
+
+GOOD = {"__metadata__": {"a": "b"}, "x": F32, "y": entry("U8", [], 8, 9), "z": entry("F16", [0, 3], 9, 9)}
+EDITS = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.sampled_from('0123456789[]{},:" xFUI_e')), max_size=4)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(EDITS, st.integers(0, 4))
+def test_what_we_accept_the_safetensors_library_accepts(edits: list[tuple[float, str]], deletions: int) -> None:
+    """A sound header with a few characters changed or gone; it still has to mean the same to both."""
+    text = list(json.dumps(GOOD))
+    for number, (where, character) in enumerate(edits):
+        place = int(where * len(text))
+        text[place : place + 1] = [] if number < deletions else [character]
+    raw = "".join(text).encode()
+    try:
+        parsed = header.parse(raw, data_bytes=9, path="fuzz")
+    except InvalidSource:
+        return
+    theirs = dict(safetensors.deserialize(struct.pack("<Q", len(raw)) + raw + bytes(range(9))))
+    for tensor in parsed.tensors:
+        found = theirs.pop(tensor.name)
+        assert (found["dtype"], tuple(found["shape"])) == (tensor.dtype, tensor.shape)
+        assert bytes(found["data"]) == bytes(range(9))[tensor.extent.offset : tensor.extent.end]
+    assert not theirs
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {"weight_map": st.dictionaries(st.text(max_size=6), st.text("./\x00m1-of.safetnbi", max_size=20) | JSON)}
+    )
+    | JSON
+)
+def test_fuzzed_indexes_never_lead_out_of_the_folder(document: Any) -> None:
+    try:
+        index = parse_index(json.dumps(document).encode(), "fuzz")
+    except InvalidSource:
+        return
+    for tensor, shard in index.items():
+        assert tensor.isprintable()
+        assert "/" not in shard and shard.isprintable() and shard.endswith((".safetensors", ".bin", ".pt", ".pth"))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=100))
+def test_fuzzed_bytes_of_an_index_are_refused_or_parsed(raw: bytes) -> None:
+    with contextlib.suppress(InvalidSource):
+        parse_index(raw, "fuzz")
 
 
 @settings(max_examples=300, deadline=None)
