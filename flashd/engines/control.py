@@ -83,19 +83,31 @@ class AsyncChannel:
         self.closed = asyncio.Event()
 
     async def request(self, content: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
-        """Raises EngineFailed if the peer answers with an error, or ends before it answers."""
-        async with self._turn:
-            loop = asyncio.get_running_loop()
-            if self.closed.is_set():
-                raise EngineFailed("the engine's process has ended")
-            self._answer = loop.create_future()
-            try:
-                await self._send(encode(content), fds)
-                answer = await self._answer
-            except OSError as error:
-                raise EngineFailed(f"the engine's process has ended: {error.strerror}") from None
-            finally:
-                self._answer = None
+        """Raises EngineFailed if the peer answers with an error, or ends before it answers.
+
+        A caller that is cancelled does not get the answer; it is awaited all the same, so that it is not taken for the
+        answer to the next request. `fds` are duplicated: they need to stay open only until this is first awaited.
+        """
+        ours = [os.dup(fd) for fd in fds]
+        exchange = asyncio.ensure_future(self._exchange(content, ours))
+        exchange.add_done_callback(_looked_at)
+        return await asyncio.shield(exchange)
+
+    async def _exchange(self, content: dict[str, Any], fds: Sequence[int]) -> dict[str, Any]:
+        try:
+            async with self._turn:
+                if self.closed.is_set():
+                    raise EngineFailed("the engine's process has ended")
+                self._answer = asyncio.get_running_loop().create_future()
+                try:
+                    await self._send(encode(content), fds)
+                    answer = await self._answer
+                except OSError as error:
+                    raise EngineFailed(f"the engine's process has ended: {error.strerror}") from None
+                finally:
+                    self._answer = None
+        finally:
+            close_all(fds)
         if "error" in answer:
             kind = Unsupported if answer.get("unsupported") else EngineFailed
             raise kind(str(answer["error"]), hint=str(answer.get("hint", "")))
@@ -151,6 +163,12 @@ class AsyncChannel:
             self._socket.close()
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(EngineFailed("the engine's process ended before it answered"))
+
+
+def _looked_at(exchange: asyncio.Future[dict[str, Any]]) -> None:
+    """Nobody may be left to hear how it ended."""
+    if not exchange.cancelled():
+        exchange.exception()
 
 
 def close_all(fds: Sequence[int]) -> None:
