@@ -25,7 +25,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 import flashd
-from flashd.private_bus import PrivateBus
 from flashd.units import format_bytes, format_seconds
 
 CHECKOUT = Path(__file__).parents[2]
@@ -58,6 +57,11 @@ class Home:
     @property
     def models(self) -> Path:
         return self.root / "models"
+
+    @property
+    def address(self) -> str:
+        """Where the daemon puts its private bus."""
+        return f"unix:path={self.runtime / 'bus'}"
 
     @property
     def log(self) -> Path:
@@ -93,24 +97,14 @@ def running(command: list[str | Path], log: Path, *, keep: bool) -> Iterator[sub
             process.wait(timeout=30)
 
 
-@contextmanager
-def private_bus(home: Home, *, keep: bool) -> Iterator[str]:
-    bus = PrivateBus(home.runtime)
-    try:
-        yield bus.address
-    finally:
-        if not keep:
-            bus.stop()
-
-
-def connect(address: str, daemon: subprocess.Popen[bytes], log: Path) -> flashd.Client:
+def connect(home: Home, daemon: subprocess.Popen[bytes]) -> flashd.Client:
     deadline = time.monotonic() + READY_S
     while True:
         try:
-            return flashd.connect(address)
+            return flashd.connect(home.address)
         except flashd.errors.Unavailable:
             if daemon.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"flashd did not start:\n{log.read_text()}") from None
+                raise SystemExit(f"flashd did not start:\n{home.log.read_text()}") from None
             time.sleep(0.02)
 
 
@@ -243,12 +237,12 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the daemon running, to go on with")
     options = parser.parse_args()
     console = Console()
-    with temporary_home(keep=options.keep) as home, private_bus(home, keep=options.keep) as address:
+    with temporary_home(keep=options.keep) as home:
         command = [
-            *(sys.executable, "-m", "flashd.daemon.main", "--bus", address),
+            *(sys.executable, "-m", "flashd.daemon.main", "--bus", "private"),
             *("--state-dir", home.root / "state", "--runtime-dir", home.runtime, "--models-dir", home.models),
         ]
-        with running(command, home.log, keep=options.keep) as daemon, connect(address, daemon, home.log) as client:
+        with running(command, home.log, keep=options.keep) as daemon, connect(home, daemon) as client:
             tour = Tour(client, home, console)
             try:
                 if options.source:
@@ -259,20 +253,20 @@ def main() -> None:
                 console.print(f"[red]{error}[/]\n\nThe daemon's last words:", highlight=False)
                 console.print("\n".join(home.log.read_text().splitlines()[-20:]), highlight=False, markup=False)
                 raise SystemExit(1) from None
-        console.print(how_to_go_on(home, address) if options.keep else AND_NOW, highlight=False)
+        console.print(how_to_go_on(home) if options.keep else AND_NOW, highlight=False, soft_wrap=True)
 
 
 AND_NOW = """
-Both answers were right. To go on:
+Every answer was right. To go on:
   packaging/quickstart --keep                    the same, and leave the daemon running to play with
   packaging/quickstart ~/Downloads/Qwen3-0.6B    the same with a model of your own
 """
 
 
-def how_to_go_on(home: Home, address: str) -> str:
+def how_to_go_on(home: Home) -> str:
     return f"""
 The daemon is running. To go on:
-  export FLASHD_BUS_ADDRESS={address}
+  export FLASHD_BUS_ADDRESS={home.address}
   {CHECKOUT}/.venv/bin/flash list
   {CHECKOUT}/.venv/bin/flash run ada "Who are you?"
   cp -r MODEL_FOLDER {home.models}/
