@@ -74,7 +74,7 @@ class StreamerConfig:
     """[streamer]: how bytes get from disk to memory."""
 
     block_bytes: int = _setting(8 * MiB, "Size of one read.")
-    depth: int = _setting(8, "Reads in flight.")
+    depth: int = _setting(12, "Reads in flight.")
     backend: Literal["auto", "io_uring", "threads"] = _setting("auto", "How reads are issued.")
     direct: bool = _setting(True, "Past the page cache, by O_DIRECT, where the file system can.")
     verify: bool = _setting(True, "Compare what is loaded with its digests.")

@@ -4,7 +4,8 @@
     .venv/bin/python tests/bench/convert.py [--gigabytes 2] [--runs 5] [--folder FOLDER]
 
 A sharded source of a Qwen3-like shape is converted, and copied by cp with an fsync behind it: both end with the bytes
-on the disk. Interleaved, from a dropped page cache and from a warm one, as a source that was just dropped has it.
+on the disk. Interleaved, from a dropped page cache and from a warm one, as a source that was just dropped has it. The
+same as PyTorch's pickles pays for a process that imports torch.
 """
 
 from __future__ import annotations
@@ -51,6 +52,26 @@ def make_source(folder: Path, size_bytes: int) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+_AS_PICKLES = """
+import json, sys, torch
+from pathlib import Path
+from safetensors.torch import load_file
+weight_map = {}
+for number, shard in enumerate(sorted(Path(sys.argv[1]).glob("*.safetensors")), start=1):
+    tensors = load_file(shard)
+    name = f"pytorch_model-{number:05d}-of-00004.bin"
+    torch.save(tensors, Path(sys.argv[2]) / name)
+    weight_map |= dict.fromkeys(tensors, name)
+(Path(sys.argv[2]) / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+"""
+
+
+def make_pickled(source: Path, folder: Path) -> None:
+    """The same source as torch saves it; in another process, for this one to stay small."""
+    folder.mkdir()
+    subprocess.run([sys.executable, "-c", _AS_PICKLES, source, folder], check=True)
+
+
 def drop_cache(folder: Path) -> None:
     for file in folder.iterdir():
         with file.open("rb") as opened:
@@ -59,7 +80,7 @@ def drop_cache(folder: Path) -> None:
 
 
 def warm_cache(folder: Path) -> None:
-    for file in folder.glob("*.safetensors"):
+    for file in folder.iterdir():
         with file.open("rb") as opened:
             while opened.read(1 << 24):
                 pass
@@ -84,8 +105,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         source = Path(scratch) / "source"
         size_bytes = make_source(source, int(options.gigabytes * 1e9))
+        pickled = Path(scratch) / "pickled"
+        make_pickled(source, pickled)
 
-        def converted(target: Path) -> None:
+        def converted(target: Path, source: Path = source) -> None:
             with SourceFiles.from_path(source) as files:
                 convert(files, target, python=sys.executable)
 
@@ -96,16 +119,17 @@ def main() -> None:
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
 
-        steps = {"convert": converted, "copy": copied}
+        steps = {"convert": converted, "convert.pytorch": lambda target: converted(target, pickled), "copy": copied}
         rates: defaultdict[str, list[float]] = defaultdict(list)
         timed(converted, Path(scratch))  # the first touch of memory is the host's affair
         for _ in range(options.runs):
             for state, prepare in (("cold", drop_cache), ("warm", warm_cache)):
-                for name in random.sample(sorted(steps), 2):
-                    prepare(source)
+                for name in random.sample(sorted(steps), len(steps)):
+                    prepare(pickled if name == "convert.pytorch" else source)
                     rates[f"{name}.{state}"].append(size_bytes / timed(steps[name], Path(scratch)) / 1e9)
     rows = [
-        rate_row(f"convert.{state}", rates[f"convert.{state}"], "GB/s", rates[f"copy.{state}"])
+        rate_row(f"{name}.{state}", rates[f"{name}.{state}"], "GB/s", rates[f"copy.{state}"])
+        for name in ("convert", "convert.pytorch")
         for state in ("cold", "warm")
     ]
     command = f"tests/bench/convert.py --gigabytes {options.gigabytes:g} --runs {options.runs}"
