@@ -5,7 +5,7 @@
 
 A sharded source of a Qwen3-like shape is converted, and copied by cp with an fsync behind it: both end with the bytes
 on the disk. Interleaved, from a dropped page cache and from a warm one, as a source that was just dropped has it. The
-same as PyTorch's pickles pays for a process that imports torch.
+same as PyTorch's pickles pays, once and whatever its size, for a process that imports torch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def make_source(folder: Path, size_bytes: int) -> int:
     folder.mkdir()
     rng = np.random.default_rng(0)
     layers = max(SHARDS, size_bytes // (ROWS * COLUMNS * 2))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(SHARDS):
         name = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
         tensors = {}
