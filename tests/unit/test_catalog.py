@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +27,7 @@ from sources import entry, forge
 from flashd.checkpoint.convert import convert
 from flashd.checkpoint.files import WEIGHTS, verify
 from flashd.checkpoint.source import SourceFiles
-from flashd.errors import AlreadyExists, Busy, InvalidArgument, NotFound, StoreFull
+from flashd.errors import AlreadyExists, Busy, CorruptCheckpoint, InvalidArgument, NotFound, StoreFull, TransferFailed
 from flashd.store import names, retention
 from flashd.store.catalog import Catalog, Model, Origin
 from flashd.units import MiB
@@ -88,13 +93,17 @@ def test_an_alias_can_mean_one_thing_only(store: Catalog, tmp_path: Path) -> Non
         add(store, "x", source(tmp_path / "c", 3))
     with pytest.raises(AlreadyExists):
         add(store, "a", source(tmp_path / "d", 4), replace=False)
+    with pytest.raises(AlreadyExists, match="'x' already means 'a'"):
+        add(store, "new", source(tmp_path / "e", 5), aliases=("x",))
+    assert store.get("new") is None, "refused before anything became visible"
 
 
 def test_the_same_bytes_are_stored_once(store: Catalog, tmp_path: Path) -> None:
     one = add(store, "one", source(tmp_path / "1", 1))
     size_bytes = store.size_bytes()
     two = add(store, "two", source(tmp_path / "2", 1))
-    assert one.checkpoint_id == two.checkpoint_id and store.size_bytes() == size_bytes
+    assert one.checkpoint_id == two.checkpoint_id
+    assert abs(store.size_bytes() - size_bytes) < 100, "but for when the manifest was written"
     templated = add(store, "three", source(tmp_path / "3", 1, chat_template__jinja="hello"))
     assert templated.checkpoint_id != one.checkpoint_id
     inodes = {store.checkpoint(m.checkpoint_id).weights_path.stat().st_ino for m in (one, templated)}
@@ -103,6 +112,74 @@ def test_the_same_bytes_are_stored_once(store: Catalog, tmp_path: Path) -> None:
     store.remove("one"), store.remove("two")
     store.collect(())
     verify(store.checkpoint(templated.checkpoint_id))
+
+
+def test_converting_again_mends_what_the_disk_has_spoiled(store: Catalog, tmp_path: Path) -> None:
+    """Also where equal weights are shared with a checkpoint of other side files."""
+    add(store, "a", source(tmp_path / "a", 1))
+    twin = add(store, "b", source(tmp_path / "b", 1, chat_template__jinja="hello"))
+    size_bytes = store.size_bytes()
+    spoiled = store.checkpoint(twin.checkpoint_id)
+    with spoiled.weights_path.open("r+b") as file:
+        file.seek(spoiled.manifest.data_offset)
+        file.write(b"rotten")
+    spoiled.side_files()["chat_template.jinja"].write_text("jello")
+    for model in store.models():
+        with pytest.raises(CorruptCheckpoint):
+            verify(store.checkpoint(model.checkpoint_id))
+    add(store, "b", tmp_path / "b")
+    for model in store.models():
+        verify(store.checkpoint(model.checkpoint_id))
+    assert abs(store.size_bytes() - size_bytes) < 100
+
+
+def test_shared_weights_are_freed_with_the_last_who_uses_them(store: Catalog, tmp_path: Path) -> None:
+    add(store, "a", source(tmp_path / "a", 1))
+    add(store, "b", source(tmp_path / "b", 1, chat_template__jinja="hello"))
+    weights_bytes = 64 * 64 * 4
+    store.remove("a")
+    assert store.collect(()).freed_bytes < weights_bytes < store.size_bytes()
+    store.remove("b")
+    assert store.collect(()).freed_bytes > weights_bytes
+    assert store.size_bytes() == 0
+
+
+def test_without_hard_links_each_keeps_its_own_copy(
+    store: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    models = [
+        add(store, "a", source(tmp_path / "a", 1)),
+        add(store, "b", source(tmp_path / "b", 1, chat_template__jinja="hello")),
+    ]
+    assert len({store.checkpoint(m.checkpoint_id).weights_path.stat().st_ino for m in models}) == 2
+    assert store.size_bytes() > 2 * 64 * 64 * 4
+
+
+def test_reading_never_waits_for_the_disk(store: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An fsync beside a conversion may take seconds; the daemon's loop lists models meanwhile."""
+    model = add(store, "a", source(tmp_path / "a", 1))
+    in_fsync, may_go_on, fsync = threading.Event(), threading.Event(), os.fsync
+
+    def slow_fsync(fd: int) -> None:
+        in_fsync.set()
+        assert may_go_on.wait(10)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", slow_fsync)
+    writer = threading.Thread(target=store.set_pinned, args=("a", True))
+    writer.start()
+    assert in_fsync.wait(10)
+    started = time.monotonic()
+    assert store.models() == [model] == [store.resolve("A")]
+    assert store.size_bytes() > 0 and store.free_bytes() > 0 and store.check_free("b", replace=False) == "b"
+    assert time.monotonic() - started < 1
+    may_go_on.set()
+    writer.join()
+    assert store.models()[0].pinned
 
 
 def test_a_saved_again_fine_tune_is_a_new_version_and_the_old_one_stays_while_used(
@@ -173,22 +250,88 @@ def test_a_disk_that_fills_up_leaves_everything_as_it_was(store: Catalog, tmp_pa
     assert [m.name for m in store.models()] == ["old"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
-def test_a_full_file_system(tmp_path: Path) -> None:
-    mount = tmp_path / "small"
+@contextlib.contextmanager
+def small_file_system(mount: Path, options: str) -> Iterator[Path]:
     mount.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", mount], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", mount], check=True)
     try:
-        with Catalog(mount / "store") as catalog:
-            add(catalog, "old", source(tmp_path / "s", 1))
-            before = catalog.models()
-            big = forge(tmp_path / "big.safetensors", {"a": entry("U8", [96 * MiB], 0, 96 * MiB)}, bytes(96 * MiB))
-            with pytest.raises(StoreFull), SourceFiles.from_path(big) as files, catalog.draft(1) as draft:
-                convert(files, draft.directory, python=sys.executable)
-            assert catalog.models() == before and list((catalog.root / "partial").iterdir()) == []
-            verify(catalog.checkpoint(before[0].checkpoint_id))
+        yield mount
     finally:
         subprocess.run(["umount", mount], check=True)
+
+
+def fill(path: Path) -> None:
+    """Writes until the disk refuses."""
+    with pytest.raises(OSError) as caught, path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    assert caught.value.errno == errno.ENOSPC
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+
+
+@needs_root
+def test_a_full_file_system(tmp_path: Path) -> None:
+    with small_file_system(tmp_path / "small", "size=80m") as mount, Catalog(mount / "store") as catalog:
+        add(catalog, "old", source(tmp_path / "s", 1))
+        before = catalog.models()
+        big = forge(tmp_path / "big.safetensors", {"a": entry("U8", [96 * MiB], 0, 96 * MiB)}, bytes(96 * MiB))
+        with pytest.raises(StoreFull), SourceFiles.from_path(big) as files, catalog.draft(1) as draft:
+            convert(files, draft.directory, python=sys.executable)
+        assert catalog.models() == before and list((catalog.root / "partial").iterdir()) == []
+        verify(catalog.checkpoint(before[0].checkpoint_id))
+
+
+@needs_root
+def test_on_a_full_disk_nothing_changes_but_removal_works(tmp_path: Path) -> None:
+    with small_file_system(tmp_path / "small", "size=80m") as mount:
+        with Catalog(mount / "store", keep_versions=0) as catalog:
+            for seed in (1, 2):
+                tune = add(catalog, "tune", source(tmp_path / "s", seed))
+            other = add(catalog, "other", source(tmp_path / "o", 3))
+            fill(mount / "filler")
+            for change in (
+                lambda: catalog.set_pinned("tune", True),
+                lambda: catalog.touch("tune"),
+                lambda: catalog.set_aliases("tune", ["x"]),
+            ):
+                with pytest.raises(StoreFull):
+                    change()
+                assert catalog.models() == [other, tune]
+            assert [len(catalog.collect(()).checkpoint_ids) for _ in range(2)] == [1, 0], "the version not kept"
+            catalog.remove("other")
+            assert catalog.collect(()).checkpoint_ids == (other.checkpoint_id,)
+            expected = catalog.models()
+            assert [model.previous for model in expected] == [()]
+        with Catalog(mount / "store") as catalog:
+            assert catalog.models() == expected
+            verify(catalog.checkpoint(tune.checkpoint_id))
+
+
+@needs_root
+def test_no_inode_left(tmp_path: Path) -> None:
+    with small_file_system(tmp_path / "small", "size=80m,nr_inodes=40") as mount, Catalog(mount / "store") as catalog:
+        old = add(catalog, "old", source(tmp_path / "s", 1))
+        second = source(tmp_path / "t", 2)
+        for number in itertools.count():
+            try:
+                (mount / f"filler-{number}").touch()
+            except OSError:
+                break
+        for inodes_free in range(12):  # the refusal comes ever later: folder, weights, digests, manifest, record
+            if inodes_free:
+                (mount / f"filler-{inodes_free - 1}").unlink()
+            try:
+                new = add(catalog, "new", second)
+            except StoreFull:
+                assert catalog.models() == [old] and list((catalog.root / "partial").iterdir()) == []
+            else:
+                break
+        else:
+            pytest.fail("it never succeeded")
+        assert inodes_free > 3
+        assert catalog.models() == [new, old]
 
 
 _VICTIM = """
@@ -244,14 +387,63 @@ def test_killed_at_any_moment_the_store_is_the_old_one_or_the_new_one(tmp_path: 
     assert len(seen) >= 2, "the kills all came at the same moment: change the delays"
 
 
-def test_a_damaged_record_is_set_aside_and_hurts_nobody(tmp_path: Path) -> None:
+_DAMAGES: dict[str, Callable[[str], str]] = {
+    "no TOML": lambda text: "not = [toml " + text,
+    "cut off": lambda text: text[: text.index("created_at")],
+    "of a later version": lambda text: "rating = 5\n" + text,
+    "another type": lambda text: text.replace("pinned = false", 'pinned = "no"'),
+    "a list of numbers": lambda text: text.replace("aliases = []", "aliases = [1]"),
+    "another name": lambda text: text.replace('name = "bad"', 'name = "good"'),
+    "no name": lambda text: text.replace('name = "bad"', 'name = "../bad"'),
+    "no UTF-8": lambda text: text.replace("a test", "a t\udcffst"),
+}
+
+
+@pytest.mark.parametrize("damage", _DAMAGES.values(), ids=_DAMAGES.keys())
+def test_a_damaged_record_costs_no_weights_and_no_other_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[str], str]
+) -> None:
     with Catalog(tmp_path / "store") as catalog:
-        add(catalog, "good", source(tmp_path / "g", 1))
-        add(catalog, "bad", source(tmp_path / "b", 2))
-    (tmp_path / "store/models/bad.toml").write_text("not = [toml")
+        good = add(catalog, "good", source(tmp_path / "g", 1))
+        bad = add(catalog, "bad", source(tmp_path / "b", 2))
+    record = tmp_path / "store/models/bad.toml"
+    intact = record.read_text()
+    assert damage(intact) != intact
+    record.write_text(damage(intact), errors="surrogateescape")
+    for _ in range(2):
+        with Catalog(tmp_path / "store") as catalog:
+            assert catalog.models() == [good]
+            assert catalog.collect(()).checkpoint_ids == ()
+            verify(catalog.checkpoint(bad.checkpoint_id))
+    assert "bad.damaged" in caplog.text
+    (tmp_path / "store/models/bad.damaged").rename(record).write_text(intact)
     with Catalog(tmp_path / "store") as catalog:
-        assert [model.name for model in catalog.models()] == ["good"]
-    assert (tmp_path / "store/models/bad.damaged").exists()
+        assert catalog.models() == [bad, good]
+
+
+def test_a_model_whose_checkpoint_is_gone_is_not_listed(tmp_path: Path) -> None:
+    with Catalog(tmp_path / "store") as catalog:
+        lost = add(catalog, "lost", source(tmp_path / "l", 1))
+    shutil.rmtree(tmp_path / "store/checkpoints" / lost.checkpoint_id)
+    with Catalog(tmp_path / "store") as catalog:
+        assert catalog.models() == []
+        assert add(catalog, "lost", tmp_path / "l").checkpoint_id == lost.checkpoint_id
+
+
+def test_what_others_put_into_the_store_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "store/checkpoints/lost+found").mkdir(parents=True)
+    (tmp_path / "store/checkpoints/notes").write_text("mine")
+    with Catalog(tmp_path / "store") as catalog:
+        add(catalog, "a", source(tmp_path / "a", 1))
+        assert catalog.collect(()).checkpoint_ids == ()
+    assert sorted(p.name for p in (tmp_path / "store/checkpoints").iterdir())[1:] == ["lost+found", "notes"]
+
+
+def test_a_store_that_cannot_be_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(TransferFailed, match="file") as caught:
+        Catalog(tmp_path / "file" / "store")
+    assert "store.path" in caught.value.hint
 
 
 def test_a_checkpoint_folder_is_not_writable_by_accident_of_names(store: Catalog, tmp_path: Path) -> None:
