@@ -166,7 +166,13 @@ class Inbox:
             if item.state is ItemState.SETTLED and self._handled.get(item.path) != item.fingerprint:
                 self._handled[item.path] = item.fingerprint
                 if not self._handler.is_known(item):
-                    await self._handler.settled(item)
+                    await self._hand_on(item)
+
+    async def _hand_on(self, item: Item) -> None:
+        try:
+            await self._handler.settled(item)
+        except Exception:  # the boundary of an item: a defect met in one must not keep the others out
+            log.exception("defect while %s was handed on", item.name)
 
     def _judged(self, item: Item, now: float) -> Item:
         if item.state is ItemState.INCOMPLETE:
