@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from enum import Enum
 
 class Error(Exception):
-    """args: kind (system, memory, truncated, corrupt, cancelled), operation, errno, path, offset or None."""
+    """args: kind (system, memory, truncated, corrupt, cancelled, device), operation, errno, path, offset or None."""
 
 class Backend(Enum):
     AUTO = ...
@@ -14,7 +14,15 @@ class Backend(Enum):
 
 class Options:
     def __init__(
-        self, block: int, depth: int, backend: Backend, direct: bool, populate_threads: int, digest_threads: int
+        self,
+        block: int,
+        depth: int,
+        backend: Backend,
+        direct: bool,
+        populate_threads: int,
+        digest_threads: int,
+        copy_threads: int,
+        page_cache: bool,
     ) -> None: ...
 
 class Result:
@@ -29,6 +37,7 @@ class Result:
     fixed_buffers: bool
     block: int
     depth: int
+    staging: int
     fallback: str
     digests: bytes
 
@@ -61,6 +70,32 @@ def copy(
     region: int,
     digest_block: int,
     options: Options,
+) -> Transfer: ...
+
+class Staging:
+    block: int
+    size: int
+    peak: int
+
+def staging(driver: str, context: int, block: int, count: int) -> Staging: ...
+def load_device(
+    file: tuple[int, str],
+    start: int,
+    length: int,
+    target: int,
+    digest_block: int,
+    digests: bytes,
+    staging: Staging,
+    options: Options,
+) -> Transfer: ...
+def write_device(
+    target: tuple[int, str], offset: int, source: int, length: int, staging: Staging, options: Options
+) -> Transfer: ...
+def upload(
+    address: int, size: int, target: int, registered: bool, staging: Staging, options: Options
+) -> Transfer: ...
+def download(
+    source: int, address: int, size: int, registered: bool, staging: Staging, options: Options
 ) -> Transfer: ...
 def raw_read(path: str, offset: int, address: int, size: int, block: int, depth: int) -> float: ...
 def blake3(data: bytes) -> bytes: ...

@@ -16,6 +16,7 @@
     │   └── Unsupported               12    no engine here can run this architecture
     ├── Unavailable                   13    the daemon, or the bus itself, is not there
     ├── Cancelled                     14    somebody asked for that
+    ├── DeviceFailed                  15    a GPU or its driver refused
     └── Internal                      70    a defect of ours; the journal has the traceback
 
 Every error says what happened and, in `hint`, what to do about it. The same pair travels over D-Bus: the error's
@@ -101,6 +102,10 @@ class Unavailable(FlashdError):
 
 class Cancelled(FlashdError):
     exit_status = 14
+
+
+class DeviceFailed(FlashdError):
+    exit_status = 15
 
 
 class Internal(FlashdError):

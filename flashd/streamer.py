@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from flashd import _native
 from flashd.errors import (
     Cancelled,
     CorruptCheckpoint,
+    DeviceFailed,
     FlashdError,
     InvalidArgument,
     OutOfMemory,
@@ -31,6 +32,7 @@ ALIGNMENT = 4096  # O_DIRECT: what every device in use accepts for offset, lengt
 _LARGEST_BLOCK = GiB
 _DEEPEST = 1024
 _DIGEST_BYTES = 32
+_CUDA_OUT_OF_MEMORY = 2
 
 
 class Backend(StrEnum):
@@ -70,6 +72,8 @@ class Options:
     # One populates 10 GB/s of huge pages, but no more than 2 of ordinary ones. 0: one a processor, four at most.
     populate_threads: int = 0
     digest_threads: int = 2
+    copy_threads: int = 0  # for memory that no device can copy by itself; 0: one a processor, sixteen at most
+    page_cache: bool = True  # take what the page cache has; otherwise O_DIRECT passes it by
 
     def _native(self) -> _native.Options:
         if self.block_bytes <= 0 or self.block_bytes % ALIGNMENT:
@@ -79,7 +83,7 @@ class Options:
             raise InvalidArgument(f"{self.block_bytes} bytes is too large a block", hint="use 1GiB or less")
         if not 1 <= self.depth <= _DEEPEST:
             raise InvalidArgument(f"{self.depth} requests cannot be in flight", hint=f"use 1 to {_DEEPEST}")
-        if self.populate_threads < 0 or self.digest_threads < 1:
+        if min(self.populate_threads, self.copy_threads) < 0 or self.digest_threads < 1:
             raise InvalidArgument("a transfer needs at least one thread for each of its tasks")
         return _native.Options(
             self.block_bytes,
@@ -88,6 +92,8 @@ class Options:
             self.direct,
             self.populate_threads,
             self.digest_threads,
+            self.copy_threads,
+            self.page_cache,
         )
 
 
@@ -129,7 +135,8 @@ class Digests:
 
 @dataclass(frozen=True, slots=True)
 class TransferResult:
-    """What a transfer did, how, and what it cost. `fallback` says why not the fastest way; empty if it was."""
+    """What a transfer did, how, and what it cost. `fallback` says why not the fastest way; empty if it was.
+    `staging_bytes` is the most staging memory that was ever in use."""
 
     size_bytes: int
     seconds: float
@@ -142,6 +149,7 @@ class TransferResult:
     fixed_buffers: bool
     block_bytes: int
     depth: int
+    staging_bytes: int
     fallback: str
     digests: bytes
 
@@ -199,6 +207,7 @@ class Transfer:
             result.fixed_buffers,
             result.block,
             result.depth,
+            result.staging,
             result.fallback,
             result.digests,
         )
@@ -313,6 +322,108 @@ def verify(
     )
 
 
+class Staging:
+    """Pinned memory through which files reach a device: made once, bounded, shared fairly by all transfers under way.
+
+    `driver` is `cuda`, or `host` for host memory that stands in for a device; `context` is the CUcontext to work in.
+    Raises OutOfMemory, or DeviceFailed where the driver refuses.
+    """
+
+    def __init__(
+        self, driver: Literal["cuda", "host"], context: int, *, size_bytes: int, block_bytes: int = 8 * MiB
+    ) -> None:
+        if block_bytes <= 0 or block_bytes % ALIGNMENT or size_bytes < block_bytes:
+            hint = f"use at least one block of {block_bytes} bytes"
+            raise InvalidArgument(f"{size_bytes} bytes are too little staging memory", hint=hint)
+        try:
+            self._staging = _native.staging(driver, context, block_bytes, size_bytes // block_bytes)
+        except _native.Error as error:
+            raise _translated(error) from None
+
+    @property
+    def block_bytes(self) -> int:
+        return self._staging.block
+
+    @property
+    def size_bytes(self) -> int:
+        return self._staging.size
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was in use at once."""
+        return self._staging.peak
+
+
+def load_device(
+    file: OpenFile,
+    extent: Extent,
+    *,
+    target: int,
+    staging: Staging,
+    options: Options = Options(),
+    digests: Digests | None = None,
+) -> Transfer:
+    """Starts reading an extent into device memory at the device address `target`.
+
+    Reads, copies and, with `digests`, comparisons overlap. The digests' blocks must be as large as the staging memory's.
+    """
+    if digests:
+        digests._check_count(extent.length, file.path)
+        if digests.block_bytes != staging.block_bytes:
+            raise InvalidArgument(
+                f"digests of {digests.block_bytes} byte blocks cannot be compared in staging memory of "
+                f"{staging.block_bytes} byte blocks",
+                hint="set streamer.block to the checkpoints' digest block, 8MiB",
+            )
+    return _started(
+        lambda: _native.load_device(
+            (file.fd, file.path),
+            extent.offset,
+            extent.length,
+            target,
+            digests.block_bytes if digests else 0,
+            digests.table if digests else b"",
+            staging._staging,
+            options._native(),
+        )
+    )
+
+
+def write_device(
+    target: OpenFile,
+    *,
+    source: int,
+    size_bytes: int,
+    staging: Staging,
+    target_offset: int = 0,
+    options: Options = Options(),
+) -> Transfer:
+    """Starts writing device memory to a file, which is preallocated, fsynced and ends where the memory does."""
+    return _started(
+        lambda: _native.write_device(
+            (target.fd, target.path), target_offset, source, size_bytes, staging._staging, options._native()
+        )
+    )
+
+
+def upload(
+    *, address: int, size_bytes: int, target: int, is_registered: bool, staging: Staging, options: Options = Options()
+) -> Transfer:
+    """Starts copying host memory to a device: by the device itself where it is registered, else through `staging`."""
+    return _started(
+        lambda: _native.upload(address, size_bytes, target, is_registered, staging._staging, options._native())
+    )
+
+
+def download(
+    *, source: int, address: int, size_bytes: int, is_registered: bool, staging: Staging, options: Options = Options()
+) -> Transfer:
+    """Starts copying device memory to host memory: the reverse of `upload`."""
+    return _started(
+        lambda: _native.download(source, address, size_bytes, is_registered, staging._staging, options._native())
+    )
+
+
 def raw_read(path: str, *, offset: int, address: int, size_bytes: int, block_bytes: int, depth: int) -> float:
     """Seconds for the barest sequential O_DIRECT read into ready memory: the limit that benchmarks compare with."""
     try:
@@ -367,6 +478,10 @@ def _translated(error: _native.Error) -> FlashdError:
                 f"the block{where} of {path} does not match its digest",
                 hint="the disk or its driver changed it: remove the model and convert its source again",
             )
+        case "device":
+            if number == _CUDA_OUT_OF_MEMORY:
+                return OutOfMemory(f"the device has no memory for a transfer: {operation}", hint="evict a model")
+            return DeviceFailed(f"{operation}: {path}", hint="nvidia-smi and the kernel's log (dmesg) may tell more")
     if number in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return StoreFull(f"{operation} {path}: {os.strerror(number)}", hint="free some space, or remove a model")
     reason = f"{os.strerror(number)} [{errno.errorcode.get(number, number)}]"

@@ -5,7 +5,6 @@
 #include <cstring>
 
 #include "digest.hpp"
-#include "driver.hpp"
 #include "error.hpp"
 #include "io.hpp"
 #include "memory.hpp"
@@ -28,7 +27,7 @@ void read_piece(File& file, const Piece& piece, std::byte* to, Buffer& window) {
     }
     const uint64_t length = lead + piece.length;
     execute_one(Direction::read, file, {0, start, window.data(), length, align_up(length)});
-    host_driver().copy(to, window.data() + lead, piece.length);
+    std::memcpy(to, window.data() + lead, piece.length);
 }
 
 }  // namespace

@@ -1,20 +1,50 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a memory that weights live in can do for a transfer: a table of entry points, filled once.
-// The host's table is plain memory. A GPU's is filled from its driver library, opened at run time, so that neither
-// building nor installing flashd needs a toolkit.
+// The entry points of a GPU's driver that the data path needs, with CUDA's own signatures. One table is filled from
+// libcuda.so.1, opened at run time, so that neither building nor installing flashd needs a toolkit; the other does the
+// same in host memory, as asynchronously as a GPU would, for machines and tests without one.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <string>
 
 namespace flashd {
 
 struct Driver {
-    const char* name;
-    void (*copy)(void* to, const void* from, size_t length);
-    // Makes memory present before it is written to. 0 or an errno.
-    int (*populate)(void* start, size_t length);
+    using Status = int;  // CUresult: 0 is success
+    using Address = unsigned long long;
+    using Context = void*;
+    using Stream = void*;
+    using Event = void*;
+
+    std::string name;
+    Status (*set_context)(Context);
+    Status (*create_stream)(Stream*, unsigned flags);
+    Status (*destroy_stream)(Stream);
+    Status (*synchronize_stream)(Stream);
+    Status (*create_event)(Event*, unsigned flags);
+    Status (*destroy_event)(Event);
+    Status (*record_event)(Event, Stream);
+    Status (*synchronize_event)(Event);
+    // Either address may be the device's or the host's.
+    Status (*copy_async)(Address to, Address from, size_t length, Stream);
+    Status (*register_memory)(void* start, size_t length, unsigned flags);
+    Status (*unregister_memory)(void* start);
+    Status (*name_of_status)(Status, const char** name);
 };
 
 const Driver& host_driver();
+// Throws Error where there is no driver, or one that lacks an entry point.
+const Driver& cuda_driver();
+
+// A device: its driver, and the context that a thread must have entered before it calls.
+struct Device {
+    const Driver* driver;
+    Driver::Context context;
+
+    void enter() const;
+    // Throws Error (device) unless the status is a success; `operation` is the entry point.
+    void check(Driver::Status status, const char* operation) const;
+};
 
 }  // namespace flashd

@@ -12,10 +12,11 @@ namespace flashd {
 // Value 0 of `offset` is a real offset, so "no offset" needs a value of its own.
 inline constexpr uint64_t no_offset = UINT64_MAX;
 
-enum class Failure { system, memory, truncated, corrupt, cancelled };
+enum class Failure { system, memory, truncated, corrupt, cancelled, device };
 
 struct Error : std::runtime_error {
-    // `operation` is the system call or step that failed; `number` is errno, 0 where there is none.
+    // `operation` is the system call or step that failed; `number` is errno, 0 where there is none. Of a device,
+    // `number` is the driver's status and `path` its name.
     Error(Failure kind_, std::string operation_, int number_, std::string path_, uint64_t offset_ = no_offset)
         : std::runtime_error(operation_),
           kind(kind_),

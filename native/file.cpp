@@ -56,6 +56,12 @@ std::string File::direct_refused() const {
     return direct_ ? "O_DIRECT refused: accepted at open, then EINVAL" : open_refused_;
 }
 
+void File::pass_by_direct() {
+    direct_works_ = false;
+    direct_ = UniqueFd();
+    open_refused_ = "read from the page cache, which has all of it";
+}
+
 bool File::is_cached(uint64_t offset, uint64_t length) const {
     // cachestat(2), since Linux 6.5; written out because C libraries and headers are older.
     constexpr long cachestat = 451;

@@ -53,6 +53,8 @@ class File {
     // For a request that failed with EINVAL although the open succeeded, as FUSE and some overlays do: from here on the
     // file is buffered. Any thread may call it; the description stays open for the requests of others.
     void give_up_direct() { direct_works_ = false; }
+    // Because the page cache has what will be read.
+    void pass_by_direct();
 
     // Whether all of a range is in the page cache; false where the kernel cannot tell.
     bool is_cached(uint64_t offset, uint64_t length) const;

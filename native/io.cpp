@@ -9,6 +9,7 @@
 #include <exception>
 #include <mutex>
 #include <optional>
+#include <thread>
 #include <utility>
 
 #include "error.hpp"
@@ -90,10 +91,17 @@ class UringQueue {
     void run(std::span<const Request> requests, const Hooks& hooks) {
         size_t next = 0;
         for (;;) {
-            for (; !stopping() && next < requests.size() && !free_.empty(); ++next)
-                guarded([&] { start(requests[next], hooks); });
+            while (!stopping() && next < requests.size() && !free_.empty()) {
+                bool started = false;
+                guarded([&] { started = start(requests[next], hooks); });
+                if (!started) break;
+                ++next;
+            }
             // Even after an error or a cancel the kernel owns the memory of what is in flight: that is awaited.
-            if (free_.size() == slots_.size()) break;
+            if (free_.size() == slots_.size()) {
+                if (stopping() || next == requests.size()) break;
+                continue;
+            }
             check(ring_.wait());
             while (const auto completion = ring_.next_completion())
                 guarded([&] { completed(static_cast<unsigned>(completion->tag), completion->result, hooks); });
@@ -118,14 +126,17 @@ class UringQueue {
         if (number != 0) throw Error(Failure::system, "io_uring_enter", number, files_[0].path());
     }
 
-    void start(const Request& request, const Hooks& hooks) {
-        hooks.before(request);
+    // False if it cannot start until another one is complete.
+    bool start(Request request, const Hooks& hooks) {
+        const bool nothing_in_flight = free_.size() == slots_.size();
+        if (!hooks.before(request, nothing_in_flight)) return false;
         const unsigned slot = free_.back();
         slots_[slot] = {.request = request};
         prepare(slot);
         free_.pop_back();
         // At once, not in batches: the next `before` may block, and a system call a block is nothing.
         check(ring_.submit());
+        return true;
     }
 
     void prepare(unsigned slot) {
@@ -201,13 +212,18 @@ void execute_with_threads(Transfer& transfer, Direction direction, std::span<Fil
     std::mutex mutex;
     parallel_for(transfer, requests.size(), threads, transfer.result.cpu_seconds, [&] {
         return [&](size_t index) {
-            const Request& request = requests[index];
-            hooks.before(request);
-            transfer.stop_if_cancelled();
-            execute_one(direction, files[request.file], request);
-            const std::lock_guard lock(mutex);
-            transfer.advance(request.length);
-            hooks.after(request);
+            Request request = requests[index];
+            hooks.before(request, true);
+            try {
+                transfer.stop_if_cancelled();
+                execute_one(direction, files[request.file], request);
+                const std::lock_guard lock(mutex);
+                transfer.advance(request.length);
+                hooks.after(request);
+            } catch (...) {
+                hooks.dropped(request);
+                throw;
+            }
         };
     });
 }
@@ -258,6 +274,15 @@ std::vector<Request> requests_for(std::span<const Read> plan, std::span<std::byt
                             .capacity = last ? room : read.length});
     }
     return requests;
+}
+
+void take_from_page_cache(std::span<File> files, std::span<const Read> reads, Options& options) {
+    if (!options.page_cache || options.backend != Backend::automatic) return;
+    for (const Read& read : reads)
+        if (!files[read.file].is_cached(read.file_offset, read.length)) return;
+    for (File& file : files) file.pass_by_direct();
+    options.backend = Backend::threads;
+    options.depth = std::clamp(std::thread::hardware_concurrency(), 1U, 16U);
 }
 
 void execute_one(Direction direction, File& file, const Request& request) {

@@ -39,8 +39,9 @@ struct Load {
             const unsigned automatic = std::clamp(std::thread::hardware_concurrency(), 1U, 4U);
             const unsigned threads = options.populate_threads == 0 ? automatic : options.populate_threads;
             populator.emplace(memory, threads, transfer.cancelled());
-            hooks.before = [&](const Request& request) {
+            hooks.before = [&](const Request& request, bool) {
                 populator->wait_until(memory_offset(request) + request.length);
+                return true;
             };
         }
         std::optional<DigestWorkers> workers;
@@ -48,6 +49,7 @@ struct Load {
             workers.emplace(memory, digests, reads, files, options.digest_threads);
             hooks.after = [&](const Request& request) { workers->arrived(memory_offset(request), request.length); };
         }
+        take_from_page_cache(files, reads, options);
         const auto requests = requests_for(split(reads, options.block), memory);
         execute(transfer, Direction::read, files, requests, options, memory, hooks);
         if (workers) transfer.result.digest_cpu_seconds = workers->finish();

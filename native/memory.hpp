@@ -13,6 +13,9 @@
 
 namespace flashd {
 
+// Makes memory present before it is written to. 0 or an errno.
+int populate(std::span<std::byte> memory);
+
 // Anonymous memory aligned for huge pages and advised to have them.
 class Buffer {
   public:

@@ -11,11 +11,13 @@
 #include <vector>
 
 #include "copy.hpp"
+#include "device.hpp"
 #include "digest.hpp"
 #include "error.hpp"
 #include "load.hpp"
 #include "memory.hpp"
 #include "raw_read.hpp"
+#include "staging.hpp"
 #include "transfer.hpp"
 #include "write.hpp"
 
@@ -45,6 +47,12 @@ DigestTable table_of(uint64_t block, const nb::bytes& table) {
     return {block, std::string(table.c_str(), table.size())};
 }
 
+// The pointer is ours, not the binding's: one made by the binding would want the interpreter's lock when a transfer's
+// thread lets go of it.
+struct SharedStaging {
+    std::shared_ptr<Staging> pointer;
+};
+
 const char* kind_name(Failure kind) {
     switch (kind) {
         case Failure::system:
@@ -57,6 +65,8 @@ const char* kind_name(Failure kind) {
             return "corrupt";
         case Failure::cancelled:
             return "cancelled";
+        case Failure::device:
+            return "device";
     }
     return "system";
 }
@@ -96,10 +106,18 @@ NB_MODULE(_native, m) {
         .def(
             "__init__",
             [](Options* self, uint64_t block, unsigned depth, Backend backend, bool direct, unsigned populate_threads,
-               unsigned digest_threads) {
-                new (self) Options{block, depth, backend, direct, populate_threads, digest_threads};
+               unsigned digest_threads, unsigned copy_threads, bool page_cache) {
+                new (self) Options{.block = block,
+                                   .depth = depth,
+                                   .backend = backend,
+                                   .direct = direct,
+                                   .populate_threads = populate_threads,
+                                   .digest_threads = digest_threads,
+                                   .copy_threads = copy_threads,
+                                   .page_cache = page_cache};
             },
-            "block"_a, "depth"_a, "backend"_a, "direct"_a, "populate_threads"_a, "digest_threads"_a);
+            "block"_a, "depth"_a, "backend"_a, "direct"_a, "populate_threads"_a, "digest_threads"_a, "copy_threads"_a,
+            "page_cache"_a);
 
     nb::class_<Result>(m, "Result")
         .def_ro("size", &Result::size)
@@ -113,6 +131,7 @@ NB_MODULE(_native, m) {
         .def_ro("fixed_buffers", &Result::fixed_buffers)
         .def_ro("block", &Result::block)
         .def_ro("depth", &Result::depth)
+        .def_ro("staging", &Result::staging)
         .def_ro("fallback", &Result::fallback)
         .def_prop_ro("digests", [](const Result& r) { return nb::bytes(r.digests.data(), r.digests.size()); });
 
@@ -165,6 +184,53 @@ NB_MODULE(_native, m) {
                         digest_block, options);
         },
         "files"_a, "pieces"_a, "target"_a, "region"_a, "digest_block"_a, "options"_a);
+
+    nb::class_<SharedStaging>(m, "Staging")
+        .def_prop_ro("block", [](const SharedStaging& staging) { return staging.pointer->block(); })
+        .def_prop_ro("size", [](const SharedStaging& staging) { return staging.pointer->memory().size(); })
+        .def_prop_ro("peak", [](const SharedStaging& staging) { return staging.pointer->peak(); });
+
+    m.def(
+        "staging",
+        [](const std::string& driver, uintptr_t context, uint64_t block, unsigned count) {
+            const Driver& table = driver == "cuda" ? cuda_driver() : host_driver();
+            const Device device{&table, reinterpret_cast<Driver::Context>(context)};
+            return SharedStaging{std::make_shared<Staging>(device, block, count)};
+        },
+        "driver"_a, "context"_a, "block"_a, "count"_a, nb::call_guard<nb::gil_scoped_release>());
+
+    m.def(
+        "load_device",
+        [](const OpenFile& file, uint64_t start, uint64_t length, uint64_t target, uint64_t digest_block,
+           const nb::bytes& digests, const SharedStaging& staging, const Options& options) {
+            return load_device(std::move(open_all({file}, options.direct)[0]), start, length, target,
+                               table_of(digest_block, digests), staging.pointer, options);
+        },
+        "file"_a, "start"_a, "length"_a, "target"_a, "digest_block"_a, "digests"_a, "staging"_a, "options"_a);
+
+    m.def(
+        "write_device",
+        [](const OpenFile& target, uint64_t offset, uint64_t source, uint64_t length, const SharedStaging& staging,
+           const Options& options) {
+            return write_device(open_target(target, options.direct), offset, source, length, staging.pointer, options);
+        },
+        "target"_a, "offset"_a, "source"_a, "length"_a, "staging"_a, "options"_a);
+
+    m.def(
+        "upload",
+        [](uintptr_t address, uint64_t size, uint64_t target, bool registered, const SharedStaging& staging,
+           const Options& options) {
+            return upload(memory_at(address, size), target, registered, staging.pointer, options);
+        },
+        "address"_a, "size"_a, "target"_a, "registered"_a, "staging"_a, "options"_a);
+
+    m.def(
+        "download",
+        [](uint64_t source, uintptr_t address, uint64_t size, bool registered, const SharedStaging& staging,
+           const Options& options) {
+            return download(source, memory_at(address, size), registered, staging.pointer, options);
+        },
+        "source"_a, "address"_a, "size"_a, "registered"_a, "staging"_a, "options"_a);
 
     m.def(
         "raw_read",

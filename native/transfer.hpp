@@ -22,6 +22,9 @@ struct Options {
     bool direct = true;
     unsigned populate_threads = 0;  // 0: as many as there are processors, four at most
     unsigned digest_threads = 2;
+    unsigned copy_threads = 0;  // 0: as many as there are processors, sixteen at most
+    // Take what the page cache has; otherwise O_DIRECT passes it by.
+    bool page_cache = true;
 };
 
 struct Result {
@@ -36,6 +39,7 @@ struct Result {
     bool fixed_buffers = false;
     uint64_t block = 0;
     unsigned depth = 0;
+    uint64_t staging = 0;  // the most staging memory that was in use at once
     std::string fallback;  // why not the fastest path; empty if it was
     std::string digests;
 };

@@ -30,7 +30,7 @@ def transfers():
     into = Memory(size)
     with path.open("r+b") as file:
         opened = OpenFile(file.fileno(), str(path))
-        options = Options(block_bytes=1 << 20, backend=backend)
+        options = Options(block_bytes=1 << 20, backend=backend, page_cache=False)
         loaded = load([opened], [Read(0, 0, 0, size)], address=into.address, size_bytes=size, options=options).wait()
         assert into[:size] == path.read_bytes()
         written = write(opened, address=into.address, size_bytes=size, options=options).wait()

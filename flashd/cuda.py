@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be asked of CUDA's driver? Which GPUs there are, and their memory: made, handed on as a file descriptor,
+mapped, registered. Control only: bytes are moved by the native streamer.
+
+The daemon and its clients share this module. Importing it needs neither a driver nor `cuda-python`; `gpus()` is empty
+where one of them is missing, and `why_none()` says which. Sizes in bytes; addresses are the device's, as plain numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import mmap
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from flashd.errors import DeviceFailed, OutOfMemory
+from flashd.units import format_bytes
+
+_OUT_OF_MEMORY = 2
+_READ_ONLY = 0x08  # CU_MEMHOSTREGISTER_READ_ONLY
+_DEVICE_MAP = 0x02  # CU_MEMHOSTREGISTER_DEVICEMAP
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU as its driver describes it.
+
+    `is_integrated` and `reads_host_pages`: it shares the machine's memory, and reads any of it. `exports_memory`: its
+    allocations can be handed to other processes as file descriptors, which everything here rests on.
+    """
+
+    ordinal: int
+    model: str
+    uuid: str
+    total_bytes: int
+    is_integrated: bool
+    reads_host_pages: bool
+    maps_memory: bool
+    exports_memory: bool
+    registers_memory: bool
+
+    @property
+    def name(self) -> str:
+        """As torch names it."""
+        return f"cuda:{self.ordinal}"
+
+    @property
+    def is_unified(self) -> bool:
+        """Whether host memory is its memory, so that a copy there would be a second one of the same."""
+        return self.is_integrated or self.reads_host_pages
+
+
+def gpus() -> list[Gpu]:
+    """All GPUs that this process may use."""
+    if why_none():
+        return []
+    return [_describe(ordinal) for ordinal in range(_call("cuDeviceGetCount"))]
+
+
+@functools.cache
+def why_none() -> str:
+    """Why there is no GPU to be used here; empty if there is a driver that answers."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver (libcuda.so.1)"
+    try:
+        _call("cuInit", 0)
+    except ImportError:
+        return "cuda-python is not installed: pip install 'flashd[cuda]'"
+    except DeviceFailed as error:
+        return error.message
+    return ""
+
+
+@functools.cache
+def context(ordinal: int) -> int:
+    """The primary context of a GPU, the one that torch uses too, kept from now on; the calling thread is in it then."""
+    handle = _call("cuDevicePrimaryCtxRetain", _call("cuDeviceGet", ordinal))
+    return int(handle)
+
+
+def enter(ordinal: int) -> None:
+    """Every thread must, before it calls what follows."""
+    _call("cuCtxSetCurrent", _driver().CUcontext(context(ordinal)))
+
+
+def memory_info(ordinal: int) -> tuple[int, int]:
+    """(free, total) by the driver's own account, of which other processes take part."""
+    enter(ordinal)
+    free, total = _call("cuMemGetInfo")
+    return int(free), int(total)
+
+
+def granularity(ordinal: int) -> int:
+    """What allocations are rounded up to."""
+    minimum = _driver().CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+    return int(_call("cuMemGetAllocationGranularity", _properties(ordinal), minimum))
+
+
+def allocate(ordinal: int, size_bytes: int) -> int:
+    """A descriptor of fresh memory on a GPU; the memory lives as long as somebody has the descriptor or a mapping.
+
+    `size_bytes` is a multiple of `granularity`. Raises OutOfMemory or DeviceFailed.
+    """
+    enter(ordinal)
+    try:
+        handle = _call("cuMemCreate", size_bytes, _properties(ordinal), 0)
+    except OutOfMemory:
+        free_bytes, total_bytes = memory_info(ordinal)
+        raise OutOfMemory(
+            f"cuda:{ordinal} has no {format_bytes(size_bytes)}: {format_bytes(free_bytes)} of "
+            f"{format_bytes(total_bytes)} are free, by its driver",
+            hint="other programs use the card (see nvidia-smi): end one, or lower memory.device_budget",
+        ) from None
+    try:
+        return int(_call("cuMemExportToShareableHandle", handle, _fd_handle(), 0))
+    finally:
+        _call("cuMemRelease", handle)
+
+
+class Mapping:
+    """GPU memory, named by a descriptor, at an address of this process, until it is closed."""
+
+    def __init__(self, ordinal: int, fd: int, size_bytes: int, *, is_writable: bool) -> None:
+        """`size_bytes` is the whole allocation. Raises DeviceFailed if the descriptor is not of such memory."""
+        enter(ordinal)
+        driver = _driver()
+        self._ordinal = ordinal
+        self.size_bytes = size_bytes
+        handle = _call("cuMemImportFromShareableHandle", fd, _fd_handle())
+        try:
+            place = _call("cuMemGetAllocationPropertiesFromHandle", handle).location
+            if (int(place.type), int(place.id)) != (1, ordinal):  # CU_MEM_LOCATION_TYPE_DEVICE
+                raise DeviceFailed(f"that memory is not on cuda:{ordinal}", hint="it is on another device")
+            self._address = int(_call("cuMemAddressReserve", size_bytes, 0, 0, 0))
+            try:
+                _call("cuMemMap", self._address, size_bytes, 0, handle, 0)
+                self._is_mapped = True
+                access = driver.CUmemAccessDesc()
+                access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+                access.location.id = ordinal
+                flags = driver.CUmemAccess_flags
+                access.flags = (
+                    flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE if is_writable else flags.CU_MEM_ACCESS_FLAGS_PROT_READ
+                )
+                _call("cuMemSetAccess", self._address, size_bytes, [access], 1)
+            except BaseException:
+                self.close()
+                raise
+        finally:
+            _call("cuMemRelease", handle)  # the mapping keeps what it needs
+
+    _is_mapped = False
+
+    @property
+    def address(self) -> int:
+        return self._address
+
+    def close(self) -> None:
+        """Nothing on the device may use it any more: synchronise first."""
+        if not self._address:
+            return
+        enter(self._ordinal)
+        if self._is_mapped:
+            _call("cuMemUnmap", self._address, self.size_bytes)
+        _call("cuMemAddressFree", self._address, self.size_bytes)
+        self._address = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Registration:
+    """A memfd mapped for reading and made known to a GPU: copied by the device itself, and readable by its kernels."""
+
+    def __init__(self, ordinal: int, fd: int, size_bytes: int) -> None:
+        """Takes 0.05 s a GB or more. Raises DeviceFailed where the driver cannot, as some cannot."""
+        self._ordinal = ordinal
+        self.size_bytes = size_bytes
+        self.address = _map_for_reading(fd, size_bytes)
+        self._is_registered = False
+        try:
+            enter(ordinal)
+            _call("cuMemHostRegister", self.address, size_bytes, _READ_ONLY | _DEVICE_MAP)
+            self._is_registered = True
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def device_address(self) -> int:
+        """Where the GPU's kernels see it."""
+        enter(self._ordinal)
+        return int(_call("cuMemHostGetDevicePointer", self.address, 0))
+
+    def close(self) -> None:
+        """Nothing on the device may use it any more: synchronise first."""
+        if not self.address:
+            return
+        if self._is_registered:
+            enter(self._ordinal)
+            _call("cuMemHostUnregister", self.address)
+        _munmap(self.address, self.size_bytes)
+        self.address = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def used_bytes(gpu: Gpu) -> int:
+    """What all processes together use of a card, by NVML; by the driver where NVML does not answer."""
+    with contextlib.suppress(Exception):  # one exception type per cause, and integrated GPUs answer NotSupported
+        nvml = _nvml()
+        return int(nvml.device_get_memory_info_v2(nvml.device_get_handle_by_uuid(f"GPU-{gpu.uuid}")).used)
+    free_bytes, total_bytes = memory_info(gpu.ordinal)
+    return total_bytes - free_bytes
+
+
+@functools.cache
+def _nvml() -> Any:
+    from cuda.bindings import nvml
+
+    nvml.init_v2()
+    return nvml
+
+
+@functools.cache
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    """The result of a driver call, or its results. Raises OutOfMemory or DeviceFailed."""
+    driver = _driver()
+    function: Callable[..., tuple[Any, ...]] = getattr(driver, name)
+    try:
+        status, *results = function(*arguments)
+    except RuntimeError as error:  # the driver lacks the entry point
+        raise DeviceFailed(f"{name}: {error}", hint="a newer NVIDIA driver may have it") from None
+    if int(status) == _OUT_OF_MEMORY:
+        raise OutOfMemory(f"{name}: the device has no such memory", hint="evict a model")
+    if int(status):
+        raise DeviceFailed(f"{name}: {status.name}", hint="nvidia-smi and the kernel's log (dmesg) may tell more")
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _describe(ordinal: int) -> Gpu:
+    device = _call("cuDeviceGet", ordinal)
+    names = _driver().CUdevice_attribute
+
+    def has(attribute: str) -> bool:
+        return bool(_call("cuDeviceGetAttribute", getattr(names, f"CU_DEVICE_ATTRIBUTE_{attribute}"), device))
+
+    raw = bytes(_call("cuDeviceGetUuid", device).bytes).hex()
+    return Gpu(
+        ordinal=ordinal,
+        model=_call("cuDeviceGetName", 128, device).split(b"\0", 1)[0].decode(),
+        uuid="-".join((raw[:8], raw[8:12], raw[12:16], raw[16:20], raw[20:])),
+        total_bytes=int(_call("cuDeviceTotalMem", device)),
+        is_integrated=has("INTEGRATED"),
+        reads_host_pages=has("PAGEABLE_MEMORY_ACCESS"),
+        maps_memory=has("VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED"),
+        exports_memory=has("HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED"),
+        registers_memory=has("HOST_REGISTER_SUPPORTED"),
+    )
+
+
+def _properties(ordinal: int) -> Any:
+    driver = _driver()
+    properties = driver.CUmemAllocationProp()
+    properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    properties.location.id = ordinal
+    properties.requestedHandleTypes = _fd_handle()
+    return properties
+
+
+def _fd_handle() -> Any:
+    return _driver().CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+
+
+@functools.cache
+def _libc() -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return libc
+
+
+def _map_for_reading(fd: int, size_bytes: int) -> int:
+    """mmap(2) by hand: the mmap module gives no address for what is mapped for reading."""
+    address = _libc().mmap(None, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    if address == ctypes.c_void_p(-1).value:
+        number = ctypes.get_errno()
+        raise DeviceFailed(f"{size_bytes} bytes of an arena cannot be mapped: {os.strerror(number)}")
+    return int(address)
+
+
+def _munmap(address: int, size_bytes: int) -> None:
+    _libc().munmap(address, size_bytes)
+

@@ -1,0 +1,393 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "device.hpp"
+
+#include <algorithm>
+#include <array>
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "cpu_clock.hpp"
+#include "error.hpp"
+#include "io.hpp"
+#include "plan.hpp"
+
+namespace flashd {
+
+namespace {
+
+constexpr unsigned non_blocking = 1;  // CU_STREAM_NON_BLOCKING: no implicit order with anybody's default stream
+constexpr unsigned no_timing = 2;     // CU_EVENT_DISABLE_TIMING
+// Large enough to reach the link's bandwidth, small enough that a cancel is obeyed and two transfers take turns.
+constexpr uint64_t large_copy = 64 << 20;
+constexpr size_t large_copies = 4;
+
+Driver::Address address_of(const void* memory) { return reinterpret_cast<Driver::Address>(memory); }
+
+// A queue of copies on a device. Whatever happens, its end waits until the device has done with the memory.
+class Stream {
+  public:
+    explicit Stream(const Device& device) : device_(device) {
+        device_.enter();
+        device_.check(device_.driver->create_stream(&stream_, non_blocking), "create stream");
+    }
+    ~Stream() {
+        device_.driver->set_context(device_.context);
+        device_.driver->synchronize_stream(stream_);
+        device_.driver->destroy_stream(stream_);
+    }
+    Stream(const Stream&) = delete;
+    Stream& operator=(const Stream&) = delete;
+
+    const Device& device() const { return device_; }
+
+    // Starts a copy, and has the event tell when it is done. If it throws, the device has done with the memory.
+    void copy(Driver::Address to, Driver::Address from, uint64_t length, Driver::Event event) {
+        device_.check(device_.driver->copy_async(to, from, length, stream_), "copy");
+        const Driver::Status status = device_.driver->record_event(event, stream_);
+        if (status != 0) device_.driver->synchronize_stream(stream_);
+        device_.check(status, "record event");
+    }
+    void wait(Driver::Event event) const { device_.check(device_.driver->synchronize_event(event), "wait for a copy"); }
+    void synchronize() { device_.check(device_.driver->synchronize_stream(stream_), "wait for copies"); }
+
+  private:
+    Device device_;
+    Driver::Stream stream_ = nullptr;
+};
+
+// A block on its way, and where it belongs.
+struct Parcel {
+    Staging::Block* block;
+    uint64_t offset;
+    uint64_t length;
+};
+
+// Threads that see parcels to their end in the order of their coming, while others are still on their way. The first
+// error is kept, and thrown to who sends the next parcel.
+class Finishers {
+  public:
+    Finishers(unsigned threads, std::function<void(const Parcel&)> finish) : finish_(std::move(finish)) {
+        for (unsigned i = 0; i < threads; ++i) threads_.emplace_back([this] { run(); });
+    }
+    ~Finishers() { end(); }
+
+    void send(const Parcel& parcel) {
+        {
+            const std::lock_guard lock(mutex_);
+            queue_.push_back(parcel);
+        }
+        changed_.notify_one();
+    }
+
+    void check() {
+        const std::lock_guard lock(mutex_);
+        if (error_) std::rethrow_exception(error_);
+    }
+
+    // Waits for all that was sent. Returns the CPU seconds used.
+    double finish() {
+        end();
+        check();
+        return cpu_seconds_;
+    }
+
+  private:
+    void end() {
+        {
+            const std::lock_guard lock(mutex_);
+            ended_ = true;
+        }
+        changed_.notify_all();
+        threads_.clear();
+    }
+
+    void run() {
+        std::unique_lock lock(mutex_);
+        for (;;) {
+            changed_.wait(lock, [this] { return ended_ || !queue_.empty(); });
+            if (queue_.empty()) break;
+            const Parcel parcel = queue_.front();
+            queue_.pop_front();
+            lock.unlock();
+            std::exception_ptr error;
+            try {
+                finish_(parcel);
+            } catch (...) {
+                error = std::current_exception();
+            }
+            lock.lock();
+            if (error && !error_) error_ = error;
+        }
+        cpu_seconds_ += thread_cpu_seconds();
+    }
+
+    std::function<void(const Parcel&)> finish_;
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    std::deque<Parcel> queue_;
+    std::exception_ptr error_;
+    bool ended_ = false;
+    double cpu_seconds_ = 0;
+    std::vector<std::jthread> threads_;
+};
+
+// Filled blocks to the device: the copy is started at once, and the block given back when it is done.
+class Sender {
+  public:
+    // `inspect` looks at a block's bytes while they are copied, on one of `threads` threads.
+    Sender(StagingShare& share, Driver::Address target, unsigned threads, std::function<void(const Parcel&)> inspect)
+        : share_(share),
+          target_(target),
+          inspect_(std::move(inspect)),
+          stream_(share.staging().device()),
+          finishers_(threads, [this](const Parcel& parcel) { finish_one(parcel); }) {}
+
+    void send(Staging::Block* block, uint64_t offset, uint64_t length) {
+        stream_.device().enter();  // any thread may call
+        const std::lock_guard lock(mutex_);
+        finishers_.check();
+        stream_.copy(target_ + offset, address_of(block->memory), length, block->event);
+        finishers_.send({block, offset, length});
+    }
+
+    double finish() {
+        const double cpu_seconds = finishers_.finish();
+        stream_.synchronize();
+        return cpu_seconds;
+    }
+
+  private:
+    void finish_one(const Parcel& parcel) {
+        // The copy is awaited even if the bytes turn out wrong: the block is someone else's afterwards.
+        std::exception_ptr error;
+        try {
+            inspect_(parcel);
+        } catch (...) {
+            error = std::current_exception();
+        }
+        stream_.device().enter();
+        stream_.wait(parcel.block->event);
+        share_.give_back(parcel.block);
+        if (error) std::rethrow_exception(error);
+    }
+
+    StagingShare& share_;
+    Driver::Address target_;
+    std::function<void(const Parcel&)> inspect_;
+    std::mutex mutex_;
+    // In this order: the finishers end before the stream, and that before the share that owns the blocks.
+    Stream stream_;
+    Finishers finishers_;
+};
+
+unsigned copy_threads(const Options& options) {
+    const unsigned automatic = std::clamp(std::thread::hardware_concurrency(), 1U, 16U);
+    return options.copy_threads == 0 ? automatic : options.copy_threads;
+}
+
+void note(Transfer& transfer, const Staging& staging) { transfer.result.staging = staging.peak(); }
+
+}  // namespace
+
+std::unique_ptr<Transfer> load_device(File file, uint64_t start, uint64_t length, Driver::Address target,
+                                      DigestTable digests, std::shared_ptr<Staging> staging, const Options& options) {
+    auto shared = std::make_shared<File>(std::move(file));
+    return std::make_unique<Transfer>(length, [=, digests = std::move(digests)](Transfer& transfer) {
+        const uint64_t block = staging->block();
+        Options chosen = options;
+        chosen.block = block;
+        take_from_page_cache({shared.get(), 1}, std::array{Read{0, start, 0, length}}, chosen);
+        StagingShare share(staging);
+        const auto inspect = [&](const Parcel& parcel) {
+            if (digests.empty() || transfer.cancelled()) return;
+            digests.check(parcel.offset / block, {parcel.block->memory, parcel.length}, shared->path(),
+                          start + parcel.offset);
+        };
+        Sender sender(share, target, digests.empty() ? 1 : chosen.digest_threads, inspect);
+        std::vector<Request> requests;
+        for (uint64_t offset = 0; offset < length; offset += block) {
+            const uint64_t part = std::min(block, length - offset);
+            requests.push_back({0, start + offset, nullptr, part, align_up(part)});
+        }
+        Hooks hooks;
+        hooks.before = [&](Request& request, bool may_wait) {
+            Staging::Block* found = share.take(may_wait, transfer.cancelled());
+            if (found != nullptr) request.address = found->memory;
+            return found != nullptr;
+        };
+        hooks.after = [&](const Request& request) {
+            sender.send(share.block_at(request.address), request.offset - start, request.length);
+        };
+        hooks.dropped = [&](const Request& request) { share.give_back(share.block_at(request.address)); };
+        execute(transfer, Direction::read, {shared.get(), 1}, requests, chosen, staging->memory(), hooks);
+        const double cpu_seconds = sender.finish();
+        (digests.empty() ? transfer.result.cpu_seconds : transfer.result.digest_cpu_seconds) += cpu_seconds;
+        note(transfer, *staging);
+    });
+}
+
+std::unique_ptr<Transfer> write_device(File target, uint64_t offset, Driver::Address source, uint64_t length,
+                                       std::shared_ptr<Staging> staging, const Options& options) {
+    auto shared = std::make_shared<File>(std::move(target));
+    return std::make_unique<Transfer>(length, [=](Transfer& transfer) {
+        shared->preallocate(align_up(offset + length));
+        const uint64_t block = staging->block();
+        Options chosen = options;
+        chosen.block = block;
+        StagingShare share(staging);
+        Stream stream(staging->device());
+        std::mutex mutex;
+        std::vector<Request> requests;
+        for (uint64_t done = 0; done < length; done += block) {
+            // The last write is padded for O_DIRECT; the truncate below takes the padding away again.
+            const uint64_t part = align_up(std::min(block, length - done));
+            requests.push_back({0, offset + done, nullptr, part, part});
+        }
+        Hooks hooks;
+        // A copy from the device takes a hundredth of the write that follows, so it is simply awaited.
+        hooks.before = [&](Request& request, bool may_wait) {
+            Loan loan(share, share.take(may_wait, transfer.cancelled()));
+            if (loan.get() == nullptr) return false;
+            const uint64_t start = request.offset - offset;
+            const uint64_t wanted = std::min(request.length, length - start);
+            std::memset(loan->memory + wanted, 0, request.length - wanted);
+            stream.device().enter();
+            {
+                const std::lock_guard lock(mutex);
+                stream.copy(address_of(loan->memory), source + start, wanted, loan->event);
+            }
+            stream.wait(loan->event);
+            request.address = loan->memory;
+            loan.handed_on();
+            return true;
+        };
+        hooks.after = [&](const Request& request) { share.give_back(share.block_at(request.address)); };
+        hooks.dropped = hooks.after;
+        execute(transfer, Direction::write, {shared.get(), 1}, requests, chosen, staging->memory(), hooks);
+        shared->truncate(offset + length);
+        shared->sync();
+        note(transfer, *staging);
+    });
+}
+
+namespace {
+
+enum class Way { to_device, from_device };
+
+// Few large copies in flight, with no processor in between.
+void move_registered(Transfer& transfer, const Device& device, Driver::Address to, Driver::Address from,
+                     uint64_t length) {
+    struct Events {
+        explicit Events(const Device& device_) : device(device_) {}
+        void create() {
+            for (auto& event : made) device.check(device.driver->create_event(&event, no_timing), "create event");
+        }
+        ~Events() {
+            for (auto* event : made)
+                if (event != nullptr) device.driver->destroy_event(event);
+        }
+        const Device& device;
+        std::array<Driver::Event, large_copies> made{};
+    };
+    device.enter();
+    Events events(device);
+    events.create();
+    Stream stream(device);  // ends, and is waited for, before the events do
+    std::deque<std::pair<Driver::Event, uint64_t>> under_way;
+    const auto await_one = [&] {
+        stream.wait(under_way.front().first);
+        transfer.advance(under_way.front().second);
+        under_way.pop_front();
+    };
+    size_t next = 0;
+    for (uint64_t done = 0; done < length; done += large_copy) {
+        if (under_way.size() == large_copies) await_one();
+        transfer.stop_if_cancelled();
+        const uint64_t part = std::min(large_copy, length - done);
+        auto* event = events.made[next++ % large_copies];
+        stream.copy(to + done, from + done, part, event);
+        under_way.emplace_back(event, part);
+    }
+    while (!under_way.empty()) await_one();
+}
+
+void upload_staged(Transfer& transfer, std::span<std::byte> memory, Driver::Address target,
+                   const std::shared_ptr<Staging>& staging, const Options& options) {
+    const uint64_t block = staging->block();
+    StagingShare share(staging);
+    Sender sender(share, target, 1, [](const Parcel&) {});
+    const size_t blocks = (memory.size() + block - 1) / block;
+    parallel_for(transfer, blocks, copy_threads(options), transfer.result.cpu_seconds, [&] {
+        return [&](size_t index) {
+            const auto part = memory.subspan(index * block, std::min(block, memory.size() - index * block));
+            Loan loan(share, transfer.cancelled());
+            std::memcpy(loan->memory, part.data(), part.size());
+            sender.send(loan.get(), index * block, part.size());
+            loan.handed_on();
+            transfer.advance(part.size());
+        };
+    });
+    transfer.result.cpu_seconds += sender.finish();
+    note(transfer, *staging);
+}
+
+void download_staged(Transfer& transfer, Driver::Address source, std::span<std::byte> memory,
+                     const std::shared_ptr<Staging>& staging, const Options& options) {
+    const uint64_t block = staging->block();
+    StagingShare share(staging);
+    Stream stream(staging->device());
+    std::mutex mutex;
+    const size_t blocks = (memory.size() + block - 1) / block;
+    parallel_for(transfer, blocks, copy_threads(options), transfer.result.cpu_seconds, [&] {
+        stream.device().enter();
+        return [&](size_t index) {
+            const auto part = memory.subspan(index * block, std::min(block, memory.size() - index * block));
+            const Loan loan(share, transfer.cancelled());
+            {
+                const std::lock_guard lock(mutex);
+                stream.copy(address_of(loan->memory), source + index * block, part.size(), loan->event);
+            }
+            stream.wait(loan->event);
+            std::memcpy(part.data(), loan->memory, part.size());
+            transfer.advance(part.size());
+        };
+    });
+    note(transfer, *staging);
+}
+
+std::unique_ptr<Transfer> move(Way way, std::span<std::byte> memory, Driver::Address device, bool registered,
+                               std::shared_ptr<Staging> staging, const Options& options) {
+    return std::make_unique<Transfer>(memory.size(), [=](Transfer& transfer) {
+        transfer.result.block = registered ? large_copy : staging->block();
+        if (!registered) {
+            transfer.fell_back("through staging memory: the host's memory is not registered with the device");
+            if (way == Way::to_device) upload_staged(transfer, memory, device, staging, options);
+            if (way == Way::from_device) download_staged(transfer, device, memory, staging, options);
+        } else if (way == Way::to_device) {
+            move_registered(transfer, staging->device(), device, address_of(memory.data()), memory.size());
+        } else {
+            move_registered(transfer, staging->device(), address_of(memory.data()), device, memory.size());
+        }
+    });
+}
+
+}  // namespace
+
+std::unique_ptr<Transfer> upload(std::span<std::byte> memory, Driver::Address target, bool registered,
+                                 std::shared_ptr<Staging> staging, const Options& options) {
+    return move(Way::to_device, memory, target, registered, std::move(staging), options);
+}
+
+std::unique_ptr<Transfer> download(Driver::Address source, std::span<std::byte> memory, bool registered,
+                                   std::shared_ptr<Staging> staging, const Options& options) {
+    return move(Way::from_device, memory, source, registered, std::move(staging), options);
+}
+
+}  // namespace flashd

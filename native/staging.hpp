@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+// Pinned memory between files and a device: made once, bounded, and shared fairly by all transfers under way.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <vector>
+
+#include "driver.hpp"
+#include "memory.hpp"
+
+namespace flashd {
+
+class Staging {
+  public:
+    // A part of the memory, and the event that tells when the device has done with it.
+    struct Block {
+        std::byte* memory;
+        Driver::Event event;
+    };
+
+    Staging(const Device& device, uint64_t block, unsigned count);
+    ~Staging();
+    Staging(const Staging&) = delete;
+    Staging& operator=(const Staging&) = delete;
+
+    const Device& device() const { return device_; }
+    uint64_t block() const { return block_; }
+    std::span<std::byte> memory() const { return {buffer_.data(), buffer_.size()}; }
+    // The most bytes that were in use at once since it was made.
+    uint64_t peak() const { return peak_ * block_; }
+
+  private:
+    friend class StagingShare;
+
+    Device device_;
+    uint64_t block_;
+    Buffer buffer_;
+    std::vector<Block> blocks_;
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    std::vector<Block*> free_;
+    unsigned sharers_ = 0;
+    std::atomic<uint64_t> peak_{0};
+};
+
+// What one transfer may take of it: with n transfers under way, the n-th part, so that none waits for another's disk.
+class StagingShare {
+  public:
+    explicit StagingShare(std::shared_ptr<Staging> staging);
+    ~StagingShare();  // gives back what is still taken: nothing may use it any more
+    StagingShare(const StagingShare&) = delete;
+    StagingShare& operator=(const StagingShare&) = delete;
+
+    Staging& staging() const { return *staging_; }
+    // A block, or nullptr if there is none now and the caller may not wait. Throws Error (cancelled).
+    Staging::Block* take(bool may_wait, const std::atomic<bool>& cancelled);
+    void give_back(Staging::Block* block);
+    // Which block this memory is.
+    Staging::Block* block_at(const std::byte* memory) const;
+
+  private:
+    bool may_take() const;
+
+    std::shared_ptr<Staging> staging_;
+    std::vector<Staging::Block*> taken_;
+};
+
+// A block that is given back at the end, unless it was handed on.
+class Loan {
+  public:
+    Loan(StagingShare& share, Staging::Block* block) : share_(share), block_(block) {}
+    Loan(StagingShare& share, const std::atomic<bool>& cancelled) : Loan(share, share.take(true, cancelled)) {}
+    ~Loan() {
+        if (block_ != nullptr) share_.give_back(block_);
+    }
+    Loan(const Loan&) = delete;
+    Loan& operator=(const Loan&) = delete;
+
+    Staging::Block* operator->() const { return block_; }
+    Staging::Block* get() const { return block_; }
+    void handed_on() { block_ = nullptr; }
+
+  private:
+    StagingShare& share_;
+    Staging::Block* block_;
+};
+
+}  // namespace flashd
