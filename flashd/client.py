@@ -22,7 +22,7 @@ from flashd import bus, config, inference, wire
 from flashd.bus import OBJECT_MANAGER, PROPERTIES, Connection, Received, plain
 from flashd.checkpoint import header
 from flashd.checkpoint.source import SourceFiles
-from flashd.errors import FlashdError, Unavailable, from_bus
+from flashd.errors import FlashdError, InvalidArgument, Unavailable, from_bus
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,7 @@ class Model:
     size_bytes: int
     tensor_count: int
     residency: str
+    devices: tuple[str, ...]
     active: bool
     pinned: bool
     leases: int
@@ -81,11 +82,18 @@ class Device:
 
     name: str
     kind: str
+    model: str
+    uuid: str
     total_bytes: int
     budget_bytes: int
     used_bytes: int
     leased_bytes: int
+    driver_used_bytes: int
     huge_pages: str
+    integrated: bool
+    reads_host_pages: bool
+    maps_memory: bool
+    exports_memory: bool
     path: str
 
 
@@ -205,33 +213,51 @@ class Lease:
         self.model: str = details["model"]
         self.checkpoint: str = details["checkpoint"]
         self.size_bytes: int = details["size_bytes"]
+        self.mapped_bytes: int = details["mapped_bytes"]
+        self.device: str = details["device"]
+        self.memory: str = details["memory"]
+        self._gpu_uuid: str = details["gpu"]
         self._region: memoryview | None = None
+        self._base: torch.Tensor | None = None
 
     @property
     def fd(self) -> int:
-        """The arena: a sealed memfd that can only be mapped for reading. It stays the lease's."""
+        """The arena; it stays the lease's. A sealed memfd that can only be mapped for reading if `memory` is host, a
+        GPU's allocation if it is cuda."""
         return self._fd
 
     @property
     def buffer(self) -> memoryview:
-        """All weights, mapped for reading; tensor extents of `layout` count from its start."""
+        """All weights, mapped for reading; tensor extents of `layout` count from its start.
+
+        Raises InvalidArgument for memory of a GPU, which the processor cannot read.
+        """
+        if self.memory != "host":
+            raise InvalidArgument(f"the lease is on {self.device}", hint='use tensors(), or lease it on "host"')
         if self._region is None:
             mapping = mmap.mmap(self._fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
             self._region = memoryview(mapping)[: self.size_bytes]
         return self._region
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """torch tensors over the arena, nothing copied, for reading; needs torch. They keep the memory mapped."""
-        from flashd.tensors import torch_tensors
+        """torch tensors over the arena, on its device, nothing copied, for reading. They keep the memory mapped.
 
-        return torch_tensors(self.buffer, self.layout)
+        Needs torch, and for a GPU cuda-python. Raises DeviceFailed if this process cannot use that GPU.
+        """
+        from flashd import tensors
+
+        if self._base is None:
+            self._base = tensors.mapped(
+                self._fd, self.size_bytes, self.mapped_bytes, memory=self.memory, gpu_uuid=self._gpu_uuid
+            )
+        return tensors.torch_tensors(self._base, self.layout)
 
     def release(self) -> None:
         """Gives the right back. Memory stays mapped while tensors over it are alive, but no longer counts as leased."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            self._region = None
+            self._region = self._base = None
             with contextlib.suppress(Unavailable):  # the daemon has gone, and the lease with it
                 self._client._call(self._path, wire.LEASE, "Release")
 
@@ -308,7 +334,7 @@ class Client:
         self._call(self._find(name), wire.MODEL, "Unpin")
 
     def evict(self, name: str) -> None:
-        """Leaves the host tier; raises Busy while leased or active."""
+        """Leaves all memory; raises Busy while leased or active."""
         self._call(self._find(name), wire.MODEL, "Evict")
 
     def set_aliases(self, name: str, aliases: Sequence[str]) -> None:
@@ -330,9 +356,12 @@ class Client:
         (path,) = self._manager("Swap", "sa{sv}", name, {})
         return self._job(path)
 
-    def load(self, name: str, tier: str = "host", on_progress: OnProgress | None = None) -> Mapping[str, Any]:
-        """Brings a model into a memory tier."""
-        (path,) = self._manager("Load", "ssa{sv}", name, tier, {})
+    def load(
+        self, name: str, tier: str = "host", on_progress: OnProgress | None = None, *, device: str = ""
+    ) -> Mapping[str, Any]:
+        """Brings a model into a memory tier: host, or device, of which `device` names one if there are several."""
+        options = {"device": Variant("s", device)} if device else {}
+        (path,) = self._manager("Load", "ssa{sv}", name, tier, options)
         return self._job(path).wait(on_progress)
 
     def park(self) -> None:
@@ -341,7 +370,7 @@ class Client:
         self._job(path).wait()
 
     def lease(self, name: str, device: str = "host") -> Lease:
-        """The weights themselves, in place. Blocks until they are there."""
+        """The weights themselves, in place, on "host" or a device such as "cuda:0". Blocks until they are there."""
         options = {"device": Variant("s", device)}
         body = (name, options)
         reply = self._run(
@@ -572,6 +601,7 @@ def _model(path: str, found: Properties) -> Model:
         size_bytes=found["SizeBytes"],
         tensor_count=found["TensorCount"],
         residency=found["Residency"],
+        devices=tuple(found["Devices"]),
         active=found["Active"],
         pinned=found["Pinned"],
         leases=found["Leases"],
@@ -602,10 +632,17 @@ def _device(path: str, found: Properties) -> Device:
     return Device(
         name=found["Name"],
         kind=found["Kind"],
+        model=found["Model"],
+        uuid=found["Uuid"],
         total_bytes=found["TotalBytes"],
         budget_bytes=found["BudgetBytes"],
         used_bytes=found["UsedBytes"],
         leased_bytes=found["LeasedBytes"],
+        driver_used_bytes=found["DriverUsedBytes"],
         huge_pages=found["HugePages"],
+        integrated=found["Integrated"],
+        reads_host_pages=found["ReadsHostPages"],
+        maps_memory=found["MapsMemory"],
+        exports_memory=found["ExportsMemory"],
         path=path,
     )

@@ -67,6 +67,16 @@ class MemoryConfig:
 
     host_budget_bytes: int = _setting(0, "The most that arenas may take of host memory; 0 chooses by the machine.")
     huge_pages: Literal["auto", "off"] = _setting("auto", "Whether arenas use huge pages where the machine has them.")
+    device_budget_bytes: int = _setting(0, "The most that arenas may take of each GPU; 0: all but the reserve.")
+    device_reserve_bytes: int = _setting(8 * GiB, "What is left of each GPU to engines and others; half of it at most.")
+    unified: Literal["auto", True, False] = _setting(
+        "auto", "Whether host memory is the GPU's memory too, so that weights are never copied; auto asks the GPU."
+    )
+    simulated_device_bytes: int = _setting(
+        0, "Size of a GPU to simulate in host memory, to develop for one where there is none; 0: no such thing."
+    )
+    prewarm: tuple[str, ...] = _setting((), "Models that are loaded when the daemon starts, the first of them first.")
+    prewarm_tier: Literal["host", "device"] = _setting("host", "Where to; device means the first GPU.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +88,7 @@ class StreamerConfig:
     backend: Literal["auto", "io_uring", "threads"] = _setting("auto", "How reads are issued.")
     direct: bool = _setting(True, "Past the page cache, by O_DIRECT, where the file system can.")
     verify: bool = _setting(True, "Compare what is loaded with its digests.")
+    staging_bytes: int = _setting(256 * MiB, "Pinned memory of each GPU, through which all that is read for it passes.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +182,22 @@ def has_session_bus() -> bool:
 def notify_socket() -> str | None:
     """Where the service manager waits for our readiness (sd_notify(3)), if one does."""
     return os.environ.get("NOTIFY_SOCKET") or None
+
+
+def inherited_fds() -> list[tuple[int, str]]:
+    """Descriptors that the service manager kept for us, with their names (sd_listen_fds(3)).
+
+    They are taken once: engines, our children, are not to believe that these are theirs.
+    """
+    pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    if pid != str(os.getpid()) or not count.isdecimal():
+        return []
+    first = 3
+    fds = range(first, first + int(count))
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    return list(zip(fds, [*names, *[""] * len(fds)], strict=False))
 
 
 def load(paths: Paths, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -313,7 +340,7 @@ def _checked(name: str, value: Any, wanted: Any, where: str) -> Any:
     if name.endswith("_bytes") and isinstance(value, str | int) and not isinstance(value, bool):
         value = parse_bytes(value)
     if typing.get_origin(wanted) is Literal:
-        if value not in typing.get_args(wanted):
+        if not any(value == choice and type(value) is type(choice) for choice in typing.get_args(wanted)):
             raise InvalidArgument(f"{where} cannot be {value!r}", hint=f"use {_either(typing.get_args(wanted))}")
         return value
     if typing.get_origin(wanted) is tuple:
@@ -339,8 +366,8 @@ def _noun(wanted: type | types.GenericAlias) -> str:
     return nouns[wanted]
 
 
-def _either(choices: tuple[str, ...]) -> str:
-    return " or ".join(choices)
+def _either(choices: tuple[str | bool, ...]) -> str:
+    return " or ".join(str(choice).lower() if isinstance(choice, bool) else choice for choice in choices)
 
 
 def _nearest(key: str, known: typing.Iterable[str]) -> str:

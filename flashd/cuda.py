@@ -90,6 +90,12 @@ def enter(ordinal: int) -> None:
     _call("cuCtxSetCurrent", _driver().CUcontext(context(ordinal)))
 
 
+def synchronize(ordinal: int) -> None:
+    """Returns when the GPU has done all that this process asked of it."""
+    enter(ordinal)
+    _call("cuCtxSynchronize")
+
+
 def memory_info(ordinal: int) -> tuple[int, int]:
     """(free, total) by the driver's own account, of which other processes take part."""
     enter(ordinal)
@@ -181,14 +187,39 @@ class Mapping:
         self.close()
 
 
-class Registration:
+class HostView:
+    """A memfd mapped for reading, until it is closed."""
+
+    def __init__(self, fd: int, size_bytes: int) -> None:
+        """mmap(2) by hand: the mmap module gives no address for what is mapped for reading."""
+        self.size_bytes = size_bytes
+        address = _libc().mmap(None, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+        if address == ctypes.c_void_p(-1).value:
+            reason = os.strerror(ctypes.get_errno())
+            raise OutOfMemory(f"{size_bytes} bytes of an arena cannot be mapped: {reason}")
+        self.address = int(address)
+
+    def close(self) -> None:
+        if self.address:
+            _libc().munmap(self.address, self.size_bytes)
+            self.address = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Registration(HostView):
     """A memfd mapped for reading and made known to a GPU: copied by the device itself, and readable by its kernels."""
 
     def __init__(self, ordinal: int, fd: int, size_bytes: int) -> None:
         """Takes 0.05 s a GB or more. Raises DeviceFailed where the driver cannot, as some cannot."""
+        super().__init__(fd, size_bytes)
         self._ordinal = ordinal
-        self.size_bytes = size_bytes
-        self.address = _map_for_reading(fd, size_bytes)
         self._is_registered = False
         try:
             enter(ordinal)
@@ -206,21 +237,11 @@ class Registration:
 
     def close(self) -> None:
         """Nothing on the device may use it any more: synchronise first."""
-        if not self.address:
-            return
         if self._is_registered:
             enter(self._ordinal)
             _call("cuMemHostUnregister", self.address)
-        _munmap(self.address, self.size_bytes)
-        self.address = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+            self._is_registered = False
+        super().close()
 
 
 def used_bytes(gpu: Gpu) -> int:
@@ -304,17 +325,3 @@ def _libc() -> Any:
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     return libc
-
-
-def _map_for_reading(fd: int, size_bytes: int) -> int:
-    """mmap(2) by hand: the mmap module gives no address for what is mapped for reading."""
-    address = _libc().mmap(None, size_bytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
-    if address == ctypes.c_void_p(-1).value:
-        number = ctypes.get_errno()
-        raise DeviceFailed(f"{size_bytes} bytes of an arena cannot be mapped: {os.strerror(number)}")
-    return int(address)
-
-
-def _munmap(address: int, size_bytes: int) -> None:
-    _libc().munmap(address, size_bytes)
-

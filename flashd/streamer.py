@@ -7,6 +7,7 @@ without the interpreter lock. Everything is in bytes and seconds.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from collections.abc import Callable, Sequence
@@ -365,7 +366,7 @@ def load_device(
 ) -> Transfer:
     """Starts reading an extent into device memory at the device address `target`.
 
-    Reads, copies and, with `digests`, comparisons overlap. The digests' blocks must be as large as the staging memory's.
+    Reads, copies and, with `digests`, comparisons overlap. Digests are of blocks as large as the staging memory's.
     """
     if digests:
         digests._check_count(extent.length, file.path)
@@ -437,6 +438,22 @@ def blake3(data: bytes | memoryview) -> bytes:
     return _native.blake3(bytes(data))
 
 
+def blake3_at(address: int, size_bytes: int, staging: Staging | None = None) -> bytes:
+    """The digest of memory at a host's address, or, with `staging`, of a device's."""
+    if staging is None:
+        return blake3(ctypes.string_at(address, size_bytes))
+    buffer = ctypes.create_string_buffer(size_bytes)
+    with download(
+        source=address,
+        address=ctypes.addressof(buffer),
+        size_bytes=size_bytes,
+        is_registered=False,
+        staging=staging,
+    ) as transfer:
+        transfer.wait()
+    return blake3(buffer.raw)
+
+
 def _end_without_holes(ranges: Sequence[tuple[int, int]], what: str) -> int:
     end = 0
     for offset, length in ranges:
@@ -457,7 +474,7 @@ def _started(start: Callable[[], _native.Transfer]) -> Transfer:
         raise _translated(error) from None
 
 
-def _translated(error: _native.Error) -> FlashdError:
+def _translated(error: _native.Error) -> FlashdError:  # noqa: PLR0911 -- one for each kind
     """The one place where native errors become ours: what failed, in which file, where, and what to do."""
     kind, operation, number, path, offset = error.args
     where = f" at offset {offset}" if offset is not None else ""

@@ -30,7 +30,10 @@ from typing import Any, Protocol
 from flashd.checkpoint.files import Checkpoint
 from flashd.engines.engine import Binding, Engine, EngineFactory, EngineState
 from flashd.errors import Busy, EngineFailed, FlashdError, NotFound, OutOfMemory, Unsupported
-from flashd.memory.residency import Hold, Progress, Residency, Tier
+from flashd.memory.device import Tier
+from flashd.memory.moving import Progress
+from flashd.memory.place import Hold
+from flashd.memory.residency import Residency
 
 log = logging.getLogger(__name__)
 

@@ -7,12 +7,15 @@ Imports torch only when called: clients that do not ask for tensors do not need 
 from __future__ import annotations
 
 import json
+import mmap
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from flashd import cuda
 from flashd.checkpoint.header import Header
-from flashd.errors import Unsupported
+from flashd.errors import DeviceFailed, Unsupported
 
 if TYPE_CHECKING:
     import torch
@@ -20,19 +23,43 @@ if TYPE_CHECKING:
 ALIASES = "flashd.aliases"
 
 
-def torch_tensors(region: memoryview, layout: Header) -> dict[str, torch.Tensor]:
+def torch_tensors(base: torch.Tensor, layout: Header) -> dict[str, torch.Tensor]:
     """Tensors by name over the data region of a checkpoint, tied ones under all their names.
 
-    They keep the region alive and are for reading: writing to one ends the process (SIGSEGV), because the mapping is
-    read-only. Raises Unsupported for dtypes that torch has not (F4, F6).
+    They keep the region alive and are for reading: the mapping is read-only, so writing to one ends the process
+    (SIGSEGV), or, on a GPU, the use of its context. Raises Unsupported for dtypes that torch has not (F4, F6).
     """
-    base = bytes_tensor(region)
     tensors = {}
     for info in layout.tensors:
         raw = base[info.extent.offset : info.extent.end]
         tensors[info.name] = raw.view(_dtype(info.dtype)).view(info.shape)
     tensors |= {alias: tensors[name] for alias, name in aliases(layout).items()}
     return tensors
+
+
+def mapped(fd: int, size_bytes: int, mapped_bytes: int, *, memory: str, gpu_uuid: str) -> torch.Tensor:
+    """One tensor of bytes over a leased arena: on the GPU of that uuid, or on the CPU if there is none.
+
+    `memory` says what the descriptor is of: host, or cuda. Raises DeviceFailed if this process has no such GPU.
+    """
+    if not gpu_uuid:
+        region = memoryview(mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ))[:size_bytes]
+        return bytes_tensor(region)
+    gpu = next((gpu for gpu in cuda.gpus() if gpu.uuid == gpu_uuid), None)
+    if gpu is None:
+        reason = cuda.why_none() or "CUDA_VISIBLE_DEVICES hides it from this process"
+        raise DeviceFailed(f"the weights are on GPU {gpu_uuid}, which is not to be used here", hint=reason)
+    cuda.enter(gpu.ordinal)
+    if memory == "cuda":
+        mapping: cuda.Mapping | cuda.HostView = cuda.Mapping(gpu.ordinal, fd, mapped_bytes, is_writable=False)
+        address = mapping.address
+    elif gpu.reads_host_pages:
+        mapping = cuda.HostView(fd, mapped_bytes)
+        address = mapping.address
+    else:
+        mapping = registration = cuda.Registration(gpu.ordinal, fd, mapped_bytes)
+        address = registration.device_address
+    return device_bytes_tensor(mapping, address, size_bytes, gpu.ordinal)
 
 
 def bytes_tensor(region: memoryview) -> torch.Tensor:
@@ -44,6 +71,38 @@ def bytes_tensor(region: memoryview) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")
         return torch.frombuffer(region, dtype=torch.uint8)
+
+
+def device_bytes_tensor(
+    mapping: cuda.Mapping | cuda.HostView, address: int, size_bytes: int, ordinal: int
+) -> torch.Tensor:
+    """One tensor of bytes over memory that is mapped for a GPU; the mapping is closed when the last tensor over it is
+    gone and the GPU has done with it."""
+    import torch
+
+    if not size_bytes:
+        return torch.empty(0, dtype=torch.uint8, device=f"cuda:{ordinal}")
+    return torch.as_tensor(_DeviceBytes(mapping, address, size_bytes, ordinal), device=f"cuda:{ordinal}")
+
+
+class _DeviceBytes:
+    """What torch takes tensors from (Numba's CUDA array interface, version 3), and keeps as long as they live."""
+
+    def __init__(self, mapping: cuda.Mapping | cuda.HostView, address: int, size_bytes: int, ordinal: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (size_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),  # torch refuses to hear of memory that is for reading only
+            "strides": None,
+            "version": 3,
+        }
+        self._finalizer = weakref.finalize(self, _end, mapping, ordinal)
+        self._finalizer.atexit = False  # the driver is gone by then, and takes all mappings with it
+
+
+def _end(mapping: cuda.Mapping | cuda.HostView, ordinal: int) -> None:
+    cuda.synchronize(ordinal)
+    mapping.close()
 
 
 def aliases(layout: Header) -> Mapping[str, str]:

@@ -27,7 +27,7 @@ from flashd.bench.report import Report, Row, cost_row, rate_row, report
 from flashd.checkpoint import header
 from flashd.checkpoint.files import MANIFEST, WEIGHTS, Checkpoint
 from flashd.errors import InvalidArgument
-from flashd.memory.arena import Arena, HugePages, probe_huge_pages
+from flashd.memory.arena import HostArena, HugePages, probe_huge_pages
 from flashd.streamer import (
     ALIGNMENT,
     Digests,
@@ -84,7 +84,7 @@ def run(path: Path, *, runs: int, on_progress: Callable[[int, int], None] = lamb
                 figures["digests"].append(result.gb_per_s)
 
         def fresh() -> None:
-            with Arena(subject.extent.length, "bench", probe_huge_pages()) as arena:
+            with HostArena(subject.extent.length, "bench", probe_huge_pages()) as arena:
                 result = _load(file, subject, arena.address, arena.mapped_bytes, populate=True)
             figures["fresh"].append(result.gb_per_s)
             figures["populate"].append(result.populate_cpu_seconds / result.size_bytes * 1e9)
@@ -196,7 +196,13 @@ def _load(
 ) -> TransferResult:
     read = Read(0, subject.extent.offset, 0, subject.extent.length)
     with load(
-        [file], [read], address=address, size_bytes=size_bytes, options=Options(), digests=digests, populate=populate
+        [file],
+        [read],
+        address=address,
+        size_bytes=size_bytes,
+        options=Options(page_cache=False),
+        digests=digests,
+        populate=populate,
     ) as transfer:
         return transfer.wait()
 
@@ -204,7 +210,7 @@ def _load(
 def peak_of_one_load(path: Path) -> int:
     """The most memory that this process has had, after loading into an arena as the daemon does."""
     subject = _subject(path)
-    with _opened(subject.path) as file, Arena(subject.extent.length, "bench", probe_huge_pages()) as arena:
+    with _opened(subject.path) as file, HostArena(subject.extent.length, "bench", probe_huge_pages()) as arena:
         _load(file, subject, arena.address, arena.mapped_bytes, digests=subject.digests, populate=True)
         status = Path("/proc/self/status").read_text(encoding="ascii")
         # Pages of hugetlbfs are not part of it (proc_pid_status(5)).

@@ -74,11 +74,12 @@ def park(context: typer.Context) -> None:
 def load(
     context: typer.Context,
     model: ModelName,
-    tier: Annotated[str, typer.Option(help="host.")] = "host",
+    tier: Annotated[str, typer.Option(help="host, or device: the memory of a GPU.")] = "host",
+    device: Annotated[str, typer.Option(help="Which, if there are several GPUs: cuda:1.")] = "",
 ) -> None:
     """Brings a model into memory, so that a swap to it is fast."""
     with output.job_progress(f"loading {model}") as progress:
-        result = session(context).client.load(model, tier, progress)
+        result = session(context).client.load(model, tier, progress, device=device)
     rate = result["size_bytes"] / max(result["seconds"], 1e-9) / 1e9
     took = format_seconds(result["seconds"])
     output.say(

@@ -99,6 +99,9 @@ class Job:
         self.total_bytes = self.total_bytes if total_bytes is None else total_bytes
         self._changed(self)
 
+    def report_bytes(self, done_bytes: int, total_bytes: int) -> None:
+        self.report(None, done_bytes, total_bytes)
+
     def progress_from_thread(self) -> Callable[[int, int], None]:
         """A function of (done_bytes, total_bytes) that any thread may call."""
         loop = asyncio.get_running_loop()

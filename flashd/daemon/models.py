@@ -57,11 +57,11 @@ class Models:
         await asyncio.to_thread(self._catalog.set_aliases, name, aliases)
         self._on_change(name)
 
-    def evict(self, model: Model) -> None:
+    async def evict(self, model: Model) -> None:
         """Raises Busy while it is leased, active or pinned."""
         if self.is_pinned(model.checkpoint_id):
             raise Busy(f"{model.name} is pinned", hint=f"flash unpin {model.name} first")
-        self._residency.evict(model.checkpoint_id)
+        await self._residency.evict(model.checkpoint_id)
 
     def is_pinned(self, checkpoint_id: str) -> bool:
         return any(model.pinned and model.checkpoint_id == checkpoint_id for model in self._catalog.models())
@@ -95,7 +95,7 @@ class Models:
         collected = await asyncio.to_thread(self._catalog.collect, in_use)
         for checkpoint_id in collected.checkpoint_ids:
             with contextlib.suppress(Busy):
-                self._residency.evict(checkpoint_id)
+                await self._residency.evict(checkpoint_id)
         if collected.checkpoint_ids:
             log.info("%d checkpoints deleted, %d bytes", len(collected.checkpoint_ids), collected.freed_bytes)
         return collected

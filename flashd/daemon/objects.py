@@ -18,12 +18,12 @@ from flashd.daemon.exports import Caller, Exported, Fd
 from flashd.daemon.jobs import Job, Owner
 from flashd.daemon.parts import Parts
 from flashd.errors import InvalidArgument, NotFound
+from flashd.memory.device import HOST, Kind, Tier
 from flashd.memory.lease import Lease
 from flashd.store.catalog import Model
 from flashd.swap import Seat
 
 NONE = "/"  # how D-Bus APIs say "no object"
-HOST = "host"
 
 
 class ManagerObject(Exported):
@@ -82,18 +82,27 @@ class ManagerObject(Exported):
         return wire.job_path(self._parts.serving.swap(self._parts.catalog.resolve(model), _owner(caller)).number)
 
     async def load(self, caller: Caller, model: str, tier: str, options: dict[str, Variant]) -> str:
-        checked_options(options)
-        _check_host(tier, "tier")
-        return wire.job_path(self._parts.serving.load(self._parts.catalog.resolve(model), _owner(caller)).number)
+        if tier not in {Tier.HOST, Tier.DEVICE}:
+            raise InvalidArgument(f"there is no tier {tier!r}", hint="there is: host, device")
+        device = self._parts.residency.resolve(checked_options(options, device="s").get("device", tier))
+        if (tier == Tier.HOST) != (device == HOST):
+            raise InvalidArgument(f"{device} is not of the {tier} tier", hint="leave one of the two out")
+        job = self._parts.serving.load(self._parts.catalog.resolve(model), _owner(caller), device)
+        return wire.job_path(job.number)
 
     async def lease(
         self, caller: Caller, model: str, options: dict[str, Variant]
     ) -> tuple[str, Fd, str, dict[str, Variant]]:
-        _check_host(checked_options(options, device="s").get("device", HOST), "device")
-        lease, arena_fd, layout = await self._parts.serving.lease(self._parts.catalog.resolve(model), caller)
+        device = self._parts.residency.resolve(checked_options(options, device="s").get("device", HOST))
+        place = self._parts.residency.place(device)
+        gpu = None if device == HOST else place.device.gpu
+        lease, arena_fd, layout = await self._parts.serving.lease(self._parts.catalog.resolve(model), caller, device)
         details = {
             "size_bytes": Variant("t", lease.size_bytes),
-            "device": Variant("s", HOST),
+            "mapped_bytes": Variant("t", lease.hold.arena.mapped_bytes),
+            "device": Variant("s", device),
+            "memory": Variant("s", "cuda" if place.device.kind is Kind.CUDA else "host"),
+            "gpu": Variant("s", gpu.uuid if gpu else ""),
             "model": Variant("s", lease.model_name),
             "checkpoint": Variant("s", lease.checkpoint_id),
         }
@@ -130,6 +139,7 @@ def model_properties(parts: Parts, model: Model) -> Mapping[str, Any]:
         "SizeBytes": model.size_bytes,
         "TensorCount": model.tensor_count,
         "Residency": parts.residency.tier_of(model.checkpoint_id).value,
+        "Devices": parts.residency.devices_of(model.checkpoint_id),
         "Active": active is not None and active.target.model_name == model.name,
         "Pinned": model.pinned,
         "Leases": parts.residency.holds(model.checkpoint_id),
@@ -167,7 +177,7 @@ class ModelObject(Exported):
         await self._parts.models.set_pinned(self._name, False)
 
     async def evict(self, caller: Caller) -> None:
-        self._parts.models.evict(self._model())
+        await self._parts.models.evict(self._model())
 
     async def set_aliases(self, caller: Caller, aliases: list[str]) -> None:
         await self._parts.models.set_aliases(self._name, aliases)
@@ -224,7 +234,7 @@ class LeaseObject(Exported):
         return {
             "Model": wire.model_path(lease.model_name) if still_there else NONE,
             "Checkpoint": lease.checkpoint_id,
-            "Device": HOST,
+            "Device": lease.device,
             "SizeBytes": lease.size_bytes,
             "Owner": lease.owner,
             "OwnerUid": lease.owner_uid,
@@ -267,20 +277,30 @@ class EngineObject(Exported):
 class DeviceObject(Exported):
     interface = wire.DEVICE
 
-    def __init__(self, parts: Parts) -> None:
-        self._residency = parts.residency
-        super().__init__(wire.device_path(self._residency.device.name))
+    def __init__(self, parts: Parts, name: str) -> None:
+        """On unified memory two devices, the host and the GPU, show one pool."""
+        super().__init__(wire.device_path(name))
+        self._name = name
+        self._place = parts.residency.places[name]
 
     def properties(self) -> Mapping[str, Any]:
-        device, pool = self._residency.device, self._residency.pool
+        device, pool = self._place.device, self._place.pool
+        gpu = None if self._name == HOST else device.gpu
         return {
-            "Name": device.name,
-            "Kind": HOST,
+            "Name": self._name,
+            "Kind": HOST if self._name == HOST else device.kind.value,
+            "Model": gpu.model if gpu else "",
+            "Uuid": gpu.uuid if gpu else "",
             "TotalBytes": device.total_bytes,
             "BudgetBytes": pool.budget_bytes,
             "UsedBytes": pool.used_bytes,
-            "LeasedBytes": self._residency.fixed_bytes(),
+            "LeasedBytes": self._place.fixed_bytes(),
+            "DriverUsedBytes": device.used_bytes(),
             "HugePages": device.huge_pages.value,
+            "Integrated": gpu is not None and gpu.is_integrated,
+            "ReadsHostPages": gpu is not None and gpu.reads_host_pages,
+            "MapsMemory": gpu is not None and gpu.maps_memory,
+            "ExportsMemory": gpu is not None and gpu.exports_memory,
         }
 
 
@@ -297,11 +317,6 @@ def checked_options(options: Mapping[str, Variant], **known: str) -> dict[str, A
 
 def _owner(caller: Caller) -> Owner:
     return Owner(caller.peer, caller.uid)
-
-
-def _check_host(name: str, what: str) -> None:
-    if name != HOST:
-        raise InvalidArgument(f"there is no {what} {name!r} here", hint=f"there is: {HOST}")
 
 
 def _number(path: str, path_of: Callable[[int], str]) -> int:

@@ -19,7 +19,7 @@ class Presence:
         self._tree = tree
         self._parts = parts
         self._manager = ManagerObject(parts)
-        self._device = DeviceObject(parts)
+        self._devices = [DeviceObject(parts, name) for name in parts.residency.places]
         self._jobs: dict[int, JobObject] = {}
         self._engines: set[int] = set()
         self._active = ""
@@ -27,7 +27,8 @@ class Presence:
     def appear(self) -> None:
         """Puts everything that is there on the tree, before we have our name on the bus."""
         self._tree.add(self._manager, announce=False)
-        self._tree.add(self._device, announce=False)
+        for device in self._devices:
+            self._tree.add(device, announce=False)
         for model in self._parts.catalog.models():
             self._tree.add(ModelObject(self._parts, model.name), announce=False)
 
@@ -51,7 +52,7 @@ class Presence:
 
     def model_changed(self, name: str) -> None:
         self._tree.changed(wire.model_path(name))
-        self._tree.changed(self._device.path)  # a pinned model cannot be evicted
+        self._devices_changed()  # a pinned model cannot be evicted
 
     def model_removed(self, name: str) -> None:
         self._tree.remove(wire.model_path(name))
@@ -59,7 +60,7 @@ class Presence:
 
     def checkpoint_changed(self, checkpoint_id: str) -> None:
         """Its tier, or who holds it."""
-        self._tree.changed(self._device.path)
+        self._devices_changed()
         for model in self._parts.catalog.models():
             if model.checkpoint_id == checkpoint_id:
                 self.model_changed(model.name)
@@ -102,6 +103,10 @@ class Presence:
             self.model_changed(changed)
         self._active = name
         self.manager_changed()
+
+    def _devices_changed(self) -> None:
+        for device in self._devices:
+            self._tree.changed(device.path)
 
     def _models_came_or_went(self) -> None:
         """Leases and engines name their model only while it is there."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
-import socket
+from collections.abc import Iterator
 
 from flashd import config as configuration
-from flashd import wire
+from flashd import cuda, wire
 from flashd.bus import Connection, connect
 from flashd.checkpoint.files import Checkpoint
-from flashd.config import Config
+from flashd.config import Config, MemoryConfig
 from flashd.daemon.arrivals import Arrivals
 from flashd.daemon.authorization import Authority, SameUser, authorize
 from flashd.daemon.conversions import Conversions
@@ -26,15 +27,17 @@ from flashd.daemon.jobs import Job, Jobs, Owner
 from flashd.daemon.models import Models
 from flashd.daemon.parts import Parts
 from flashd.daemon.presence import Presence
+from flashd.daemon.service_manager import FdStore, ServiceManager
 from flashd.daemon.serving import Serving
 from flashd.daemon.settings import Settings
 from flashd.daemon.threads import Background
 from flashd.engines import process
-from flashd.errors import Busy, Unavailable
-from flashd.memory.device import HostDevice
+from flashd.errors import Busy, FlashdError, Unavailable
+from flashd.memory.arena import Arena, HostArena
+from flashd.memory.device import CudaDevice, Device, HostDevice, Kind, simulated_device, usable
 from flashd.memory.lease import Lease, LeaseBook
-from flashd.memory.pool import Pool
-from flashd.memory.residency import Residency, StreamLoader
+from flashd.memory.moving import StreamMover
+from flashd.memory.residency import Memory, Residency
 from flashd.store.catalog import Catalog, Model
 from flashd.store.inbox import Inbox
 from flashd.streamer import Backend, Options, TransferResult
@@ -58,20 +61,27 @@ async def run(settings: Settings, address: str, stop: asyncio.Event) -> None:
         catalog = stack.enter_context(
             Catalog(store.path, quota_bytes=store.quota_bytes, keep_versions=store.keep_versions)
         )
-        service = Service(connection, settings, catalog, runtime, stop)
+        manager = ServiceManager(configuration.notify_socket())
+        service = Service(connection, settings, catalog, runtime, manager, stop)
         stack.push_async_callback(service.close)
         await service.start()
-        notify("READY=1")
+        manager.tell("READY=1")
         log.info("ready on %s as %s", address, wire.BUS_NAME)
         await service.ended()
-        notify("STOPPING=1")
+        manager.tell("STOPPING=1")
 
 
 class Service:
     """The daemon's parts, and what each must hear of the others."""
 
     def __init__(
-        self, connection: Connection, settings: Settings, catalog: Catalog, runtime: RuntimeFolder, stop: asyncio.Event
+        self,
+        connection: Connection,
+        settings: Settings,
+        catalog: Catalog,
+        runtime: RuntimeFolder,
+        manager: ServiceManager,
+        stop: asyncio.Event,
     ) -> None:
         config = settings.current
         options = streamer_options(config)
@@ -101,13 +111,17 @@ class Service:
         self._inbox = Inbox(
             config.inbox.folders, self._arrivals, settle_s=config.inbox.settle_s, rescan_s=config.inbox.rescan_s
         )
-        device = HostDevice.probe(use_huge_pages=config.memory.huge_pages == "auto")
+        self._fd_store = FdStore(manager)
+        self._mover = StreamMover(
+            options, verify=config.streamer.verify, staging_bytes=config.streamer.staging_bytes, on_loaded=_log_load
+        )
         self._residency = Residency(
-            device,
-            Pool(device.name, config.memory.host_budget_bytes or device.default_budget_bytes()),
-            StreamLoader(options, verify=config.streamer.verify, on_loaded=_log_load),
+            memories(config.memory),
+            self._mover,
             is_pinned=self._is_pinned,
             on_change=self._checkpoint_changed,
+            on_host_resident=self._register,
+            keeper=self._fd_store,
         )
         self._leases = LeaseBook(on_end=self._lease_ended)
         self._factory = process.torch_factory(_engine_settings(config, runtime, settings))
@@ -168,6 +182,7 @@ class Service:
 
     async def start(self) -> None:
         """Appears on the bus, complete; then begins to look into the inbox."""
+        await self._take_over_memory()
         self._presence.appear()
         await self._connection.watch_peers(self._peer_left)
         await self._connection.own(wire.BUS_NAME)
@@ -177,6 +192,7 @@ class Service:
         self._engine_stats.start()
         self._inbox.start()
         self._models.collect_soon()
+        self._background.start(self._prewarm())
 
     async def ended(self) -> None:
         """Returns when somebody asked us to stop. Raises Unavailable if the bus went away."""
@@ -202,6 +218,41 @@ class Service:
         await self._background.close()
         self._residency.close()
         self._presence.close()
+
+    async def _take_over_memory(self) -> None:
+        """What a daemon before us left warm is warm again, without a byte read from the disk."""
+        for kept in self._fd_store.kept():
+            try:
+                checkpoint = self._catalog.checkpoint(kept.checkpoint_id)
+            except FlashdError as error:
+                log.info("%s is let go of: %s", kept.name, error.message)
+                os.close(kept.fd)
+                self._fd_store.drop(kept.name)
+                continue
+            try:
+                await self._residency.adopt(kept.device, checkpoint, kept.fd)
+                self._fd_store.took_over(kept)
+            except (FlashdError, OSError) as error:
+                log.warning("%s is let go of: %s", kept.name, error)
+                self._fd_store.drop(kept.name)
+
+    async def _prewarm(self) -> None:
+        """Makes ready what transfers to GPUs need, then loads what the configuration wants warm."""
+        memory = self._settings.current.memory
+        for place in dict.fromkeys(self._residency.places.values()):
+            if place.device.kind in {Kind.CUDA, Kind.SIMULATED}:
+                with _logged(f"staging memory of {place.name}"):
+                    await self._mover.prepare(place.device)
+        for name in memory.prewarm:
+            with _logged(f"memory.prewarm: {name}"):
+                model = self._catalog.resolve(name)
+                self._serving.load(model, self._ourselves, memory.prewarm_tier)
+
+    def _register(self, arena: Arena) -> None:
+        """A host arena becomes known to the GPUs while nobody waits for it."""
+        for place in self._residency.places.values():
+            if place.device.kind is Kind.CUDA and isinstance(arena, HostArena):
+                self._background.start(self._mover.register(arena, place.device))
 
     async def _identify(self, peer: str) -> Caller:
         if peer not in self._callers:
@@ -295,17 +346,28 @@ def streamer_options(config: Config) -> Options:
     )
 
 
-def notify(state: str) -> None:
-    """Tells the service manager, if one started us (sd_notify(3)). One that has left is no reason to fail."""
-    address = configuration.notify_socket()
-    if address is None:
-        return
-    with (
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel,
-        contextlib.suppress(OSError),
-    ):
-        channel.connect("\0" + address[1:] if address.startswith("@") else address)
-        channel.sendall(state.encode())
+def memories(config: MemoryConfig) -> list[Memory]:
+    """The machine's memories, the host's first, and what weights may take of each."""
+    host = HostDevice.probe(use_huge_pages=config.huge_pages == "auto")
+    gpus = usable(cuda.gpus())
+    unified = next(
+        (gpu for gpu in gpus if config.unified is True or (config.unified == "auto" and gpu.is_unified)), None
+    )
+    if unified:
+        host = dataclasses.replace(host, kind=Kind.UNIFIED, gpu=unified)
+    found = [Memory(host, config.host_budget_bytes or host.default_budget_bytes())]
+    cards: list[Device] = [CudaDevice(gpu, config.device_reserve_bytes) for gpu in gpus if not unified]
+    if config.simulated_device_bytes:
+        cards.append(simulated_device(config.simulated_device_bytes, host))
+    return found + [Memory(card, config.device_budget_bytes or card.default_budget_bytes()) for card in cards]
+
+
+@contextlib.contextmanager
+def _logged(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (FlashdError, OSError) as error:
+        log.warning("%s: %s", what, error)
 
 
 def _engine_settings(config: Config, runtime: RuntimeFolder, settings: Settings) -> process.Settings:

@@ -75,7 +75,7 @@ class Serving:
         target = Target(model.name, (model.name, *model.aliases), self._catalog.checkpoint(model.checkpoint_id))
 
         async def work(job: Job) -> Result:
-            outcome = await self._swapper.swap(target, lambda done, total: job.report(None, done, total))
+            outcome = await self._swapper.swap(target, job.report_bytes)
             _begin(job)
             self._note_use(model.name, swapped=True)
             return {
@@ -99,13 +99,15 @@ class Serving:
         active = self._swapper.active
         return self._enqueue("park", active.target.model_name if active else "", owner, work)
 
-    def load(self, model: Model, owner: Owner) -> Job:
+    def load(self, model: Model, owner: Owner, device: str) -> Job:
+        """Brings a model to a device, or to the host. Raises InvalidArgument if there is no such device."""
         checkpoint = self._catalog.checkpoint(model.checkpoint_id)
+        name = self._residency.place(device).name
 
         async def work(job: Job) -> Result:
             job.begin("loading")
             started = time.monotonic()
-            with await self._residency.acquire(checkpoint, lambda done, total: job.report(None, done, total)):
+            with await self._residency.acquire(checkpoint, job.report_bytes, device=name):
                 seconds = time.monotonic() - started
                 return {
                     "residency": Variant("s", self._residency.tier_of(checkpoint.id).value),
@@ -115,12 +117,12 @@ class Serving:
 
         return self._jobs.run("load", model.name, owner, work)
 
-    async def lease(self, model: Model, caller: Caller) -> tuple[Lease, int, str]:
-        """A lease, a read-only descriptor of its arena (the caller's to close), and the layout as JSON."""
+    async def lease(self, model: Model, caller: Caller, device: str) -> tuple[Lease, int, str]:
+        """A lease, a descriptor of its arena to map for reading (the caller's to close), and the layout as JSON."""
         checkpoint = self._catalog.checkpoint(model.checkpoint_id)
         layout = await asyncio.to_thread(checkpoint.layout_json)
         with self._abandoned_with(caller.peer):
-            hold = await self._residency.acquire(checkpoint)
+            hold = await self._residency.acquire(checkpoint, device=device)
         if not self._is_present(caller.peer):
             hold.release()
             raise Cancelled("its caller has left the bus")
@@ -129,7 +131,7 @@ class Serving:
         except BaseException:
             hold.release()
             raise
-        lease = self._leases.add(model.name, caller.peer, caller.uid, hold)
+        lease = self._leases.add(model.name, caller.peer, caller.uid, device, hold)
         self._on_leased(lease)
         self._note_use(model.name)
         return lease, arena_fd, layout

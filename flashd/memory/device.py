@@ -4,23 +4,46 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
+from flashd import cuda
+from flashd.cuda import Gpu
 from flashd.errors import OutOfMemory
-from flashd.memory.arena import Arena, HugePages, probe_huge_pages
-from flashd.units import GiB, KiB
+from flashd.memory.arena import Arena, CudaArena, HostArena, HugePages, probe_huge_pages, rounded
+from flashd.units import GiB, KiB, MiB
 
+HOST = "host"
 # What the default budget leaves to the rest of the machine: engines, the desktop, the kernel.
-_RESERVE_BYTES = 10 * GiB
+_HOST_RESERVE_BYTES = 10 * GiB
+
+
+class Tier(StrEnum):
+    STORED = "stored"
+    HOST = "host"
+    DEVICE = "device"
+
+
+class Kind(StrEnum):
+    """`unified`: a GPU whose memory is the host's. `simulated`: host memory that stands in for a GPU's."""
+
+    HOST = "host"
+    CUDA = "cuda"
+    UNIFIED = "unified"
+    SIMULATED = "simulated"
 
 
 class Device(Protocol):
-    """A driver: how memory of one kind is sized and allocated."""
+    """A driver: how memory of one kind is sized, allocated and reached by the streamer."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def kind(self) -> Kind: ...
 
     @property
     def total_bytes(self) -> int: ...
@@ -28,41 +51,129 @@ class Device(Protocol):
     @property
     def huge_pages(self) -> HugePages: ...
 
+    @property
+    def gpu(self) -> Gpu | None: ...
+
+    @property
+    def driver(self) -> Literal["host", "cuda"]:
+        """Whose entry points the native streamer calls."""
+
     def default_budget_bytes(self) -> int: ...
 
-    def allocate(self, size_bytes: int, label: str) -> Arena: ...
+    def context(self) -> int:
+        """What the streamer's threads must enter; 0 where there is nothing to enter. May take half a second once."""
+
+    def rounded(self, size_bytes: int) -> int:
+        """What an arena of this size takes."""
+
+    def allocate(self, size_bytes: int, label: str) -> Arena:
+        """Raises OutOfMemory or DeviceFailed."""
+
+    def adopt(self, fd: int, size_bytes: int) -> Arena:
+        """The arena that a daemon before us made here; the descriptor is the arena's. Raises InvalidArgument."""
+
+    def used_bytes(self) -> int:
+        """What everybody uses of the whole device now, by its driver; 0 if nobody can tell."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostDevice:
-    """The machine's own memory: the host tier, and the device of machines without a GPU."""
+    """The machine's own memory: the host tier, and, where GPUs share it, theirs as well."""
 
     name: str
     total_bytes: int
     huge_pages: HugePages
+    kind: Kind = Kind.HOST
+    gpu: Gpu | None = None
+    driver: Literal["host", "cuda"] = "host"
 
     @classmethod
     def probe(cls, *, use_huge_pages: bool = True) -> HostDevice:
-        return cls("host", total_memory_bytes(), probe_huge_pages() if use_huge_pages else HugePages.NONE)
+        return cls(HOST, total_memory_bytes(), probe_huge_pages() if use_huge_pages else HugePages.NONE)
 
     def default_budget_bytes(self) -> int:
         """Half of a small machine; all but a reserve of a large one."""
-        return max(self.total_bytes // 2, self.total_bytes - _RESERVE_BYTES - self.total_bytes // 10)
+        return max(self.total_bytes // 2, self.total_bytes - _HOST_RESERVE_BYTES - self.total_bytes // 10)
 
-    def allocate(self, size_bytes: int, label: str) -> Arena:
+    def context(self) -> int:
+        return 0
+
+    def rounded(self, size_bytes: int) -> int:
+        return rounded(size_bytes, self.huge_pages)
+
+    def allocate(self, size_bytes: int, label: str) -> HostArena:
         if self.huge_pages is HugePages.HUGETLB:
             # The reserved ones may be taken by now, by us or by others; mapping tells (hugetlbpage, admin guide).
             with contextlib.suppress(OutOfMemory):
-                return Arena(size_bytes, label, HugePages.HUGETLB)
-            return Arena(size_bytes, label, HugePages.SHMEM)
-        return Arena(size_bytes, label, self.huge_pages)
+                return HostArena(size_bytes, label, HugePages.HUGETLB)
+            return HostArena(size_bytes, label, HugePages.SHMEM)
+        return HostArena(size_bytes, label, self.huge_pages)
+
+    def adopt(self, fd: int, size_bytes: int) -> HostArena:
+        return HostArena.adopt(fd, size_bytes, self.huge_pages)
+
+    def used_bytes(self) -> int:
+        fields = _meminfo()
+        return fields["MemTotal"] - fields["MemAvailable"]
+
+
+@dataclass(frozen=True, slots=True)
+class CudaDevice:
+    """A card with memory of its own."""
+
+    gpu: Gpu
+    reserve_bytes: int
+    huge_pages: HugePages = HugePages.NONE
+    kind: Kind = Kind.CUDA
+    driver: Literal["host", "cuda"] = "cuda"
+
+    @property
+    def name(self) -> str:
+        return self.gpu.name
+
+    @property
+    def total_bytes(self) -> int:
+        return self.gpu.total_bytes
+
+    def default_budget_bytes(self) -> int:
+        return max(self.total_bytes - self.reserve_bytes, self.total_bytes // 2)
+
+    def context(self) -> int:
+        return cuda.context(self.gpu.ordinal)
+
+    def rounded(self, size_bytes: int) -> int:
+        # What every card says that there is; `allocate` would tell if one came to say otherwise.
+        return max(1, -(-size_bytes // (2 * MiB))) * 2 * MiB
+
+    def allocate(self, size_bytes: int, label: str) -> CudaArena:  # noqa: ARG002 -- CUDA has no place for it
+        return CudaArena.allocate(self.gpu.ordinal, size_bytes, self.rounded(size_bytes))
+
+    def adopt(self, fd: int, size_bytes: int) -> CudaArena:
+        return CudaArena.adopt(self.gpu.ordinal, fd, size_bytes, self.rounded(size_bytes))
+
+    def used_bytes(self) -> int:
+        return cuda.used_bytes(self.gpu)
+
+
+def simulated_device(total_bytes: int, host: HostDevice) -> HostDevice:
+    """A card made of host memory, for developing and testing without one: same tiers, same code, other driver."""
+    return HostDevice("sim:0", total_bytes, host.huge_pages, Kind.SIMULATED)
+
+
+def usable(gpus: Sequence[Gpu]) -> list[Gpu]:
+    """Those whose memory can be handed to other processes, which is what a device arena is."""
+    return [gpu for gpu in gpus if gpu.maps_memory and gpu.exports_memory]
 
 
 def total_memory_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
     """The machine's memory, or what its control group may use of it (proc(5), cgroup v2)."""
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    total_bytes = int(fields["MemTotal"].split()[0]) * KiB
+    total_bytes = _meminfo(meminfo)["MemTotal"]
     try:
         return min(total_bytes, int(cgroup.read_text()))
     except (OSError, ValueError):
         return total_bytes
+
+
+def _meminfo(path: Path = Path("/proc/meminfo")) -> dict[str, int]:
+    fields = (line.split(":", 1) for line in path.read_text().splitlines())
+    return {name: int(value.split()[0]) * KiB for name, value in fields if value.strip().endswith("kB")}

@@ -8,17 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flashd.errors import NotFound
-from flashd.memory.residency import Hold
+from flashd.memory.place import Hold
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """`owner` is a connection to the bus; when it ends, so does the lease."""
+    """`owner` is a connection to the bus; when it ends, so does the lease. `device` is what it was asked for on."""
 
     number: int
     model_name: str
     owner: str
     owner_uid: int
+    device: str
     hold: Hold
     created_at: float
 
@@ -39,9 +40,9 @@ class LeaseBook:
         self._leases: dict[int, Lease] = {}
         self._last_number = 0
 
-    def add(self, model_name: str, owner: str, owner_uid: int, hold: Hold) -> Lease:
+    def add(self, model_name: str, owner: str, owner_uid: int, device: str, hold: Hold) -> Lease:
         self._last_number += 1
-        lease = Lease(self._last_number, model_name, owner, owner_uid, hold, time.time())
+        lease = Lease(self._last_number, model_name, owner, owner_uid, device, hold, time.time())
         self._leases[lease.number] = lease
         return lease
 

@@ -27,7 +27,7 @@ class Pool:
             raise OutOfMemory(
                 f"{format_bytes(size_bytes)} do not fit: {format_bytes(self.used_bytes)} of the {self.name} pool's "
                 f"{format_bytes(self.budget_bytes)} are in use",
-                hint=f"end a lease, unpin or park a model, or raise memory.{self.name}_budget",
+                hint="end a lease, unpin or park a model, or raise the budget: flash config --explain memory",
             )
         self.used_bytes += size_bytes
         return Reservation(self, size_bytes)

@@ -98,7 +98,7 @@ def test_fresh_memory_is_populated_by_helpers(opened: Opened) -> None:
             [Read(0, 0, 0, len(contents))],
             address=address,
             size_bytes=len(contents),
-            options=Options(populate_threads=2),
+            options=Options(populate_threads=2, page_cache=False),
             populate=True,
         ).wait()
         assert fresh[:] == contents

@@ -21,10 +21,10 @@ from sources import converted
 from flashd.checkpoint.files import Checkpoint
 from flashd.engines.engine import TRANSITIONS, Binding, EngineState, EngineStats
 from flashd.errors import Busy, EngineFailed, FlashdError, NotFound, OutOfMemory, TransferFailed, Unsupported
-from flashd.memory.arena import Arena, HugePages
-from flashd.memory.device import HostDevice
-from flashd.memory.pool import Pool
-from flashd.memory.residency import Progress, Residency, Tier
+from flashd.memory.arena import HugePages
+from flashd.memory.device import HostDevice, Tier
+from flashd.memory.moving import Progress, Region
+from flashd.memory.residency import Memory, Residency
 from flashd.swap import How, Policy, Swapper, SwapState, Target
 
 ARENA_BYTES = 4096
@@ -207,7 +207,7 @@ class World:
         self.endpoint: Path | None = None
         self.lost: list[str] = []
         self.loads = True
-        self.residency = Residency(DEVICE, Pool("host", room * ARENA_BYTES), self._load)
+        self.residency = Residency([Memory(DEVICE, room * ARENA_BYTES)], self)
         self.swapper = Swapper(
             self.residency, self.factory, self, policy, on_lost=lambda target: self.lost.append(target.model_name)
         )
@@ -228,10 +228,16 @@ class World:
             return error
         return None
 
-    async def _load(self, checkpoint: Checkpoint, arena: Arena, on_progress: Progress) -> None:
+    async def load(self, checkpoint: Checkpoint, target: Region, on_progress: Progress) -> None:
         if not self.loads:
             raise TransferFailed("the disk is gone")
         await self.script.step("load")
+
+    async def copy(self, checkpoint: Checkpoint, source: Region, target: Region, on_progress: Progress) -> None:
+        raise AssertionError("there is one tier")
+
+    async def matches(self, checkpoint: Checkpoint, region: Region) -> bool:
+        raise AssertionError("nothing is taken over")
 
     def answering(self) -> str | None:
         """The model that a request to the endpoint would reach, if it would be answered."""
@@ -393,7 +399,7 @@ async def test_a_fault_at_any_step_of_any_swap_leaves_somebody_answering(
         await world.swapper.close()
         assert all(engine.state is EngineState.FAILED for engine in world.factory.engines)
         world.residency.close()
-        assert world.residency.pool.used_bytes == 0
+        assert world.residency.host.pool.used_bytes == 0
         if not world.script.struck:
             assert moment >= 2, "every route has steps"
             return

@@ -94,7 +94,7 @@ class Model:
         config = self._read_side_files(weights.side_files)
         region = _mapped(weights)
         layout = header.parse(weights.layout.encode(), data_bytes=weights.arena_bytes, path="the layout")
-        tensors = torch_tensors(region, layout)
+        tensors = torch_tensors(bytes_tensor(region), layout)
         dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
         dtype = dtypes.pop() if len(dtypes) == 1 else getattr(config, "dtype", None) or torch.float32
         cls = _class_of(config.architectures)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What do we tell the service manager that started us, and what does it keep for us? (sd_notify(3), systemd.service(5))
+
+Warm models outlive the daemon in its file descriptor store: two descriptors of one name for each arena, the arena
+itself and a small sealed description of it. A daemon that starts again is handed all of them, and looks at each
+before it believes the description.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import stat
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from flashd import config
+from flashd.checkpoint.files import Checkpoint
+from flashd.errors import InvalidArgument
+from flashd.memory.arena import Arena
+
+log = logging.getLogger(__name__)
+
+_VERSION = 1
+_LARGEST_DESCRIPTION = 4096
+_SEALED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+_BARRIER_S = 5.0
+_PREFIX = "flashd-arena."
+
+
+class ServiceManager:
+    """The other end of NOTIFY_SOCKET; of no effect where nobody listens."""
+
+    def __init__(self, address: str | None) -> None:
+        self._address = address
+
+    def tell(self, state: str, fds: Sequence[int] = ()) -> bool:
+        """False if nobody listens. One that has left is no reason to fail."""
+        if self._address is None:
+            return False
+        address = self._address
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel,
+            contextlib.suppress(OSError),
+        ):
+            channel.connect("\0" + address[1:] if address.startswith("@") else address)
+            if fds:
+                socket.send_fds(channel, [state.encode()], list(fds))
+            else:
+                channel.sendall(state.encode())
+            return True
+        return False
+
+    async def barrier(self) -> None:
+        """Returns when everything told before has been dealt with, or nobody seems to."""
+        reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        loop, closed = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            is_heard = self.tell("BARRIER=1", [writing])
+        finally:
+            os.close(writing)
+        try:
+            if is_heard:
+                loop.add_reader(reading, closed.set)  # its end is closed by whoever receives it
+                await asyncio.wait_for(closed.wait(), _BARRIER_S)
+        except TimeoutError:
+            log.warning("the service manager does not answer")
+        finally:
+            loop.remove_reader(reading)
+            os.close(reading)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """An arena that a daemon before us left with the service manager; the descriptor is the receiver's."""
+
+    name: str
+    device: str
+    checkpoint_id: str
+    fd: int
+
+
+class FdStore:
+    """Keeps arenas beyond this process (memory.place.Keeper)."""
+
+    def __init__(self, manager: ServiceManager) -> None:
+        self._manager = manager
+        self._names: set[str] = set()
+
+    def keep(self, device: str, checkpoint: Checkpoint, arena: Arena) -> None:
+        name = _name(device, checkpoint.id)
+        description = _described(device, checkpoint.id)
+        try:
+            if self._manager.tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", [arena.fd, description]):
+                self._names.add(name)
+        finally:
+            os.close(description)
+
+    async def forget(self, device: str, checkpoint_id: str) -> None:
+        name = _name(device, checkpoint_id)
+        if name in self._names:
+            self._names.discard(name)
+            self._manager.tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
+            await self._manager.barrier()
+
+    def took_over(self, kept: Kept) -> None:
+        """It stays where it is kept."""
+        self._names.add(kept.name)
+
+    def drop(self, name: str) -> None:
+        self._manager.tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+    def kept(self) -> Iterator[Kept]:
+        """What was handed to us at our start. What makes no sense is dropped, and its memory with it."""
+        groups: defaultdict[str, list[int]] = defaultdict(list)
+        for fd, name in config.inherited_fds():
+            if name.startswith(_PREFIX):
+                groups[name].append(fd)
+        for name, fds in groups.items():
+            try:
+                yield _understood(name, fds)
+            except InvalidArgument as error:
+                log.warning("what was kept as %s is dropped: %s", name, error.message)
+                for fd in fds:
+                    os.close(fd)
+                self.drop(name)
+
+
+def _name(device: str, checkpoint_id: str) -> str:
+    """Names in the store may not have colons."""
+    return f"{_PREFIX}{device.replace(':', '-')}.{checkpoint_id}"
+
+
+def _described(device: str, checkpoint_id: str) -> int:
+    text = json.dumps({"version": _VERSION, "device": device, "checkpoint": checkpoint_id})
+    fd = os.memfd_create("flashd:description", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.write(fd, text.encode())
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALED)
+    return fd
+
+
+def _understood(name: str, fds: Sequence[int]) -> Kept:
+    """The arena of a group of descriptors; the description is closed. Raises InvalidArgument, and closes nothing."""
+    descriptions = [fd for fd in fds if _is_description(fd)]
+    if len(fds) != 2 or len(descriptions) != 1:
+        raise InvalidArgument("that is not an arena and its description")
+    (description,) = descriptions
+    (arena_fd,) = (fd for fd in fds if fd != description)
+    try:
+        text = json.loads(os.pread(description, _LARGEST_DESCRIPTION, 0))
+        found = Kept(name, str(text["device"]), str(text["checkpoint"]), arena_fd)
+        if text["version"] != _VERSION or _name(found.device, found.checkpoint_id) != name:
+            raise InvalidArgument("its description is of something else")
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise InvalidArgument("its description cannot be read") from None
+    os.close(description)
+    return found
+
+
+def _is_description(fd: int) -> bool:
+    """Only what is sealed for good can be one: nobody has changed it since it was written."""
+    try:
+        status = os.fstat(fd)
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return seals & _SEALED == _SEALED and stat.S_ISREG(status.st_mode) and status.st_size <= _LARGEST_DESCRIPTION

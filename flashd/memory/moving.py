@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How do bytes get into an arena? From the disk, or from another tier: by the native streamer, cancellable."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from flashd.checkpoint.files import Checkpoint
+from flashd.errors import DeviceFailed
+from flashd.memory.arena import Arena, HostArena
+from flashd.memory.device import Device, Kind
+from flashd.streamer import (
+    OpenFile,
+    Options,
+    Read,
+    Staging,
+    Transfer,
+    TransferResult,
+    blake3_at,
+    download,
+    load,
+    load_device,
+    upload,
+)
+from flashd.units import MiB
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+_POLL_S = 0.02
+_SMALLEST_STAGING_BYTES = 16 * MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """An arena, and the device it is on."""
+
+    device: Device
+    arena: Arena
+
+    @property
+    def is_device(self) -> bool:
+        """Whether the streamer reaches it by a device's driver only. Unified memory is ordinary memory."""
+        return self.device.kind in {Kind.CUDA, Kind.SIMULATED}
+
+
+class Mover(Protocol):
+    """Fills arenas. Cancelling a coroutine ends its transfer before it returns."""
+
+    async def load(self, checkpoint: Checkpoint, target: Region, on_progress: Progress) -> None:
+        """From the store."""
+
+    async def copy(self, checkpoint: Checkpoint, source: Region, target: Region, on_progress: Progress) -> None:
+        """From another tier."""
+
+    async def matches(self, checkpoint: Checkpoint, region: Region) -> bool:
+        """Whether an arena has the bytes of a checkpoint, by a few of its digests."""
+
+
+class StreamMover:
+    """The mover of the product."""
+
+    def __init__(
+        self,
+        options: Options,
+        *,
+        verify: bool,
+        staging_bytes: int,
+        on_loaded: Callable[[Checkpoint, TransferResult], None] = lambda checkpoint, result: None,
+    ) -> None:
+        self._options = options
+        self._verify = verify
+        self._staging_bytes = max(staging_bytes, _SMALLEST_STAGING_BYTES)
+        self._on_loaded = on_loaded
+        self._staging: dict[str, asyncio.Future[Staging]] = {}
+
+    async def prepare(self, device: Device) -> None:
+        """Makes the staging memory of a device, which takes a while, before anybody waits for it."""
+        await self._staging_of(device)
+
+    async def load(self, checkpoint: Checkpoint, target: Region, on_progress: Progress) -> None:
+        extent = checkpoint.extent
+        if not extent.length:
+            return
+        digests = checkpoint.digests() if self._verify else None
+        staging = await self._staging_of(target.device) if target.is_device else None
+        with checkpoint.weights_path.open("rb") as file:
+            source = OpenFile(file.fileno(), str(checkpoint.weights_path))
+            if staging:
+                transfer = load_device(
+                    source,
+                    extent,
+                    target=target.arena.address,
+                    staging=staging,
+                    options=self._options,
+                    digests=digests,
+                )
+            else:
+                transfer = load(
+                    [source],
+                    [Read(0, extent.offset, 0, extent.length)],
+                    address=target.arena.address,
+                    size_bytes=target.arena.mapped_bytes,
+                    options=self._options,
+                    digests=digests,
+                    populate=True,
+                )
+            self._on_loaded(checkpoint, await _finished(transfer, on_progress))
+
+    async def copy(self, checkpoint: Checkpoint, source: Region, target: Region, on_progress: Progress) -> None:
+        size_bytes = checkpoint.manifest.data_bytes
+        if not size_bytes:
+            return
+        staging = await self._staging_of((target if target.is_device else source).device)
+        with source.arena.viewed() as view:
+            if target.is_device:
+                transfer = upload(
+                    address=view.address,
+                    size_bytes=size_bytes,
+                    target=target.arena.address,
+                    is_registered=view.is_registered,
+                    staging=staging,
+                    options=self._options,
+                )
+            else:
+                transfer = download(
+                    source=view.address,
+                    address=target.arena.address,
+                    size_bytes=size_bytes,
+                    is_registered=False,  # the arena is fresh
+                    staging=staging,
+                    options=self._options,
+                )
+            await _finished(transfer, on_progress)
+
+    async def matches(self, checkpoint: Checkpoint, region: Region) -> bool:
+        block_bytes, size_bytes = checkpoint.manifest.digest_block_bytes, checkpoint.manifest.data_bytes
+        table = checkpoint.digests().table
+        blocks = -(-size_bytes // block_bytes)
+        staging = await self._staging_of(region.device) if region.is_device else None
+
+        def compare() -> bool:
+            with region.arena.viewed() as view:
+                for index in {0, blocks // 2, blocks - 1} if blocks else set():
+                    start = index * block_bytes
+                    length = min(block_bytes, size_bytes - start)
+                    if blake3_at(view.address + start, length, staging) != table[32 * index : 32 * index + 32]:
+                        return False
+            return True
+
+        return await asyncio.to_thread(compare)
+
+    async def register(self, arena: HostArena, device: Device) -> None:
+        """Makes a host arena known to a GPU, in a thread; without it copies there go through staging memory."""
+        if device.gpu is None or not device.gpu.registers_memory:
+            return
+        try:
+            await asyncio.to_thread(arena.register, device.gpu.ordinal)
+        except DeviceFailed as error:
+            log.warning("copies to %s go through staging memory: %s", device.name, error.message)
+
+    async def _staging_of(self, device: Device) -> Staging:
+        if device.name not in self._staging:
+            self._staging[device.name] = asyncio.ensure_future(
+                asyncio.to_thread(lambda: Staging(device.driver, device.context(), size_bytes=self._staging_bytes))
+            )
+        made = self._staging[device.name]
+        try:
+            return await asyncio.shield(made)
+        except Exception:
+            self._staging.pop(device.name, None)  # the next one tries again
+            raise
+
+
+async def _finished(transfer: Transfer, on_progress: Progress) -> TransferResult:
+    """Waits for a transfer; whatever happens, nothing is in flight any more when this returns."""
+    ended = asyncio.get_running_loop().run_in_executor(None, transfer.wait)
+    try:
+        while not ended.done():
+            on_progress(transfer.done_bytes, transfer.total_bytes)
+            await asyncio.wait({ended}, timeout=_POLL_S)
+    finally:
+        transfer.cancel()  # of no effect on one that has ended
+        await _outlast(ended)
+    result = ended.result()
+    on_progress(transfer.total_bytes, transfer.total_bytes)
+    return result
+
+
+async def _outlast(ended: asyncio.Future[TransferResult]) -> None:
+    """Waits whatever happens: files and memory must outlive what is in flight, however often we are cancelled."""
+    while not ended.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({ended})
+    ended.exception()  # looked at, though nobody may want it
