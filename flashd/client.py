@@ -246,11 +246,21 @@ class Lease:
         """
         from flashd import tensors
 
+        return tensors.torch_tensors(self.bytes_tensor(), self.layout)
+
+    def bytes_tensor(self) -> torch.Tensor:
+        """All weights as one torch tensor of bytes; raises as `tensors` does."""
+        from flashd import tensors
+
         if self._base is None:
-            self._base = tensors.mapped(
-                self._fd, self.size_bytes, self.mapped_bytes, memory=self.memory, gpu_uuid=self._gpu_uuid
+            self._base = (
+                tensors.mapped(
+                    self._fd, self.size_bytes, self.mapped_bytes, memory=self.memory, gpu_uuid=self._gpu_uuid
+                )
+                if self._gpu_uuid
+                else tensors.bytes_tensor(self.buffer)
             )
-        return tensors.torch_tensors(self._base, self.layout)
+        return self._base
 
     def release(self) -> None:
         """Gives the right back. Memory stays mapped while tensors over it are alive, but no longer counts as leased."""

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "swap": {"engines", "memory", "store", "checkpoint"},
     "daemon": {"swap", "engines", "memory", "store", "checkpoint", "streamer", "bus", "private_bus", "cuda"},
     "client": {"bus", "checkpoint", "tensors", "inference"},
-    "bench": {"streamer", "checkpoint", "memory", "client"},
+    "bench": {"streamer", "checkpoint", "memory", "client", "cuda"},
     "cli": {"client", "inference", "private_bus", "checkpoint", "bench", "streamer", "memory"},
     "__init__": {"client"},
 }
