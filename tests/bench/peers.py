@@ -43,7 +43,10 @@ DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 def with_safetensors(path: str) -> Callable[[], Any]:
     from safetensors.torch import load_file
 
-    return lambda: load_file(path, device=DEVICE)
+    if DEVICE != "cpu":
+        return lambda: load_file(path, device=DEVICE)
+    # Mapped pages are not loaded ones.
+    return lambda: {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 def with_fastsafetensors(path: str) -> Callable[[], Any]:

@@ -77,8 +77,8 @@ def test_a_client_killed_with_a_lease_leaves_nothing(machine: Machine) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline().split() == ["cuda:0", str(int(expected[:1000].sum()))]
         assert client.model("a").leases == 1
-        holder.kill()
-        holder.wait()
+        with holder:
+            holder.kill()
         until(lambda: client.model("a").leases == 0)
         client.evict("a")
         check_freed(before)
