@@ -289,6 +289,7 @@ class Client:
         self._connection = connection
         self._subscribers: list[queue.SimpleQueue[Event | None]] = []
         self._matched = False
+        self._last_layout: tuple[str, header.Header] | None = None
         connection.listen(self._on_signal)
 
     # -- models ------------------------------------------------------------------------------------------------------
@@ -390,9 +391,11 @@ class Client:
         )
         path, fd, layout, details = reply.body
         details = plain(details)
-        return Lease(
-            self, path, fd, header.parse(layout.encode(), data_bytes=details["size_bytes"], path=name), details
-        )
+        # Leased again and again, as by engines that wake, a checkpoint's layout is understood once.
+        if self._last_layout is None or self._last_layout[0] != layout:
+            parsed = header.parse(layout.encode(), data_bytes=details["size_bytes"], path=name)
+            self._last_layout = layout, parsed
+        return Lease(self, path, fd, self._last_layout[1], details)
 
     def chat(self, name: str, messages: Sequence[inference.Message], **parameters: Any) -> str:
         """Asks the active model, which must be `name`; swap to it first."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from flashd.errors import DeviceFailed, OutOfMemory
+from flashd.errors import DeviceFailed, FlashdError, OutOfMemory
 from flashd.units import format_bytes
 
 _OUT_OF_MEMORY = 2
@@ -60,6 +60,13 @@ def gpus() -> list[Gpu]:
     if why_none():
         return []
     return [_describe(ordinal) for ordinal in range(_call("cuDeviceGetCount"))]
+
+
+def wake_up() -> None:
+    """Does now what the first calls would do, which takes a third of a second or more; errors are for them to raise."""
+    with contextlib.suppress(FlashdError):
+        for gpu in gpus():
+            context(gpu.ordinal)
 
 
 @functools.cache
@@ -251,6 +258,14 @@ def register(ordinal: int, address: int, size_bytes: int) -> None:
 def unregister(ordinal: int, address: int) -> None:
     enter(ordinal)
     _call("cuMemHostUnregister", address)
+
+
+def read(ordinal: int, address: int, size_bytes: int) -> bytes:
+    """A little of a device's memory; for more there is the streamer."""
+    enter(ordinal)
+    buffer = ctypes.create_string_buffer(size_bytes)
+    _call("cuMemcpyDtoH", ctypes.addressof(buffer), address, size_bytes)
+    return buffer.raw
 
 
 def copy_to_device(ordinal: int, target: int, address: int, size_bytes: int) -> None:

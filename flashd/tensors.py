@@ -6,6 +6,7 @@ Imports torch only when called: clients that do not ask for tensors do not need 
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 import weakref
@@ -107,6 +108,7 @@ def aliases(layout: Header) -> Mapping[str, str]:
     return {alias: name for alias, name in found.items() if isinstance(name, str)}
 
 
+@functools.cache
 def _dtype(name: str) -> torch.dtype:
     import torch
 

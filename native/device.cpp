@@ -248,6 +248,9 @@ std::unique_ptr<Transfer> load_device(File file, uint64_t start, uint64_t length
             load_from_page_cache(transfer, *shared, start, length, target, digests, staging, chosen);
             return;
         }
+        // The staging memory is there anyway, and a deeper queue keeps some disks busier.
+        chosen.depth =
+            std::max<unsigned>(chosen.depth, static_cast<unsigned>(staging->memory().size() / block * 3 / 4));
         StagingShare share(staging);
         const auto inspect = [&](const Parcel& parcel) {
             if (digests.empty() || transfer.cancelled()) return;
