@@ -101,6 +101,7 @@ def plot() -> str:
     report = newest("h100")["peers"]
     rows = {row["name"]: row for row in report["rows"]}
     width, left, bar, gap, top = 860, 190, 16, 14, 64
+    count = len(rows["peer.flashd.cold"]["runs"])
     height = top + len(LOADERS) * (2 * bar + gap) + 52
     panels = [("cold", "from the disk", 0), ("warm", "file in the page cache", 1)]
     span = (width - left - 90) / 2
@@ -110,7 +111,7 @@ def plot() -> str:
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
         '<text x="12" y="24" font-size="15" font-weight="bold">One checkpoint to tensors on the GPU, GB/s</text>',
         f'<text x="12" y="{height - 28}" fill="#666">{escape(report["device"])}, {report["date"][:10]}</text>',
-        f'<text x="12" y="{height - 10}" fill="#666">medians of {len(rows["peer.flashd.cold"]["runs"])} interleaved runs; '
+        f'<text x="12" y="{height - 10}" fill="#666">medians of {count} interleaved runs; '
         "the line is the limit measured among them: the raw read, and one copy of pinned memory</text>",
     ]
     for how, title, column in panels:

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import mmap
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +26,7 @@ from flashd import errors
 from flashd.private_bus import PrivateBus
 from flashd.units import MiB
 
+FLASH = [sys.executable, "-c", "from flashd.cli import main; main()"]
 SIMULATED = "[memory]\nsimulated_device = '64MiB'\ndevice_budget = '48MiB'\nhost_budget = '64MiB'\n"
 
 
@@ -259,3 +263,17 @@ def test_leased_memory_maps_for_reading_only(client: flashd.Client, tmp_path: Pa
     model(client, tmp_path, "a", MiB)
     with client.lease("a", device="sim:0") as lease, pytest.raises(PermissionError):
         mmap.mmap(lease.fd, 0, mmap.MAP_SHARED, mmap.PROT_WRITE)
+
+
+def test_bench_memory_goes_from_the_call_to_tensors(client: flashd.Client, daemon: Daemon, tmp_path: Path) -> None:
+    model(client, tmp_path, "a", 20 * MiB)
+    done = subprocess.run(
+        [*FLASH, "--bus", daemon.address, "bench", "memory", "a", "--runs", "3", "--json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads(done.stdout)["rows"]}
+    assert set(rows) == {"resident_lease", "resident_map", "host_to_device"}
+    assert all(len(row["runs"]) == 3 and row["ratio"] for row in rows.values())
+    assert rows["resident_map"]["value"] < rows["resident_lease"]["value"]
+    assert client.model("a").leases == 0
