@@ -172,8 +172,9 @@ def _device_steps(
             figures["device digests"].append(_load_device(file, subject, link, digests=subject.digests).gb_per_s)
 
     def from_memory() -> None:
-        for _ in range(_SHORT_REPEATS if ram_file else 0):
-            timed(ram_file, "ram", page_cache=True)
+        if ram_file:
+            for _ in range(_SHORT_REPEATS):
+                timed(ram_file, "ram", page_cache=True)
 
     def plain_copy() -> None:
         for _ in range(_SHORT_REPEATS):

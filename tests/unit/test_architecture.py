@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "daemon": {"swap", "engines", "memory", "store", "checkpoint", "streamer", "bus", "private_bus", "cuda"},
     "client": {"bus", "checkpoint", "tensors", "inference"},
     "bench": {"streamer", "checkpoint", "memory", "client", "cuda"},
-    "cli": {"client", "inference", "private_bus", "checkpoint", "bench", "streamer", "memory"},
+    "cli": {"client", "inference", "private_bus", "checkpoint", "bench", "streamer", "memory", "cuda"},
     "__init__": {"client"},
 }
 TORCH_IMPORTERS = {"flashd.tensors", "flashd.checkpoint.unpickle"}
