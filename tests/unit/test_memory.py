@@ -488,6 +488,8 @@ async def test_a_device_is_filled_from_the_host_tier_where_that_has_it() -> None
     with pytest.raises(InvalidArgument, match="no device 'cuda:7'"):
         await residency.acquire(a, device="cuda:7")
     residency.close()
+    with pytest.raises(InvalidArgument, match="there is no GPU here"):
+        Residency(host_of(4096), mover).place("device")
 
 
 async def test_who_wants_it_on_a_device_while_it_comes_to_the_host_waits_for_that() -> None:
