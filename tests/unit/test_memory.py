@@ -220,7 +220,8 @@ async def test_who_comes_while_a_load_is_given_up_gets_another_one() -> None:
 
     residency = Residency(host_of(4096), SlowToEnd())
     first = asyncio.create_task(residency.acquire(checkpoint("a", 4096)))
-    await asyncio.sleep(0.01)
+    while not started:
+        await asyncio.sleep(0.001)
     first.cancel()
     await asyncio.sleep(0)
     with await residency.acquire(checkpoint("a", 4096)):
