@@ -461,9 +461,25 @@ class Client:
 
     def watch(self) -> Iterator[Event]:
         """Every change, as it happens, until the daemon ends."""
-        with self._subscribed() as events:
+        with self.subscribed() as events:
             while (event := events.get()) is not None:
                 yield event
+
+    @contextlib.contextmanager
+    def subscribed(self) -> Iterator[queue.SimpleQueue[Event | None]]:
+        """Like `watch`, for who waits for other things too: a queue of all changes from now on, None at the end."""
+        if not self._matched:
+            self._run(self._connection.add_match(_MATCH))
+            self._run(self._connection.add_match(_GONE))
+            self._matched = True
+        events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._subscribers.append(events)
+        gone = self._run(_when_closed(self._connection, lambda: events.put(None)))
+        try:
+            yield events
+        finally:
+            self._subscribers.remove(events)
+            self._loop.call_soon_threadsafe(gone.cancel)
 
     def close(self) -> None:
         if self._thread.is_alive():
@@ -516,22 +532,6 @@ class Client:
     def _objects(self, interface: str, make: Callable[[str, Properties], T]) -> list[T]:
         (objects,) = self._call(wire.ROOT_PATH, OBJECT_MANAGER, "GetManagedObjects")
         return [make(path, found[interface]) for path, found in objects.items() if interface in found]
-
-    @contextlib.contextmanager
-    def _subscribed(self) -> Iterator[queue.SimpleQueue[Event | None]]:
-        """A queue of all changes from now on; None when the daemon has gone."""
-        if not self._matched:
-            self._run(self._connection.add_match(_MATCH))
-            self._run(self._connection.add_match(_GONE))
-            self._matched = True
-        events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._subscribers.append(events)
-        gone = self._run(_when_closed(self._connection, lambda: events.put(None)))
-        try:
-            yield events
-        finally:
-            self._subscribers.remove(events)
-            self._loop.call_soon_threadsafe(gone.cancel)
 
     def _on_signal(self, signal: Received) -> None:
         match signal.interface, signal.member:
