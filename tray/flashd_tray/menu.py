@@ -312,7 +312,7 @@ def _end(preferences: Preferences, _: Words) -> Menu:
 
 
 def explain(error_name: str, message: str, hint: str, _: Words) -> str:
-    """What a person should read of an error: what happened, in a sentence of ours where it is common, and the remedy."""
+    """What a person should read of an error: what happened, in our words where it is common, and the remedy."""
     if error_name == NotAuthorized.bus_name():
         message = _("You may not do this: {why}", why=message)
     elif error_name == OutOfMemory.bus_name():
@@ -321,20 +321,15 @@ def explain(error_name: str, message: str, hint: str, _: Words) -> str:
 
 
 def _job_name(job: JobView, _: Words) -> str:
-    match job.kind:
-        case "swap":
-            return _("Swapping to {model}", model=job.subject)
-        case "load":
-            return _("Loading {model}", model=job.subject)
-        case "park":
-            return _("Parking {model}", model=job.subject)
-        case "import":
-            return _("Converting {model}", model=job.subject)
-        case "verify":
-            return _("Verifying {model}", model=job.subject)
-        case "scrub":
-            return _("Checking the store")
-    return f"{job.kind} {job.subject}"
+    names = {
+        "swap": _("Swapping to {model}", model=job.subject),
+        "load": _("Loading {model}", model=job.subject),
+        "park": _("Parking {model}", model=job.subject),
+        "import": _("Converting {model}", model=job.subject),
+        "verify": _("Verifying {model}", model=job.subject),
+        "scrub": _("Checking the store"),
+    }
+    return names.get(job.kind, f"{job.kind} {job.subject}")
 
 
 def _job_line(job: JobView, _: Words) -> str:

@@ -87,7 +87,7 @@ class Watcher:
 
     def _gathered(self, events: queue.SimpleQueue[Event | None]) -> list[Event] | None:
         """The events that came together; none when it is time to ask; None when there will be no more."""
-        batch = []
+        batch: list[Event] = []
         deadline = time.monotonic() + _PATIENCE_S
         while not self._stopping.is_set():
             try:
