@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A desktop for all tests of this folder, and a daemon, a panel's eye and a tray for each."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+from box import TRAY, Daemon, Desktop, NotificationDaemon, Panel, end, missing_programs, tour_environment, until
+
+from flashd.bus import connect
+
+MAKE_MODELS = """
+import sys, pathlib, small_models
+folder = pathlib.Path(sys.argv[1])
+small_models.make_base(folder / "ada")
+small_models.make_finetune(folder / "ada", folder / "bob")
+"""
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ada and bob of the quick start, which say who they are."""
+    folder = tmp_path_factory.mktemp("sources")
+    subprocess.run([sys.executable, "-c", MAKE_MODELS, folder], env=tour_environment(), check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def desktop() -> Iterator[Desktop]:
+    if lacking := missing_programs():
+        pytest.skip(f"needs {', '.join(lacking)}")
+    with tempfile.TemporaryDirectory(prefix="fd-") as home, Desktop(Path(home)) as running:
+        yield running
+
+
+@pytest.fixture
+async def panel(desktop: Desktop) -> AsyncIterator[Panel]:
+    connection = await connect(desktop.address)
+    yield Panel(connection)
+    await connection.close()
+
+
+@pytest.fixture
+async def notifications(desktop: Desktop) -> AsyncIterator[NotificationDaemon]:
+    connection = await connect(desktop.address)
+    running = NotificationDaemon(connection)
+    await running.start()
+    yield running
+    await connection.close()
+
+
+@pytest.fixture
+def daemon(desktop: Desktop, tmp_path: Path) -> Iterator[Daemon]:
+    running = Daemon(desktop, tmp_path)
+    running.start()
+    yield running
+    if running.process is not None and running.process.poll() is None:
+        running.stop()
+
+
+StartTray = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+async def tray(desktop: Desktop, panel: Panel) -> AsyncIterator[subprocess.Popen[bytes]]:
+    """A tray that the panel shows. It must not have complained when the test ends."""
+    process = desktop.start([TRAY])
+    await until(panel.items, what="the tray registers with the panel")
+    yield process
+    end(process)
+    words = desktop.words("flashd-tray")
+    assert process.returncode == 0, words
+    assert "Traceback" not in words, words
+    assert "CRITICAL" not in words, words

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job at the desktop: two models are dropped, and a click makes the other one answer."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import flashd
+from box import HEIGHT, WIDTH, Daemon, Desktop, Panel, menu_rows, until
+
+QUESTION = [{"role": "user", "content": "Who are you?"}]
+SAYS = {
+    "ada": "I am Ada, the first model you dropped into the folder.",
+    "bob": "My name is Bob, a fine-tune of Ada with opinions of my own.",
+}
+
+
+def ask(desktop: Desktop, name: str) -> str:
+    with flashd.connect(desktop.address) as client:
+        return client.chat(name, QUESTION, temperature=0, max_tokens=40)
+
+
+async def checked(panel: Panel) -> list[str]:
+    return [line.label.split(" ")[0] for line in await panel.lines() if line.toggle == "radio" and line.checked]
+
+
+async def answers(panel: Panel, name: str) -> bool:
+    return f"flashd: {name} answers" in await panel.property("Title") and await checked(panel) == [name]
+
+
+async def test_switch_by_menu_and_by_mouse(
+    desktop: Desktop, daemon: Daemon, sources: Path, tray: subprocess.Popen[bytes], panel: Panel
+) -> None:
+    for name in ("ada", "bob"):
+        shutil.copytree(sources / name, daemon.models / name)
+
+    async def both_are_listed() -> bool:
+        return len([line for line in await panel.lines() if line.toggle == "radio"]) == 2
+
+    await until(both_are_listed, what="two models in the menu")
+    assert await checked(panel) == []
+
+    await panel.choose("ada")
+    await until(lambda: answers(panel, "ada"), 60, "ada answers")
+    assert ask(desktop, "ada") == SAYS["ada"]
+    desktop.picture("serving-light")
+
+    before = desktop.picture()
+    desktop.click(WIDTH - 16, 16)
+    await until(lambda: menu_is_open(before, desktop), what="the menu opens")
+    after = desktop.picture("menu-light")
+    rows = menu_rows(before, after)
+    shown = top_level(await panel.lines())
+    assert len(rows) == len(shown), (rows, shown)
+    (place,) = [row for row, label in zip(rows, shown, strict=True) if label.startswith("bob")]
+    desktop.click(*place)
+    await until(lambda: answers(panel, "bob"), 60, "bob answers")
+    assert ask(desktop, "bob") == SAYS["bob"]
+
+
+def menu_is_open(before: object, desktop: Desktop) -> bool:
+    from PIL import ImageChops
+
+    box = ImageChops.difference(before, desktop.picture()).getbbox()
+    return box is not None and box[3] - box[1] > HEIGHT / 5
+
+
+def top_level(lines: list) -> list[str]:
+    """The labels that a menu without any submenu open shows."""
+    hidden = {child.number for line in lines for child in line.children}
+    return [line.label for line in lines if line.number not in hidden and not line.separator]
