@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from dbus_next import Variant
 from PIL import Image, ImageChops
+from safetensors.numpy import save_file
 
 from flashd.bus import PROPERTIES, Connection, Received, Reply, plain
 
@@ -135,6 +139,14 @@ class Desktop:
     def click(self, x: int, y: int, button: int = 1) -> None:
         self.run("xdotool", "mousemove", str(x), str(y), "click", str(button))
 
+    def windows(self, title: str) -> list[str]:
+        """Visible windows whose title is this one."""
+        done = subprocess.run(
+            ["xdotool", "search", "--onlyvisible", "--name", f"^{title}$"],
+            env=self.environment, capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+        return done.stdout.split()
+
     def _printed(self, command: list[str]) -> str:
         """Starts a program that prints one line when it is ready."""
         process = subprocess.Popen(
@@ -182,7 +194,9 @@ class Panel:
 
     async def items(self) -> list[str]:
         try:
-            found: list[str] = await self._get(WATCHER, "/StatusNotifierWatcher", WATCHER, "RegisteredStatusNotifierItems")
+            found: list[str] = await self._get(
+                WATCHER, "/StatusNotifierWatcher", WATCHER, "RegisteredStatusNotifierItems"
+            )
         except Exception:  # noqa: BLE001 -- the panel is on its way
             return []
         return found
@@ -212,8 +226,24 @@ class Panel:
         menu = await self._get(destination, path, ITEM, "Menu")
         line = await self.line(beginning)
         await self.connection.call(destination, menu, MENU, "AboutToShow", "i", (line.number,))
-        event = (line.number, "clicked", _variant("i", 0), int(time.time()) & 0xFFFFFFFF)
+        event = (line.number, "clicked", Variant("i", 0), int(time.time()) & 0xFFFFFFFF)
         await self.connection.call(destination, menu, MENU, "Event", "isvu", event)
+
+    async def has(self, beginning: str) -> bool:
+        return any(label.startswith(beginning) for label in await self.labels())
+
+    async def says(self, words: str) -> bool:
+        """Whether the tooltip does."""
+        return words in await self.property("Title")
+
+    async def is_checked(self, beginning: str) -> bool:
+        return (await self.line(beginning)).checked
+
+    async def is_unchecked(self, beginning: str) -> bool:
+        return not await self.is_checked(beginning)
+
+    async def is_empty(self) -> bool:
+        return not await self.items()
 
     async def _item(self) -> tuple[str, str]:
         item = (await self.items())[0]
@@ -223,12 +253,6 @@ class Panel:
     async def _get(self, destination: str, path: str, interface: str, name: str) -> Any:
         reply = await self.connection.call(destination, path, PROPERTIES, "Get", "ss", (interface, name))
         return plain(reply.body[0])
-
-
-def _variant(signature: str, value: object) -> Any:
-    from dbus_next import Variant
-
-    return Variant(signature, value)
 
 
 def _line(node: list[Any]) -> Line:
@@ -329,6 +353,13 @@ async def until(condition: Callable[[], Any], timeout_s: float = 30.0, what: str
             return holds
         assert time.monotonic() < deadline, f"it did not come to pass: {what}"
         await asyncio.sleep(0.05)
+
+
+def make_unsupported(folder: Path) -> None:
+    """A model that converts, and that no engine can run."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"architectures": ["TinyForNothing"], "model_type": "tiny"}))
+    save_file({"weight": np.arange(3000, dtype=np.float32)}, folder / "model.safetensors")
 
 
 def tour_environment() -> Mapping[str, str]:

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from box import TRAY, Daemon, Desktop, Panel, until
+from box import TRAY, Daemon, Desktop, Panel, make_unsupported, until
 
 # Put before everything else by the interpreter itself (site): the machine as it is where a package is not installed.
 WITHOUT_INDICATOR = """
@@ -77,10 +77,10 @@ async def test_never_takes_a_backend_without_a_menu(desktop: Desktop, panel: Pan
 
 async def test_quits_without_a_notification_daemon(tray: subprocess.Popen[bytes], panel: Panel) -> None:
     """And leaves nothing in the panel; the fixture sees that nothing was complained about."""
-    await until(lambda: _has(panel, "Quit"))
+    await until(lambda: panel.has("Quit"))
     await panel.choose("Quit")
     assert tray.wait(timeout=10) == 0
-    await until(lambda: _is_empty(panel), what="the icon goes")
+    await until(panel.is_empty, what="the icon goes")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -90,15 +90,15 @@ async def test_signals_end_it_properly(tray: subprocess.Popen[bytes], panel: Pan
     tray.send_signal(number)
     assert tray.wait(timeout=10) == 0
     assert not folder.exists()
-    await until(lambda: _is_empty(panel), what="the icon goes")
+    await until(panel.is_empty, what="the icon goes")
 
 
 async def test_items_keep_their_numbers_while_only_words_change(tray: subprocess.Popen[bytes], panel: Panel) -> None:
-    await until(lambda: _has(panel, "Start at login"))
+    await until(lambda: panel.has("Start at login"))
     before = await panel.lines()
     assert not (await panel.line("Start at login")).checked
     await panel.choose("Start at login")
-    await until(lambda: _is_checked(panel, "Start at login"), what="the tick")
+    await until(lambda: panel.is_checked("Start at login"), what="the tick")
     assert [(line.number, line.label) for line in await panel.lines()] == [(b.number, b.label) for b in before]
 
 
@@ -106,14 +106,14 @@ async def test_a_radio_item_tells_the_truth_after_a_click_that_failed(
     desktop: Desktop, daemon: Daemon, tray: subprocess.Popen[bytes], panel: Panel
 ) -> None:
     make_unsupported(daemon.models / "nobody")
-    await until(lambda: _has(panel, "nobody"), what="the model in the menu")
+    await until(lambda: panel.has("nobody"), what="the model in the menu")
     await panel.choose("nobody")
-    await until(lambda: _says(panel, "Swapping to nobody failed"), what="the failure in the tooltip")
-    await until(lambda: _is_unchecked(panel, "nobody"), what="no tick at a model that does not answer")
+    await until(lambda: panel.says("Swapping to nobody failed"), what="the failure in the tooltip")
+    await until(lambda: panel.is_unchecked("nobody"), what="no tick at a model that does not answer")
     assert await panel.property("IconName") == "flashd-tray-failed"
     desktop.picture("failed-light")
     await panel.choose("Mark errors as seen")
-    await until(lambda: _says(panel, "No model is active"), what="the failure was seen")
+    await until(lambda: panel.says("No model is active"), what="the failure was seen")
 
 
 async def test_the_icon_has_a_file_of_each_size(tray: subprocess.Popen[bytes], panel: Panel) -> None:
@@ -124,37 +124,5 @@ async def test_the_icon_has_a_file_of_each_size(tray: subprocess.Popen[bytes], p
 
 
 async def test_the_icon_says_in_words_what_it_shows(tray: subprocess.Popen[bytes], panel: Panel) -> None:
-    await until(lambda: _says(panel, "flashd is not running"))
+    await until(lambda: panel.says("flashd is not running"))
     assert await panel.property("IconAccessibleDesc") == "flashd is not running"
-
-
-def make_unsupported(folder: Path) -> None:
-    """A model that converts, and that no engine can run."""
-    import json
-
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"architectures": ["TinyForNothing"], "model_type": "tiny"}))
-    save_file({"weight": np.arange(3000, dtype=np.float32)}, folder / "model.safetensors")
-
-
-async def _has(panel: Panel, beginning: str) -> bool:
-    return any(label.startswith(beginning) for label in await panel.labels())
-
-
-async def _says(panel: Panel, words: str) -> bool:
-    return words in await panel.property("Title")
-
-
-async def _is_checked(panel: Panel, beginning: str) -> bool:
-    return (await panel.line(beginning)).checked
-
-
-async def _is_unchecked(panel: Panel, beginning: str) -> bool:
-    return not (await panel.line(beginning)).checked
-
-
-async def _is_empty(panel: Panel) -> bool:
-    return not await panel.items()

@@ -7,8 +7,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import flashd
 from box import HEIGHT, WIDTH, Daemon, Desktop, Panel, menu_rows, until
+
+import flashd
 
 QUESTION = [{"role": "user", "content": "Who are you?"}]
 SAYS = {

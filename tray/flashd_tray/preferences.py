@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import shlex
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,11 +96,17 @@ class PreferencesFile:
         return False
 
     def _entry(self) -> str:
-        command = shlex.join(self._command).replace("%", "%%")  # a lone % would be a field code
+        command = " ".join(_exec_argument(word) for word in self._command)
         return (
             "[Desktop Entry]\nType=Application\nName=flashd\nComment=Switch between language models\n"
             f"Exec={command}\nIcon=flashd\nX-GNOME-Autostart-enabled=true\n"
         )
+
+
+def _exec_argument(word: str) -> str:
+    """Desktop Entry Specification, The Exec key: quoted for it, and then for a value of type string."""
+    quoted = '"' + re.sub(r'(["`$\\])', r"\\\1", word) + '"' if re.search(r"[^\w@%+=:,./-]", word) else word
+    return quoted.replace("\\", "\\\\").replace("%", "%%")  # a lone % would be a field code
 
 
 def config_home() -> Path:
