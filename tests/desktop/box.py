@@ -222,9 +222,11 @@ class Panel:
 
     async def choose(self, beginning: str) -> None:
         """Clicks an item as a panel does: by the menu protocol."""
+        await self.choose_line(await self.line(beginning))
+
+    async def choose_line(self, line: Line) -> None:
         destination, path = await self._item()
         menu = await self._get(destination, path, ITEM, "Menu")
-        line = await self.line(beginning)
         await self.connection.call(destination, menu, MENU, "AboutToShow", "i", (line.number,))
         event = (line.number, "clicked", Variant("i", 0), int(time.time()) & 0xFFFFFFFF)
         await self.connection.call(destination, menu, MENU, "Event", "isvu", event)
