@@ -126,3 +126,17 @@ async def test_the_icon_has_a_file_of_each_size(tray: subprocess.Popen[bytes], p
 async def test_the_icon_says_in_words_what_it_shows(tray: subprocess.Popen[bytes], panel: Panel) -> None:
     await until(lambda: panel.says("flashd is not running"))
     assert await panel.property("IconAccessibleDesc") == "flashd is not running"
+
+
+async def test_items_keep_their_numbers_while_others_come_and_go(
+    daemon: Daemon, tray: subprocess.Popen[bytes], panel: Panel
+) -> None:
+    await until(lambda: panel.says("No model is active"))
+    for name in ("one", "two"):
+        before = {line.label: line.number for line in await panel.lines() if line.label and not line.separator}
+        make_unsupported(daemon.models / name)
+        await until(lambda name=name: panel.has(f"{name} · "), what="the model in the menu")
+        after = {line.label: line.number for line in await panel.lines() if line.label and not line.separator}
+        assert {label: number for label, number in before.items() if label in after} == {
+            label: number for label, number in after.items() if label in before
+        }

@@ -2,8 +2,8 @@
 """How do icon and menu get into the panel? pystray's indicator, with its faults closed in one place.
 
 Import it through `shell.load`. Closed here, each with a test in tests/desktop/test_pystray_faults.py (pystray 0.19.5):
-- `update_menu`, which it calls after each click too, makes a new menu, renumbers every item and closes what somebody
-  has open: `_update_menu_now`;
+- `update_menu`, which it calls after each click too, makes a new menu and renumbers every item, so that a panel closes
+  the menu that somebody has open, or clicks the wrong item: `_adjust` changes the one menu there is, item by item;
 - beginning and quitting raise GLib.Error where there is no notification daemon: `_initialize`, `_finalize`;
 - it resets SIGINT, and its main loop hears no other signal: `run`;
 - each change of the icon is written to a temporary file of one size: `_update_icon`;
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +23,39 @@ import gi
 import pystray
 
 gi.require_version("AyatanaAppIndicator3", "0.1")
-from gi.repository import GLib  # noqa: E402 -- versions are chosen before
+from gi.repository import GLib, Gtk  # noqa: E402 -- versions are chosen before
 from gi.repository.AyatanaAppIndicator3 import IndicatorStatus  # noqa: E402
 
 from flashd_tray.menu import Action, Entry, Kind, Menu  # noqa: E402
+
+Identity = tuple[str, Kind, bool, str]
 
 
 class _Item(pystray.MenuItem):  # type: ignore[misc]
     """A menu item that knows which entry it shows."""
 
-    def __init__(self, entry: Entry, children: list[Any], on_click: Callable[[Entry], None]) -> None:
+    def __init__(self, entry: Entry, on_click: Callable[[Entry], None]) -> None:
         super().__init__(
             entry.label,
-            pystray.Menu(*children) if children else lambda: on_click(entry),
+            lambda: on_click(entry),
             checked=None if entry.kind is Kind.ITEM else lambda _item: entry.checked,
             radio=entry.kind is Kind.RADIO,
             enabled=entry.enabled,
         )
-        self.entry = entry
+
+
+@dataclass(slots=True)
+class _Row:
+    """An entry as it is shown now, and what stands below it."""
+
+    entry: Entry
+    widget: Any
+    rows: list[_Row]
+    submenu: Any = None
+
+    @property
+    def identity(self) -> Identity:
+        return _identity(self.entry)
 
 
 class Indicator(pystray.Icon):  # type: ignore[misc]
@@ -49,10 +66,10 @@ class Indicator(pystray.Icon):  # type: ignore[misc]
         self._on_action = on_action
         self._wanted: Menu = ()
         self._entries: dict[str, Entry] = {}
-        self._widgets: dict[str, Any] = {}
-        self._shown_shape: object = None
+        self._rows: list[_Row] = []
         self._changing = False
         self._title = name
+        self._menu_handle: Any = None
         super().__init__(name)
 
     def show(self, icon_name: str, title: str, menu: Menu) -> None:
@@ -92,39 +109,63 @@ class Indicator(pystray.Icon):  # type: ignore[misc]
         if action is not None and not self._changing:
             self._on_action(action)
 
-    def _items(self, menu: Menu) -> list[Any]:
-        return [
-            pystray.Menu.SEPARATOR
-            if entry.kind is Kind.SEPARATOR
-            else _Item(entry, self._items(entry.children), self._clicked)
-            for entry in menu
-        ]
-
     def _update_menu_now(self) -> None:
-        shape = _shape(self._wanted)
-        if shape == self._shown_shape:
-            self._change_in_place()
+        if not self._wanted:
             return
-        self._shown_shape = shape
-        self._widgets = {}
-        self._menu = pystray.Menu(*self._items(self._wanted))
-        self._menu_handle = self._create_menu(self._menu)
-        self._appindicator.set_menu(self._menu_handle)
+        if self._menu_handle is None:
+            self._menu_handle = Gtk.Menu()
+            self._adjust(self._menu_handle, self._rows, self._wanted)
+            self._appindicator.set_menu(self._menu_handle)  # for good
+        else:
+            self._adjust(self._menu_handle, self._rows, self._wanted)
 
-    def _change_in_place(self) -> None:
+    def _adjust(self, shown: Any, rows: list[_Row], wanted: Menu) -> None:
+        """Makes a menu show the wanted entries: what can stay stays, with its number; the rest goes, or comes."""
+        matched = SequenceMatcher(None, [row.identity for row in rows], [_identity(e) for e in wanted], autojunk=False)
+        after: list[_Row] = []
+        for operation, start, stop, first, last in matched.get_opcodes():
+            if operation == "equal":
+                kept = rows[start:stop]
+                for row, entry in zip(kept, wanted[first:last], strict=True):
+                    self._refresh(row, entry)
+                after += kept
+                continue
+            for row in rows[start:stop]:
+                shown.remove(row.widget)
+            for entry in wanted[first:last]:
+                row = self._made(entry)
+                shown.insert(row.widget, len(after))
+                after.append(row)
+        rows[:] = after
+
+    def _made(self, entry: Entry) -> _Row:
+        separator = entry.kind is Kind.SEPARATOR
+        widget = self._create_menu_item(pystray.Menu.SEPARATOR if separator else _Item(entry, self._clicked))
+        row = _Row(entry, widget, [])
+        if entry.children:
+            row.submenu = Gtk.Menu()
+            self._adjust(row.submenu, row.rows, entry.children)
+            widget.set_submenu(row.submenu)
+        widget.show()
+        return row
+
+    def _refresh(self, row: _Row, entry: Entry) -> None:
         """Only what differs from what is shown: a click has ticked its item, whether or not it came true."""
+        row.entry = entry
+        if entry.kind is Kind.SEPARATOR:
+            return
         self._changing = True
         try:
-            for key, widget in self._widgets.items():
-                entry = self._entries[key]
-                if widget.get_label() != entry.label:
-                    widget.set_label(entry.label)
-                if widget.get_sensitive() != entry.enabled:
-                    widget.set_sensitive(entry.enabled)
-                if entry.kind is not Kind.ITEM and widget.get_active() != entry.checked:
-                    widget.set_active(entry.checked)
+            if row.widget.get_label() != entry.label:
+                row.widget.set_label(entry.label)
+            if row.widget.get_sensitive() != entry.enabled:
+                row.widget.set_sensitive(entry.enabled)
+            if entry.kind is not Kind.ITEM and row.widget.get_active() != entry.checked:
+                row.widget.set_active(entry.checked)
         finally:
             self._changing = False
+        if row.submenu is not None:
+            self._adjust(row.submenu, row.rows, entry.children)
 
     # -- what pystray calls, in place of its own ---------------------------------------------------------------------
 
@@ -136,14 +177,7 @@ class Indicator(pystray.Icon):  # type: ignore[misc]
         del self._appindicator
 
     def _update_menu(self) -> None:
-        if self._wanted:
-            GLib.idle_add(self._update_menu_now)
-
-    def _create_menu_item(self, item: Any) -> Any:
-        widget = super()._create_menu_item(item)
-        if isinstance(item, _Item):
-            self._widgets[item.entry.key] = widget
-        return widget
+        GLib.idle_add(self._update_menu_now)
 
     def _show(self) -> None:
         self._update_icon()
@@ -164,6 +198,10 @@ def _all(menu: Menu) -> list[Entry]:
     return [found for entry in menu for found in (entry, *_all(entry.children))]
 
 
-def _shape(menu: Menu) -> object:
-    """What cannot be changed in place: which entries there are, of which kind, in which order."""
-    return tuple((entry.key, entry.kind, _shape(entry.children)) for entry in menu)
+def _identity(entry: Entry) -> Identity:
+    """What cannot be changed in place.
+
+    A label with an underscore is among that: libdbusmenu doubles it for a new item (where a single one would stand
+    before an access key) and forgets to when a label changes, so that my_model would be shown as mymodel.
+    """
+    return entry.key, entry.kind, bool(entry.children), entry.label if "_" in entry.label else ""
