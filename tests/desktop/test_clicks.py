@@ -128,3 +128,10 @@ async def test_a_denial_is_explained(
     desktop.picture("denied")
     assert denying.asked == ["Swap"]
     await until(lambda: panel.is_unchecked("ada"))
+
+
+@pytest.mark.parametrize(("language", "said"), [("de_DE:de", "flashd läuft nicht"), ("zh_CN", "flashd 未运行")])
+async def test_speaks_the_language_of_the_desktop(desktop: Desktop, panel: Panel, language: str, said: str) -> None:
+    desktop.start([TRAY], LANGUAGE=language, LC_ALL="", LANG="de_DE.UTF-8")
+    await until(panel.items)
+    await until(lambda: panel.says(said))

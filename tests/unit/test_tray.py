@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from flashd.errors import Cancelled, EngineFailed, InvalidSource, NotAuthorized,
 
 ENGLISH = Words(["en"])
 GB = 10**9
+TRANSLATIONS = Path(__file__).parents[2] / "tray" / "translations"
 
 
 def status(active: str = "", *, items: tuple[InboxItem, ...] = ()) -> Status:
@@ -450,3 +453,43 @@ def test_a_theme_writes_each_icon_once(tmp_path: Path) -> None:
     written = [file.stat().st_mtime_ns for file in files]
     assert theme.icon(State.SWAPPING, 0.38) == name
     assert [file.stat().st_mtime_ns for file in files] == written
+
+
+# -- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_catalogs_are_complete_and_compiled() -> None:
+    if shutil.which("msgfmt") is None:
+        pytest.skip("needs gettext")
+    checked = subprocess.run([TRANSLATIONS, "--check"], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("language", "said"),
+    [
+        ("de", ["Wechsel zu bob: 50 %", "Arbeitsspeicher: 33 GB von 100 GB belegt", "Abbrechen: Wechsel zu bob"]),
+        ("zh_CN", ["切换到 bob：50%", "内存：已用 33 GB，共 100 GB", "取消：切换到 bob"]),
+        ("xx", ["Swapping to bob: 50 %", "Memory: 33 GB of 100 GB in use", "Cancel: Swapping to bob"]),
+    ],
+)
+def test_the_menu_speaks_the_language_of_the_desktop(language: str, said: list[str]) -> None:
+    shown = snapshot(model(), jobs=(job(done_bytes=1, total_bytes=2),))
+    assert [entry.label for entry in menu.describe(shown, Preferences(), Words([language]))[:3]] == said
+
+
+def test_numbers_and_plurals_follow_the_language() -> None:
+    german, chinese = Words(["de"]), Words(["zh_CN"])
+    assert german.size(16_400_000_000) == "16,4 GB"
+    assert german.duration(1.25) == "1,25 s"
+    assert chinese.size(16_400_000_000) == "16.4 GB"
+    more = ("{count} more model", "{count} more models")
+    assert [german.many(*more, n) for n in (1, 2)] == ["1 weiteres Modell", "2 weitere Modelle"]
+    assert [chinese.many(*more, n) for n in (1, 2)] == ["还有 1 个模型", "还有 2 个模型"]
+
+
+@pytest.mark.parametrize("language", ["de", "zh_CN"])
+def test_names_with_braces_stay_as_they_are(language: str) -> None:
+    for name in ("{model}", "{0}", "100 %", "ä{"):
+        entries = menu.describe(snapshot(model(name, active=True)), Preferences(), Words([language]))
+        assert any(name in entry.label for entry in everything(entries))

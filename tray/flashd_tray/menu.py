@@ -13,7 +13,6 @@ from enum import StrEnum
 
 from flashd.client import Model
 from flashd.errors import Cancelled, NotAuthorized, OutOfMemory
-from flashd.units import format_bytes, format_seconds
 from flashd_tray.preferences import Preferences, Topic
 from flashd_tray.snapshot import JobView, Snapshot, State
 from flashd_tray.words import Words
@@ -142,8 +141,8 @@ def _memory_lines(snapshot: Snapshot, _: Words) -> list[str]:
         _(
             "{memory}: {used} of {budget} in use",
             memory=_("Memory") if device.kind == "host" else device.name,
-            used=format_bytes(device.used_bytes),
-            budget=format_bytes(device.budget_bytes),
+            used=_.size(device.used_bytes),
+            budget=_.size(device.budget_bytes),
         )
         for device in snapshot.devices
     ]
@@ -205,7 +204,7 @@ def _radio(model: Model, _: Words) -> Entry:
 def model_label(model: Model, _: Words) -> str:
     """Name, size and where its bytes are now."""
     tiers = {"device": _("in GPU"), "host": _("warm"), "stored": _("on disk")}
-    parts = [model.name, format_bytes(model.size_bytes), tiers.get(model.residency, model.residency)]
+    parts = [model.name, _.size(model.size_bytes), tiers.get(model.residency, model.residency)]
     if model.pinned:
         parts.append(_("pinned"))
     return " · ".join(parts)
@@ -264,7 +263,7 @@ def _ended(job: JobView, _: Words) -> Entry:
     if job.failed:
         label = f"{FAILED_MARK} {_failure_line(job, _)}"
         return Entry(f"ended:{job.number}", label, action=Action(Verb.SHOW_ERROR, str(job.number)))
-    seconds = format_seconds(max(0.0, job.finished_at - job.created_at))
+    seconds = _.duration(job.finished_at - job.created_at)
     if job.state == "cancelled" or job.error_name == Cancelled.bus_name():
         return Entry(f"ended:{job.number}", _("{what}: cancelled", what=_job_name(job, _)))
     return Entry(

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flashd.errors import NotAuthorized, OutOfMemory, StoreFull
-from flashd.units import format_bytes, format_seconds
 from flashd_tray.menu import Action, Verb, explain
 from flashd_tray.preferences import Preferences, Topic
 from flashd_tray.snapshot import JobView, Snapshot
@@ -60,7 +59,7 @@ class Notices:
             return self._became_ready(job, now)
         if job.kind == "swap" and job.finished_at - job.created_at >= LONG_SWAP_S:
             _ = self._words
-            took = format_seconds(job.finished_at - job.created_at)
+            took = _.duration(job.finished_at - job.created_at)
             return Notice(Topic.SWAPPED, _("{model} answers", model=job.subject), _("The swap took {time}.", time=took))
         return None
 
@@ -94,8 +93,8 @@ class Notices:
             body = ", ".join(names[-NAMED:]) + (" …" if rest > 0 else "")
             return Notice(Topic.READY, title, body)
         size = next((model.size_bytes for model in now.models if model.name == job.subject), 0)
-        body = _("Converted in {time}.", time=format_seconds(max(0.0, job.finished_at - job.created_at)))
+        body = _("Converted in {time}.", time=_.duration(job.finished_at - job.created_at))
         if size:
-            body = f"{format_bytes(size)}. {body}"
+            body = f"{_.size(size)}. {body}"
         title = _("{model} is ready", model=job.subject)
         return Notice(Topic.READY, title, body, Action(Verb.SWAP, job.subject), _("Switch"))

@@ -10,6 +10,8 @@ import gettext
 from collections.abc import Sequence
 from pathlib import Path
 
+from flashd.units import format_bytes, format_seconds
+
 DOMAIN = "flashd-tray"
 CATALOGS = Path(__file__).parent / "locale"
 
@@ -25,6 +27,19 @@ class Words:
         """`values` go where the sentence says {name}, wherever the translation puts that."""
         translated = self._catalog.gettext(sentence)
         return translated.format(**values) if values else translated
+
+    def size(self, size_bytes: int) -> str:
+        """`16.4 GB`, with the decimal sign of the language."""
+        return self._localised(format_bytes(size_bytes))
+
+    def duration(self, seconds: float) -> str:
+        """`1.25 s`, with the decimal sign of the language."""
+        return self._localised(format_seconds(max(0.0, seconds)))
+
+    def _localised(self, number: str) -> str:
+        _ = self
+        # TRANSLATORS: the decimal sign, as in 1.5
+        return number.replace(".", _("."))
 
     def many(self, one: str, more: str, count: int, **values: object) -> str:
         """With the plural of the language; {count} stands for the number."""
