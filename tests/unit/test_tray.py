@@ -54,7 +54,7 @@ def job(kind: str = "swap", subject: str = "bob", state: str = "running", **chan
 
 def failed(kind: str = "import", subject: str = "carl", error: type = InvalidSource, **changes: object) -> JobView:
     given = {"error_name": error.bus_name(), "error_message": "config.json is missing", "error_hint": "add it"}
-    return job(kind, subject, "failed", finished_at=101.0, **(given | changes))
+    return job(kind, subject, "failed", **({"finished_at": 101.0} | given | changes))
 
 
 DEVICE = Device("host", "host", 128 * GB, 100 * GB, 33 * GB, 0, "shmem", "/org/flashd1/device/host")
@@ -293,7 +293,7 @@ def test_denials_and_refusals_are_explained() -> None:
 
 
 def told(*snapshots: Snapshot, preferences: Preferences | None = None) -> list[str]:
-    notices = Notices(ENGLISH)
+    notices = Notices(ENGLISH, clock=lambda: 500.0)
     found = [notice for shown in snapshots for notice in notices.of(shown, preferences or Preferences())]
     return [f"{notice.title}: {notice.body}" for notice in found]
 
@@ -353,6 +353,18 @@ def test_old_news_and_cancellations_are_not_told() -> None:
     assert told(Snapshot(), snapshot(jobs=(old,))) == []
     assert told(snapshot(), Snapshot(), snapshot(jobs=(old, failed()))) == []
     assert told(snapshot(), snapshot(jobs=(job(state="cancelled", finished_at=1.0),))) == []
+
+
+def test_what_ended_while_nobody_was_seen_is_told_late() -> None:
+    now = 1000.0
+    notices = Notices(ENGLISH, clock=lambda: now)
+    assert notices.of(snapshot(jobs=(failed(finished_at=999.0),)), Preferences()) == []
+    now = 1010.0
+    notices.of(snapshot(), Preferences())
+    notices.of(Snapshot(), Preferences())
+    now = 1100.0
+    (notice,) = notices.of(snapshot(jobs=(failed(finished_at=1009.0), failed(finished_at=1050.0))), Preferences())
+    assert notice.title == "carl could not be converted"
 
 
 @pytest.mark.parametrize("topic", list(Topic))

@@ -69,14 +69,25 @@ class Actions:
         threading.Thread(target=self._explained, args=(action,), name=f"tray {action.verb}", daemon=True).start()
 
     def import_paths(self, paths: Sequence[Path]) -> None:
-        """Makes models of files and folders, as `flash import` does. Returns when flashd has the files."""
+        """Makes models of files and folders, as `flash import` does. Returns when flashd has the files.
+
+        Starts the daemon where it is away: in the file manager nobody thinks of it.
+        """
         for path in paths:
             try:
-                with self._connect() as client:
+                with self._connected() as client:
                     client.begin_import(path, name_for(path))
             except FlashdError as error:
                 title = self._words("{model} could not be converted", model=path.name)
                 self._desktop.show_error(title, self._why(error))
+
+    def _connected(self) -> Client:
+        try:
+            return self._connect()
+        except Unavailable:
+            programs.start_daemon(self._bus)
+            self._on_started()
+            return self._connect()
 
     def _explained(self, action: Action) -> None:
         try:

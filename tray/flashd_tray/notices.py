@@ -7,6 +7,8 @@ known to whoever did it, and ten models dropped together make one notice that gr
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from flashd.errors import NotAuthorized, OutOfMemory, StoreFull
@@ -31,20 +33,27 @@ class Notice:
 
 
 class Notices:
-    """Follows the snapshots of one run. The first after the daemon was away tells nothing: that is old news."""
+    """Follows the snapshots of one run. After the daemon was away, what ended before we last saw it is old news."""
 
-    def __init__(self, words: Words) -> None:
+    def __init__(self, words: Words, clock: Callable[[], float] = time.time) -> None:
         self._words = words
+        self._clock = clock
+        self._seen_at = clock()
         self._before = Snapshot()
         self._ready: list[JobView] = []
 
     def of(self, now: Snapshot, preferences: Preferences) -> list[Notice]:
         """What is to be said about how `now` differs from the snapshot before."""
         before, self._before = self._before, now
-        if before.status is None or now.status is None:
+        if now.status is None:
             return []
-        ended = {job.number for job in before.jobs if job.finished}
-        fresh = [job for job in now.jobs if job.finished and job.number not in ended]
+        seen_at, self._seen_at = self._seen_at, self._clock()
+        finished = [job for job in now.jobs if job.finished]
+        if before.status is None:  # another daemon, maybe, that counts from one again
+            fresh = [job for job in finished if job.finished_at > seen_at]
+        else:
+            ended = {job.number for job in before.jobs if job.finished}
+            fresh = [job for job in finished if job.number not in ended]
         notices = filter(None, (self._about(job, now) for job in sorted(fresh, key=lambda job: job.finished_at)))
         # The last word of each kind: they replace each other on the screen anyway.
         latest = {notice.topic: notice for notice in notices if notice.topic in preferences.topics}
