@@ -22,7 +22,7 @@ from dbus_next import Variant
 from PIL import Image, ImageChops
 from safetensors.numpy import save_file
 
-from flashd.bus import PROPERTIES, Connection, Received, Reply, plain
+from flashd.bus import DBUS, DBUS_PATH, PROPERTIES, Connection, Received, Reply, plain
 
 ROOT = Path(__file__).parents[2]
 TRAY = ROOT / "build" / "tray" / "bin" / "flashd-tray"
@@ -39,7 +39,6 @@ PANEL = """<?xml version="1.0" encoding="UTF-8"?>
 <channel name="xfce4-panel" version="1.0">
   <property name="configver" type="int" value="2"/>
   <property name="panels" type="array"><value type="int" value="1"/>
-    {dark}
     <property name="panel-1" type="empty">
       <property name="position" type="string" value="p=6;x=0;y=0"/>
       <property name="length" type="uint" value="100"/>
@@ -99,11 +98,10 @@ class Desktop:
     def __exit__(self, *_: object) -> None:
         self._ends.close()
 
-    def set_up_panel(self, *, dark: bool = False) -> None:
+    def set_up_panel(self) -> None:
         folder = self.home / "config" / "xfce4" / "xfconf" / "xfce-perchannel-xml"
         folder.mkdir(parents=True, exist_ok=True)
-        mode = '<property name="dark-mode" type="bool" value="true"/>' if dark else ""
-        (folder / "xfce4-panel.xml").write_text(PANEL.format(dark=mode))
+        (folder / "xfce4-panel.xml").write_text(PANEL)
 
     def start(self, command: list[str | Path], **environment: str) -> subprocess.Popen[bytes]:
         """A program of this session; its words go to a file named after it."""
@@ -200,6 +198,10 @@ class Panel:
         except Exception:  # noqa: BLE001 -- the panel is on its way
             return []
         return found
+
+    async def is_ready(self) -> bool:
+        reply = await self.connection.call(DBUS, DBUS_PATH, DBUS, "NameHasOwner", "s", (WATCHER,))
+        return bool(reply.body[0])
 
     async def property(self, name: str) -> Any:
         destination, path = await self._item()

@@ -106,7 +106,7 @@ async def test_explains_why_the_daemon_does_not_start(
 
 async def test_is_there_at_once_and_stays_small(desktop: Desktop, daemon: Daemon, panel: Panel) -> None:
     """Its own memory: what it shares with every program of the desktop, GTK first of all, counts by its share."""
-    await until(lambda: _panel_is_ready(panel))
+    await until(panel.is_ready)
     await until(lambda: _is_reachable(desktop))
     began = time.monotonic()
     tray = desktop.start([TRAY])
@@ -118,14 +118,6 @@ async def test_is_there_at_once_and_stays_small(desktop: Desktop, daemon: Daemon
     print(f"icon after {seconds:.2f} s, {share / 1e6:.0f} MB")
     assert share < MEMORY_BYTES
     assert seconds < STARTED_S
-
-
-async def _panel_is_ready(panel: Panel) -> bool:
-    reply = await panel.connection.call(
-        "org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "NameHasOwner", "s",
-        ("org.kde.StatusNotifierWatcher",),
-    )  # fmt: skip
-    return bool(reply.body[0])
 
 
 def _is_reachable(desktop: Desktop) -> bool:

@@ -57,15 +57,15 @@ def draw(state: State, progress: float | None = None, size: int = 64) -> Image.I
             pen.line([(0.08 * side, 0.08 * side), (0.92 * side, 0.92 * side)], fill=(0, 0, 0, 0), width=3 * stroke)
             pen.line([(0.08 * side, 0.08 * side), (0.92 * side, 0.92 * side)], fill=colour, width=stroke)
         case State.FAILED:
-            _bolt(pen, side, colour)
-            _badge(pen, side, colour)
+            _bolt(pen, side, colour, shift=-0.14)
+            _badge(pen, size, colour)
         case State.SERVING:
             _bolt(pen, side, colour)
     return image.resize((size, size), Image.Resampling.BOX)
 
 
-def _bolt(pen: ImageDraw.ImageDraw, side: int, colour: Colour, *, scale: float = 1.0) -> None:
-    pen.polygon(_points(side, scale), fill=colour)
+def _bolt(pen: ImageDraw.ImageDraw, side: int, colour: Colour, *, scale: float = 1.0, shift: float = 0.0) -> None:
+    pen.polygon([(x + shift * side, y) for x, y in _points(side, scale)], fill=colour)
 
 
 def _hollow_bolt(pen: ImageDraw.ImageDraw, side: int, colour: Colour, stroke: int) -> None:
@@ -89,12 +89,17 @@ def _ring(pen: ImageDraw.ImageDraw, side: int, colour: Colour, stroke: int, prog
         pen.arc(box, -90, -90 + 360 * max(progress, 1 / STEPS), fill=colour, width=stroke)
 
 
-def _badge(pen: ImageDraw.ImageDraw, side: int, colour: Colour) -> None:
-    """An exclamation mark in the lower right corner, cut free from the bolt."""
-    left, top, width = 0.66 * side, 0.46 * side, 0.16 * side
-    pen.rectangle((left - width * 0.8, top - width * 0.8, side, side), fill=(0, 0, 0, 0))
-    pen.rectangle((left, top, left + width, top + 0.30 * side), fill=colour)
-    pen.rectangle((left, top + 0.38 * side, left + width, side - 1), fill=colour)
+def _badge(pen: ImageDraw.ImageDraw, size: int, colour: Colour) -> None:
+    """An exclamation mark in the lower right corner, cut free from the bolt, on whole pixels: it is small."""
+    width, gap = max(2, round(size * 0.15)), max(1, round(size * 0.07))
+    left, top = size - width, round(size * 0.42)
+
+    def block(x: int, y: int, until_x: int, until_y: int, fill: tuple[int, ...]) -> None:
+        pen.rectangle((x * _FINER, y * _FINER, until_x * _FINER - 1, until_y * _FINER - 1), fill=fill)
+
+    block(left - gap, top - gap, size, size, (0, 0, 0, 0))
+    block(left, top, size, size - width - gap, colour)
+    block(left, size - width, size, size, colour)
 
 
 class Theme:
