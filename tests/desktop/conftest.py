@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,20 @@ def daemon(desktop: Desktop, tmp_path: Path) -> Iterator[Daemon]:
         running.stop()
 
 
-StartTray = Callable[..., "subprocess.Popen[bytes]"]
+# What stands in for the desktop's own programs: it notes how it was called.
+NOTING = '#!/bin/sh\nprintf "%s\\n" "$0" "$@" > "$HOME/called"\n'
+
+
+@pytest.fixture
+def programs(desktop: Desktop) -> Path:
+    """A terminal and a file manager that only note how they were called."""
+    folder = desktop.home / "bin"
+    folder.mkdir()
+    for name in ("xdg-open", "xdg-terminal-exec"):
+        (folder / name).write_text(NOTING)
+        (folder / name).chmod(0o755)
+    desktop.environment["PATH"] = f"{folder}:{os.environ['PATH']}"
+    return desktop.home / "called"
 
 
 @pytest.fixture

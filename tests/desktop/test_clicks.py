@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,21 +16,6 @@ import flashd
 from flashd import wire
 from flashd.bus import OBJECT_MANAGER, PROPERTIES, Connection, Received, Reply, connect
 from flashd.errors import NotAuthorized
-
-# What stands in for the desktop's own programs: it notes how it was called.
-NOTING = '#!/bin/sh\nprintf "%s\\n" "$0" "$@" > "$HOME/called"\n'
-
-
-@pytest.fixture
-def programs(desktop: Desktop) -> Path:
-    """A terminal and a file manager that only note how they were called."""
-    folder = desktop.home / "bin"
-    folder.mkdir()
-    for name in ("xdg-open", "xdg-terminal-exec"):
-        (folder / name).write_text(NOTING)
-        (folder / name).chmod(0o755)
-    desktop.environment["PATH"] = f"{folder}:{os.environ['PATH']}"
-    return desktop.home / "called"
 
 
 @pytest.fixture
