@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from PIL import Image, ImageChops
 from safetensors.numpy import save_file
 
 from flashd.bus import DBUS, DBUS_PATH, PROPERTIES, Connection, Received, Reply, plain
+from flashd.errors import Internal
 
 ROOT = Path(__file__).parents[2]
 TRAY = ROOT / "build" / "tray" / "bin" / "flashd-tray"
@@ -231,7 +233,8 @@ class Panel:
         menu = await self._get(destination, path, ITEM, "Menu")
         await self.connection.call(destination, menu, MENU, "AboutToShow", "i", (line.number,))
         event = (line.number, "clicked", Variant("i", 0), int(time.time()) & 0xFFFFFFFF)
-        await self.connection.call(destination, menu, MENU, "Event", "isvu", event)
+        with contextlib.suppress(Internal):  # NoReply: a tray that quits at a click may be gone before it answers
+            await self.connection.call(destination, menu, MENU, "Event", "isvu", event)
 
     async def has(self, beginning: str) -> bool:
         return any(label.startswith(beginning) for label in await self.labels())

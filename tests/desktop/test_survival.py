@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -10,9 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from box import TRAY, Daemon, Desktop, Panel, end, make_unsupported, until
+from box import TRAY, WATCHER, Daemon, Desktop, Panel, end, make_unsupported, until
+from dbus_next import Variant
 
 import flashd
+from flashd.bus import Received, Reply
+from flashd.errors import NotFound
 from flashd.private_bus import PrivateBus
 
 STARTED_S = 1.0
@@ -40,6 +44,29 @@ async def test_registers_again_with_a_panel_that_restarts(
         desktop.restart_panel()
         await until(panel.items, what="the icon is in the new panel")
         await until(lambda: panel.has("Quit"))
+
+
+async def test_asks_again_where_the_panel_was_not_ready(desktop: Desktop, panel: Panel) -> None:
+    """At login all begin together: a panel that has its name already may refuse whoever comes before the rest is up."""
+    end(desktop.panel)
+    asked: list[str] = []
+
+    async def answer(call: Received) -> Reply:
+        if call.member == "RegisterStatusNotifierItem":
+            asked.append(call.sender)
+            if len(asked) == 1:
+                raise NotFound("no object yet")
+            return Reply()
+        if call.member == "Get":
+            return Reply("v", (Variant("as", [f"{sender}/x" for sender in asked[1:]]),))
+        return Reply("a{sv}", ({"IsStatusNotifierHostRegistered": Variant("b", True)},))
+
+    panel.connection.serve(answer)
+    await panel.connection.own(WATCHER)
+    desktop.start([TRAY])
+    await until(lambda: len(asked) == 2, what="a second try")
+    await asyncio.sleep(6)
+    assert len(asked) == 2
 
 
 async def test_outlives_the_bus_that_the_daemon_is_on(desktop: Desktop, panel: Panel, tmp_path: Path) -> None:

@@ -71,15 +71,12 @@ class DesktopBus:
         icon: str = "flashd",
         actions: Mapping[str, tuple[str, Callable[[], None]]] | None = None,
         replaces: str = "",
-        urgent: bool = False,
     ) -> None:
         """Shows a notification, in place of the last one with the same `replaces`. Returns at once.
 
         `actions` go from a key to a label and what a click does; it is called on this bus's thread.
         """
-        asyncio.run_coroutine_threadsafe(
-            self._notify(title, body, icon, actions or {}, replaces, urgent=urgent), self._loop
-        )
+        asyncio.run_coroutine_threadsafe(self._notify(title, body, icon, actions or {}, replaces), self._loop)
 
     def close(self) -> None:
         if self._thread.is_alive():
@@ -100,11 +97,9 @@ class DesktopBus:
         icon: str,
         actions: Mapping[str, tuple[str, Callable[[], None]]],
         replaces: str,
-        *,
-        urgent: bool,
     ) -> None:
         labels = [word for key, (label, _) in actions.items() for word in (key, label)]
-        hints = {"urgency": Variant("y", 2 if urgent else 1), "desktop-entry": Variant("s", "flashd-tray")}
+        hints = {"desktop-entry": Variant("s", "flashd-tray")}
         values = ["flashd", self._ids.get(replaces, 0), icon, title, escape(body), labels, hints, _SHOWN_MS]
         try:
             await self._connection.add_match(_MATCH)

@@ -121,5 +121,9 @@ class Theme:
             draw(state, stepped, SIZES[-1]).save(self.folder / f"{name}.png")  # for panels that know no themes
         return name
 
+    def file(self, state: State) -> Path:
+        """The icon as one file, for whatever knows no themes."""
+        return self._path(self.icon(state), SIZES[-1])
+
     def _path(self, name: str, size: int) -> Path:
         return self.folder / "hicolor" / f"{size}x{size}" / "apps" / f"{name}.png"

@@ -8,6 +8,9 @@ Import it through `shell.load`. Closed here, each with a test in tests/desktop/t
 - it resets SIGINT, and its main loop hears no other signal: `run`;
 - each change of the icon is written to a temporary file of one size: `_update_icon`;
 - there is no default action on a click: nothing of ours relies on one.
+
+And one of libayatana-appindicator: when the panel refuses us because it is not quite up, as at login, it never asks
+again: `_look_again`.
 """
 
 from __future__ import annotations
@@ -23,10 +26,15 @@ import gi
 import pystray
 
 gi.require_version("AyatanaAppIndicator3", "0.1")
-from gi.repository import GLib, Gtk  # noqa: E402 -- versions are chosen before
+from gi.repository import Gio, GLib, Gtk  # noqa: E402 -- versions are chosen before
 from gi.repository.AyatanaAppIndicator3 import IndicatorStatus  # noqa: E402
 
 from flashd_tray.menu import Action, Entry, Kind, Menu  # noqa: E402
+
+_WATCHER, _WATCHER_PATH = "org.kde.StatusNotifierWatcher", "/StatusNotifierWatcher"
+_LOOK_AGAIN_S = 2
+_LOOKS = 5
+_PANEL_MS = 3000
 
 Identity = tuple[str, Kind, bool, str]
 
@@ -88,7 +96,35 @@ class Indicator(pystray.Icon):  # type: ignore[misc]
         """Returns after `stop`, Ctrl-C, or the session's end."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             GLib.unix_signal_add(GLib.PRIORITY_HIGH, number, self._on_signal)
+        self._watch_panel()
         super().run(lambda _icon: None)  # it becomes visible with the first `show`
+
+    def _watch_panel(self) -> None:
+        Gio.bus_watch_name(
+            Gio.BusType.SESSION,
+            _WATCHER,
+            Gio.BusNameWatcherFlags.NONE,
+            lambda bus, _name, _owner: GLib.timeout_add_seconds(_LOOK_AGAIN_S, self._look_again, bus, _LOOKS),
+            None,
+        )
+
+    def _look_again(self, bus: Any, looks_left: int) -> bool:
+        """Whether the panel that has just come lists us; if not, the menu is set again, which makes us register."""
+
+        def answered(_bus: Any, result: Any) -> None:
+            try:
+                (items,) = bus.call_finish(result).unpack()
+            except GLib.Error:
+                items = []
+            if not any(str(item).startswith(bus.get_unique_name()) for item in items) and self._menu_handle is not None:
+                self._appindicator.set_menu(self._menu_handle)
+                if looks_left > 1:
+                    GLib.timeout_add_seconds(_LOOK_AGAIN_S, self._look_again, bus, looks_left - 1)
+
+        asked = GLib.Variant("(ss)", (_WATCHER, "RegisteredStatusNotifierItems"))
+        properties = "org.freedesktop.DBus.Properties"
+        bus.call(_WATCHER, _WATCHER_PATH, properties, "Get", asked, None, 0, _PANEL_MS, None, answered)
+        return False
 
     def _on_signal(self) -> bool:
         self.stop()

@@ -23,8 +23,8 @@ from flashd_tray.desktop_bus import DesktopBus
 from flashd_tray.icon import Theme
 from flashd_tray.menu import Action
 from flashd_tray.notices import Notice, Notices
-from flashd_tray.preferences import PreferencesFile, config_home, system_autostart
-from flashd_tray.snapshot import Snapshot
+from flashd_tray.preferences import PreferencesFile, Topic, config_home, system_autostart
+from flashd_tray.snapshot import Snapshot, State
 from flashd_tray.watcher import Watcher
 from flashd_tray.words import Words
 
@@ -120,7 +120,8 @@ class Tray:
         self._later(lambda: windows.show_error(title, text, self._words))
 
     def show_about(self, daemon_version: str) -> None:
-        self._later(lambda: windows.show_about(daemon_version, self._words))
+        icon = self._theme.file(State.SERVING)
+        self._later(lambda: windows.show_about(daemon_version, icon, self._words))
 
     def find(self) -> None:
         self._later(lambda: self._finder.show(self._snapshot.models))
@@ -159,9 +160,8 @@ class Tray:
         if notice.action is not None:
             action = notice.action
             actions = {str(action.verb): (notice.action_label, lambda: self.actions.do(action))}
-        self._desktop_bus.notify(
-            notice.title, notice.body, actions=actions, replaces=str(notice.topic), urgent=notice.urgent
-        )
+        icon = self._theme.file(State.SERVING if notice.topic in {Topic.READY, Topic.SWAPPED} else State.FAILED)
+        self._desktop_bus.notify(notice.title, notice.body, icon=str(icon), actions=actions, replaces=str(notice.topic))
 
     def _later(self, function: Callable[[], object]) -> None:
         self._icon.later(function)

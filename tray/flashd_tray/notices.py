@@ -29,7 +29,6 @@ class Notice:
     body: str
     action: Action | None = None
     action_label: str = ""
-    urgent: bool = False
 
 
 class Notices:
@@ -89,7 +88,7 @@ class Notices:
             title = _("Not permitted")
         show = Action(Verb.SHOW_ERROR, str(job.number))
         topic = Topic.REFUSED if refused and job.kind != "import" else Topic.FAILED
-        return Notice(topic, title, why, show, _("Details"), urgent=False)
+        return Notice(topic, title, why, show, _("Details"))
 
     def _became_ready(self, job: JobView, now: Snapshot) -> Notice:
         _ = self._words

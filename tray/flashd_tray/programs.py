@@ -76,5 +76,6 @@ def start_daemon(bus: str | None) -> None:
     except subprocess.TimeoutExpired:
         raise Unavailable(f"flashd did not start in {START_S:.0f} s", hint="flash doctor says what is wrong") from None
     if done.returncode:
-        said = done.stderr.strip().removeprefix("flash: ") or f"flash start ended with {done.returncode}"
+        lines = [line.strip() for line in done.stderr.strip().removeprefix("flash: ").splitlines()]
+        said = "\n".join(lines) or f"flash start ended with {done.returncode}"
         raise Unavailable(said, hint="flash doctor says what is wrong")

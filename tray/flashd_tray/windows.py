@@ -7,6 +7,7 @@ All functions here belong in the main loop. GTK 3, because the indicator library
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import flashd
@@ -58,15 +59,17 @@ def show_error(title: str, text: str, _: Words) -> None:
     dialog.present()
 
 
-def show_about(daemon_version: str, _: Words) -> None:
+def show_about(daemon_version: str, icon: Path, _: Words) -> None:
     Gtk = gtk()
+    from gi.repository import GdkPixbuf
+
     dialog = Gtk.AboutDialog(
         program_name="flashd",
         version=flashd.__version__,
         comments=_("Holds a hundred models and switches between them while you watch.")
         + (("\n" + _("The daemon has version {version}.", version=daemon_version)) if daemon_version else ""),
         license_type=Gtk.License.APACHE_2_0,
-        logo_icon_name="flashd",
+        logo=GdkPixbuf.Pixbuf.new_from_file(str(icon)),
     )
     dialog.connect("response", lambda *_args: dialog.destroy())
     dialog.present()
