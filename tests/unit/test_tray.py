@@ -10,7 +10,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from flashd_tray import menu
+from flashd_tray import menu, programs
+from flashd_tray.actions import name_for
 from flashd_tray.icon import COLOURS, SIZES, Theme, draw
 from flashd_tray.menu import DIRECT_MODELS, GROUP_MODELS, Action, Entry, Kind, Verb
 from flashd_tray.notices import LONG_SWAP_S, Notices
@@ -21,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashd.client import Device, InboxItem, Model, Status
-from flashd.errors import Cancelled, EngineFailed, InvalidSource, NotAuthorized, OutOfMemory, StoreFull
+from flashd.errors import Cancelled, EngineFailed, InvalidSource, NotAuthorized, NotFound, OutOfMemory, StoreFull
 
 ENGLISH = Words(["en"])
 GB = 10**9
@@ -505,3 +506,36 @@ def test_names_with_braces_stay_as_they_are(language: str) -> None:
     for name in ("{model}", "{0}", "100 %", "ä{"):
         entries = menu.describe(snapshot(model(name, active=True)), Preferences(), Words([language]))
         assert any(name in entry.label for entry in everything(entries))
+
+
+# -- programs and paths ----------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_is_the_desktops_choice_first() -> None:
+    installed = {"xterm": "/usr/bin/xterm", "konsole": "/usr/bin/konsole"}
+    assert programs.in_terminal(["flash", "run", "a b"], installed.get) == [
+        "/usr/bin/konsole",
+        "-e",
+        "flash",
+        "run",
+        "a b",
+    ]
+    installed["xdg-terminal-exec"] = "/bin/xdg-terminal-exec"
+    assert programs.in_terminal(["flash"], installed.get) == ["/bin/xdg-terminal-exec", "flash"]
+    with pytest.raises(NotFound, match="there is no terminal program here") as caught:
+        programs.in_terminal(["flash", "run", "ada"], {}.get)
+    assert "flash run ada" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("my model", "my model"), ("Q.v1/model.safetensors", "Q.v1"), ("Q/tuned-Q4.gguf", "tuned-Q4"), ("v1.5", "v1.5")],
+)
+def test_what_is_opened_gets_the_name_the_inbox_would_give(tmp_path: Path, path: str, name: str) -> None:
+    target = tmp_path / path
+    if target.suffix in {".safetensors", ".gguf"}:
+        target.parent.mkdir()
+        target.touch()
+    else:
+        target.mkdir()
+    assert name_for(target) == name
