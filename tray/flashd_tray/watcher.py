@@ -23,7 +23,7 @@ from flashd_tray.snapshot import JobView, Snapshot
 
 log = logging.getLogger(__name__)
 
-_GATHER_S = 0.05  # changes come in bursts: one look is enough for those that come together
+_GATHER_S = 0.1  # changes come in bursts: one look is enough for those that come together
 _KNOCK_S = 1.0
 _PATIENCE_S = 30.0  # without any event for so long, one question finds out whether the connection lives
 
