@@ -33,7 +33,7 @@ WATCHER = "org.kde.StatusNotifierWatcher"
 ITEM = "org.kde.StatusNotifierItem"
 MENU = "com.canonical.dbusmenu"
 NOTIFICATIONS = "org.freedesktop.Notifications"
-PROGRAMS = ("Xvfb", "xfce4-panel", "openbox", "xdotool", "import", "xprop", "dbus-daemon")
+PROGRAMS = ("Xvfb", "xfce4-panel", "openbox", "xdotool", "import", "xfconf-query", "gio", "dbus-daemon")
 WIDTH, HEIGHT = 1000, 700
 PANEL_HEIGHT = 32
 

@@ -88,8 +88,8 @@ MANAGER: dict[str, Any] = {
 }  # fmt: skip
 MODELS = (
     '{"/org/flashd1/model/ada": {"Name": "ada", "Aliases": [], "Checkpoint": "", "Architecture": "", "DType": "BF16",'
-    ' "SizeBytes": 1, "TensorCount": 1, "Residency": "stored", "Active": false, "Pinned": false, "Leases": 0,'
-    ' "CreatedAt": 0, "LastUsedAt": 0, "UseCount": 0, "Source": ""}}'
+    ' "SizeBytes": 1, "TensorCount": 1, "Residency": "stored", "Devices": [], "Active": false, "Pinned": false,'
+    ' "Leases": 0, "CreatedAt": 0, "LastUsedAt": 0, "UseCount": 0, "Source": ""}}'
 )
 
 

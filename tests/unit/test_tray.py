@@ -36,8 +36,8 @@ def status(active: str = "", *, items: tuple[InboxItem, ...] = ()) -> Status:
 def model(name: str = "ada", **changes: object) -> Model:
     made = Model(
         name=name, aliases=(), checkpoint="", architecture="Qwen3ForCausalLM", dtype="BF16", size_bytes=16_400_000_000,
-        tensor_count=1, residency="stored", active=False, pinned=False, leases=0, created_at=0, last_used_at=0,
-        use_count=0, source="", path=f"/org/flashd1/model/{name}",
+        tensor_count=1, residency="stored", devices=(), active=False, pinned=False, leases=0, created_at=0,
+        last_used_at=0, use_count=0, source="", path=f"/org/flashd1/model/{name}",
     )  # fmt: skip
     return dataclasses.replace(made, **changes)
 
@@ -58,7 +58,11 @@ def failed(kind: str = "import", subject: str = "carl", error: type = InvalidSou
     return job(kind, subject, "failed", **({"finished_at": 101.0} | given | changes))
 
 
-DEVICE = Device("host", "host", 128 * GB, 100 * GB, 33 * GB, 0, "shmem", "/org/flashd1/device/host")
+DEVICE = Device(
+    name="host", kind="host", model="", uuid="", total_bytes=128 * GB, budget_bytes=100 * GB, used_bytes=33 * GB,
+    leased_bytes=0, driver_used_bytes=0, huge_pages="shmem", integrated=False, reads_host_pages=True, maps_memory=False,
+    exports_memory=True, path="/org/flashd1/device/host",
+)  # fmt: skip
 
 
 def snapshot(*models: Model, jobs: tuple[JobView, ...] = (), items: tuple[InboxItem, ...] = ()) -> Snapshot:
@@ -231,6 +235,21 @@ def test_parking_chat_and_endpoint_need_an_active_model() -> None:
     assert not idle["chat"].enabled and not idle["copy-endpoint"].enabled
     assert serving["park"].label == "Park ada"
     assert serving["chat"].enabled and serving["copy-endpoint"].enabled
+
+
+def test_memory_is_shown_pool_by_pool() -> None:
+    card = dataclasses.replace(DEVICE, name="cuda:0", kind="cuda", budget_bytes=80 * GB, used_bytes=16 * GB)
+    second = dataclasses.replace(card, name="cuda:1")
+    unified = dataclasses.replace(DEVICE, name="cuda:0", kind="unified")
+
+    def lines(*devices: Device) -> list[str]:
+        shown = dataclasses.replace(snapshot(), devices=devices)
+        return [entry.label for key, entry in described(shown).items() if key.startswith("memory:")]
+
+    host = "Memory: 33 GB of 100 GB in use"
+    assert lines(DEVICE, card) == ["GPU: 16 GB of 80 GB in use", host]
+    assert lines(DEVICE, card, second) == ["cuda:0: 16 GB of 80 GB in use", "cuda:1: 16 GB of 80 GB in use", host]
+    assert lines(DEVICE, unified) == [host]
 
 
 def test_what_is_in_memory_or_pinned_can_be_pinned_or_let_go() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from flashd.client import Model
+from flashd.client import Device, Model
 from flashd.errors import Cancelled, NotAuthorized, OutOfMemory
 from flashd_tray.preferences import Preferences, Topic
 from flashd_tray.snapshot import JobView, Snapshot, State
@@ -137,14 +137,23 @@ def _head(snapshot: Snapshot, _: Words) -> Menu:
 
 
 def _memory_lines(snapshot: Snapshot, _: Words) -> list[str]:
+    """One for each pool: a GPU without memory of its own is shown by the daemon, and shares the host's."""
+    pools = [device for device in snapshot.devices if device.kind != "unified"]
+    cards = [device for device in pools if device.kind != "host"]
+
+    def name(device: Device) -> str:
+        if device.kind == "host":
+            return _("Memory")
+        return _("GPU") if len(cards) == 1 else device.name
+
     return [
         _(
             "{memory}: {used} of {budget} in use",
-            memory=_("Memory") if device.kind == "host" else device.name,
+            memory=name(device),
             used=_.size(device.used_bytes),
             budget=_.size(device.budget_bytes),
         )
-        for device in snapshot.devices
+        for device in sorted(pools, key=lambda device: (device.kind == "host", device.name))
     ]
 
 

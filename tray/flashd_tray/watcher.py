@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _GATHER_S = 0.1  # changes come in bursts: one look is enough for those that come together
 _KNOCK_S = 1.0
+_PUZZLED_S = 30.0
 _PATIENCE_S = 30.0  # without any event for so long, one question finds out whether the connection lives
 
 
@@ -63,13 +64,16 @@ class Watcher:
             try:
                 with self._connect() as client:
                     self._follow(client)
+                pause_s = _KNOCK_S
             except FlashdError as error:
                 log.debug("no daemon: %s", error)
-            except Exception:
+                pause_s = _KNOCK_S
+            except Exception:  # a daemon of another version, say; the log is not to fill with it
                 log.exception("the connection ended in an unforeseen way")
+                pause_s = _PUZZLED_S
             if not self._stopping.is_set():
                 self._on_change(Snapshot())
-                self._knock.wait(_KNOCK_S)
+                self._knock.wait(pause_s)
                 self._knock.clear()
 
     def _follow(self, client: Client) -> None:
