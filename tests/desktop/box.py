@@ -231,7 +231,6 @@ class Panel:
     async def choose_line(self, line: Line) -> None:
         destination, path = await self._item()
         menu = await self._get(destination, path, ITEM, "Menu")
-        await self.connection.call(destination, menu, MENU, "AboutToShow", "i", (line.number,))
         event = (line.number, "clicked", Variant("i", 0), int(time.time()) & 0xFFFFFFFF)
         with contextlib.suppress(Internal):  # NoReply: a tray that quits at a click may be gone before it answers
             await self.connection.call(destination, menu, MENU, "Event", "isvu", event)

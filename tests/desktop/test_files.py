@@ -47,12 +47,30 @@ def test_installs_for_the_whole_machine(tmp_path: Path) -> None:
     found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert found == [
         "etc/xdg/autostart/flashd-tray.desktop",
+        "usr/bin/flashd-tray",
         "usr/share/applications/flashd-tray.desktop",
         "usr/share/icons/hicolor/scalable/apps/flashd.svg",
         "usr/share/icons/hicolor/symbolic/apps/flashd-symbolic.svg",
         "usr/share/metainfo/org.flashd1.Tray.metainfo.xml",
         "usr/share/mime/packages/flashd.xml",
     ]
+
+
+async def test_runs_as_the_package_installs_it(desktop: Desktop, panel: Panel, tmp_path: Path) -> None:
+    """With the system's Python and pystray, and flashd's code where the daemon's package has it."""
+    subprocess.run([FILES / "install", "--system"], env=os.environ | {"DESTDIR": str(tmp_path)}, check=True)
+    (packages,) = (ROOT / "build" / "tray" / "lib").glob("python3*")
+    (tmp_path / "usr" / "lib" / "flashd" / "lib").mkdir(parents=True)
+    (tmp_path / "usr" / "lib" / "flashd" / "lib" / packages.name).symlink_to(packages)
+    probe = "import pystray; print(pystray.__file__)"
+    if subprocess.run(["/usr/bin/python3", "-c", probe], env=desktop.environment, check=False).returncode:
+        pytest.skip("needs python3-pystray")
+    tray = desktop.start([tmp_path / "usr" / "bin" / "flashd-tray"])
+    await until(panel.items, what="the icon")
+    await until(lambda: panel.says("flashd is not running"))
+    await panel.choose("Quit")
+    assert tray.wait(timeout=10) == 0
+    assert desktop.words("flashd-tray") == ""
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How do icon and menu get into the panel? pystray's indicator, with its faults closed in one place.
 
-Import it through `shell.load`. Closed here, each with a test in tests/desktop/test_pystray_faults.py (pystray 0.19.5):
+Import it through `shell.load`. Closed here, each with a test in tests/desktop/test_pystray_faults.py (0.19.4, 0.19.5):
 - `update_menu`, which it calls after each click too, makes a new menu and renumbers every item, so that a panel closes
   the menu that somebody has open, or clicks the wrong item: `_adjust` changes the one menu there is, item by item;
 - beginning and quitting raise GLib.Error where there is no notification daemon: `_initialize`, `_finalize`;
@@ -27,7 +27,8 @@ import pystray
 
 gi.require_version("AyatanaAppIndicator3", "0.1")
 from gi.repository import Gio, GLib, Gtk  # noqa: E402 -- versions are chosen before
-from gi.repository.AyatanaAppIndicator3 import IndicatorStatus  # noqa: E402
+from gi.repository.AyatanaAppIndicator3 import Indicator as Indicator3  # noqa: E402
+from gi.repository.AyatanaAppIndicator3 import IndicatorCategory, IndicatorStatus  # noqa: E402
 
 from flashd_tray.menu import Action, Entry, Kind, Menu  # noqa: E402
 
@@ -78,7 +79,10 @@ class Indicator(pystray.Icon):  # type: ignore[misc]
         self._changing = False
         self._title = name
         self._menu_handle: Any = None
+        self._appindicator: Any = None
         super().__init__(name)
+        if self._appindicator is None:  # 0.19.4, which Debian 12 has, would make it only when it is shown
+            self._appindicator = Indicator3.new(name, "", IndicatorCategory.APPLICATION_STATUS)
 
     def show(self, icon_name: str, title: str, menu: Menu) -> None:
         GLib.idle_add(self._show_now, icon_name, title, menu)
