@@ -88,9 +88,11 @@ class Desktop:
     def __enter__(self) -> Desktop:
         (self.home / "run").mkdir(mode=0o700)
         self.set_up_panel()
-        display = self._printed(["Xvfb", "-displayfd", "1", "-screen", "0", f"{WIDTH}x{HEIGHT}x24", "-nolisten", "tcp"])
+        display, _ = self._printed(
+            ["Xvfb", "-displayfd", "1", "-screen", "0", f"{WIDTH}x{HEIGHT}x24", "-nolisten", "tcp"]
+        )
         self.environment["DISPLAY"] = f":{display}"
-        self.environment["DBUS_SESSION_BUS_ADDRESS"] = self._printed(
+        self.environment["DBUS_SESSION_BUS_ADDRESS"], self.bus = self._printed(
             ["dbus-daemon", "--session", "--nofork", "--nopidfile", "--print-address=1"]
         )
         self.start(["openbox"])
@@ -147,15 +149,15 @@ class Desktop:
         )  # fmt: skip
         return done.stdout.split()
 
-    def _printed(self, command: list[str]) -> str:
-        """Starts a program that prints one line when it is ready."""
+    def _printed(self, command: list[str]) -> tuple[str, subprocess.Popen[bytes]]:
+        """Starts a program that prints one line when it is ready: that line, and the program."""
         process = subprocess.Popen(
             command, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
         self._ends.callback(end, process)
         assert process.stdout is not None
         with process.stdout as printed:
-            return printed.readline().decode().strip()
+            return printed.readline().decode().strip(), process
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -111,6 +111,17 @@ async def test_open_with_flashd_makes_models(
     assert len(await panel.items()) == 1
 
 
+async def test_what_cannot_be_opened_is_said(
+    desktop: Desktop, daemon: Daemon, notifications: NotificationDaemon, tray: subprocess.Popen[bytes], panel: Panel
+) -> None:
+    """By the second process, which has no window of its own and ends at once."""
+    await until(lambda: panel.says("No model is active"))
+    second = desktop.start([TRAY, desktop.home / "nowhere.safetensors"])
+    await until(lambda: notifications.shown, what="a notification")
+    assert notifications.shown[0]["title"] == "nowhere.safetensors could not be converted"
+    assert second.wait(timeout=10) == 0
+
+
 async def test_open_with_flashd_starts_what_it_needs(
     desktop: Desktop, installed: Path, notifications: NotificationDaemon, panel: Panel
 ) -> None:

@@ -111,6 +111,16 @@ async def test_a_second_tray_raises_the_first(desktop: Desktop, tray: subprocess
     assert len(desktop.windows("flashd: find a model")) == 1
 
 
+async def test_ends_with_its_session(desktop: Desktop, panel: Panel) -> None:
+    tray = desktop.start([TRAY])
+    await until(panel.items)
+    folder = Path(await panel.property("IconThemePath"))
+    end(desktop.bus)
+    tray.wait(timeout=10)
+    await until(lambda: not folder.exists(), what="nothing of it is left")
+    assert "Traceback" not in desktop.words("flashd-tray")
+
+
 async def test_starts_the_daemon(desktop: Desktop, tray: subprocess.Popen[bytes], panel: Panel) -> None:
     await until(lambda: panel.has("Start flashd"))
     await panel.choose("Start flashd")

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 from xml.sax.saxutils import escape
 
@@ -43,6 +44,7 @@ class DesktopBus:
         self._thread = threading.Thread(target=self._loop.run_forever, name="desktop bus", daemon=True)
         self._thread.start()
         self._ids: dict[str, int] = {}  # of the notification that each key replaces
+        self._under_way: set[Future[None]] = set()
         self._clicks: dict[tuple[int, str], Callable[[], None]] = {}
         self._on_activate: Callable[[], None] = lambda: None
         try:
@@ -76,9 +78,13 @@ class DesktopBus:
 
         `actions` go from a key to a label and what a click does; it is called on this bus's thread.
         """
-        asyncio.run_coroutine_threadsafe(self._notify(title, body, icon, actions or {}, replaces), self._loop)
+        shown = asyncio.run_coroutine_threadsafe(self._notify(title, body, icon, actions or {}, replaces), self._loop)
+        self._under_way.add(shown)
+        shown.add_done_callback(self._under_way.discard)
 
     def close(self) -> None:
+        """What is being said is said first."""
+        wait(set(self._under_way), timeout=_CALL_S)
         if self._thread.is_alive():
             with contextlib.suppress(FlashdError):
                 self._run(self._connection.close())

@@ -164,7 +164,8 @@ class Tray:
         self._desktop_bus.notify(notice.title, notice.body, icon=str(icon), actions=actions, replaces=str(notice.topic))
 
     def _later(self, function: Callable[[], object]) -> None:
-        self._icon.later(function)
+        if self._icon is not None:  # somebody who starts us twice at once may ask before there is one
+            self._icon.later(function)
 
 
 def own_command() -> str:
