@@ -101,6 +101,11 @@ class Desktop:
 
     def __exit__(self, *_: object) -> None:
         self._ends.close()
+        # What others started in our name, the bus and file managers for instance, knows no other home than this one.
+        for environment in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile, or is somebody else's
+                if f"HOME={self.home}".encode() in environment.read_bytes().split(b"\0"):
+                    os.kill(int(environment.parent.name), signal.SIGTERM)
 
     def set_up_panel(self) -> None:
         folder = self.home / "config" / "xfce4" / "xfconf" / "xfce-perchannel-xml"

@@ -171,7 +171,9 @@ class Actions:
         if active is None:
             raise Unavailable("no model is active", hint="choose one in the menu first")
         given = ["--bus", self._bus] if self._bus else []
-        programs.start(programs.in_terminal([programs.flash(), *given, "run", active.name]))
+        # A window that closes at once would take the reason along.
+        waiting = ["sh", "-c", '"$@" || read -r _', "sh"]
+        programs.start(programs.in_terminal([*waiting, programs.flash(), *given, "run", active.name]))
 
     def _show_error(self, number: int) -> None:
         job: JobView | None = next((job for job in self._snapshot().jobs if job.number == number), None)
