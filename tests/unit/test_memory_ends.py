@@ -4,17 +4,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import threading
 import time
+import unittest.mock
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_memory import FakeMover, checkpoint, host_of, open_descriptors, sealed_arena, tiers
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import invariant, rule
+from test_memory import FakeMover, PoolMachine, checkpoint, host_of, open_descriptors, sealed_arena, tiers
 
 from flashd import config, cuda
 from flashd.checkpoint.files import Checkpoint
@@ -364,3 +369,100 @@ async def test_a_model_that_cannot_be_kept_beyond_us_is_warm_all_the_same(monkey
         (await residency.acquire(checkpoint("a", 4096))).release()
     assert residency.tier_of("a") is Tier.HOST
     residency.close()
+
+
+class SlowKeeper(Keeper):
+    """Lets go a few turns later."""
+
+    async def forget(self, device: str, checkpoint_id: str) -> None:
+        await turns(3)
+
+
+class EndsMachine(PoolMachine):
+    """As PoolMachine, but it counts the memory itself, not what the ledger says; whatever is under way may be cut off
+    by a cancel, an eviction or the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arenas: list[tuple[str, HostArena]] = []
+        allocate = HostDevice.allocate
+
+        def noted(device: HostDevice, size_bytes: int, label: str) -> HostArena:
+            self.arenas.append((device.name, allocate(device, size_bytes, label)))
+            return self.arenas[-1][1]
+
+        self.patches = [
+            unittest.mock.patch.object(HostDevice, "allocate", noted),
+            unittest.mock.patch("flashd.memory.place.to_thread", in_turns),
+        ]
+        for patch in self.patches:
+            patch.start()
+        self.residency = Residency(
+            tiers(self.BUDGETS["host"], self.BUDGETS["sim:0"]),
+            self.mover,
+            is_pinned=self.pinned.__contains__,
+            keeper=SlowKeeper(),
+        )
+
+    @rule(name=st.integers(0, 5), device=st.sampled_from(["host", "sim:0"]), turn=st.integers(0, 8))
+    def acquire_what_is_expected(self, name: int, device: str, turn: int) -> None:
+        async def attempt() -> None:
+            wanted = checkpoint(str(name), (name + 1) * 4096)
+            self.mover.error = None
+            acquiring = self.residency.acquire(wanted, device=device, may_evict=False)
+            self.tasks.append(asyncio.create_task(acquiring))
+            await turns(turn)
+
+        self.loop.run_until_complete(attempt())
+
+    @rule(name=st.integers(0, 5), turn=st.integers(0, 8))
+    def evict_meanwhile(self, name: int, turn: int) -> None:
+        async def attempt() -> None:
+            task = asyncio.create_task(self.residency.evict(str(name)))
+            await turns(turn)
+            task.cancel()
+            with contextlib.suppress(Busy, asyncio.CancelledError):
+                await task
+
+        self.loop.run_until_complete(attempt())
+
+    @rule(index=st.integers(0, 100), turn=st.integers(0, 8))
+    def cancel_one(self, index: int, turn: int) -> None:
+        async def attempt() -> None:
+            await turns(turn)
+            if self.tasks:
+                self.tasks[index % len(self.tasks)].cancel()
+
+        self.loop.run_until_complete(attempt())
+
+    @invariant()
+    def the_budgets_hold(self) -> None:
+        for name, place in self.residency.places.items():
+            taken = sum(arena.mapped_bytes for device, arena in self.arenas if device == name and arena.fd >= 0)
+            assert taken <= place.pool.used_bytes <= self.BUDGETS[name]
+            for hold in self.holds:
+                assert hold.arena.fd >= 0, "what is held is never evicted"
+
+    def teardown(self) -> None:
+        self.loop.run_until_complete(asyncio.wait_for(self.residency.stop(), 5))
+        self.loop.run_until_complete(asyncio.wait_for(self._end(), 5))
+        self.residency.close()
+        assert all(place.pool.used_bytes == 0 for place in self.residency.places.values())
+        assert all(arena.fd < 0 for _, arena in self.arenas)
+        assert not asyncio.all_tasks(self.loop)
+        for patch in self.patches:
+            patch.stop()
+        self.patch.stop()
+        self.loop.close()
+
+    async def _end(self) -> None:
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+async def in_turns(function: Callable[[], Any]) -> Any:
+    await turns(2)
+    return function()
+
+
+EndsMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestEnds = EndsMachine.TestCase
