@@ -11,6 +11,7 @@ A field that ends in `_bytes` is a size: its key has no suffix, and its value is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import enum
@@ -187,17 +188,20 @@ def notify_socket() -> str | None:
 def inherited_fds() -> list[tuple[int, str]]:
     """Descriptors that the service manager kept for us, with their names (sd_listen_fds(3)).
 
-    They are taken once: engines, our children, are not to believe that these are theirs.
+    They are taken once: engines, our children, are not to believe that these are theirs. Numbers that name no open
+    descriptor are passed over.
     """
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     if pid != str(os.getpid()) or not count.isdecimal():
         return []
     first = 3
-    fds = range(first, first + int(count))
-    for fd in fds:
-        os.set_inheritable(fd, False)
-    return list(zip(fds, [*names, *[""] * len(fds)], strict=False))
+    found = []
+    for fd in range(first, first + min(int(count), os.sysconf("SC_OPEN_MAX"))):
+        with contextlib.suppress(OSError):
+            os.set_inheritable(fd, False)
+            found.append((fd, names[fd - first] if fd - first < len(names) else ""))
+    return found
 
 
 def load(paths: Paths, overrides: Mapping[str, Any] | None = None) -> Config:

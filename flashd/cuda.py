@@ -67,6 +67,7 @@ def wake_up() -> None:
     with contextlib.suppress(FlashdError):
         for gpu in gpus():
             context(gpu.ordinal)
+            used_bytes(gpu)  # NVML takes as long, once
 
 
 @functools.cache

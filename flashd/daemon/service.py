@@ -32,7 +32,7 @@ from flashd.daemon.serving import Serving
 from flashd.daemon.settings import Settings
 from flashd.daemon.threads import Background
 from flashd.engines import process
-from flashd.errors import Busy, FlashdError, Unavailable
+from flashd.errors import Busy, FlashdError, InvalidArgument, Unavailable
 from flashd.memory.arena import Arena, HostArena
 from flashd.memory.device import CudaDevice, Device, HostDevice, Kind, simulated_device, usable
 from flashd.memory.lease import Lease, LeaseBook
@@ -215,6 +215,7 @@ class Service:
         await self._factory.close()
         for lease in self._leases.all():
             self._leases.release(lease.number)
+        await self._residency.stop()  # before the background: what is loaded there begins to be registered
         await self._background.close()
         self._residency.close()
         self._presence.close()
@@ -224,6 +225,8 @@ class Service:
         for kept in self._fd_store.kept():
             try:
                 checkpoint = self._catalog.checkpoint(kept.checkpoint_id)
+                if checkpoint.id != kept.checkpoint_id:
+                    raise InvalidArgument(f"{kept.checkpoint_id} is not the name of a checkpoint")
             except FlashdError as error:
                 log.info("%s is let go of: %s", kept.name, error.message)
                 os.close(kept.fd)
@@ -235,6 +238,7 @@ class Service:
             except (FlashdError, OSError) as error:
                 log.warning("%s is let go of: %s", kept.name, error)
                 self._fd_store.drop(kept.name)
+        await self._fd_store.settled()  # the ledger does not count it: nothing may be loaded before it is free
 
     async def _prewarm(self) -> None:
         """Makes ready what transfers to GPUs need, then loads what the configuration wants warm."""
@@ -246,7 +250,8 @@ class Service:
         for name in memory.prewarm:
             with _logged(f"memory.prewarm: {name}"):
                 model = self._catalog.resolve(name)
-                self._serving.load(model, self._ourselves, memory.prewarm_tier)
+                # What is warm already was used, and by whom we do not know; what is only expected takes nobody's place.
+                self._serving.load(model, self._ourselves, memory.prewarm_tier, may_evict=False)
 
     def _register(self, arena: Arena) -> None:
         """A host arena becomes known to the GPUs while nobody waits for it."""

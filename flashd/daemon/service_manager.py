@@ -31,6 +31,7 @@ _VERSION = 1
 _LARGEST_DESCRIPTION = 4096
 _SEALED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 _BARRIER_S = 5.0
+_TELL_S = 1.0  # a manager that hangs reads nothing, and its socket's queue is short (unix(7))
 _PREFIX = "flashd-arena."
 
 
@@ -41,14 +42,15 @@ class ServiceManager:
         self._address = address
 
     def tell(self, state: str, fds: Sequence[int] = ()) -> bool:
-        """False if nobody listens. One that has left is no reason to fail."""
+        """False if nobody listens. One that has left, or hangs, is no reason to fail."""
         if self._address is None:
             return False
         address = self._address
         with (
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel,
             contextlib.suppress(OSError),
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel,
         ):
+            channel.settimeout(_TELL_S)
             channel.connect("\0" + address[1:] if address.startswith("@") else address)
             if fds:
                 socket.send_fds(channel, [state.encode()], list(fds))
@@ -92,10 +94,15 @@ class FdStore:
     def __init__(self, manager: ServiceManager) -> None:
         self._manager = manager
         self._names: set[str] = set()
+        self._has_dropped = False
 
     def keep(self, device: str, checkpoint: Checkpoint, arena: Arena) -> None:
         name = _name(device, checkpoint.id)
-        description = _described(device, checkpoint.id)
+        try:
+            description = _described(device, checkpoint.id)
+        except OSError as error:  # too many open files, say: the model is warm all the same
+            log.warning("%s is not kept beyond us: %s", name, error)
+            return
         try:
             if self._manager.tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", [arena.fd, description]):
                 self._names.add(name)
@@ -106,15 +113,24 @@ class FdStore:
         name = _name(device, checkpoint_id)
         if name in self._names:
             self._names.discard(name)
-            self._manager.tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
-            await self._manager.barrier()
+            self.drop(name)
+            await self.settled()
 
     def took_over(self, kept: Kept) -> None:
         """It stays where it is kept."""
         self._names.add(kept.name)
 
     def drop(self, name: str) -> None:
-        self._manager.tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
+        """Its memory is free when this has `settled`."""
+        self._has_dropped = True
+        if not self._manager.tell(f"FDSTOREREMOVE=1\nFDNAME={name}"):
+            log.warning("%s may still be kept: the service manager did not listen", name)
+
+    async def settled(self) -> None:
+        """Returns when the service manager has let go of all that was dropped, or does not answer."""
+        if self._has_dropped:
+            self._has_dropped = False
+            await self._manager.barrier()
 
     def kept(self) -> Iterator[Kept]:
         """What was handed to us at our start. What makes no sense is dropped, and its memory with it."""

@@ -102,7 +102,7 @@ class Serving:
         active = self._swapper.active
         return self._enqueue("park", active.target.model_name if active else "", owner, work)
 
-    def load(self, model: Model, owner: Owner, device: str) -> Job:
+    def load(self, model: Model, owner: Owner, device: str, *, may_evict: bool = True) -> Job:
         """Brings a model to a device, or to the host. Raises InvalidArgument if there is no such device."""
         checkpoint = self._catalog.checkpoint(model.checkpoint_id)
         name = self._residency.place(device).name
@@ -110,7 +110,7 @@ class Serving:
         async def work(job: Job) -> Result:
             job.begin("loading")
             started = time.monotonic()
-            with await self._residency.acquire(checkpoint, job.report_bytes, device=name):
+            with await self._residency.acquire(checkpoint, job.report_bytes, device=name, may_evict=may_evict):
                 seconds = time.monotonic() - started
                 return {
                     "residency": Variant("s", self._residency.tier_of(checkpoint.id).value),

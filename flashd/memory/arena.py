@@ -172,16 +172,16 @@ class HostArena:
         return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        with self._lock:
-            if self._mapping is not None:
-                self._mapping.close()
-                self._mapping = None
-            if self._registration is not None:
-                self._registration.close()
-                self._registration = None
+        with self._lock, contextlib.ExitStack() as stack:  # the descriptor goes even where the driver fails
             if self._fd >= 0:
-                os.close(self._fd)
+                stack.callback(os.close, self._fd)
                 self._fd = -1
+            if self._registration is not None:
+                stack.callback(self._registration.close)
+                self._registration = None
+            if self._mapping is not None:
+                stack.callback(self._mapping.close)
+                self._mapping = None
 
     def __enter__(self) -> Self:
         return self
@@ -248,10 +248,12 @@ class CudaArena:
         return os.dup(self._fd)
 
     def close(self) -> None:
-        self.seal()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        try:
+            self.seal()
+        finally:  # the descriptor goes even where the driver fails
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
 
 
 def rounded(size_bytes: int, huge_pages: HugePages) -> int:

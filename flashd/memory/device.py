@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from flashd import cuda
 from flashd.cuda import Gpu
-from flashd.errors import OutOfMemory
+from flashd.errors import FlashdError, OutOfMemory
 from flashd.memory.arena import Arena, CudaArena, HostArena, HugePages, probe_huge_pages, rounded
 from flashd.units import GiB, KiB, MiB
 
@@ -162,7 +162,9 @@ class CudaDevice:
         return cuda.read(self.gpu.ordinal, address, size_bytes)
 
     def used_bytes(self) -> int:
-        return cuda.used_bytes(self.gpu)
+        with contextlib.suppress(FlashdError):  # a card that has fallen off the bus must not take the objects with it
+            return cuda.used_bytes(self.gpu)
+        return 0
 
 
 def simulated_device(total_bytes: int, host: HostDevice) -> HostDevice:

@@ -15,10 +15,10 @@ from asyncio import to_thread
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from flashd.checkpoint.files import Checkpoint
-from flashd.errors import Busy, OutOfMemory
+from flashd.errors import Busy, FlashdError, OutOfMemory
 from flashd.memory.arena import Arena
 from flashd.memory.device import Device, Kind, Tier
 from flashd.memory.moving import Progress, Region
@@ -42,11 +42,15 @@ class Keeper(Protocol):
         """Returns when it has let go of the memory."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Loading:
-    """A load under way, and whoever waits for it, to be told of its progress. One that nobody awaits is abandoned."""
+    """A load under way, and whoever waits for it, to be told of its progress. One that nobody awaits is abandoned.
 
-    task: asyncio.Task[None]
+    With `used_at`, it makes room only of what was not used since.
+    """
+
+    used_at: int | None
+    task: asyncio.Task[None] = field(init=False)
     waiters: list[Progress] = field(default_factory=list)
 
 
@@ -71,14 +75,15 @@ class Resident:
 
 
 class Hold:
-    """A counted right to a checkpoint's arena; the arena stays until `release`."""
+    """A counted right to a checkpoint's arena; the arena stays until `release`. `is_use`: it was used until then."""
 
-    def __init__(self, place: Place, checkpoint_id: str, arena: Arena, from_tier: Tier) -> None:
+    def __init__(self, place: Place, checkpoint_id: str, arena: Arena, from_tier: Tier, *, is_use: bool = True) -> None:
         self._place: Place | None = place
         self.place = place
         self.checkpoint_id = checkpoint_id
         self.arena = arena
         self.from_tier = from_tier
+        self._is_use = is_use
 
     @property
     def region(self) -> Region:
@@ -86,7 +91,7 @@ class Hold:
 
     def release(self) -> None:
         if self._place is not None:
-            self._place._let_go(self.checkpoint_id)
+            self._place._let_go(self.checkpoint_id, is_use=self._is_use)
             self._place = None
 
     def __enter__(self) -> Self:
@@ -124,6 +129,7 @@ class Place:
         self._loading: dict[str, _Loading] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._turn = asyncio.Lock()  # to make room: nobody takes what was freed for somebody else
+        self._is_stopped = False
 
     @property
     def name(self) -> str:
@@ -159,51 +165,99 @@ class Place:
         """Holds a checkpoint's arena, loading it first if it must.
 
         Raises OutOfMemory if it does not fit beside what is held and pinned, and whatever the load raises. Cancelling
-        the call ends the load if nobody else waits for it. With `used_at`, the checkpoint was used then, and only
-        what was not used since makes room for it.
+        the call ends the load if nobody else waits for it. With `used_at`, the checkpoint was used then, not now, and
+        only what was not used since makes room for it.
         """
         while checkpoint.id not in self._residents:
             await self._join_load(checkpoint, on_progress, used_at)
-        resident = self._residents[checkpoint.id]
-        resident.holds += 1
-        resident.used_at = used_at or next(_recency)
-        self._on_change(checkpoint.id)
-        return Hold(self, checkpoint.id, resident.arena, from_tier)
+        return self._hold(self._residents[checkpoint.id], from_tier, is_use=used_at is None)
+
+    async def borrow(self, checkpoint: Checkpoint, on_progress: Progress, *, is_use: bool) -> Hold | None:
+        """Holds what is here, or comes by the load under way. None if it does not: nothing is loaded for a borrower."""
+        loading = self._loading.get(checkpoint.id)
+        if loading is not None and loading.waiters:
+            try:
+                await self._wait_for(loading, on_progress)
+            except (FlashdError, OSError):
+                return None  # whoever asked for that load hears of it
+        resident = self._residents.get(checkpoint.id)
+        return self._hold(resident, Tier.STORED, is_use=is_use) if resident else None
 
     def adopt(self, checkpoint: Checkpoint, arena: Arena) -> None:
         """Takes over an arena that is filled already. Raises OutOfMemory if the budget cannot take it."""
-        reservation = self.pool.reserve(self._needed_bytes(checkpoint))
+        reservation = self.pool.reserve(arena.mapped_bytes)  # whatever pages the daemon before us had
         self._residents[checkpoint.id] = Resident(checkpoint, arena, reservation, [], used_at=next(_recency))
         self._on_change(checkpoint.id)
 
-    async def evict(self, checkpoint_id: str) -> None:
-        """Away from here. Raises Busy while somebody holds it."""
+    def check_free(self, checkpoint_id: str) -> None:
+        """Raises Busy while somebody holds it."""
         resident = self._residents.get(checkpoint_id)
-        if resident is None:
-            return
-        if not resident.is_free:
+        if resident is not None and not resident.is_free:
             hint = "park it, or wait until its leases end"
             raise Busy(f"its arena is in use {resident.holds + len(resident.waiters)} times", hint=hint)
-        await self._drop(checkpoint_id)
 
-    def close(self) -> None:
-        """Lets go of all memory. Descriptors handed out, and kept by the keeper, keep what they name."""
+    def begin_eviction(self, checkpoint_id: str) -> asyncio.Task[None] | None:
+        """Away from here; the task is done when its memory is free. None if it is not here. Raises Busy."""
+        self.check_free(checkpoint_id)
+        return self._begin_drop(checkpoint_id) if checkpoint_id in self._residents else None
+
+    def begin_stop(self) -> None:
+        """Ends all loads, and begins none any more."""
+        self._is_stopped = True
         for loading in self._loading.values():
             loading.task.cancel()
+
+    async def stopped(self) -> None:
+        """Returns when nothing moves here any more."""
+        while tasks := {*(loading.task for loading in self._loading.values()), *self._leaving}:
+            await asyncio.wait(tasks)
+
+    def close(self) -> None:
+        """Lets go of all memory. Descriptors handed out, and kept by the keeper, keep what they name.
+
+        Nothing may move any more, here or from here elsewhere: see `stopped`.
+        """
+        self.begin_stop()
         for checkpoint_id, resident in list(self._residents.items()):
             del self._residents[checkpoint_id]
             resident.arena.close()
             resident.reservation.release()
 
+    def _hold(self, resident: Resident, from_tier: Tier, *, is_use: bool) -> Hold:
+        resident.holds += 1
+        if is_use:
+            resident.used_at = next(_recency)
+        self._on_change(resident.checkpoint.id)
+        return Hold(self, resident.checkpoint.id, resident.arena, from_tier, is_use=is_use)
+
     async def _join_load(self, checkpoint: Checkpoint, on_progress: Progress, used_at: int | None) -> None:
         """Waits for the load under way, or for one that it begins; the caller looks again whether that helped."""
         loading = self._loading.get(checkpoint.id)
         if loading is None:
-            task = asyncio.create_task(self._load(checkpoint, used_at), name=f"load {checkpoint.id[:12]}")
-            loading = self._loading[checkpoint.id] = _Loading(task)
+            loading = self._begin_load(checkpoint, used_at)
         elif not loading.waiters:
             await asyncio.wait([loading.task])  # abandoned: it ends, and another one begins
             return
+        elif used_at is None:
+            loading.used_at = None  # it is wanted now: it may make as much room as any other
+        await self._wait_for(loading, on_progress)
+
+    def _begin_load(self, checkpoint: Checkpoint, used_at: int | None) -> _Loading:
+        if self._is_stopped:
+            raise Busy("the daemon is stopping", hint="start it again: flash start")
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if self._loading.get(checkpoint.id) is loading:
+                del self._loading[checkpoint.id]  # it was cancelled before it began
+            if not task.cancelled():
+                task.exception()  # looked at, though nobody may wait for it any more
+
+        loading = self._loading[checkpoint.id] = _Loading(used_at)
+        loading.task = asyncio.create_task(self._load(checkpoint, loading), name=f"load {checkpoint.id[:12]}")
+        loading.task.add_done_callback(ended)
+        return loading
+
+    async def _wait_for(self, loading: _Loading, on_progress: Progress) -> None:
         loading.waiters.append(on_progress)
         try:
             await asyncio.shield(loading.task)
@@ -221,7 +275,7 @@ class Place:
     def _needed_bytes(self, checkpoint: Checkpoint) -> int:
         return self.device.rounded(checkpoint.manifest.data_bytes)
 
-    async def _make_room(self, needed_bytes: int, used_at: int | None) -> Reservation:
+    async def _make_room(self, needed_bytes: int, loading: _Loading) -> Reservation:
         """Evicts just enough, or, if even that is not enough, nothing."""
         async with self._turn:
             while True:
@@ -229,69 +283,113 @@ class Place:
                     await asyncio.wait(self._leaving)
                 if needed_bytes <= self.pool.free_bytes:
                     return self.pool.reserve(needed_bytes)
+                used_at = loading.used_at
                 candidates = [r for r in self._evictable() if used_at is None or r.used_at < used_at]
                 most_bytes = self.pool.free_bytes + sum(resident.size_bytes for resident in candidates)
                 if needed_bytes > most_bytes:
                     raise OutOfMemory(
                         f"{format_bytes(needed_bytes)} do not fit: of the {self.pool.name} pool's "
                         f"{format_bytes(self.pool.budget_bytes)}, {format_bytes(self.pool.budget_bytes - most_bytes)} "
-                        "are leased or pinned",
+                        f"are {'leased or pinned' if used_at is None else 'leased, pinned, or used since'}",
                         hint=f"park or unpin a model, end a lease, or raise {budget_setting(self.device)}",
                     )
                 victim = candidates[0]
                 await self._let_down(self, victim)
                 if self._residents.get(victim.checkpoint.id) is victim and victim.is_free:
-                    await self._drop(victim.checkpoint.id)
+                    # Once begun it is done to its end, whoever is cancelled.
+                    await asyncio.shield(self._begin_drop(victim.checkpoint.id))
 
-    async def _load(self, checkpoint: Checkpoint, used_at: int | None) -> None:
+    async def _load(self, checkpoint: Checkpoint, loading: _Loading) -> None:
         arena: Arena | None = None
         reservation: Reservation | None = None
         try:
-            reservation = await self._make_room(self._needed_bytes(checkpoint), used_at)
-            arena = await to_thread(self.device.allocate, checkpoint.manifest.data_bytes, checkpoint.id[:12])
+            reservation = await self._make_room(self._needed_bytes(checkpoint), loading)
+            arena = await self._allocate(checkpoint)
             await self._fill(self, checkpoint, arena, lambda done, total: self._tell(checkpoint.id, done, total))
-            arena.seal()
+            await _in_thread(arena.seal)  # unmapping gigabytes takes a while
         except BaseException:
             if arena is not None:
-                arena.close()
+                await _close(arena)
             if reservation is not None:
                 reservation.release()
             del self._loading[checkpoint.id]
             raise
-        self._residents[checkpoint.id] = Resident(
-            checkpoint, arena, reservation, self._loading.pop(checkpoint.id).waiters, used_at=next(_recency)
-        )
+        used_at = next(_recency) if loading.used_at is None else loading.used_at
+        del self._loading[checkpoint.id]
+        self._residents[checkpoint.id] = Resident(checkpoint, arena, reservation, loading.waiters, used_at=used_at)
         self._keeper.keep(self.name, checkpoint, arena)
         self._on_change(checkpoint.id)
+
+    async def _allocate(self, checkpoint: Checkpoint) -> Arena:
+        made: list[Arena] = []
+
+        def allocate() -> None:
+            made.append(self.device.allocate(checkpoint.manifest.data_bytes, checkpoint.id[:12]))
+
+        try:
+            await _in_thread(allocate)
+        except BaseException:
+            for arena in made:  # we were cancelled meanwhile
+                await _close(arena)
+            raise
+        return made[0]
 
     def _tell(self, checkpoint_id: str, done: int, total: int) -> None:
         for waiter in list(self._loading[checkpoint_id].waiters):
             waiter(done, total)
 
-    def _let_go(self, checkpoint_id: str) -> None:
+    def _let_go(self, checkpoint_id: str, *, is_use: bool) -> None:
         resident = self._residents.get(checkpoint_id)
         if resident is None:
             return  # closed
         resident.holds -= 1
-        resident.used_at = next(_recency)
+        if is_use:
+            resident.used_at = next(_recency)
         self._on_change(checkpoint_id)
 
-    async def _drop(self, checkpoint_id: str) -> None:
-        """Once begun it is done to its end, whoever is cancelled; the ledger counts the memory until it is free."""
+    def _begin_drop(self, checkpoint_id: str) -> asyncio.Task[None]:
+        """The ledger counts the memory until it is free."""
         resident = self._residents.pop(checkpoint_id)
         task = asyncio.create_task(self._free(resident))
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
         self._on_change(checkpoint_id)
-        await asyncio.shield(task)
+        return task
 
     async def _free(self, resident: Resident) -> None:
+        """Raises nothing: whoever needs the room has no part in what fails here."""
         try:
             await self._keeper.forget(self.name, resident.checkpoint.id)
-            await to_thread(resident.arena.close)  # unmapping gigabytes takes a while
+        except OSError as error:
+            log.warning("%s may be kept beyond us: %s", resident.checkpoint.id[:12], error)
         finally:
+            await _close(resident.arena)
             resident.reservation.release()
             self._on_change(resident.checkpoint.id)
+
+
+async def _in_thread(function: Callable[[], Any]) -> None:
+    """As to_thread, but awaited to its end: whoever is cancelled hears of it when the thread has done its work."""
+    task = asyncio.ensure_future(to_thread(function))
+    is_cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            is_cancelled = True
+    task.result()
+    if is_cancelled:
+        raise asyncio.CancelledError
+
+
+async def _close(arena: Arena) -> None:
+    """In a thread: unmapping gigabytes takes a while. A cancel changes nothing of it, and is for others to obey."""
+    try:
+        await _in_thread(arena.close)
+    except (FlashdError, OSError) as error:
+        log.error("an arena could not be closed: %s", error)
+    except asyncio.CancelledError:
+        pass
 
 
 def budget_setting(device: Device) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -108,16 +109,27 @@ class Residency:
         return hold.place.fits_without(checkpoint, hold)
 
     async def acquire(
-        self, checkpoint: Checkpoint, on_progress: Progress = lambda done, total: None, *, device: str = HOST
+        self,
+        checkpoint: Checkpoint,
+        on_progress: Progress = lambda done, total: None,
+        *,
+        device: str = HOST,
+        may_evict: bool = True,
     ) -> Hold:
-        """Holds a checkpoint's arena on a device, as Place.acquire does."""
-        return await self.place(device).acquire(checkpoint, on_progress, from_tier=self.tier_of(checkpoint.id))
+        """Holds a checkpoint's arena on a device, as Place.acquire does.
+
+        Unless it `may_evict`, it is brought there only if there is room, and does not count as used.
+        """
+        from_tier, used_at = self.tier_of(checkpoint.id), None if may_evict else 0
+        return await self.place(device).acquire(checkpoint, on_progress, from_tier=from_tier, used_at=used_at)
 
     async def evict(self, checkpoint_id: str) -> None:
         """Back to `stored`. Raises Busy while somebody holds it anywhere."""
-        places = sorted(self._distinct(), key=lambda place: not place.holds(checkpoint_id))  # Busy comes first
+        places = self._distinct()
         for place in places:
-            await place.evict(checkpoint_id)
+            place.check_free(checkpoint_id)
+        if leaving := {task for place in places if (task := place.begin_eviction(checkpoint_id))}:
+            await asyncio.wait(leaving)
 
     async def adopt(self, device: str, checkpoint: Checkpoint, fd: int) -> None:
         """Takes over an arena that a daemon before us filled; the descriptor is ours from now on.
@@ -125,7 +137,10 @@ class Residency:
         Raises InvalidArgument if it is not what it is said to be, or OutOfMemory if the budget has become too small;
         it is closed then.
         """
-        place = self.place(device)
+        place = next((place for place in self._distinct() if place.name == device), None)
+        if place is None:
+            os.close(fd)
+            raise InvalidArgument(f"there is no device {device!r} here", hint="it is another machine, or configuration")
         arena = place.device.adopt(fd, checkpoint.manifest.data_bytes)
         try:
             if checkpoint.id in place or not await self._mover.matches(checkpoint, Region(place.device, arena)):
@@ -136,6 +151,13 @@ class Residency:
             raise
         if place is self.host:
             self._on_host_resident(arena)
+
+    async def stop(self) -> None:
+        """Ends what moves, and lets nothing begin any more; returns when all has ended, and `close` is safe."""
+        for place in self._distinct():
+            place.begin_stop()
+        for place in self._distinct():
+            await place.stopped()
 
     def close(self) -> None:
         """Lets go of all memory. Descriptors handed out keep what they name."""
@@ -154,10 +176,15 @@ class Residency:
             # Between two cards nothing is copied directly; the disk is asked again.
             if other is place or self.host not in {place, other}:
                 continue
-            if checkpoint.id in other or (other, checkpoint.id) in self._reading:
-                with await other.acquire(checkpoint, on_progress, from_tier=Tier.STORED) as hold:
-                    await self._mover.copy(checkpoint, hold.region, target, on_progress)
-                break
+            if checkpoint.id not in other and (other, checkpoint.id) not in self._reading:
+                continue
+            # What only leaves a device is not in use there.
+            hold = await other.borrow(checkpoint, on_progress, is_use=other is self.host)
+            if hold is None:
+                continue
+            with hold:
+                await self._mover.copy(checkpoint, hold.region, target, on_progress)
+            break
         else:
             self._reading.add((place, checkpoint.id))
             try:
@@ -178,5 +205,3 @@ class Residency:
             hold.release()
         except (FlashdError, OSError) as error:
             log.info("%s leaves %s for the disk: %s", resident.checkpoint.id[:12], place.name, error)
-        except asyncio.CancelledError:
-            raise

@@ -277,3 +277,80 @@ def test_bench_memory_goes_from_the_call_to_tensors(client: flashd.Client, daemo
     assert all(len(row["runs"]) == 3 and row["ratio"] for row in rows.values())
     assert rows["resident_map"]["value"] < rows["resident_lease"]["value"]
     assert client.model("a").leases == 0
+
+
+def arenas_of(daemon: Daemon) -> int:
+    """How many descriptors of arenas the daemon has open, whatever it says."""
+    assert daemon.process is not None
+    links = Path(f"/proc/{daemon.process.pid}/fd").iterdir()
+    return sum("memfd:flashd:" in os.readlink(link) for link in links if link.is_symlink())
+
+
+def test_what_is_kept_under_a_name_that_leads_elsewhere_is_let_go_of(
+    managed: Daemon, manager: Manager, tmp_path: Path
+) -> None:
+    """Taken over, it could never be forgotten again: it is not known by that name."""
+    with flashd.connect(managed.address) as client:
+        model(client, tmp_path, "a", 9 * MiB)
+        client.load("a")
+        until(lambda: len(manager.names()) == 1)
+        checkpoint_id = client.model("a").checkpoint
+    managed.stop(signal.SIGKILL)
+    elsewhere = f"../checkpoints/{checkpoint_id}"
+    with manager.lock:
+        ((arena, description),) = manager.store.values()
+        manager.store.clear()
+        os.close(description)
+        described = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+        os.write(described, json.dumps({"version": 1, "device": "host", "checkpoint": elsewhere}).encode())
+        fcntl.fcntl(described, fcntl.F_ADD_SEALS, 15)
+        manager.store[f"flashd-arena.host.{elsewhere}"] = [arena, described]
+    start(managed, manager)
+    with flashd.connect(managed.address) as client:
+        assert client.model("a").residency == "stored" and arenas_of(managed) == 0
+        until(lambda: not manager.names())
+
+
+def test_what_was_on_a_card_that_is_gone_is_let_go_of(managed: Daemon, manager: Manager, tmp_path: Path) -> None:
+    with flashd.connect(managed.address) as client:
+        model(client, tmp_path, "a", 9 * MiB)
+        client.load("a", "device")
+        until(lambda: len(manager.names()) == 1)
+    managed.stop(signal.SIGKILL)
+    managed.config.write_text(CONFIG)
+    start(managed, manager)
+    with flashd.connect(managed.address) as client:
+        assert client.model("a").residency == "stored" and arenas_of(managed) == 0
+        until(lambda: not manager.names())
+
+
+def test_what_the_configuration_wants_warm_takes_nothing_from_what_is(
+    managed: Daemon, manager: Manager, tmp_path: Path
+) -> None:
+    with flashd.connect(managed.address) as client:
+        for seed, name in enumerate("abc"):
+            model(client, tmp_path, name, 40 * MiB if name < "c" else MiB, seed)
+        client.load("a")
+        client.set_config("memory.prewarm", '["b", "c"]')
+        until(lambda: len(manager.names()) == 1)
+    managed.stop(signal.SIGKILL)
+    start(managed, manager)
+    with flashd.connect(managed.address) as client:
+        until(lambda: client.model("c").residency == "host")
+        assert [client.model(name).residency for name in "ab"] == ["host", "stored"]
+        until(lambda: "used since" in managed.log.read_text())
+
+
+def test_a_daemon_stops_in_the_middle_of_loads_and_evictions(managed: Daemon, manager: Manager, tmp_path: Path) -> None:
+    with flashd.connect(managed.address) as client:
+        for seed, name in enumerate("abc"):
+            model(client, tmp_path, name, 30 * MiB, seed)
+    for _ in range(3):
+        with flashd.connect(managed.address) as client:
+            for name, tier in (("a", "host"), ("b", "device"), ("c", "host"), ("c", "device"), ("a", "device")):
+                client._manager("Load", "ssa{sv}", name, tier, {})
+            ended(managed)
+        start(managed, manager)
+        with flashd.connect(managed.address) as client:
+            warm = {f"{device}:{name}" for name in "abc" for device in client.model(name).devices}
+            assert len(warm) == len(manager.names()) and arenas_of(managed) == len(warm)
