@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "client": {"bus", "checkpoint", "tensors", "inference"},
     "bench": {"streamer", "checkpoint", "memory", "client", "cuda"},
     "cli": {"client", "inference", "private_bus", "checkpoint", "bench", "streamer", "memory", "cuda"},
+    "handover": {"client", "store"},
     "__init__": {"client"},
 }
 TORCH_IMPORTERS = {"flashd.tensors", "flashd.checkpoint.unpickle"}
