@@ -40,6 +40,7 @@ OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
 
 _CONNECT_TIMEOUT_S = 10.0
 _EMPTY_DICTIONARY_BYTES = 8  # its length, and padding to where its first entry would be
+_POLICY_RETRY_S = 0.25
 _CLOSE_TIMEOUT_S = 2.0  # for a caller that does not read its answer
 
 
@@ -132,6 +133,7 @@ class Received:
     signature: str
     body: tuple[Any, ...]
     fds: tuple[int, ...]
+    interactive: bool = False  # a person may be asked for a password before this call is answered
 
     def close_fds(self) -> None:
         for fd in self.fds:
@@ -147,7 +149,7 @@ def _received(message: Message) -> Received:
         body = tuple(_in_place(value, node, fds) for value, node in zip(body, nodes, strict=True))
     return Received(
         message.sender or "", message.path or "", message.interface or "", message.member or "",
-        message.signature, body, fds,
+        message.signature, body, fds, bool(message.flags & MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION),
     )  # fmt: skip
 
 
@@ -286,9 +288,15 @@ class Connection:
         fds: Sequence[int] = (),
         timeout_s: float | None = 25.0,
         interactive: bool = False,
+        auto_start: bool = False,
     ) -> Received:
-        """Raises the error that the peer raised, `Unavailable` when nobody answers in `timeout_s`."""
+        """Raises the error that the peer raised, `Unavailable` when nobody answers in `timeout_s`.
+
+        Without `auto_start` a call to a daemon that has just been stopped does not start it again.
+        """
         flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if interactive else MessageFlag.NONE
+        if not auto_start:
+            flags |= MessageFlag.NO_AUTOSTART
         message = Message(destination, path, interface, member, signature=signature, body=list(body), flags=flags)
         message.unix_fds = list(fds)
         try:
@@ -324,12 +332,21 @@ class Connection:
     async def add_match(self, rule: str) -> None:
         await self.call(DBUS, DBUS_PATH, DBUS, "AddMatch", "s", [rule])
 
-    async def own(self, name: str) -> None:
-        """Becomes `name`; raises AlreadyExists if somebody else is."""
-        try:
-            reply = await self._bus.request_name(name, NameFlag.DO_NOT_QUEUE)
-        except DBusError as error:
-            raise errors.NotAuthorized(f"the bus does not let us own {name}: {error.text}") from error
+    async def own(self, name: str, *, patience_s: float = 0.0) -> None:
+        """Becomes `name`; raises AlreadyExists if somebody else is.
+
+        `patience_s` is for a bus that has not read our policy yet: it does so when a package is installed completely,
+        which may be after we were started.
+        """
+        deadline = asyncio.get_running_loop().time() + patience_s
+        while True:
+            try:
+                reply = await self._bus.request_name(name, NameFlag.DO_NOT_QUEUE)
+                break
+            except DBusError as error:
+                if error.type != f"{DBUS}.Error.AccessDenied" or asyncio.get_running_loop().time() >= deadline:
+                    raise errors.NotAuthorized(f"the bus does not let us own {name}: {error.text}") from error
+            await asyncio.sleep(_POLICY_RETRY_S)
         if reply is not RequestNameReply.PRIMARY_OWNER:
             raise errors.AlreadyExists(
                 f"another process owns {name} on this bus", hint="flash status says which; flash stop ends it"

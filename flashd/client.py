@@ -34,6 +34,8 @@ Properties = Mapping[str, Any]
 OnProgress = Callable[["Job"], None]
 
 _CALL_S = 25.0
+_PERSON_S = 300.0  # somebody may be asked for a password meanwhile
+_START_S = 60.0  # for a service manager, and a daemon with a thousand models
 _LEASE_S = 3600.0  # a lease loads the model first, from whatever disk there is
 _MATCH = f"type='signal',sender='{wire.BUS_NAME}',path_namespace='{wire.ROOT_PATH}'"
 _GONE = f"type='signal',sender='{bus.DBUS}',member='NameOwnerChanged',arg0='{wire.BUS_NAME}'"
@@ -285,7 +287,10 @@ class Lease:
 class Client:
     """A connection to one daemon. Methods block; use one client a thread. Make it with `connect`."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, thread: threading.Thread, connection: Connection) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, thread: threading.Thread, connection: Connection, interactive: bool
+    ) -> None:
+        self._interactive = interactive
         self._loop = loop
         self._thread = thread
         self._connection = connection
@@ -388,7 +393,9 @@ class Client:
         body = (name, options)
         reply = self._run(
             self._connection.call(
-                wire.BUS_NAME, wire.ROOT_PATH, wire.MANAGER, "Lease", "sa{sv}", body, timeout_s=_LEASE_S
+                *(wire.BUS_NAME, wire.ROOT_PATH, wire.MANAGER, "Lease", "sa{sv}", body),
+                timeout_s=_LEASE_S,
+                interactive=self._interactive,
             )
         )
         path, fd, layout, details = reply.body
@@ -515,9 +522,13 @@ class Client:
     def _call(
         self, path: str, interface: str, member: str, signature: str = "", *body: Any, fds: Sequence[int] = ()
     ) -> Any:
+        asks = self._interactive and interface in wire.INTERFACES  # nobody is asked about reading properties
         reply = self._run(
             self._connection.call(
-                wire.BUS_NAME, path, interface, member, signature, body, fds=fds, timeout_s=_CALL_S, interactive=True
+                *(wire.BUS_NAME, path, interface, member, signature, body),
+                fds=fds,
+                timeout_s=_PERSON_S if asks else _CALL_S,
+                interactive=asks,
             )
         )
         return tuple(plain(value) for value in reply.body)
@@ -568,21 +579,21 @@ async def _when_closed(connection: Connection, then: Callable[[], None]) -> asyn
     return asyncio.create_task(watch())
 
 
-def connect(address: str | None = None) -> Client:
-    """See `flashd.connect`."""
+def connect(address: str | None = None, *, interactive: bool = True) -> Client:
+    """See `flashd.connect`. Without `interactive` nobody is asked for a password: a call is then refused at once."""
     wanted = address or config.bus_address()
     if wanted:
-        return _connected(wanted)
+        return _connected(wanted, interactive)
     private = config.default_paths(config.Scope.USER).runtime / "bus"
     places = [f"unix:path={private}"] if private.exists() else []
     places += ["session"] if config.has_session_bus() else []
     for place in (*places, "system"):
         with contextlib.suppress(FlashdError):
-            return _connected(place)
+            return _connected(place, interactive)
     raise Unavailable("flashd is not running", hint="start it: flash start")
 
 
-def _connected(address: str) -> Client:
+def _connected(address: str, interactive: bool) -> Client:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="flashd client", daemon=True)
     thread.start()
@@ -593,16 +604,29 @@ def _connected(address: str) -> Client:
         thread.join()
         loop.close()
         raise
-    return Client(loop, thread, connection)
+    return Client(loop, thread, connection, interactive)
 
 
 async def _connect(address: str) -> Connection:
     connection = await bus.connect(address)
     reply = await connection.call(bus.DBUS, bus.DBUS_PATH, bus.DBUS, "NameHasOwner", "s", [wire.BUS_NAME])
-    if not reply.body[0]:
+    if not reply.body[0] and not await _activated(connection):
         await connection.close()
         raise Unavailable(f"flashd is not running on the bus {address}", hint="start it: flash start")
     return connection
+
+
+async def _activated(connection: Connection) -> bool:
+    """Where the bus can start the daemon, as the machine's own can, connecting does; nothing later does."""
+    reply = await connection.call(bus.DBUS, bus.DBUS_PATH, bus.DBUS, "ListActivatableNames")
+    if wire.BUS_NAME not in reply.body[0]:
+        return False
+    with contextlib.suppress(FlashdError):
+        await connection.call(
+            bus.DBUS, bus.DBUS_PATH, bus.DBUS, "StartServiceByName", "su", [wire.BUS_NAME, 0], timeout_s=_START_S
+        )
+        return True
+    return False
 
 
 def _name_of(path: str) -> str:

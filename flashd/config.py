@@ -185,6 +185,13 @@ def notify_socket() -> str | None:
     return os.environ.get("NOTIFY_SOCKET") or None
 
 
+def watchdog_s() -> float | None:
+    """How long the service manager waits for a sign of life (sd_watchdog_enabled(3)), if it does."""
+    told, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
+    is_ours = told.isdecimal() and pid in {"", str(os.getpid())}
+    return int(told) / 1e6 if is_ours else None
+
+
 def inherited_fds() -> list[tuple[int, str]]:
     """Descriptors that the service manager kept for us, with their names (sd_listen_fds(3)).
 

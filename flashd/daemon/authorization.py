@@ -78,7 +78,12 @@ async def authorize(authority: Authority, caller: Caller, interface: str, member
     await authority.check(caller, action)
 
 
-def check_owner(caller: Caller, owner_uid: int, what: str) -> None:
-    """Raises NotAuthorized unless it is the caller's own, or the caller is root."""
-    if caller.uid not in {owner_uid, 0}:
-        raise NotAuthorized(f"{what} belongs to user {owner_uid}", hint="only they, or an administrator, may do this")
+async def check_owner(authority: Authority, caller: Caller, owner_uid: int, what: str) -> None:
+    """Raises NotAuthorized unless it is the caller's own, or the caller may administer."""
+    if caller.uid == owner_uid:
+        return
+    try:
+        await authority.check(caller, Action.ADMINISTER)
+    except NotAuthorized as error:
+        hint = "only they, or an administrator, may do this"
+        raise NotAuthorized(f"{what} belongs to user {owner_uid}", hint=hint) from error

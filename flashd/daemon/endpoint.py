@@ -24,9 +24,12 @@ MAX_SOCKET_PATH = 107  # sun_path, without its terminating null (unix(7))
 
 
 class RuntimeFolder:
-    """The folder of sockets, ours alone until `close`. What an earlier daemon left there is removed."""
+    """The folder of sockets, ours alone until `close`. What an earlier daemon left there is removed.
 
-    def __init__(self, path: Path) -> None:
+    With `for_group` the group of the process may connect to them too, if it may enter `path`.
+    """
+
+    def __init__(self, path: Path, *, for_group: bool = False) -> None:
         self.path = path
         longest = self.engines / "999999.sock"
         if len(os.fsencode(longest)) > MAX_SOCKET_PATH:
@@ -42,7 +45,8 @@ class RuntimeFolder:
             hint = "flash status shows it; give this one another --runtime-dir"
             raise Busy(f"another flashd uses {path}", hint=hint) from None
         self._clean()
-        self.engines.mkdir(mode=0o700)
+        self.engines.mkdir(mode=0o750 if for_group else 0o700)
+        self.socket_mode = 0o660 if for_group else 0o600
 
     @property
     def engines(self) -> Path:

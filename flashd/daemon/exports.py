@@ -12,6 +12,7 @@ forgotten and a flood of them costs one signal.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import inspect
 import re
@@ -90,6 +91,7 @@ class Caller:
 
     peer: str
     uid: int
+    interactive: bool = False  # of this call: whether a person may be asked for a password
 
 
 class Exported:
@@ -233,7 +235,7 @@ class ObjectTree:
             raise InvalidArgument(
                 wanted, hint=f"the interface is documented: busctl introspect {wire.BUS_NAME} {call.path}"
             )
-        caller = await self._identify(call.sender)
+        caller = dataclasses.replace(await self._identify(call.sender), interactive=call.interactive)
         await self._authorize(caller, exported.interface, call.member)
         returned = await getattr(exported, method_name(call.member))(caller, *call.body)
         values = returned if isinstance(returned, tuple) else () if returned is None else (returned,)

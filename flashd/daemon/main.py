@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     described.add_argument("--state-dir", type=Path, metavar="FOLDER", help="where the store and the logs lie")
     described.add_argument("--models-dir", type=Path, metavar="FOLDER", help="the folder watched for sources")
     described.add_argument("--runtime-dir", type=Path, metavar="FOLDER", help="where sockets lie")
-    described.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    described.add_argument(
+        "--log-level", default="info", choices=["debug", "info", "warning", "error"], help="the least that is logged"
+    )
     described.add_argument("--version", action="version", version=f"flashd {flashd.__version__}")
     return described
 

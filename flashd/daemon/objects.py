@@ -192,8 +192,9 @@ class ModelObject(Exported):
 class JobObject(Exported):
     interface = wire.JOB
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, parts: Parts, job: Job) -> None:
         super().__init__(wire.job_path(job.number))
+        self._parts = parts
         self._job = job
 
     def error(self) -> list[str]:
@@ -216,7 +217,7 @@ class JobObject(Exported):
         }
 
     async def cancel(self, caller: Caller) -> None:
-        check_owner(caller, self._job.owner.uid, f"job {self._job.number}")
+        await check_owner(self._parts.authority, caller, self._job.owner.uid, f"job {self._job.number}")
         self._job.cancel()
 
 
@@ -242,7 +243,7 @@ class LeaseObject(Exported):
         }
 
     async def release(self, caller: Caller) -> None:
-        check_owner(caller, self._lease.owner_uid, f"lease {self._lease.number}")
+        await check_owner(self._parts.authority, caller, self._lease.owner_uid, f"lease {self._lease.number}")
         self._parts.leases.release(self._lease.number)
 
 

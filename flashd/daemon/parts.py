@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashd.daemon.arrivals import Arrivals
+from flashd.daemon.authorization import Authority
 from flashd.daemon.engine_stats import EngineStatsBook
 from flashd.daemon.imports import Imports
 from flashd.daemon.jobs import Jobs
@@ -25,6 +26,7 @@ class Parts:
     """`stop` asks the daemon to end; `is_stopping` tells whether somebody did."""
 
     settings: Settings
+    authority: Authority
     catalog: Catalog
     jobs: Jobs
     imports: Imports

@@ -68,7 +68,7 @@ class Presence:
     def job_changed(self, job: Job) -> None:
         shown = self._jobs.get(job.number)
         if shown is None:
-            shown = self._jobs[job.number] = JobObject(job)
+            shown = self._jobs[job.number] = JobObject(self._parts, job)
             self._tree.add(shown)
             return
         self._tree.changed(shown.path)

@@ -26,11 +26,13 @@ from flashd.daemon.imports import Imports
 from flashd.daemon.jobs import Job, Jobs, Owner
 from flashd.daemon.models import Models
 from flashd.daemon.parts import Parts
+from flashd.daemon.polkit import Polkit
 from flashd.daemon.presence import Presence
 from flashd.daemon.service_manager import FdStore, ServiceManager
 from flashd.daemon.serving import Serving
 from flashd.daemon.settings import Settings
 from flashd.daemon.threads import Background
+from flashd.daemon.watchdog import Watchdog
 from flashd.engines import process
 from flashd.errors import Busy, FlashdError, InvalidArgument, Unavailable
 from flashd.memory.arena import Arena, HostArena
@@ -46,6 +48,8 @@ from flashd.units import format_bytes
 
 log = logging.getLogger(__name__)
 
+_POLICY_S = 5.0  # a bus that has just been given our policy reads it by then
+
 
 async def run(settings: Settings, address: str, stop: asyncio.Event) -> None:
     """Runs the daemon until `stop` is set, somebody calls Stop, or the bus goes away (raises Unavailable).
@@ -53,19 +57,24 @@ async def run(settings: Settings, address: str, stop: asyncio.Event) -> None:
     Raises Busy or AlreadyExists if another daemon has the store, the runtime folder or the name.
     """
     config = settings.current
+    is_shared = address == "system"  # the machine's daemon serves all its users; any other serves one
     async with contextlib.AsyncExitStack() as stack:
         connection = await connect(address)
         stack.push_async_callback(connection.close)
-        runtime = stack.enter_context(RuntimeFolder(settings.paths.runtime))
+        runtime = stack.enter_context(RuntimeFolder(settings.paths.runtime, for_group=is_shared))
         store = config.store
         catalog = stack.enter_context(
             Catalog(store.path, quota_bytes=store.quota_bytes, keep_versions=store.keep_versions)
         )
         manager = ServiceManager(configuration.notify_socket())
-        service = Service(connection, settings, catalog, runtime, manager, stop)
+        authority = Polkit(connection) if is_shared else SameUser(os.getuid())
+        service = Service(connection, settings, catalog, runtime, manager, authority, stop)
         stack.push_async_callback(service.close)
         await service.start()
         manager.tell("READY=1")
+        watchdog = Watchdog(manager, configuration.watchdog_s(), service.summary)
+        stack.push_async_callback(watchdog.close)
+        watchdog.start()
         log.info("ready on %s as %s", address, wire.BUS_NAME)
         await service.ended()
         manager.tell("STOPPING=1")
@@ -81,6 +90,7 @@ class Service:
         catalog: Catalog,
         runtime: RuntimeFolder,
         manager: ServiceManager,
+        authority: Authority,
         stop: asyncio.Event,
     ) -> None:
         config = settings.current
@@ -90,7 +100,7 @@ class Service:
         self._stop = stop
         self._is_warm = False
         self._ourselves = Owner(peer="", uid=os.getuid())
-        self._authority: Authority = SameUser(os.getuid())
+        self._authority = authority
         self._callers: dict[str, Caller] = {}
         self._background = Background()
         self._catalog = catalog
@@ -163,6 +173,7 @@ class Service:
         )
         parts = Parts(
             settings=settings,
+            authority=authority,
             catalog=catalog,
             jobs=self._jobs,
             imports=self._imports,
@@ -185,7 +196,7 @@ class Service:
         await self._take_over_memory()
         self._presence.appear()
         await self._connection.watch_peers(self._peer_left)
-        await self._connection.own(wire.BUS_NAME)
+        await self._connection.own(wire.BUS_NAME, patience_s=_POLICY_S)
         if self._catalog.models():
             self._warm_up()
         self._background.start(self._presence.prepare())
@@ -203,6 +214,12 @@ class Service:
             asked.cancel()
             raise Unavailable("the bus went away", hint="the service manager starts flashd again")
         lost.cancel()
+
+    def summary(self) -> str:
+        """One line for `systemctl status`."""
+        active = self._swapper.active
+        answering = f"{active.target.model_name} answers" if active else "none is active"
+        return f"{len(self._catalog.models())} models, {answering}"
 
     async def close(self) -> None:
         """Ends everything in the order in which it needs each other."""
@@ -383,6 +400,7 @@ def _engine_settings(config: Config, runtime: RuntimeFolder, settings: Settings)
         threads=config.engines.torch.threads,
         max_tokens_default=config.engines.torch.max_tokens_default,
         start_timeout_s=config.engines.start_timeout_s,
+        socket_mode=runtime.socket_mode,
     )
 
 

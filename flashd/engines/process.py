@@ -33,6 +33,7 @@ class Settings:
     threads: int
     max_tokens_default: int
     start_timeout_s: float
+    socket_mode: int = 0o600  # who may ask its engines: this user, or this user's group too
 
 
 class EngineProcess:
@@ -71,6 +72,7 @@ class EngineProcess:
         self._watcher = asyncio.create_task(self._watch(), name=f"engine {self.number}")
         options = {
             "socket": str(self.socket_path),
+            "socket_mode": self._settings.socket_mode,
             "scratch": str(self._scratch),
             "threads": self._settings.threads,
             "max_tokens_default": self._settings.max_tokens_default,

@@ -107,11 +107,13 @@ async def test_what_the_table_does_not_name_is_refused_to_root_too() -> None:
         await authorize(SameUser(0), Caller(":1.1", 0), wire.MANAGER, "Forgotten")
 
 
-def test_what_belongs_to_somebody_is_theirs_and_roots() -> None:
-    check_owner(Caller(":1.1", OURS), OURS, "it")
-    check_owner(Caller(":1.1", 0), OURS, "it")
+async def test_what_belongs_to_somebody_is_theirs_and_an_administrators() -> None:
+    await check_owner(Nobody(), Caller(":1.1", THEIRS), THEIRS, "it")
+    await check_owner(SameUser(OURS), Caller(":1.1", 0), THEIRS, "it")
+    with pytest.raises(NotAuthorized, match=f"it belongs to user {OURS}"):
+        await check_owner(SameUser(OURS), Caller(":1.1", THEIRS), OURS, "it")
     with pytest.raises(NotAuthorized):
-        check_owner(Caller(":1.1", THEIRS), OURS, "it")
+        await check_owner(Nobody(), Caller(":1.1", OURS), THEIRS, "it")
 
 
 class Nobody:

@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "client": {"bus", "checkpoint", "tensors", "inference"},
     "bench": {"streamer", "checkpoint", "memory", "client", "cuda"},
     "cli": {"client", "inference", "private_bus", "checkpoint", "bench", "streamer", "memory", "cuda"},
+    "handover": {"client", "store"},
     "__init__": {"client"},
 }
 # The tray is a package of its own, and a client like any other: never the daemon, nor what is behind it.

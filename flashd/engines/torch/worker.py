@@ -53,6 +53,7 @@ class _Worker:
         self._channel = channel
         self._scratch = Path(options["scratch"])
         self._socket_path = Path(options["socket"])
+        self._socket_mode = int(options["socket_mode"])
         self._turns = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._gate = Gate()
         self._server = Server(self._gate, self._turns, options["max_tokens_default"])
@@ -62,7 +63,7 @@ class _Worker:
         self._loop = asyncio.get_running_loop()
         config = uvicorn.Config(self._server.application(), log_level="warning", lifespan="off", access_log=False)
         http = _Http(config)
-        listener = _listen(self._socket_path)
+        listener = _listen(self._socket_path, self._socket_mode)
         orders = threading.Thread(target=self._obey, args=(first,), daemon=True, name="control")
         orders.start()
         await http.serve(sockets=[listener])
@@ -136,12 +137,12 @@ class _Worker:
         asyncio.run_coroutine_threadsafe(step, self._loop).result()
 
 
-def _listen(path: Path) -> socket.socket:
-    """A socket that only this user can connect to: by the umask from the first moment on."""
+def _listen(path: Path, mode: int) -> socket.socket:
+    """A socket that only this user can connect to, by the umask from the first moment on, or its group as well."""
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
-    path.chmod(0o600)
+    path.chmod(mode)
     listener.listen(128)
     return listener
 

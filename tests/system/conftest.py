@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Machines with a real systemd, and in them the real package. They need root and what tests/system/run installs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MACHINE = Path(__file__).parent / "machine"
+CACHE = ROOT / "build" / "system"
+# What a package is made of: it is built anew only when some of it has changed.
+SOURCES = ("flashd", "native", "packaging", "systemd", "pyproject.toml", "README.md", "LICENSE")
+TOOLS = {"mmdebstrap": "mmdebstrap", "systemd-nspawn": "systemd-container", "dh": "debhelper", "nsenter": "util-linux"}
+_TIMEOUT_S = 900  # the first test of all builds the package
+_names = itertools.count(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.timeout(_TIMEOUT_S))
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a program in a machine said."""
+
+    status: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A running machine."""
+
+    name: str
+    root: Path
+
+    def run(self, *command: str | Path, check: bool = True, env: tuple[str, ...] = ()) -> Result:
+        """As root."""
+        done = subprocess.run(
+            [MACHINE, "run", self.name, "env", *env, *command], capture_output=True, text=True, check=False, cwd="/"
+        )
+        result = Result(done.returncode, done.stdout, done.stderr)
+        assert not check or result.status == 0, f"{command}: {result}\n{self.journal()}"
+        return result
+
+    def run_as(self, user: str, *command: str | Path, check: bool = True) -> Result:
+        """As a user without a seat, as over ssh."""
+        uid = self.run("id", "-u", user).out.strip()
+        runtime = f"XDG_RUNTIME_DIR=/run/user/{uid}"
+        return self.run("runuser", "-u", user, "--", "env", runtime, *command, check=check)
+
+    def run_at_seat(self, user: str, *command: str | Path, check: bool = True) -> Result:
+        """As a user who sits at the machine's screen."""
+        session = ("-E", "XDG_SEAT=seat0", "-E", "XDG_SESSION_TYPE=x11", "-E", "XDG_SESSION_CLASS=user")
+        options = ("-q", "--wait", "--pipe", "-p", f"User={user}", "-p", "PAMName=login", *session)
+        return self.run("systemd-run", *options, *command, check=check)
+
+    def show(self, unit: str, property_: str) -> str:
+        return self.run("systemctl", "show", "--value", "-p", property_, unit).out.strip()
+
+    def journal(self) -> str:
+        command = [MACHINE, "run", self.name, "journalctl", "--no-pager", "-n", "60"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+    def models(self) -> dict[str, str]:
+        """Every model's tier."""
+        listed = json.loads(self.run("flash", "list", "--json").out)
+        return {model["name"]: model["residency"] for model in listed if "residency" in model}
+
+    def until(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, f"it did not come to pass\n{self.journal()}"
+            time.sleep(0.1)
+
+    def make_source(self, folder: str, *, seed: int = 1, owner: str = "root") -> None:
+        """A source in the machine, as its owner made it."""
+        target = self.root / folder.lstrip("/")
+        made = target.with_name(f".{target.name}.new")
+        made.mkdir(parents=True)
+        header = json.dumps({"w": {"dtype": "F32", "shape": [300_000], "data_offsets": [0, 1_200_000]}}).encode()
+        data = bytes([seed]) * 1_200_000
+        (made / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
+        (made / "config.json").write_text(json.dumps({"architectures": ["Tiny"], "model_type": "tiny"}))
+        self.run("chown", "-R", f"{owner}:", Path("/") / made.relative_to(self.root))
+        made.rename(target)
+
+
+def _build() -> str:
+    """The name of a package of what is in the working tree now."""
+    listed = ["git", "ls-files", "-z", "-co", "--exclude-standard", "--", *SOURCES]
+    files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    digest = hashlib.sha256()
+    for file in sorted(filter(None, files)):
+        if (ROOT / file).is_file():
+            digest.update(f"{file}\0{(ROOT / file).stat().st_mode}\0".encode() + (ROOT / file).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@pytest.fixture(scope="session")
+def tools() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to boot machines")
+    missing = [package for program, package in TOOLS.items() if shutil.which(program) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}: tests/system/run installs what is needed")
+
+
+@pytest.fixture(scope="session")
+def package(tools: None) -> Path:
+    folder = CACHE / f"package-{_build()}"
+    if not folder.exists():
+        for old in CACHE.glob("package-*"):
+            shutil.rmtree(old)
+        made = CACHE / "package.partial"
+        shutil.rmtree(made, ignore_errors=True)
+        done = subprocess.run([ROOT / "packaging" / "build-deb", made], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        made.rename(folder)
+    (found,) = folder.glob("flashd_*.deb")
+    return found
+
+
+@pytest.fixture(scope="session")
+def base(tools: None) -> Path:
+    """The root folder that all machines begin with. It lies outside the checkout, which may be on an overlay."""
+    packages = ("libglib2.0-bin",)
+    key = hashlib.sha256(MACHINE.read_bytes() + " ".join(packages).encode()).hexdigest()[:12]
+    folder = Path("/var/cache/flashd-tests") / f"base-{key}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = folder.with_suffix(".partial")
+        shutil.rmtree(made, ignore_errors=True)
+        done = subprocess.run([MACHINE, "base", made, *packages], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        made.rename(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def booted(base: Path, *, bind: str = "") -> Iterator[Machine]:
+    """A machine; `bind` shows a folder of this one in it."""
+    name = f"test-{os.getpid()}-{next(_names)}"
+    environment = {**os.environ, "MACHINE_BIND": bind}
+    done = subprocess.run([MACHINE, "boot", base, name], env=environment, capture_output=True, text=True, check=False)
+    try:
+        assert done.returncode == 0, done.stderr
+        root = subprocess.run([MACHINE, "root", name], capture_output=True, text=True, check=True).stdout.strip()
+        yield Machine(name, Path(root))
+    finally:
+        subprocess.run([MACHINE, "stop", name], capture_output=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def bare_machine(base: Path, package: Path) -> Iterator[Machine]:
+    """With the package in /root/flashd.deb, and not installed."""
+    with booted(base) as machine:
+        shutil.copy(package, machine.root / "root" / "flashd.deb")
+        yield machine
+
+
+@pytest.fixture(scope="module")
+def machine(bare_machine: Machine) -> Machine:
+    """With the package installed."""
+    bare_machine.run("dpkg", "-i", "/root/flashd.deb")
+    return bare_machine

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an administrator does with the package, from installing to purging it; the tests follow each other."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import Machine
+
+HOME = "usr/lib/flashd"
+
+
+def test_it_is_ready_in_the_moment_it_is_installed(bare_machine: Machine) -> None:
+    """The bus reads our policy when all of dpkg is done, which is no reason to fail before."""
+    bare_machine.run("sh", "-ec", "dpkg -i /root/flashd.deb; systemctl enable --now flashd")
+    assert bare_machine.show("flashd", "ActiveState") == "active"
+    assert bare_machine.show("flashd", "NRestarts") == "0"
+    assert "No models yet" in bare_machine.run("flash", "list").err
+
+
+def test_it_has_no_torch_and_no_pip_in_it(machine: Machine) -> None:
+    packages = next((machine.root / HOME / "lib").glob("python3*")) / "site-packages"
+    names = {entry.name.split("-")[0].lower() for entry in packages.iterdir()}
+    assert {"flashd", "dbus_next", "typer"} <= names
+    assert not {"torch", "transformers", "pip", "setuptools"} & names
+    elsewhere = machine.run("grep", "-rlE", "^#!.*(/tmp|/build|debian)", f"/{HOME}/bin", check=False)
+    assert elsewhere.out == ""
+
+
+def test_the_daemon_is_nobody_special_and_well_shut_in(machine: Machine) -> None:
+    pid = machine.show("flashd", "MainPID")
+    status = machine.run("cat", f"/proc/{pid}/status").out
+    assert machine.run("stat", "-c", "%U", f"/proc/{pid}").out.strip() == "flashd"
+    assert re.search(r"^CapEff:\s*0+$", status, re.MULTILINE)
+    assert re.search(r"^NoNewPrivs:\s*1$", status, re.MULTILINE)
+    exposure = machine.run("systemd-analyze", "security", "--no-pager", "flashd").out
+    found = re.search(r"Overall exposure level for flashd.service: ([\d.]+)", exposure)
+    assert found is not None
+    assert float(found[1]) <= 1.5, exposure
+    verified = machine.run("systemd-analyze", "--man=no", "verify", "flashd.service")
+    assert verified.err == ""
+
+
+def test_a_service_manager_learns_how_it_is(machine: Machine) -> None:
+    machine.until(lambda: machine.show("flashd", "StatusText") == "0 models, none is active")
+    assert machine.show("flashd", "WatchdogTimestampMonotonic") != "0"
+
+
+def test_what_is_dropped_into_the_machines_folder_becomes_a_model(machine: Machine) -> None:
+    machine.run("useradd", "-m", "-G", "flashd", "erin")
+    machine.make_source("/home/erin/one", seed=1, owner="erin")
+    machine.run_as("erin", "cp", "-r", "/home/erin/one", "/var/lib/flashd/models/dropped")
+    machine.until(lambda: "dropped" in machine.models())
+
+
+def test_a_member_imports_from_a_home_that_the_daemon_cannot_read(machine: Machine) -> None:
+    machine.make_source("/home/erin/two", seed=2, owner="erin")
+    machine.run("chmod", "0700", "/home/erin")
+    machine.run_as("erin", "flash", "import", "/home/erin/two", "imported")
+    assert set(machine.models()) == {"dropped", "imported"}
+    machine.run_as("erin", "flash", "verify", "imported")
+
+
+def resident(machine: Machine) -> bool:
+    return machine.models() == {"dropped": "host", "imported": "stored"}
+
+
+@pytest.mark.parametrize("how", ["restart", "kill", "upgrade"])
+def test_warm_models_outlive_the_daemon(machine: Machine, how: str) -> None:
+    machine.run("flash", "load", "dropped")
+    assert resident(machine)
+    before = machine.show("flashd", "MainPID")
+    if how == "restart":
+        machine.run("systemctl", "restart", "flashd")
+    elif how == "kill":
+        machine.run("systemctl", "kill", "-s", "KILL", "flashd")
+    else:
+        machine.run("dpkg", "-i", "/root/flashd.deb")
+    machine.until(lambda: machine.show("flashd", "MainPID") not in {before, "0"})
+    machine.until(lambda: machine.show("flashd", "ActiveState") == "active")
+    assert resident(machine)
+    machine.run("flash", "verify", "dropped")
+
+
+def test_a_daemon_that_is_stuck_is_started_again(machine: Machine) -> None:
+    drop_in = machine.root / "etc/systemd/system/flashd.service.d"
+    drop_in.mkdir(parents=True)
+    (drop_in / "watchdog.conf").write_text("[Service]\nWatchdogSec=2\n")
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "restart", "flashd")
+    before = machine.show("flashd", "MainPID")
+    machine.run("systemctl", "kill", "-s", "STOP", "flashd")
+    machine.until(lambda: machine.show("flashd", "MainPID") not in {before, "0"})
+    machine.until(lambda: machine.show("flashd", "ActiveState") == "active")
+    assert "Watchdog timeout" in machine.run("journalctl", "--no-pager", "-u", "flashd").out
+    shutil.rmtree(drop_in)
+    machine.run("systemctl", "daemon-reload")
+
+
+def test_the_first_call_starts_it_and_stopping_it_does_not(machine: Machine) -> None:
+    machine.run("systemctl", "stop", "flashd")
+    assert set(machine.models()) == {"dropped", "imported"}
+    assert machine.show("flashd", "ActiveState") == "active"
+    machine.run("flash", "stop")
+    machine.until(lambda: machine.show("flashd", "ActiveState") == "inactive")
+    assert machine.show("flashd", "Result") == "success"
+
+
+def test_an_administrators_setting_lasts(machine: Machine) -> None:
+    machine.run("flash", "config", "memory.host_budget", "3GB")
+    machine.run("systemctl", "restart", "flashd")
+    assert 'host_budget = "3GB"' in machine.run("flash", "config").out
+
+
+def test_what_the_interface_files_say_is_installed_and_served(machine: Machine) -> None:
+    folder = machine.root / "usr/share/dbus-1/interfaces"
+    assert len(list(folder.glob("org.flashd1.*.xml"))) == 6
+    served = machine.run("busctl", "introspect", "--xml-interface", "org.flashd1", "/org/flashd1").out
+    text = (folder / "org.flashd1.Manager.xml").read_text()
+    assert text[text.index("<interface") : text.index("</interface>")] in served
+
+
+def test_manual_and_completion_are_installed(machine: Machine) -> None:
+    share = machine.root / "usr/share"
+    for page in ("man1/flash.1", "man8/flashd.8", "man5/flashd.toml.5", "man5/org.flashd1.5", "man1/flashd-inbox.1"):
+        # dpkg may be told to leave manuals out, and minimal images do so.
+        excluded = list((machine.root / "etc/dpkg/dpkg.cfg.d").glob("*"))
+        assert (share / "man" / f"{page}.gz").exists() or excluded
+    assert "_FLASH_COMPLETE" in (share / "bash-completion/completions/flash").read_text()
+    completed = machine.run(
+        "flash", env=("_FLASH_COMPLETE=complete_bash", "COMP_WORDS=flash show dr", "COMP_CWORD=2")
+    ).out
+    assert "dropped" in completed
+
+
+def test_lintian_has_nothing_to_say(package: Path) -> None:
+    if shutil.which("lintian") is None:
+        pytest.skip("needs lintian: tests/system/run installs it")
+    command = ["lintian", "--allow-root", "--fail-on", "error,warning", package]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_removing_it_keeps_models_and_settings(machine: Machine) -> None:
+    machine.run("dpkg", "-r", "flashd")
+    assert machine.show("flashd", "ActiveState") in {"inactive", "failed"}
+    assert machine.run("busctl", "status", "org.flashd1", check=False).status != 0
+    assert (machine.root / "etc/flashd/flashd.toml").exists()
+    machine.run("dpkg", "-i", "/root/flashd.deb")
+    assert set(machine.models()) == {"dropped", "imported"}
+    assert 'host_budget = "3GB"' in machine.run("flash", "config").out
+
+
+def test_purging_takes_models_only_if_somebody_says_so(machine: Machine) -> None:
+    quiet = ("DEBIAN_FRONTEND=noninteractive",)
+    machine.run("dpkg", "-P", "flashd", env=quiet)
+    assert (machine.root / "var/lib/flashd/store").exists()
+    assert not (machine.root / "etc/flashd").exists()
+    machine.run("dpkg", "-i", "/root/flashd.deb")
+    assert set(machine.models()) == {"dropped", "imported"}
+    machine.run("sh", "-ec", "echo flashd flashd/remove-models boolean true | debconf-set-selections", env=quiet)
+    machine.run("dpkg", "-P", "flashd", env=quiet)
+    assert not (machine.root / "var/lib/flashd").exists()
+    assert not (machine.root / HOME).exists()
