@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from flashd.engines.torch import generation, requests
-from flashd.engines.torch.gate import Gate, NotServing
+from flashd.engines.gate import Gate, NotServing
 from flashd.engines.torch.model import Model
 from flashd.engines.torch.requests import BadRequest, GenerationRequest
 

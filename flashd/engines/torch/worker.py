@@ -24,7 +24,7 @@ import uvicorn
 
 from flashd import sandbox
 from flashd.engines.control import Channel, Frame, close_all
-from flashd.engines.torch.gate import Gate
+from flashd.engines.gate import Gate
 from flashd.engines.torch.model import Model, Weights
 from flashd.engines.torch.server import Bound, Server
 from flashd.errors import FlashdError, Unsupported
