@@ -21,7 +21,7 @@ from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.source import SourceFiles
 from flashd.engines.engine import Binding, EngineState
 from flashd.engines.process import EngineProcess, Settings, ZygoteFactory, torch_factory
-from flashd.memory.arena import Arena, HugePages
+from flashd.memory.arena import HostArena, HugePages
 from flashd.streamer import OpenFile, Read, load
 
 _MAKE = """
@@ -89,7 +89,7 @@ class Resident:
             convert(files, directory, python=sys.executable)
         self.checkpoint = Checkpoint.open(directory)
         extent = self.checkpoint.extent
-        self.arena = Arena(extent.length, source.name, HugePages.NONE)
+        self.arena = HostArena(extent.length, source.name, HugePages.NONE)
         with self.checkpoint.weights_path.open("rb") as file:
             opened = OpenFile(file.fileno(), source.name)
             reads = [Read(0, extent.offset, 0, extent.length)]

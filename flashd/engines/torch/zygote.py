@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is imported once, so that every engine process starts in milliseconds?
 
-    python -m flashd.engines.torch.zygote CONTROL_FD
+python -m flashd.engines.torch.zygote CONTROL_FD
 """
 
 from __future__ import annotations

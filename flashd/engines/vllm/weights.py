@@ -106,7 +106,7 @@ def _name_of(client: Client, model: str) -> str:
     ]
     if not found:
         hint = (
-            f"import it (flash import {model}), or say which one it is: --model-loader-extra-config '{{\"model\": NAME}}'"
+            f"flash import {model}, or --model-loader-extra-config '{{\"model\": NAME}}' if it is known by another name"
         )
         raise NotFound(f"no model of flashd was made from {folder}", hint=hint)
     return found[0].name
