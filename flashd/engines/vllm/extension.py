@@ -55,8 +55,15 @@ class Extension:
         return sum(size_bytes for _, size_bytes in self._emptied)
 
     def _unpack(self) -> Iterator[torch.nn.Module]:
-        """Drops the packed copies of weights that the processor's kernels read; tells whose they were."""
-        for module in self.model_runner.get_model().modules():
+        """Drops the packed copies of weights that the processor's kernels read; tells whose they were.
+
+        Experts are packed when their kernel is made, which vLLM does once, so that after a reload the old kernel would
+        read new weights that are not packed: without one, it makes another.
+        """
+        for module in self.model_runner.get_model().modules() if self.device.type == "cpu" else ():
+            method: Any = getattr(module, "quant_method", None)
+            if getattr(method, "moe_kernel", None) is not None:
+                method.moe_kernel = None
             if hasattr(module, "cpu_linear"):
                 module.cpu_linear = None
                 yield module

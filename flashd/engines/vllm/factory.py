@@ -46,9 +46,9 @@ class VllmFactory(ZygoteFactory):
 
     def rebind_key(self, checkpoint: Checkpoint) -> str:
         """Configuration, layout, dtype, tokenizer, template and defaults for sampling: vLLM reads all of them once,
-        when it starts."""
+        when it starts. Quantised weights it cannot take twice in every case, so those get a new engine."""
         manifest = checkpoint.manifest
-        if not manifest.architecture_key:
+        if not manifest.architecture_key or manifest.quantization:
             return ""
         if manifest.id not in self._keys:
             files = checkpoint.side_files()

@@ -44,6 +44,12 @@ class Handover:
         if old is not None:
             close_all(old.fds)
 
+    def forsake(self) -> None:
+        """For a forked child, which has inherited the descriptors and not the thread: it keeps none of them."""
+        self._listener.close()
+        if self._held is not None:
+            close_all(self._held.fds)
+
     def _serve(self) -> None:
         while True:
             end, _ = self._listener.accept()

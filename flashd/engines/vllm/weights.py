@@ -82,7 +82,8 @@ def handed_over(path: Path) -> Tensors:
 
 
 def arena_tensors(fd: int, binding: Mapping[str, Any]) -> Tensors:
-    """Tensors over an arena that a Binding came with; `fd` stays the caller's."""
+    """Tensors over the host arena that a Binding came with; `fd` stays the caller's. A GPU's memory would be
+    mapped here, by flashd.tensors.mapped."""
     size_bytes = int(binding["arena_bytes"])
     layout = header.parse(binding["layout"].encode(), data_bytes=size_bytes, path="the layout")
     return torch_tensors(_private(fd, size_bytes), layout)

@@ -35,13 +35,15 @@ from flashd.engines.vllm.guard import Guard
 from flashd.engines.vllm.handover import Handover
 from flashd.engines.vllm.plugin import LOAD_FORMAT
 from flashd.errors import EngineFailed, FlashdError, Unsupported
+from flashd.units import MiB
 
 _MODEL = "model"  # the folder of side files, in the scratch folder, which is the working directory
 _EXTENSION = "flashd.engines.vllm.extension.Extension"
 _LOOK_S = 0.5  # how often we look whether the engine core lives
-_LOG_BYTES = 256 * 1024
+_RESET_S = 10.0
+_LOG_BYTES = 4 * MiB
 _CAUSE = re.compile(r"(?:^|[\s)])((?:\w+\.)*\w*(?:Error|Exception|Interrupt)): (.+)$")
-_NO_CAUSE = ("See root cause above", "See stack trace for root cause", "Engine core initialization failed")
+_NO_CAUSE = ("root cause", "EngineDeadError", "Engine core initialization failed")  # errors about errors
 
 
 def main(channel: Channel) -> int:
@@ -80,6 +82,7 @@ class _Worker:
         os.chdir(scratch)
         tempfile.tempdir = str(scratch)  # what vLLM leaves behind is removed with it
         self._handover = Handover(Path(handover.SOCKET))
+        os.register_at_fork(after_in_child=self._handover.forsake)
         self._client: Any = None
         self._app: Any = None
         self._is_starting = False
@@ -126,9 +129,11 @@ class _Worker:
         self._is_starting = False
         self._channel.send({})
         threading.Thread(target=self._obey, daemon=True, name="control").start()
+        written = _log_bytes()
         while not serving.done():
             if self._client.errored:
-                _die(_root_cause() or "vLLM's engine core has died")
+                _die(_root_cause(written) or "vLLM's engine core has died")
+            written = _log_bytes()
             await asyncio.wait({serving}, timeout=_LOOK_S)
 
     def _obey(self) -> None:
@@ -205,14 +210,17 @@ class _Worker:
         """Other weights, in place. What is wrong with them in itself is found before anything is touched; where
         vLLM fails half-way, the process ends rather than answer from half of each."""
         _check(frame)
+        written = _log_bytes()
         try:
             self._handover.hold(_binding(frame.content), frame.fds[0])
             await self._client.collective_rpc("flashd_take")
-            if not await self._client.reset_prefix_cache():
-                raise EngineFailed("vLLM's prefix cache is in use, and would answer for the old weights")
+            async with asyncio.timeout(_RESET_S):
+                while not await self._client.reset_prefix_cache():  # noqa: ASYNC110 -- cut requests are being dropped
+                    await asyncio.sleep(0.005)
         except Exception as error:  # noqa: BLE001 -- whatever it is, the engine holds half of two models now
+            why = _root_cause(written)
             traceback.print_exc()
-            _die(_root_cause() or f"{type(error).__name__}: {error}")
+            _die(why or f"{type(error).__name__}: {error}")
         finally:
             self._handover.drop()
         versions.rename(self._app, frame.content["names"], _MODEL)
@@ -240,17 +248,23 @@ def _refusal(error: BaseException) -> dict[str, Any]:
     """Why the engine did not start, in one line, for whoever asked for it."""
     said = error.message if isinstance(error, FlashdError) else _one_line(str(error)) or type(error).__name__
     if not isinstance(error, FlashdError) and any(word in said for word in _NO_CAUSE):
-        said = _root_cause() or said
+        said = _root_cause(0) or said
     is_unsupported = isinstance(error, Unsupported) or "are not supported for now" in said
     hint = error.hint if isinstance(error, FlashdError) else ""
     return {"error": f"vLLM {versions.VERSION}: {said}", "hint": hint, "unsupported": is_unsupported}
 
 
-def _root_cause() -> str:
-    """The first error that one of vLLM's processes wrote, where the last only says that there was one."""
-    with contextlib.suppress(OSError):
-        raw = Path("/proc/self/fd/2").read_bytes()[-_LOG_BYTES:]
-        for line in raw.decode(errors="replace").splitlines():
+def _log_bytes() -> int:
+    """How long the log is that vLLM's processes and we write."""
+    return os.fstat(2).st_size
+
+
+def _root_cause(since: int) -> str:
+    """The first error that one of vLLM's processes wrote after that much of the log; later ones only say that there was
+    one."""
+    with contextlib.suppress(OSError), Path("/proc/self/fd/2").open("rb") as log:
+        log.seek(since)
+        for line in log.read(_LOG_BYTES).decode(errors="replace").splitlines():
             if (found := _CAUSE.search(line)) and not any(word in line for word in _NO_CAUSE):
                 return f"{found[1].rsplit('.', 1)[-1]}: {found[2]}"
     return ""
