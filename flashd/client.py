@@ -365,13 +365,17 @@ class Client:
 
     # -- swapping ----------------------------------------------------------------------------------------------------
 
-    def swap(self, name: str, on_progress: OnProgress | None = None) -> SwapOutcome:
-        """Makes a model the active one; returns when its first token is possible. On failure the old one goes on."""
-        return SwapOutcome.from_result(self.begin_swap(name).wait(on_progress))
+    def swap(self, name: str, on_progress: OnProgress | None = None, *, engine: str = "") -> SwapOutcome:
+        """Makes a model the active one; returns when its first token is possible. On failure the old one goes on.
 
-    def begin_swap(self, name: str) -> Job:
+        `engine` is torch or vllm; by default what is configured, or the one that has the model already.
+        """
+        return SwapOutcome.from_result(self.begin_swap(name, engine=engine).wait(on_progress))
+
+    def begin_swap(self, name: str, *, engine: str = "") -> Job:
         """Like `swap`, without waiting."""
-        (path,) = self._manager("Swap", "sa{sv}", name, {})
+        options = {"engine": Variant("s", engine)} if engine else {}
+        (path,) = self._manager("Swap", "sa{sv}", name, options)
         return self._job(path)
 
     def load(

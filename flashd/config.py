@@ -102,16 +102,26 @@ class TorchConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class VllmConfig:
+    """[engines.vllm]: vLLM, in an environment of its own."""
+
+    python: str = _setting("", "Interpreter of an environment with vLLM and flashd. Default: the daemon's own.")
+    arguments: tuple[str, ...] = _setting((), "What every engine is told besides, as to vllm serve.")
+    kv_cache_bytes: int = _setting(2 * GiB, "KV cache of each engine; 0: as vLLM sees fit, most of the memory.")
+
+
+@dataclass(frozen=True, slots=True)
 class EnginesConfig:
     """[engines]: who answers."""
 
-    default: Literal["torch"] = _setting("torch", "Kind of engine for a swap that does not say.")
+    default: Literal["torch", "vllm"] = _setting("torch", "Kind of engine for a swap that does not say.")
     warm_up: bool = _setting(True, "Import the framework before the first swap; costs its memory from then on.")
     max_parked: int = _setting(2, "Engines kept parked; the one parked longest ago is stopped first.")
     drain_timeout_s: float = _setting(10.0, "Requests in flight may take so long to finish before a swap cuts them.")
     start_timeout_s: float = _setting(120.0, "An engine that does not answer after so long has failed.")
     idle_timeout_s: float = _setting(0.0, "Park the active engine after so long without requests; 0: never.", live=True)
     torch: TorchConfig = field(default_factory=TorchConfig)
+    vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +293,16 @@ def with_value(config: Config, key: str, value: Any) -> Config:
 def torch_python(config: Config) -> str:
     """The interpreter that engines and the converter of PyTorch files run in."""
     return config.engines.torch.python or sys.executable
+
+
+def vllm_python(config: Config) -> str:
+    """The interpreter that vLLM engines run in."""
+    return config.engines.vllm.python or sys.executable
+
+
+def child_environment(changes: Mapping[str, str]) -> Mapping[str, str]:
+    """Our environment with changes, for processes that are configured that way."""
+    return {**os.environ, **changes}
 
 
 def _xdg(variable: str, default: Path) -> Path:

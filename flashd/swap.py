@@ -68,11 +68,12 @@ class How(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The model that a swap wants. `names` are what requests may call it."""
+    """The model that a swap wants, and the kind of engine. `names` are what requests may call it."""
 
     model_name: str
     names: tuple[str, ...]
     checkpoint: Checkpoint
+    engine_kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,7 @@ class Swapper:
     def __init__(
         self,
         residency: Residency,
-        factory: EngineFactory,
+        factories: Mapping[str, EngineFactory],
         endpoint: Endpoint,
         policy: Policy,
         *,
@@ -137,7 +138,7 @@ class Swapper:
     ) -> None:
         """`on_lost` is told of a model whose engine ended unasked while it was the active one."""
         self._residency = residency
-        self._factory = factory
+        self._factories = factories
         self._endpoint = endpoint
         self._policy = policy
         self._on_change = on_change
@@ -175,7 +176,8 @@ class Swapper:
             active = self._active
             if active and active.engine.state is EngineState.SERVING and _is_same(active.target, target):
                 return Outcome(target.model_name, active.engine.number, How.ALREADY_ACTIVE, Tier.HOST, 0.0)
-            if reason := self._factory.refusal(target.checkpoint.manifest.architecture, target.checkpoint.side_files()):
+            factory = self._factories[target.engine_kind]
+            if reason := factory.refusal(target.checkpoint.manifest.architecture, target.checkpoint.side_files()):
                 raise Unsupported(f"{target.model_name} cannot run: {reason}", hint="flash show tells its architecture")
             self._phases = {}
             self._enter(SwapState.LOADING)
@@ -253,10 +255,11 @@ class Swapper:
 
     async def _switch(self, target: Target, hold: Hold) -> tuple[How, Engine]:
         """Gives the weights to an engine and makes it the active one: the one that is, a parked one, or a new one."""
-        key = target.checkpoint.manifest.architecture_key
+        factory = self._factories[target.engine_kind]
+        key = await asyncio.to_thread(factory.rebind_key, target.checkpoint)
         binding = await _binding(target, hold)
         for seat in self.seats if key else []:
-            if _key(seat) != key:
+            if seat.engine.kind != factory.kind or factory.rebind_key(seat.target.checkpoint) != key:
                 continue
             if seat is self._active and seat.engine.state is EngineState.SERVING:
                 await self._drain(seat)
@@ -264,7 +267,7 @@ class Swapper:
                 return How.REBIND, seat.engine
             if seat.engine.state is EngineState.PARKED and await self._woken(seat, target, hold, binding):
                 return How.WAKE, seat.engine
-        engine = self._factory.create()
+        engine = factory.create()
         engine.on_exit = lambda last_words: self._report_exit(engine, last_words)
         try:
             await engine.start(binding)
@@ -431,11 +434,12 @@ async def _to_the_end(step: Coroutine[Any, Any, None]) -> bool:
 
 
 def _is_same(one: Target, other: Target) -> bool:
-    return (one.model_name, one.names, one.checkpoint.id) == (other.model_name, other.names, other.checkpoint.id)
-
-
-def _key(seat: Seat) -> str:
-    return seat.target.checkpoint.manifest.architecture_key
+    return (one.model_name, one.names, one.checkpoint.id, one.engine_kind) == (
+        other.model_name,
+        other.names,
+        other.checkpoint.id,
+        other.engine_kind,
+    )
 
 
 async def _binding(target: Target, hold: Hold) -> Binding:

@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
 
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="The most tokens to generate.")]
 Temperature = Annotated[float | None, typer.Option(min=0, help="0 takes the likeliest token every time.")]
+EngineKind = Annotated[str, typer.Option("--engine", help="torch or vllm. Default: engines.default.")]
 Seed = Annotated[int | None, typer.Option(help="For the same dice again.")]
 System = Annotated[str | None, typer.Option(help="A system message.")]
 
@@ -39,10 +40,11 @@ def run(
     temperature: Temperature = None,
     seed: Seed = None,
     raw: Annotated[bool, typer.Option(help="Continue the text, without the chat template.")] = False,
+    engine: EngineKind = "",
 ) -> None:
     """Swaps to a model and asks it. Without a prompt, a chat."""
     client = session(context).client
-    outcome = _swapped(client, model)
+    outcome = _swapped(client, model, engine)
     given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     parameters = {name: value for name, value in given.items() if value is not None}
     question = _question(prompt)
@@ -56,9 +58,9 @@ def run(
         _print_stream(inference.stream_chat(outcome.endpoint, outcome.model, messages, **parameters))
 
 
-def swap(context: typer.Context, model: ModelName) -> None:
+def swap(context: typer.Context, model: ModelName, engine: EngineKind = "") -> None:
     """Makes a model the active one. The one that runs now answers until the new one can."""
-    outcome = _swapped(session(context).client, model)
+    outcome = _swapped(session(context).client, model, engine)
     if outcome.how == "already-active":
         output.say(f"{outcome.model} is active already")
     else:
@@ -92,8 +94,8 @@ def evict(context: typer.Context, model: ModelName) -> None:
     session(context).client.evict(model)
 
 
-def _swapped(client: Client, model: str) -> SwapOutcome:
-    result = output.wait(client.begin_swap(model), f"swapping to {model}")
+def _swapped(client: Client, model: str, engine: str) -> SwapOutcome:
+    result = output.wait(client.begin_swap(model, engine=engine), f"swapping to {model}")
     return SwapOutcome.from_result(result)
 
 

@@ -75,11 +75,12 @@ class ManagerObject(Exported):
         self._parts.imports.add(caller, self._parts.jobs.get(_number(job, wire.job_path)), files, more=more)
 
     async def swap(self, caller: Caller, model: str, options: dict[str, Variant]) -> str:
-        engine = checked_options(options, engine="s").get("engine", self._parts.engine_kind)
-        if engine != self._parts.engine_kind:
-            hint = f"there is: {self._parts.engine_kind}"
+        engine = checked_options(options, engine="s").get("engine", "")
+        if engine not in {"", *self._parts.engine_kinds}:
+            hint = f"there is: {', '.join(self._parts.engine_kinds)}"
             raise InvalidArgument(f"there is no kind of engine {engine!r}", hint=hint)
-        return wire.job_path(self._parts.serving.swap(self._parts.catalog.resolve(model), _owner(caller)).number)
+        found = self._parts.catalog.resolve(model)
+        return wire.job_path(self._parts.serving.swap(found, _owner(caller), engine).number)
 
     async def load(self, caller: Caller, model: str, tier: str, options: dict[str, Variant]) -> str:
         if tier not in {Tier.HOST, Tier.DEVICE}:

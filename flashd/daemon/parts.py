@@ -36,7 +36,7 @@ class Parts:
     leases: LeaseBook
     swapper: Swapper
     serving: Serving
-    engine_kind: str
+    engine_kinds: tuple[str, ...]
     engine_stats: EngineStatsBook
     endpoint: Path
     stop: Callable[[], None]

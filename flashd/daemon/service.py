@@ -34,6 +34,9 @@ from flashd.daemon.settings import Settings
 from flashd.daemon.threads import Background
 from flashd.daemon.watchdog import Watchdog
 from flashd.engines import process
+from flashd.engines.engine import EngineFactory
+from flashd.engines.vllm.factory import VllmFactory
+from flashd.engines.vllm.factory import environment as vllm_environment
 from flashd.errors import Busy, FlashdError, InvalidArgument, Unavailable
 from flashd.memory.arena import Arena, HostArena
 from flashd.memory.device import CudaDevice, Device, HostDevice, Kind, simulated_device, usable
@@ -134,10 +137,10 @@ class Service:
             keeper=self._fd_store,
         )
         self._leases = LeaseBook(on_end=self._lease_ended)
-        self._factory = process.torch_factory(_engine_settings(config, runtime, settings))
+        self._factories = engine_factories(config, runtime, settings)
         self._swapper = Swapper(
             self._residency,
-            self._factory,
+            self._factories,
             EndpointLink(runtime.endpoint),
             Policy(config.engines.drain_timeout_s, config.engines.max_parked),
             on_change=self._swapper_changed,
@@ -151,6 +154,7 @@ class Service:
             self._jobs,
             self._background,
             endpoint=runtime.endpoint,
+            engine_kind=config.engines.default,
             is_present=connection.is_present,
             on_leased=self._lease_began,
             on_used=self._model_changed,
@@ -183,7 +187,7 @@ class Service:
             leases=self._leases,
             swapper=self._swapper,
             serving=self._serving,
-            engine_kind=self._factory.kind,
+            engine_kinds=tuple(self._factories),
             engine_stats=self._engine_stats,
             endpoint=runtime.endpoint,
             stop=stop.set,
@@ -229,7 +233,8 @@ class Service:
         await self._jobs.close()
         await self._engine_stats.close()
         await self._swapper.close()
-        await self._factory.close()
+        for factory in self._factories.values():
+            await factory.close()
         for lease in self._leases.all():
             self._leases.release(lease.number)
         await self._residency.stop()  # before the background: what is loaded there begins to be registered
@@ -313,7 +318,7 @@ class Service:
         """As soon as there is a model, or about to be one, somebody may want it to answer."""
         if self._settings.current.engines.warm_up and not self._is_warm:
             self._is_warm = True
-            self._factory.begin()
+            self._factories[self._settings.current.engines.default].begin()
 
     def _model_changed(self, name: str) -> None:
         self._presence.model_changed(name)
@@ -392,16 +397,25 @@ def _logged(what: str) -> Iterator[None]:
         log.warning("%s: %s", what, error)
 
 
-def _engine_settings(config: Config, runtime: RuntimeFolder, settings: Settings) -> process.Settings:
-    return process.Settings(
+def engine_factories(config: Config, runtime: RuntimeFolder, settings: Settings) -> dict[str, EngineFactory]:
+    """Whatever makes engines, by the kind they are of."""
+    paths, engines = settings.paths, config.engines
+    ours = process.Settings(
         python=configuration.torch_python(config),
         runtime=runtime.path,
-        logs=settings.paths.state / "logs",
-        threads=config.engines.torch.threads,
-        max_tokens_default=config.engines.torch.max_tokens_default,
-        start_timeout_s=config.engines.start_timeout_s,
+        logs=paths.state / "logs",
+        threads=engines.torch.threads,
+        max_tokens_default=engines.torch.max_tokens_default,
+        start_timeout_s=engines.start_timeout_s,
         socket_mode=runtime.socket_mode,
     )
+    vllm = dataclasses.replace(
+        ours,
+        python=configuration.vllm_python(config),
+        environment=configuration.child_environment(vllm_environment(paths.state / "compiled")),
+        options={"arguments": list(engines.vllm.arguments), "kv_cache_bytes": engines.vllm.kv_cache_bytes},
+    )
+    return {factory.kind: factory for factory in (process.torch_factory(ours), VllmFactory(vllm))}
 
 
 def _log_load(checkpoint: Checkpoint, result: TransferResult) -> None:

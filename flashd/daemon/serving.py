@@ -44,22 +44,26 @@ class Serving:
         background: Background,
         *,
         endpoint: Path,
+        engine_kind: str,
         is_present: Callable[[str], bool],
         on_leased: Callable[[Lease], None],
         on_used: Callable[[str], None],
     ) -> None:
-        """`is_present` tells whether a bus peer is still there; `on_used` hears of models whose use was noted."""
+        """`engine_kind` is for swaps that do not say. `is_present` tells whether a bus peer is still there; `on_used`
+        hears of models whose use was noted."""
         self._catalog = catalog
         self._residency = residency
         self._leases = leases
         self._jobs = jobs
         self._background = background
         self._endpoint = endpoint
+        self._engine_kind = engine_kind
         self._is_present = is_present
         self._on_leased = on_leased
         self._on_used = on_used
         self._swapper = swapper
         self._line: list[Job] = []  # swaps and parks that have not ended, in the order asked
+        self._kinds: dict[Job, str] = {}  # of engines, that the swaps among them want
         self._waiting_for_lease: dict[str, set[asyncio.Task[Any]]] = {}
         self._layouts: dict[str, str] = {}  # those leased last, by checkpoint
         self._brought_back: dict[str, float] = {}
@@ -71,11 +75,20 @@ class Serving:
             job.subject == name for job in self._line
         )
 
-    def swap(self, model: Model, owner: Owner) -> Job:
-        """Joins the last swap asked for, if that one is to the same model and has not ended."""
-        if self._line and self._line[-1].kind == "swap" and self._line[-1].subject == model.name:
-            return self._line[-1]
-        target = Target(model.name, (model.name, *model.aliases), self._catalog.checkpoint(model.checkpoint_id))
+    def swap(self, model: Model, owner: Owner, engine_kind: str = "") -> Job:
+        """Joins the last swap asked for, if that one is to the same model and engine and has not ended.
+
+        A model that is active stays in whatever engine it is in, unless one of another kind is asked for.
+        """
+        active = self._swapper.active
+        if not engine_kind and active is not None and active.target.model_name == model.name:
+            engine_kind = active.target.engine_kind
+        kind = engine_kind or self._engine_kind
+        last = self._line[-1] if self._line else None
+        if last and (last.kind, last.subject, self._kinds.get(last)) == ("swap", model.name, kind):
+            return last
+        names = (model.name, *model.aliases)
+        target = Target(model.name, names, self._catalog.checkpoint(model.checkpoint_id), kind)
 
         async def work(job: Job) -> Result:
             outcome = await self._swapper.swap(target, job.report_bytes)
@@ -91,7 +104,9 @@ class Serving:
                 "phases": Variant("a{sd}", dict(outcome.phases)),
             }
 
-        return self._enqueue("swap", model.name, owner, work)
+        job = self._enqueue("swap", model.name, owner, work)
+        self._kinds[job] = kind
+        return job
 
     def park(self, owner: Owner) -> Job:
         async def work(job: Job) -> Result:
@@ -160,6 +175,7 @@ class Serving:
         """To be told of finished jobs."""
         if job in self._line:
             self._line.remove(job)
+            self._kinds.pop(job, None)
 
     def swap_progressed(self) -> None:
         """To be told of every change of the swapper: the job at the head of the line is the one whose turn it is."""
@@ -176,7 +192,7 @@ class Serving:
             return
         self._brought_back[name] = now
         with contextlib.suppress(NotFound):
-            self.swap(self._catalog.resolve(name), owner)
+            self.swap(self._catalog.resolve(name), owner, target.engine_kind)
 
     def _enqueue(self, kind: str, subject: str, owner: Owner, work: Work) -> Job:
         job = self._jobs.create(kind, subject, owner)

@@ -20,6 +20,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from flashd.checkpoint.files import Checkpoint
+
 
 class EngineState(StrEnum):
     ABSENT = "absent"
@@ -108,8 +110,14 @@ class EngineFactory(Protocol):
 
     kind: str
 
+    def begin(self) -> None:
+        """Makes ready, in the background, what the first engine would wait for."""
+
     def refusal(self, architecture: str, side_files: Mapping[str, Path]) -> str:
         """Why this kind cannot run such a checkpoint; empty if it can."""
+
+    def rebind_key(self, checkpoint: Checkpoint) -> str:
+        """Engines that hold a checkpoint can take any other of the same key; empty: none but a new engine can."""
 
     def create(self) -> Engine: ...
 

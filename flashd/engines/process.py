@@ -10,11 +10,12 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flashd.checkpoint.files import Checkpoint
 from flashd.engines.control import AsyncChannel, close_all, pair
 from flashd.engines.engine import TRANSITIONS, Binding, EngineState, EngineStats
 from flashd.engines.zygote import Zygote, last_words
@@ -25,7 +26,11 @@ _STOP_GRACE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What every engine of a factory is started with."""
+    """What every engine of a factory is started with.
+
+    `environment` is the zygote's, and so theirs, or None for ours; `options` is what its kind of engine alone knows;
+    `numbers` is shared by all factories of a daemon.
+    """
 
     python: str
     runtime: Path  # sockets, private folders
@@ -34,6 +39,9 @@ class Settings:
     max_tokens_default: int
     start_timeout_s: float
     socket_mode: int = 0o600  # who may ask its engines: this user, or this user's group too
+    environment: Mapping[str, str] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
 
 class EngineProcess:
@@ -76,6 +84,7 @@ class EngineProcess:
             "scratch": str(self._scratch),
             "threads": self._settings.threads,
             "max_tokens_default": self._settings.max_tokens_default,
+            **self._settings.options,
         }
         try:
             await asyncio.wait_for(self._bind("start", binding, options), self._settings.start_timeout_s)
@@ -184,11 +193,11 @@ class EngineProcess:
 class ZygoteFactory:
     """Makes engines whose processes are forked from one zygote, which starts importing at once."""
 
-    def __init__(self, kind: str, module: str, settings: Settings) -> None:
+    def __init__(self, kind: str, module: str, settings: Settings, *, remedy: str) -> None:
+        """`remedy` tells what to do where the interpreter lacks what the zygote imports."""
         self.kind = kind
         self._settings = settings
-        self._zygote = Zygote(settings.python, module, settings.logs)
-        self._numbers = itertools.count(1)
+        self._zygote = Zygote(settings.python, module, settings.logs, environment=settings.environment, remedy=remedy)
 
     def begin(self) -> None:
         """Starts importing in the background, so that the first engine starts as fast as the others."""
@@ -201,12 +210,16 @@ class ZygoteFactory:
             return "its config.json names no architecture"
         return ""
 
+    def rebind_key(self, checkpoint: Checkpoint) -> str:
+        return checkpoint.manifest.architecture_key
+
     def create(self) -> EngineProcess:
-        return EngineProcess(next(self._numbers), self.kind, self._zygote, self._settings)
+        return EngineProcess(next(self._settings.numbers), self.kind, self._zygote, self._settings)
 
     async def close(self) -> None:
         await self._zygote.close()
 
 
 def torch_factory(settings: Settings) -> ZygoteFactory:
-    return ZygoteFactory("torch", "flashd.engines.torch.zygote", settings)
+    remedy = "install flashd's torch extra, or set engines.torch.python to an interpreter that has it"
+    return ZygoteFactory("torch", "flashd.engines.torch.zygote", settings, remedy=remedy)

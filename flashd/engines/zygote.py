@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 from flashd.engines.control import AsyncChannel, pair
@@ -27,9 +28,14 @@ LAST_WORDS_BYTES = 4096
 class Zygote:
     """Runs `python -m MODULE CONTROL_FD`; its stderr, and that of what it forks, goes to files in `log_folder`."""
 
-    def __init__(self, python: str, module: str, log_folder: Path) -> None:
+    def __init__(
+        self, python: str, module: str, log_folder: Path, *, environment: Mapping[str, str] | None, remedy: str
+    ) -> None:
+        """`remedy` tells what to do where the interpreter lacks what is to be imported."""
         self._python = python
         self._module = module
+        self._environment = environment
+        self._remedy = remedy
         self._log_folder = log_folder
         self._process: asyncio.subprocess.Process | None = None
         self._channel: AsyncChannel | None = None
@@ -80,7 +86,7 @@ class Zygote:
     async def _start(self) -> None:
         ours, theirs = pair()
         self._log_folder.mkdir(parents=True, exist_ok=True)
-        log = self._log_folder / "zygote.log"
+        log = self._log_folder / f"{self._module.split('.')[-2]}-zygote.log"
         try:
             with log.open("wb") as words:
                 self._process = await asyncio.create_subprocess_exec(
@@ -89,12 +95,12 @@ class Zygote:
                     stdout=words,
                     stderr=words,
                     pass_fds=(theirs.fileno(),),
+                    env=self._environment,
                     start_new_session=True,
                 )
         except OSError as error:
             ours.close()
-            hint = "set engines.torch.python to an interpreter that has torch and transformers"
-            raise Unavailable(f"cannot run {self._python}: {error.strerror}", hint=hint) from None
+            raise Unavailable(f"cannot run {self._python}: {error.strerror}", hint=self._remedy) from None
         finally:
             theirs.close()
         self._channel = AsyncChannel(ours)
@@ -103,9 +109,9 @@ class Zygote:
         except EngineFailed:
             words_said = last_words(log)
             if "No module named" in words_said:
-                hint = "install flashd's torch extra, or set engines.torch.python to an interpreter that has it"
-                raise Unavailable(f"engines cannot start: {words_said.splitlines()[-1]}", hint=hint) from None
-            raise EngineFailed(f"engines cannot start: {words_said or 'the zygote died'}") from None
+                raise Unavailable(f"engines cannot start: {words_said.splitlines()[-1]}", hint=self._remedy) from None
+            last = words_said.splitlines()[-1] if words_said else "the zygote died"
+            raise EngineFailed(f"engines cannot start: {last}", hint=f"{log} has all that it wrote") from None
         self._listener = asyncio.create_task(self._listen(self._channel), name="zygote notices")
 
     async def _listen(self, channel: AsyncChannel) -> None:

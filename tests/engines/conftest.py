@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real engine processes for tests: one zygote for all of them, models made on the spot."""
+"""Real engine processes for tests: one zygote a kind for all of them, models made on the spot."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import mmap
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from flashd import config
 from flashd.checkpoint.convert import convert
 from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.source import SourceFiles
 from flashd.engines.engine import Binding, EngineState
 from flashd.engines.process import EngineProcess, Settings, ZygoteFactory, torch_factory
-from flashd.memory.arena import Arena, HugePages
+from flashd.engines.vllm.factory import VllmFactory, environment
+from flashd.memory.arena import HostArena, HugePages
 from flashd.streamer import OpenFile, Read, load
+from flashd.units import MiB
 
 _MAKE = """
 import sys, pathlib, json, shutil, torch, transformers
@@ -34,12 +38,14 @@ small_models.make_base(folder / "ada")
 small_models.make_finetune(folder / "ada", folder / "bob")
 size = len(transformers.AutoTokenizer.from_pretrained(folder / "ada"))
 torch.manual_seed(3)
-small = dict(vocab_size=size, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+small = dict(vocab_size=size, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
              max_position_embeddings=256)
+moe = Qwen3MoeConfig(**small, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+                     head_dim=32)
 models = {
     "llama": LlamaForCausalLM(LlamaConfig(**small, num_key_value_heads=2, tie_word_embeddings=False)),
-    "moe": Qwen3MoeForCausalLM(Qwen3MoeConfig(**small, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
-                                              moe_intermediate_size=32, head_dim=16)),
+    "moe": Qwen3MoeForCausalLM(moe),
+    "moe2": Qwen3MoeForCausalLM(moe),
     "bert": BertModel(BertConfig(**small)),
 }
 for name, model in models.items():
@@ -66,7 +72,7 @@ expected["bert"] = torch.nn.functional.normalize(hidden, dim=0).tolist()
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Source folders of five architectures, and what transformers itself answers with them."""
+    """Source folders of four architectures, and what transformers itself answers with them."""
     folder = tmp_path_factory.mktemp("sources")
     tour = Path(__file__).parents[2] / "packaging" / "tour"
     done = subprocess.run([sys.executable, "-c", _MAKE, folder, tour], capture_output=True, text=True, check=False)
@@ -89,7 +95,7 @@ class Resident:
             convert(files, directory, python=sys.executable)
         self.checkpoint = Checkpoint.open(directory)
         extent = self.checkpoint.extent
-        self.arena = Arena(extent.length, source.name, HugePages.NONE)
+        self.arena = HostArena(extent.length, source.name, HugePages.NONE)
         with self.checkpoint.weights_path.open("rb") as file:
             opened = OpenFile(file.fileno(), source.name)
             reads = [Read(0, extent.offset, 0, extent.length)]
@@ -119,7 +125,7 @@ class Resident:
 @pytest.fixture(scope="session")
 def residents(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Resident]:
     root = tmp_path_factory.mktemp("checkpoints")
-    return {name: Resident(made / name, root / name) for name in ("ada", "bob", "llama", "moe", "bert")}
+    return {name: Resident(made / name, root / name) for name in ("ada", "bob", "llama", "moe", "moe2", "bert")}
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -130,6 +136,65 @@ async def factory(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Zyg
     made.begin()
     yield made
     await made.close()
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """The interpreter that has vLLM for the processor. CI makes it (.ci/run)."""
+    script = Path(__file__).parents[2] / "packaging" / "vllm-environment"
+    found = subprocess.run([script, "--check"], capture_output=True, text=True, check=False)
+    if found.returncode != 0:
+        pytest.skip("there is no environment with vLLM: packaging/vllm-environment makes it")
+    return found.stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What vLLM's processes keep between starts."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+def plain_vllm(python: str, compiled: Path, jobs: list[dict[str, Any]]) -> list[Any]:
+    """What vLLM answers that is started without us, one list of token ids a prompt, one list of those a job."""
+    script = Path(__file__).parent / "vllm_greedy.py"
+    done = subprocess.run(
+        [python, script, json.dumps(jobs)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=config.child_environment(environment(compiled)),
+    )
+    assert done.returncode == 0, done.stderr
+    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="session")
+def plain(vllm_python: str, compiled: Path, made: Path) -> dict[str, list[list[int]]]:
+    """What vLLM answers with its own loader."""
+    names = ["ada", "bob", "llama", "moe", "moe2"]
+    jobs = [{"model": str(made / name), "load_format": "auto"} for name in names]
+    return dict(zip(names, plain_vllm(vllm_python, compiled, jobs), strict=True))
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def vllm_factory(vllm_python: str, compiled: Path) -> AsyncIterator[VllmFactory]:
+    with tempfile.TemporaryDirectory(prefix="fd-") as short:  # for sockets, whose paths are short
+        root = Path(short)
+        settings = Settings(
+            vllm_python,
+            root,
+            root / "logs",
+            1,
+            64,
+            100.0,
+            environment=config.child_environment(environment(compiled)),
+            options={"arguments": ["--seed", "0"], "kv_cache_bytes": 64 * MiB},
+        )
+        made = VllmFactory(settings)
+        made.begin()
+        yield made
+        await made.close()
 
 
 Start = Callable[[Binding], Awaitable[EngineProcess]]

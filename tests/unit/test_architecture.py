@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "checkpoint": {"streamer"},
     "store": {"checkpoint", "streamer"},
     "memory": {"checkpoint", "streamer", "cuda"},
-    "engines": {"memory", "checkpoint", "tensors"},
+    "engines": {"memory", "checkpoint", "tensors", "streamer", "client"},  # its loader in any vLLM is a client
     "swap": {"engines", "memory", "store", "checkpoint"},
     "daemon": {"swap", "engines", "memory", "store", "checkpoint", "streamer", "bus", "private_bus", "cuda"},
     "client": {"bus", "checkpoint", "tensors", "inference"},
@@ -45,6 +45,7 @@ TRAY = PACKAGE.parent / "tray" / "flashd_tray"
 TRAY_MAY_IMPORT = {"client", "bus", "errors", "units", "wire"}
 TRAY_ENVIRONMENT_READERS = {"preferences.py", "shell.py"}  # the desktop's variables: where choices lie, what panel
 TORCH_IMPORTERS = {"flashd.tensors", "flashd.checkpoint.unpickle"}
+ENGINE_WORKERS = ("flashd.engines.torch", "flashd.engines.vllm")
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
@@ -89,8 +90,8 @@ def test_imports_stay_within_the_layers(name: str, tree: ast.Module) -> None:
 @pytest.mark.parametrize(("name", "tree"), list(modules()), ids=[name for name, _ in modules()])
 def test_only_those_who_need_them_import_torch_and_dbus(name: str, tree: ast.Module) -> None:
     roots = {m.split(".")[0] for m in imports(tree)}
-    if roots & {"torch", "transformers"}:
-        assert name.startswith("flashd.engines.torch") or name in TORCH_IMPORTERS
+    if roots & {"torch", "transformers", "vllm"}:
+        assert name.startswith(ENGINE_WORKERS) or name in TORCH_IMPORTERS
     if "dbus_next" in roots:
         assert name in {"flashd.bus", "flashd.client"} or name.startswith("flashd.daemon")
     if "_native" in {m.split(".")[1] for m in imports(tree) if m.startswith("flashd.")}:

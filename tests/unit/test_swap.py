@@ -191,6 +191,11 @@ class Factory:
     def refusal(self, architecture: str, side_files: Mapping[str, Path]) -> str:
         return "" if architecture else "no architecture"
 
+    def begin(self) -> None: ...
+
+    def rebind_key(self, checkpoint: Checkpoint) -> str:
+        return checkpoint.manifest.architecture_key
+
     def create(self) -> FakeEngine:
         self.engines.append(FakeEngine(next(self._numbers), self._script))
         return self.engines[-1]
@@ -209,7 +214,11 @@ class World:
         self.loads = True
         self.residency = Residency([Memory(DEVICE, room * ARENA_BYTES)], self)
         self.swapper = Swapper(
-            self.residency, self.factory, self, policy, on_lost=lambda target: self.lost.append(target.model_name)
+            self.residency,
+            {"fake": self.factory},
+            self,
+            policy,
+            on_lost=lambda target: self.lost.append(target.model_name),
         )
 
     def point_to(self, socket_path: Path | None) -> None:
@@ -274,10 +283,10 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
         weights = {"w": np.random.default_rng(seed).integers(0, 255, ARENA_BYTES, np.uint8)}
         safetensors.numpy.save_file(weights, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps({"architectures": [architecture]}))
-        made[name] = Target(name, (name,), converted(folder, root / f"{name}-out"))
+        made[name] = Target(name, (name,), converted(folder, root / f"{name}-out"), "fake")
     plain = made["a1"].checkpoint
     unknown = Checkpoint(plain.directory, replace(plain.manifest, architecture="", architecture_key=""))
-    made["x"] = Target("x", ("x",), unknown)
+    made["x"] = Target("x", ("x",), unknown, "fake")
     return made
 
 
@@ -348,7 +357,7 @@ async def test_what_can_never_fit_is_refused_and_nothing_stops(targets: dict[str
     huge = Checkpoint(big.directory, replace(big.manifest, data_bytes=9 * ARENA_BYTES))
     steps = len(world.script.names)
     with pytest.raises(OutOfMemory):
-        await world.swapper.swap(Target("huge", ("huge",), huge))
+        await world.swapper.swap(Target("huge", ("huge",), huge, "fake"))
     assert len(world.script.names) == steps, "the old engine was not even drained"
     world.check()
     assert world.answering() == "a1"

@@ -20,8 +20,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from flashd.engines.gate import Gate, NotServing
 from flashd.engines.torch import generation, requests
-from flashd.engines.torch.gate import Gate, NotServing
 from flashd.engines.torch.model import Model
 from flashd.engines.torch.requests import BadRequest, GenerationRequest
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import threading
 import time
 import traceback
@@ -24,7 +23,8 @@ import uvicorn
 
 from flashd import sandbox
 from flashd.engines.control import Channel, Frame, close_all
-from flashd.engines.torch.gate import Gate
+from flashd.engines.gate import Gate
+from flashd.engines.surroundings import listen, own_memory_bytes, read_all
 from flashd.engines.torch.model import Model, Weights
 from flashd.engines.torch.server import Bound, Server
 from flashd.errors import FlashdError, Unsupported
@@ -63,7 +63,7 @@ class _Worker:
         self._loop = asyncio.get_running_loop()
         config = uvicorn.Config(self._server.application(), log_level="warning", lifespan="off", access_log=False)
         http = _Http(config)
-        listener = _listen(self._socket_path, self._socket_mode)
+        listener = listen(self._socket_path, self._socket_mode)
         orders = threading.Thread(target=self._obey, args=(first,), daemon=True, name="control")
         orders.start()
         await http.serve(sockets=[listener])
@@ -103,7 +103,7 @@ class _Worker:
             case "stats":
                 return {
                     "active_requests": self._gate.active,
-                    "memory_bytes": _own_memory_bytes(),
+                    "memory_bytes": own_memory_bytes(),
                     "seen_requests": self._gate.seen,
                 }
             case op:
@@ -113,7 +113,7 @@ class _Worker:
     def _take(self, frame: Frame, *, stay_shut: bool) -> None:
         content = frame.content
         names = content["side_files"]
-        side_files = {name: _read_all(fd) for name, fd in zip(names, frame.fds[1:], strict=True)}
+        side_files = {name: read_all(fd) for name, fd in zip(names, frame.fds[1:], strict=True)}
         weights = Weights(frame.fds[0], content["arena_bytes"], content["layout"], side_files)
         if self._model is None:
             self._model = Model(weights, self._scratch)
@@ -135,25 +135,3 @@ class _Worker:
 
     def _on_loop(self, step: Any) -> None:
         asyncio.run_coroutine_threadsafe(step, self._loop).result()
-
-
-def _listen(path: Path, mode: int) -> socket.socket:
-    """A socket that only this user can connect to, by the umask from the first moment on, or its group as well."""
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
-    path.chmod(mode)
-    listener.listen(128)
-    return listener
-
-
-def _read_all(fd: int) -> bytes:
-    return os.pread(fd, os.fstat(fd).st_size, 0)
-
-
-def _own_memory_bytes() -> int:
-    """Resident memory that is this process's own: shared arenas are not (proc(5), RssAnon)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0

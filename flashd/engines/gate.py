@@ -39,13 +39,13 @@ class Gate:
         return sum(isinstance(who, threading.Event) for who in self._inside)
 
     @asynccontextmanager
-    async def passage(self) -> AsyncIterator[threading.Event]:
-        """A request's time inside. The event it gets is set when it must end early."""
+    async def passage(self, cut: threading.Event | None = None) -> AsyncIterator[threading.Event]:
+        """A request's time inside. The event, its own or a new one, is set when it must end early."""
+        cut = cut or threading.Event()
         try:
             await asyncio.wait_for(self._admitted(), HELD_AT_MOST_S)
         except TimeoutError:
             raise NotServing("the engine was busy with a swap for too long; try again") from None
-        cut = threading.Event()
         self.seen += 1
         self._enter(cut, cut)
         try:

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where do versions of vLLM differ in what we use? Here, and nowhere else.
+
+Written for 0.22 to 0.33. What moved between them is looked for where it is, newest place first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import multiprocessing
+import os
+import pickle
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import vllm
+from vllm.platforms import current_platform
+from vllm.utils import system_utils
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+VERSION: str = vllm.__version__
+
+
+def _found(name: str, *modules: str) -> Any:
+    """The first of these modules that has it."""
+    for module in modules:
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            continue
+    raise ImportError(f"vLLM {VERSION} has no {name} where flashd looks for it")
+
+
+_CLI = ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args")
+_make_arg_parser = _found("make_arg_parser", *_CLI)
+_validate = _found("validate_parsed_serve_args", *_CLI)
+_build_client = _found(
+    "build_async_engine_client", "vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server"
+)
+_build_app = _found("build_app", "vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server")
+_init_app_state = _found(
+    "init_app_state", "vllm.entrypoints.launchers.api_server.app_state", "vllm.entrypoints.openai.api_server"
+)
+_model_path = _found(
+    "BaseModelPath", "vllm.entrypoints.openai.models.protocol", "vllm.entrypoints.openai.serving_models"
+)
+
+
+def is_cpu() -> bool:
+    return bool(current_platform.is_cpu())
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """What `vllm serve` makes of these arguments. Raises ValueError for what it does not know."""
+    parser = _make_arg_parser(FlexibleArgumentParser(prog="vllm serve", exit_on_error=False))
+    parser.error = _refuse
+    parsed: argparse.Namespace = parser.parse_args(list(arguments))
+    _validate(parsed)
+    return parsed
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)
+
+
+def engine_client(arguments: argparse.Namespace) -> AbstractAsyncContextManager[Any]:
+    """vLLM's client of its engine core, which runs in processes of its own."""
+    client: AbstractAsyncContextManager[Any] = _build_client(arguments)
+    return client
+
+
+async def application(client: Any, arguments: argparse.Namespace) -> Any:
+    """The OpenAI server, as an ASGI application."""
+    tasks = await client.get_supported_tasks()
+    given = [arguments, tasks, client.model_config][: len(inspect.signature(_build_app).parameters)]
+    app = _build_app(*given)
+    wanted = inspect.signature(_init_app_state).parameters
+    known = {"engine_client": client, "state": app.state, "args": arguments, "supported_tasks": tasks}
+    known["vllm_config"] = client.vllm_config
+    await _init_app_state(**{name: value for name, value in known.items() if name in wanted})
+    return app
+
+
+def rename(app: Any, names: Sequence[str], path: str) -> None:
+    """What requests may call the model from now on. The list is changed in place: everything in vLLM refers to it."""
+    app.state.openai_serving_models.base_model_paths[:] = [_model_path(name=name, model_path=path) for name in names]
+
+
+def fork_processes() -> None:
+    """Makes vLLM fork its processes: they have imported everything then.
+
+    It looks at a model's class in a process of its own, lest that touches a GPU, and has it import vLLM once more: a
+    fork is as far away. On a processor it insists on spawning its ranks, by an environment variable that it sets while
+    it starts, so that OpenMP's threads are placed anew; none has been started in us. With CUDA it forks by itself as
+    long as nobody has touched a GPU, and rightly spawns if somebody has.
+    """
+    registry: Any = importlib.import_module("vllm.model_executor.models.registry")
+    if hasattr(registry, "_run_in_subprocess"):
+        registry._run_in_subprocess = _run_in_fork
+    if not is_cpu():
+        return
+    original = system_utils.get_mp_context
+
+    def forking() -> Any:
+        return multiprocessing.get_context("fork")
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm") and getattr(module, "get_mp_context", None) is original:
+            module.get_mp_context = forking  # type: ignore[attr-defined]
+
+
+def _run_in_fork(work: Callable[[], Any]) -> Any:
+    """What `work` returns, in a process that has all that we have imported and ends with it."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with os.fdopen(writer, "wb") as answer:
+            try:
+                pickle.dump((True, work()), answer)
+            except BaseException as error:  # noqa: BLE001 -- told to the parent, which raises it
+                pickle.dump((False, f"{type(error).__name__}: {error}"), answer)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as answer:
+        raw = answer.read()
+    os.waitpid(pid, 0)
+    if not raw:
+        raise RuntimeError("the process that was to look at the model's class died")
+    is_result, result = pickle.loads(raw)
+    if not is_result:
+        raise RuntimeError(result)
+    return result
+
+
+def preload() -> None:
+    """Imports what engines need and vLLM itself imports late."""
+    importlib.import_module("vllm.v1.engine.async_llm")
+    importlib.import_module("vllm.v1.engine.core")
+    importlib.import_module("vllm.v1.executor.multiproc_executor")
+    importlib.import_module("vllm.v1.executor.uniproc_executor")
+    importlib.import_module("vllm.model_executor.models.registry")
+    importlib.import_module("vllm.model_executor.model_loader")
+    if is_cpu():
+        importlib.import_module("vllm.v1.worker.cpu_worker")
+    else:
+        importlib.import_module("vllm.v1.worker.gpu_worker")
+    for model in ("llama", "qwen2", "qwen3", "qwen3_moe"):
+        importlib.import_module(f"vllm.model_executor.models.{model}")
+    _make_arg_parser(FlexibleArgumentParser())  # its imports, and what it caches of every configuration class

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does one vLLM engine do? It serves vLLM's OpenAI server behind our gate, and does what the daemon says.
+
+This process is the server; vLLM runs its scheduler and each rank in processes below it, which end with it. The event
+loop runs in the main thread (vLLM forks from there, and a child ends with the thread that forked it), the control
+channel in a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from flashd import sandbox
+from flashd.checkpoint import header
+from flashd.engines.control import Channel, Frame, close_all
+from flashd.engines.gate import Gate
+from flashd.engines.surroundings import listen, own_memory_bytes, read_all
+from flashd.engines.vllm import handover, versions
+from flashd.engines.vllm.guard import Guard
+from flashd.engines.vllm.handover import Handover
+from flashd.engines.vllm.plugin import LOAD_FORMAT
+from flashd.errors import EngineFailed, FlashdError, Unsupported
+from flashd.units import MiB
+
+_MODEL = "model"  # the folder of side files, in the scratch folder, which is the working directory
+_EXTENSION = "flashd.engines.vllm.extension.Extension"
+_LOOK_S = 0.5  # how often we look whether the engine core lives
+_RESET_S = 10.0
+_LOG_BYTES = 4 * MiB
+_CAUSE = re.compile(r"(?:^|[\s)])((?:\w+\.)*\w*(?:Error|Exception|Interrupt)): (.+)$")
+_NO_CAUSE = ("root cause", "EngineDeadError", "Engine core initialization failed")  # errors about errors
+
+
+def main(channel: Channel) -> int:
+    """Runs until the daemon closes the channel. Returns the exit status."""
+    sandbox.restrict(network=True, writes=True)  # ranks find each other over the loopback interface
+    os.umask(0o077)
+    os.register_at_fork(after_in_child=lambda: _child(channel))
+    frame = channel.receive()
+    return asyncio.run(_Worker(channel, frame.content).run(frame))
+
+
+def _child(channel: Channel) -> None:
+    """vLLM's processes end with the one that forked them, however that ends, and have no say on our channel."""
+    sandbox.end_with_parent(signal.SIGKILL)
+    if os.getppid() == 1:
+        os._exit(1)  # it ended before we asked
+    with contextlib.suppress(OSError):
+        channel.socket.close()
+
+
+class _Http(uvicorn.Server):  # type: ignore[misc]
+    """uvicorn, without its signal handlers: only the daemon ends us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Worker:
+    def __init__(self, channel: Channel, options: dict[str, Any]) -> None:
+        self._channel = channel
+        self._options = options
+        self._socket_path = Path(options["socket"])
+        self._gate = Gate()
+        scratch = Path(options["scratch"])
+        os.chdir(scratch)
+        tempfile.tempdir = str(scratch)  # what vLLM leaves behind is removed with it
+        self._handover = Handover(Path(handover.SOCKET))
+        os.register_at_fork(after_in_child=self._handover.forsake)
+        self._client: Any = None
+        self._app: Any = None
+        self._is_starting = False
+
+    async def run(self, first: Frame) -> int:
+        """Returns only if the engine cannot start: hanging up and dying end the process on the spot."""
+        self._loop = asyncio.get_running_loop()
+        # From here on the daemon's hanging up ends us, also while vLLM starts, which takes its time.
+        watch = threading.Thread(target=self._leave_with_the_daemon, daemon=True, name="start")
+        try:
+            arguments = self._prepare(first)
+            versions.fork_processes()
+            self._is_starting = True
+            watch.start()
+            async with versions.engine_client(arguments) as client:
+                self._client = client
+                self._app = await versions.application(client, arguments)
+                self._handover.drop()
+                await self._serve()
+            return 0
+        except (Exception, SystemExit) as error:  # noqa: BLE001 -- the boundary of starting: vLLM raises what it likes
+            traceback.print_exc()
+            self._is_starting = False
+            self._channel.send(_refusal(error))
+            return 1
+
+    def _leave_with_the_daemon(self) -> None:
+        """No order comes before `start` is answered: what can be read meanwhile is the end."""
+        while self._is_starting:
+            ready, _, _ = select.select([self._channel.socket], [], [], 0.1)
+            if ready and self._is_starting:
+                os._exit(0)
+
+    async def _serve(self) -> None:
+        config = uvicorn.Config(
+            Guard(self._app, self._gate), log_level="warning", access_log=False, timeout_keep_alive=60
+        )
+        http = self._app.state.server = _Http(config)  # where vLLM looks for it when its engine dies
+        listener = listen(self._socket_path, int(self._options["socket_mode"]))
+        serving = asyncio.create_task(http.serve(sockets=[listener]))
+        while not http.started and not serving.done():  # noqa: ASYNC110 -- uvicorn has no event for it
+            await asyncio.sleep(0.005)
+        self._gate.open()
+        self._is_starting = False
+        self._channel.send({})
+        threading.Thread(target=self._obey, daemon=True, name="control").start()
+        written = _log_bytes()
+        while not serving.done():
+            if self._client.errored:
+                _die(_root_cause(written) or "vLLM's engine core has died")
+            written = _log_bytes()
+            await asyncio.wait({serving}, timeout=_LOOK_S)
+
+    def _obey(self) -> None:
+        """The control thread: one order at a time, until the daemon hangs up."""
+        try:
+            while True:
+                frame = self._channel.receive()
+                self._channel.send(self._answer(frame))
+        except (EOFError, ConnectionError):
+            os._exit(0)  # whatever is being generated, nobody is left to want it
+
+    def _answer(self, frame: Frame) -> dict[str, Any]:
+        try:
+            return asyncio.run_coroutine_threadsafe(self._do(frame), self._loop).result() or {}
+        except FlashdError as error:
+            return {"error": error.message, "hint": error.hint, "unsupported": isinstance(error, Unsupported)}
+        except Exception as error:  # noqa: BLE001 -- the boundary of an order
+            traceback.print_exc()
+            return {"error": f"{type(error).__name__}: {error}"}
+        finally:
+            close_all(frame.fds)
+
+    async def _do(self, frame: Frame) -> dict[str, Any] | None:
+        match frame.content["op"]:
+            case "wake" | "rebind" as op:
+                await self._take(frame)
+                if op == "wake":
+                    self._gate.open()
+            case "drain":
+                await self._gate.drain(frame.content["timeout_s"])
+            case "resume":
+                self._gate.open()
+            case "park":
+                self._gate.park()
+                await self._client.collective_rpc("flashd_park")
+            case "stats":
+                return {
+                    "active_requests": self._gate.active,
+                    "memory_bytes": own_memory_bytes(),
+                    "seen_requests": self._gate.seen,
+                }
+            case op:
+                return {"error": f"an engine cannot {op}"}
+        return None
+
+    def _prepare(self, frame: Frame) -> Any:
+        """The model's folder and vLLM's arguments. Raises EngineFailed if vLLM does not know one of them."""
+        content = frame.content
+        Path(_MODEL).mkdir()
+        for name, fd in zip(content["side_files"], frame.fds[1:], strict=True):
+            (Path(_MODEL) / name).write_bytes(read_all(fd))
+        _check(frame)
+        self._handover.hold(_binding(content), frame.fds[0])
+        close_all(frame.fds)
+        try:
+            return versions.parse([*self._arguments(content["names"])])
+        except ValueError as error:
+            raise EngineFailed(f"vLLM {versions.VERSION}: {error}", hint="see engines.vllm.arguments") from None
+
+    def _arguments(self, names: Sequence[str]) -> Iterator[str]:
+        """What the user said comes later and wins, but for what the engine's being ours depends on."""
+        yield from ("--disable-log-stats", "--max-model-len", "auto")
+        if kv_cache_bytes := self._options["kv_cache_bytes"]:
+            yield from ("--kv-cache-memory-bytes", str(kv_cache_bytes))
+        yield from self._options["arguments"]
+        yield from ("--model", str(Path(_MODEL).resolve()), "--served-model-name", *names)
+        yield from ("--load-format", LOAD_FORMAT, "--worker-extension-cls", _EXTENSION)
+        yield from ("--model-loader-extra-config", json.dumps({"handover": handover.SOCKET}))
+        if versions.is_cpu():
+            # Compiled code has the packed weights of the first model built in, and would go on using them.
+            yield "--enforce-eager"
+
+    async def _take(self, frame: Frame) -> None:
+        """Other weights, in place. What is wrong with them in itself is found before anything is touched; where
+        vLLM fails half-way, the process ends rather than answer from half of each."""
+        _check(frame)
+        written = _log_bytes()
+        try:
+            self._handover.hold(_binding(frame.content), frame.fds[0])
+            await self._client.collective_rpc("flashd_take")
+            async with asyncio.timeout(_RESET_S):
+                while not await self._client.reset_prefix_cache():  # noqa: ASYNC110 -- cut requests are being dropped
+                    await asyncio.sleep(0.005)
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the engine holds half of two models now
+            why = _root_cause(written)
+            traceback.print_exc()
+            _die(why or f"{type(error).__name__}: {error}")
+        finally:
+            self._handover.drop()
+        versions.rename(self._app, frame.content["names"], _MODEL)
+
+
+def _binding(content: dict[str, Any]) -> dict[str, Any]:
+    return {"arena_bytes": content["arena_bytes"], "layout": content["layout"]}
+
+
+def _check(frame: Frame) -> None:
+    """Raises before anything is touched: a layout that does not fit its arena, an arena that is none."""
+    content, size_bytes = frame.content, os.fstat(frame.fds[0]).st_size
+    header.parse(content["layout"].encode(), data_bytes=content["arena_bytes"], path="the layout")
+    if size_bytes < content["arena_bytes"]:
+        raise EngineFailed(f"the arena has {size_bytes} bytes, and its layout says {content['arena_bytes']}")
+
+
+def _die(why: str) -> None:
+    """The daemon takes the last line for our last words."""
+    print(why, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _refusal(error: BaseException) -> dict[str, Any]:
+    """Why the engine did not start, in one line, for whoever asked for it."""
+    said = error.message if isinstance(error, FlashdError) else _one_line(str(error)) or type(error).__name__
+    if not isinstance(error, FlashdError) and any(word in said for word in _NO_CAUSE):
+        said = _root_cause(0) or said
+    is_unsupported = isinstance(error, Unsupported) or "are not supported for now" in said
+    hint = error.hint if isinstance(error, FlashdError) else ""
+    return {"error": f"vLLM {versions.VERSION}: {said}", "hint": hint, "unsupported": is_unsupported}
+
+
+def _log_bytes() -> int:
+    """How long the log is that vLLM's processes and we write."""
+    return os.fstat(2).st_size
+
+
+def _root_cause(since: int) -> str:
+    """The first error that one of vLLM's processes wrote after that much of the log; later ones only say that there was
+    one."""
+    with contextlib.suppress(OSError), Path("/proc/self/fd/2").open("rb") as log:
+        log.seek(since)
+        for line in log.read(_LOG_BYTES).decode(errors="replace").splitlines():
+            if (found := _CAUSE.search(line)) and not any(word in line for word in _NO_CAUSE):
+                return f"{found[1].rsplit('.', 1)[-1]}: {found[2]}"
+    return ""
+
+
+def _one_line(text: str) -> str:
+    """pydantic spreads its errors over lines: the second or third has the words."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) > 1 and "validation error" in lines[0]:
+        return " ".join(lines[1:]).split(" [type=", 1)[0]
+    return lines[0] if lines else ""

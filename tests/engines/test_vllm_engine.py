@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real vLLM, on a processor: answers equal those of vLLM's own loader, token for token, whatever was parked and
+rebound; and whatever dies is noticed, says why, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import stat
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+from conftest import Resident, http, soon
+from vllm_greedy import PROMPTS
+
+from flashd.engines.engine import Binding, EngineState
+from flashd.engines.process import EngineProcess
+from flashd.engines.vllm.factory import VllmFactory
+from flashd.errors import EngineFailed, Unavailable, Unsupported
+
+# Importing vLLM takes ten seconds on an idle machine, and plain vLLM answers first.
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
+Residents = dict[str, Resident]
+Plain = dict[str, list[list[int]]]
+Start = Callable[[Binding], Awaitable[EngineProcess]]
+INTRODUCTION = "I am Ada, the first model you dropped into the folder."
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def start(vllm_factory: VllmFactory) -> AsyncIterator[Start]:
+    """Starts engines, and ends them with the test: nothing of theirs may be left."""
+    engines: list[EngineProcess] = []
+    shared = set(Path("/dev/shm").iterdir())
+
+    async def started(binding: Binding) -> EngineProcess:
+        engine = vllm_factory.create()
+        engines.append(engine)
+        await engine.start(binding)
+        return engine
+
+    yield started
+    for engine in engines:
+        pids = family(engine.pid)
+        await engine.stop()
+        assert engine.state is EngineState.FAILED and not engine.socket_path.exists()
+        await soon(lambda pids=pids: not any(alive(pid) for pid in pids))
+    await soon(lambda: not set(Path("/dev/shm").iterdir()) - shared)
+
+
+async def answers(engine: EngineProcess, prompts: list[str] = PROMPTS) -> list[list[int]]:
+    return [await tokens(engine, prompt) for prompt in prompts]
+
+
+async def tokens(engine: EngineProcess, prompt: str, **parameters: Any) -> list[int]:
+    async with http(engine) as client:
+        body = {"prompt": prompt, "temperature": 0, "max_tokens": 16, "return_token_ids": True, **parameters}
+        response = await client.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        found: list[int] = response.json()["choices"][0]["token_ids"]
+        return found
+
+
+async def chat(engine: EngineProcess, **changes: Any) -> httpx.Response:
+    async with http(engine) as client:
+        body = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0, **changes}
+        return await client.post("/v1/chat/completions", json=body)
+
+
+def family(pid: int) -> list[int]:
+    """A process and all below it."""
+    found = [pid]
+    for known in found:
+        for children in Path(f"/proc/{known}").glob("task/*/children"):
+            found += [int(child) for child in children.read_text().split()]
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+def named(pid: int, word: str) -> int:
+    """The process below this one whose title has the word."""
+    (found,) = [pid for pid in family(pid) if word in Path(f"/proc/{pid}/cmdline").read_text()]
+    return found
+
+
+@pytest.mark.parametrize("name", ["ada", "llama", "moe"])
+async def test_answers_are_those_of_plain_vllm(name: str, start: Start, residents: Residents, plain: Plain) -> None:
+    before = residents[name].digest()
+    engine = await start(residents[name].binding())
+    assert await answers(engine) == plain[name]
+    assert residents[name].digest() == before, "an engine cannot change the weights"
+    assert stat.S_IMODE(engine.socket_path.stat().st_mode) == 0o600
+
+
+async def test_rebind_and_park_and_wake_thirty_times_exactly_and_without_growing(
+    start: Start, residents: Residents, plain: Plain
+) -> None:
+    engine = await start(residents["ada"].binding())
+    sizes = []
+    for turn in range(30):
+        name = ("bob", "ada")[turn % 2]
+        await engine.drain(5)
+        if turn % 5 == 4:
+            await engine.park()
+            await engine.wake(residents[name].binding())
+        else:
+            await engine.rebind(residents[name].binding())
+            await engine.resume()
+        # The long prompt's beginning is in the prefix cache, for the other model.
+        assert await answers(engine) == plain[name]
+        sizes.append((await engine.stats()).memory_bytes)
+    assert sizes[-1] < sizes[9] + 30_000_000
+
+
+@pytest.mark.parametrize(("one", "other"), [("llama", "llama"), ("moe", "moe2")])
+async def test_other_architectures_come_back_exactly(
+    one: str, other: str, start: Start, residents: Residents, plain: Plain
+) -> None:
+    engine = await start(residents[one].binding())
+    await engine.drain(5)
+    await engine.rebind(residents[other].binding())
+    await engine.resume()
+    assert await answers(engine) == plain[other]
+    await engine.drain(5)
+    await engine.park()
+    await engine.wake(residents[one].binding())
+    assert await answers(engine) == plain[one]
+
+
+async def test_names_follow_the_binding(start: Start, residents: Residents) -> None:
+    engine = await start(residents["ada"].binding())
+    assert (await chat(engine)).json()["choices"][0]["message"]["content"] == INTRODUCTION
+    assert (await chat(engine, model="alias-of-ada")).status_code == 200
+    assert (await chat(engine, model="bob")).status_code == 404
+    await engine.drain(1)
+    await engine.rebind(residents["bob"].binding())
+    await engine.resume()
+    answer = (await chat(engine, model="bob")).json()
+    assert answer["model"] == "bob" and answer["choices"][0]["message"]["content"].startswith("My name is Bob")
+    assert (await chat(engine, model="ada")).status_code == 404
+    async with http(engine) as client:
+        listed = (await client.get("/v1/models")).json()["data"]
+    assert [entry["id"] for entry in listed] == ["bob", "alias-of-bob"]
+
+
+async def test_a_parked_engine_refuses_at_once_and_has_given_memory_back(start: Start, residents: Residents) -> None:
+    engine = await start(residents["ada"].binding())
+    serving = (await engine.stats()).memory_bytes
+    await engine.drain(1)
+    await engine.park()
+    assert engine.state is EngineState.PARKED
+    assert (await engine.stats()).memory_bytes < serving - 50_000_000, "weights and KV cache"
+    for pid in family(engine.pid):
+        assert "memfd:flashd" not in Path(f"/proc/{pid}/maps").read_text()
+        held = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()]
+        assert not [target for target in held if "memfd:flashd" in target], "the arena is nobody's but the daemon's"
+    async with asyncio.timeout(5):
+        refused = await chat(engine)
+    assert refused.status_code == 503 and "parked" in refused.json()["error"]["message"]
+    async with http(engine) as client:
+        assert (await client.get("/health")).status_code == 200
+
+
+async def test_requests_during_a_rebind_wait_and_are_the_new_models(
+    start: Start, residents: Residents, plain: Plain
+) -> None:
+    engine = await start(residents["ada"].binding())
+    await engine.drain(5)
+    waiting = asyncio.create_task(tokens(engine, PROMPTS[0]))
+    await asyncio.sleep(0.2)
+    assert not waiting.done()
+    await engine.rebind(residents["bob"].binding())
+    await engine.resume()
+    assert await waiting == plain["bob"][0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_does_not_finish_in_time_is_cut_and_told(
+    stream: bool, start: Start, residents: Residents, plain: Plain
+) -> None:
+    engine = await start(residents["ada"].binding())
+    long = {"max_tokens": 480, "ignore_eos": True, "stream": stream}
+    cut = asyncio.create_task(chat(engine, **long))
+    async with asyncio.timeout(10):
+        while (await engine.stats()).active_requests == 0:
+            await asyncio.sleep(0.01)
+    await engine.drain(0.05)
+    answer = await cut
+    assert "cut short by a swap" in answer.text and answer.status_code == (200 if stream else 503)
+    await engine.rebind(residents["bob"].binding())
+    await engine.resume()
+    assert await answers(engine) == plain["bob"]
+
+
+async def test_many_at_once(start: Start, residents: Residents) -> None:
+    engine = await start(residents["ada"].binding())
+    found = await asyncio.gather(*[chat(engine) for _ in range(8)])
+    assert {answer.json()["choices"][0]["message"]["content"] for answer in found} == {INTRODUCTION}
+    assert (await engine.stats()).seen_requests == 8
+
+
+@pytest.mark.parametrize("who", ["EngineCore", "Worker", ""])
+async def test_a_death_is_noticed_and_takes_the_others_along(who: str, start: Start, residents: Residents) -> None:
+    engine = await start(residents["ada"].binding())
+    words: list[str] = []
+    engine.on_exit = words.append
+    pids = family(engine.pid)
+    os.kill(named(engine.pid, who) if who else engine.pid, signal.SIGKILL)
+    await soon(lambda: bool(words))
+    assert engine.state is EngineState.FAILED and not engine.socket_path.exists()
+    await soon(lambda: not any(alive(pid) for pid in pids))
+    with pytest.raises(EngineFailed):
+        await engine.stats()
+
+
+async def test_engines_end_with_their_daemon(vllm_factory: VllmFactory, residents: Residents) -> None:
+    engine = vllm_factory.create()
+    await engine.start(residents["ada"].binding())
+    pids = family(engine.pid)
+    assert len(pids) > 2 and engine._channel is not None
+    engine._channel._socket.close()  # what the kernel does to the sockets of a daemon that was killed
+    await soon(lambda: not any(alive(pid) for pid in pids))
+    await engine.stop()
+
+
+async def test_a_start_that_is_given_up_leaves_nothing(vllm_factory: VllmFactory, residents: Residents) -> None:
+    engine = vllm_factory.create()
+    starting = asyncio.create_task(engine.start(residents["ada"].binding()))
+    await soon(lambda: engine.pid > 0 and len(family(engine.pid)) > 1, 60)
+    pids = family(engine.pid)
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    await engine.stop()
+    await soon(lambda: not any(alive(pid) for pid in pids))
+    assert not engine._scratch.exists()
+
+
+async def test_what_vllm_cannot_run_is_an_error_with_its_words(
+    vllm_factory: VllmFactory, residents: Residents, tmp_path: Path
+) -> None:
+    known = residents["ada"].checkpoint.side_files()
+    config = json.loads(known["config.json"].read_text())
+    engine = vllm_factory.create()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["EvilForCausalLM"]}))
+    with pytest.raises(Unsupported, match="EvilForCausalLM"):
+        await engine.start(residents["ada"].binding(side_files={**known, "config.json": tmp_path / "config.json"}))
+    await engine.stop()
+
+
+async def test_weights_that_do_not_fit_the_config_are_an_error_with_its_words(
+    vllm_factory: VllmFactory, residents: Residents, tmp_path: Path
+) -> None:
+    known = residents["ada"].checkpoint.side_files()
+    config = json.loads(known["config.json"].read_text())
+    engine = vllm_factory.create()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 128}))
+    with pytest.raises(EngineFailed) as failed:
+        await engine.start(residents["ada"].binding(side_files={**known, "config.json": tmp_path / "config.json"}))
+    assert "Engine core initialization failed" not in failed.value.message and "Error" in failed.value.message
+    await engine.stop()
+
+
+async def test_arguments_are_vllms_and_wrong_ones_are_told(
+    vllm_factory: VllmFactory, residents: Residents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = vllm_factory._settings
+    for arguments, word in ((["--max-model-len", "100"], ""), (["--no-such-thing", "1"], "no-such-thing")):
+        changed = {**settings.options, "arguments": arguments}
+        monkeypatch.setattr(vllm_factory, "_settings", dataclasses.replace(settings, options=changed))
+        engine = vllm_factory.create()
+        if word:
+            with pytest.raises(EngineFailed, match=word):
+                await engine.start(residents["ada"].binding())
+        else:
+            await engine.start(residents["ada"].binding())
+            refused = await chat(engine, max_tokens=200)
+            assert refused.status_code == 400 and "100" in refused.text
+        await engine.stop()
+
+
+async def test_an_arena_that_is_none_leaves_the_engine_with_what_it_had(
+    start: Start, residents: Residents, plain: Plain
+) -> None:
+    engine = await start(residents["ada"].binding())
+    await engine.drain(1)
+    with pytest.raises(EngineFailed):
+        await engine.rebind(residents["bob"].binding(arena_fd=os.open("/dev/null", os.O_RDONLY)))
+    with pytest.raises(EngineFailed):
+        await engine.rebind(residents["bob"].binding(layout="{}"))
+    await engine.resume()
+    assert await answers(engine) == plain["ada"]
+
+
+async def test_weights_of_another_shape_end_the_engine_rather_than_mix(start: Start, residents: Residents) -> None:
+    """The key forbids it; should it happen all the same, nothing answers from half of two models."""
+    engine = await start(residents["ada"].binding())
+    pids = family(engine.pid)
+    await engine.drain(1)
+    with pytest.raises(EngineFailed):
+        await engine.rebind(residents["llama"].binding())
+    assert engine.state is EngineState.FAILED
+    await soon(lambda: not any(alive(pid) for pid in pids))
+
+
+async def test_an_interpreter_without_vllm_is_unavailable_and_says_what_to_do(
+    residents: Residents, tmp_path: Path, made: Path, vllm_factory: VllmFactory
+) -> None:
+    (tmp_path / "engines").mkdir()
+    bare = shutil.which("python3", path="/usr/bin") or "/nonexistent/python"
+    for python in (bare, "/nonexistent/python"):
+        settings = dataclasses.replace(
+            vllm_factory._settings, python=python, runtime=tmp_path, logs=tmp_path / "logs", environment=None
+        )
+        factory = VllmFactory(settings)
+        engine = factory.create()
+        with pytest.raises(Unavailable) as failed:
+            await engine.start(residents["ada"].binding())
+        assert "engines.vllm.python" in failed.value.hint
+        await engine.stop()
+        await factory.close()
+
+
+async def test_the_key_of_a_rebind(vllm_factory: VllmFactory, residents: Residents, made: Path, tmp_path: Path) -> None:
+    """Fine-tunes share it, however they were saved; whatever vLLM reads once, at its start, parts them."""
+    ada = vllm_factory.rebind_key(residents["ada"].checkpoint)
+    assert ada == vllm_factory.rebind_key(residents["bob"].checkpoint) != ""
+    assert ada != vllm_factory.rebind_key(residents["llama"].checkpoint)
+
+    def changed(name: str, change: Callable[[str], str]) -> str:
+        folder = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(made / "ada", folder)
+        file = folder / name
+        file.write_text(change(file.read_text()))
+        return vllm_factory.rebind_key(Resident(folder, folder.with_name(folder.name + ".out")).checkpoint)
+
+    def with_setting(key: str, value: Any) -> Callable[[str], str]:
+        return lambda text: json.dumps({**json.loads(text), key: value})
+
+    assert changed("config.json", with_setting("transformers_version", "0.1")) == ada
+    assert changed("config.json", with_setting("_name_or_path", "/elsewhere")) == ada
+    assert changed("tokenizer_config.json", with_setting("is_local", True)) == ada
+    assert changed("config.json", with_setting("dtype", "float32")) != ada
+    assert changed("config.json", with_setting("rms_norm_eps", 0.5)) != ada
+    assert changed("generation_config.json", with_setting("temperature", 0.1)) != ada
+    assert changed("tokenizer_config.json", with_setting("model_max_length", 5)) != ada
+    assert changed("chat_template.jinja", lambda text: text + "Be brief.") != ada
+    assert changed("tokenizer.json", lambda text: text + "\n") != ada
