@@ -583,26 +583,27 @@ async def _when_closed(connection: Connection, then: Callable[[], None]) -> asyn
     return asyncio.create_task(watch())
 
 
-def connect(address: str | None = None, *, interactive: bool = True) -> Client:
-    """See `flashd.connect`. Without `interactive` nobody is asked for a password: a call is then refused at once."""
+def connect(address: str | None = None, *, interactive: bool = True, activate: bool = True) -> Client:
+    """See `flashd.connect`. Without `interactive` nobody is asked for a password: a call is then refused at once.
+    Without `activate` a daemon that was stopped stays so."""
     wanted = address or config.bus_address()
     if wanted:
-        return _connected(wanted, interactive)
+        return _connected(wanted, interactive, activate)
     private = config.default_paths(config.Scope.USER).runtime / "bus"
     places = [f"unix:path={private}"] if private.exists() else []
     places += ["session"] if config.has_session_bus() else []
     for place in (*places, "system"):
         with contextlib.suppress(FlashdError):
-            return _connected(place, interactive)
+            return _connected(place, interactive, activate)
     raise Unavailable("flashd is not running", hint="start it: flash start")
 
 
-def _connected(address: str, interactive: bool) -> Client:
+def _connected(address: str, interactive: bool, activate: bool) -> Client:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="flashd client", daemon=True)
     thread.start()
     try:
-        connection = asyncio.run_coroutine_threadsafe(_connect(address), loop).result()
+        connection = asyncio.run_coroutine_threadsafe(_connect(address, activate), loop).result()
     except BaseException:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
@@ -611,10 +612,10 @@ def _connected(address: str, interactive: bool) -> Client:
     return Client(loop, thread, connection, interactive)
 
 
-async def _connect(address: str) -> Connection:
+async def _connect(address: str, activate: bool) -> Connection:
     connection = await bus.connect(address)
     reply = await connection.call(bus.DBUS, bus.DBUS_PATH, bus.DBUS, "NameHasOwner", "s", [wire.BUS_NAME])
-    if not reply.body[0] and not await _activated(connection):
+    if not reply.body[0] and not (activate and await _activated(connection)):
         await connection.close()
         raise Unavailable(f"flashd is not running on the bus {address}", hint="start it: flash start")
     return connection

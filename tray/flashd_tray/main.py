@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import flashd
+import flashd.client
 from flashd.client import Client
 from flashd.errors import FlashdError
 from flashd_tray import menu, programs, shell, windows
@@ -76,7 +77,8 @@ class Tray:
         def connect() -> Client:
             return flashd.connect(bus)
 
-        self._watcher = Watcher(self._changed, connect=connect)
+        # Looking whether the daemon is there must not start one that somebody has stopped; clicks may.
+        self._watcher = Watcher(self._changed, connect=lambda: flashd.client.connect(bus, activate=False))
         self.actions = Actions(
             bus=bus,
             connect=connect,
