@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from dbus_next import Variant
 
-from flashd import bus, config, inference, wire
+from flashd import bus, config, wire
 from flashd.bus import OBJECT_MANAGER, PROPERTIES, Connection, Received, plain
 from flashd.checkpoint import header
 from flashd.checkpoint.source import SourceFiles
@@ -26,6 +26,8 @@ from flashd.errors import FlashdError, InvalidArgument, Unavailable, from_bus
 
 if TYPE_CHECKING:
     import torch
+
+    from flashd import inference
 
 T = TypeVar("T")
 Properties = Mapping[str, Any]
@@ -169,7 +171,7 @@ class Job:
 
     def wait(self, on_progress: OnProgress | None = None) -> Mapping[str, Any]:
         """Its result, once it is done. Raises what made it fail. Interrupting the wait leaves the job running."""
-        with self._client._subscribed() as events:
+        with self._client.subscribed() as events:
             self.refresh()
             while not self.finished:
                 if on_progress:
@@ -246,11 +248,21 @@ class Lease:
         """
         from flashd import tensors
 
+        return tensors.torch_tensors(self.bytes_tensor(), self.layout)
+
+    def bytes_tensor(self) -> torch.Tensor:
+        """All weights as one torch tensor of bytes; raises as `tensors` does."""
+        from flashd import tensors
+
         if self._base is None:
-            self._base = tensors.mapped(
-                self._fd, self.size_bytes, self.mapped_bytes, memory=self.memory, gpu_uuid=self._gpu_uuid
+            self._base = (
+                tensors.mapped(
+                    self._fd, self.size_bytes, self.mapped_bytes, memory=self.memory, gpu_uuid=self._gpu_uuid
+                )
+                if self._gpu_uuid
+                else tensors.bytes_tensor(self.buffer)
             )
-        return tensors.torch_tensors(self._base, self.layout)
+        return self._base
 
     def release(self) -> None:
         """Gives the right back. Memory stays mapped while tensors over it are alive, but no longer counts as leased."""
@@ -279,6 +291,7 @@ class Client:
         self._connection = connection
         self._subscribers: list[queue.SimpleQueue[Event | None]] = []
         self._matched = False
+        self._last_layout: tuple[str, header.Header] | None = None
         connection.listen(self._on_signal)
 
     # -- models ------------------------------------------------------------------------------------------------------
@@ -384,16 +397,22 @@ class Client:
         )
         path, fd, layout, details = reply.body
         details = plain(details)
-        return Lease(
-            self, path, fd, header.parse(layout.encode(), data_bytes=details["size_bytes"], path=name), details
-        )
+        # Leased again and again, as by engines that wake, a checkpoint's layout is understood once.
+        if self._last_layout is None or self._last_layout[0] != layout:
+            parsed = header.parse(layout.encode(), data_bytes=details["size_bytes"], path=name)
+            self._last_layout = layout, parsed
+        return Lease(self, path, fd, self._last_layout[1], details)
 
     def chat(self, name: str, messages: Sequence[inference.Message], **parameters: Any) -> str:
         """Asks the active model, which must be `name`; swap to it first."""
+        from flashd import inference  # and httpx with it, which programs that only watch need not carry
+
         return inference.chat(self.status().endpoint, name, messages, **parameters)
 
     def stream_chat(self, name: str, messages: Sequence[inference.Message], **parameters: Any) -> Iterator[str]:
         """Like `chat`, as the answer grows."""
+        from flashd import inference
+
         return inference.stream_chat(self.status().endpoint, name, messages, **parameters)
 
     # -- the machine -------------------------------------------------------------------------------------------------
@@ -452,9 +471,25 @@ class Client:
 
     def watch(self) -> Iterator[Event]:
         """Every change, as it happens, until the daemon ends."""
-        with self._subscribed() as events:
+        with self.subscribed() as events:
             while (event := events.get()) is not None:
                 yield event
+
+    @contextlib.contextmanager
+    def subscribed(self) -> Iterator[queue.SimpleQueue[Event | None]]:
+        """Like `watch`, for who waits for other things too: a queue of all changes from now on, None at the end."""
+        if not self._matched:
+            self._run(self._connection.add_match(_MATCH))
+            self._run(self._connection.add_match(_GONE))
+            self._matched = True
+        events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._subscribers.append(events)
+        gone = self._run(_when_closed(self._connection, lambda: events.put(None)))
+        try:
+            yield events
+        finally:
+            self._subscribers.remove(events)
+            self._loop.call_soon_threadsafe(gone.cancel)
 
     def close(self) -> None:
         if self._thread.is_alive():
@@ -507,22 +542,6 @@ class Client:
     def _objects(self, interface: str, make: Callable[[str, Properties], T]) -> list[T]:
         (objects,) = self._call(wire.ROOT_PATH, OBJECT_MANAGER, "GetManagedObjects")
         return [make(path, found[interface]) for path, found in objects.items() if interface in found]
-
-    @contextlib.contextmanager
-    def _subscribed(self) -> Iterator[queue.SimpleQueue[Event | None]]:
-        """A queue of all changes from now on; None when the daemon has gone."""
-        if not self._matched:
-            self._run(self._connection.add_match(_MATCH))
-            self._run(self._connection.add_match(_GONE))
-            self._matched = True
-        events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._subscribers.append(events)
-        gone = self._run(_when_closed(self._connection, lambda: events.put(None)))
-        try:
-            yield events
-        finally:
-            self._subscribers.remove(events)
-            self._loop.call_soon_threadsafe(gone.cancel)
 
     def _on_signal(self, signal: Received) -> None:
         match signal.interface, signal.member:

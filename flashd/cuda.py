@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from flashd.errors import DeviceFailed, OutOfMemory
+from flashd.errors import DeviceFailed, FlashdError, OutOfMemory
 from flashd.units import format_bytes
 
 _OUT_OF_MEMORY = 2
@@ -62,6 +62,13 @@ def gpus() -> list[Gpu]:
     return [_describe(ordinal) for ordinal in range(_call("cuDeviceGetCount"))]
 
 
+def wake_up() -> None:
+    """Does now what the first calls would do, which takes a third of a second or more; errors are for them to raise."""
+    with contextlib.suppress(FlashdError):
+        for gpu in gpus():
+            context(gpu.ordinal)
+
+
 @functools.cache
 def why_none() -> str:
     """Why there is no GPU to be used here; empty if there is a driver that answers."""
@@ -70,11 +77,9 @@ def why_none() -> str:
     except OSError:
         return "there is no NVIDIA driver (libcuda.so.1)"
     try:
-        _call("cuInit", 0)
-    except ImportError:
-        return "cuda-python is not installed: pip install 'flashd[cuda]'"
+        _driver()
     except DeviceFailed as error:
-        return error.message
+        return f"{error.message} ({error.hint})"
     return ""
 
 
@@ -244,6 +249,32 @@ class Registration(HostView):
         super().close()
 
 
+def register(ordinal: int, address: int, size_bytes: int) -> None:
+    """Makes memory of this process, already present, known to a GPU."""
+    enter(ordinal)
+    _call("cuMemHostRegister", address, size_bytes, 0)
+
+
+def unregister(ordinal: int, address: int) -> None:
+    enter(ordinal)
+    _call("cuMemHostUnregister", address)
+
+
+def read(ordinal: int, address: int, size_bytes: int) -> bytes:
+    """A little of a device's memory; for more there is the streamer."""
+    enter(ordinal)
+    buffer = ctypes.create_string_buffer(size_bytes)
+    _call("cuMemcpyDtoH", ctypes.addressof(buffer), address, size_bytes)
+    return buffer.raw
+
+
+def copy_to_device(ordinal: int, target: int, address: int, size_bytes: int) -> None:
+    """One plain copy of registered memory, awaited: what benchmarks hold the streamer's copies against."""
+    enter(ordinal)
+    _call("cuMemcpyHtoDAsync", target, address, size_bytes, 0)
+    synchronize(ordinal)
+
+
 def used_bytes(gpu: Gpu) -> int:
     """What all processes together use of a card, by NVML; by the driver where NVML does not answer."""
     with contextlib.suppress(Exception):  # one exception type per cause, and integrated GPUs answer NotSupported
@@ -263,15 +294,23 @@ def _nvml() -> Any:
 
 @functools.cache
 def _driver() -> Any:
-    from cuda.bindings import driver
-
+    """The driver's bindings, initialised. Raises DeviceFailed."""
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        hint = "pip install 'flashd[cuda]'"
+        raise DeviceFailed("cuda-python is not installed", hint=hint) from None
+    _check(driver.cuInit, 0)
     return driver
 
 
 def _call(name: str, *arguments: Any) -> Any:
     """The result of a driver call, or its results. Raises OutOfMemory or DeviceFailed."""
-    driver = _driver()
-    function: Callable[..., tuple[Any, ...]] = getattr(driver, name)
+    return _check(getattr(_driver(), name), *arguments)
+
+
+def _check(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
+    name = function.__name__
     try:
         status, *results = function(*arguments)
     except RuntimeError as error:  # the driver lacks the entry point

@@ -7,7 +7,6 @@ without the interpreter lock. Everything is in bytes and seconds.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 from collections.abc import Callable, Sequence
@@ -436,22 +435,6 @@ def raw_read(path: str, *, offset: int, address: int, size_bytes: int, block_byt
 def blake3(data: bytes | memoryview) -> bytes:
     """The 32-byte BLAKE3 digest of data in memory."""
     return _native.blake3(bytes(data))
-
-
-def blake3_at(address: int, size_bytes: int, staging: Staging | None = None) -> bytes:
-    """The digest of memory at a host's address, or, with `staging`, of a device's."""
-    if staging is None:
-        return blake3(ctypes.string_at(address, size_bytes))
-    buffer = ctypes.create_string_buffer(size_bytes)
-    with download(
-        source=address,
-        address=ctypes.addressof(buffer),
-        size_bytes=size_bytes,
-        is_registered=False,
-        staging=staging,
-    ) as transfer:
-        transfer.wait()
-    return blake3(buffer.raw)
 
 
 def _end_without_holes(ranges: Sequence[tuple[int, int]], what: str) -> int:

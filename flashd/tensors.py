@@ -6,8 +6,8 @@ Imports torch only when called: clients that do not ask for tensors do not need 
 
 from __future__ import annotations
 
+import functools
 import json
-import mmap
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -38,13 +38,10 @@ def torch_tensors(base: torch.Tensor, layout: Header) -> dict[str, torch.Tensor]
 
 
 def mapped(fd: int, size_bytes: int, mapped_bytes: int, *, memory: str, gpu_uuid: str) -> torch.Tensor:
-    """One tensor of bytes over a leased arena: on the GPU of that uuid, or on the CPU if there is none.
+    """One tensor of bytes over a leased arena, on the GPU of that uuid.
 
     `memory` says what the descriptor is of: host, or cuda. Raises DeviceFailed if this process has no such GPU.
     """
-    if not gpu_uuid:
-        region = memoryview(mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ))[:size_bytes]
-        return bytes_tensor(region)
     gpu = next((gpu for gpu in cuda.gpus() if gpu.uuid == gpu_uuid), None)
     if gpu is None:
         reason = cuda.why_none() or "CUDA_VISIBLE_DEVICES hides it from this process"
@@ -111,6 +108,7 @@ def aliases(layout: Header) -> Mapping[str, str]:
     return {alias: name for alias, name in found.items() if isinstance(name, str)}
 
 
+@functools.cache
 def _dtype(name: str) -> torch.dtype:
     import torch
 

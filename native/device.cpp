@@ -149,12 +149,14 @@ class Sender {
           stream_(share.staging().device()),
           finishers_(threads, [this](const Parcel& parcel) { finish_one(parcel); }) {}
 
-    void send(Staging::Block* block, uint64_t offset, uint64_t length) {
-        stream_.device().enter();  // any thread may call
+    // Any thread may call. `start` is where in the block the part to be copied begins; with the last part the block
+    // is the sender's.
+    void send(Staging::Block* block, uint64_t offset, uint64_t length, uint64_t start = 0, bool is_last = true) {
+        stream_.device().enter();
         const std::lock_guard lock(mutex_);
         finishers_.check();
-        stream_.copy(target_ + offset, address_of(block->memory), length, block->event);
-        finishers_.send({block, offset, length});
+        stream_.copy(target_ + offset + start, address_of(block->memory + start), length, block->event);
+        if (is_last) finishers_.send({block, offset, start + length});
     }
 
     double finish() {
@@ -196,6 +198,45 @@ void note(Transfer& transfer, const Staging& staging) { transfer.result.staging 
 
 }  // namespace
 
+namespace {
+
+// Each block in pieces that stay in the processor's cache until they are hashed and the device has fetched them.
+constexpr uint64_t cached_piece = 2 << 20;
+
+void load_from_page_cache(Transfer& transfer, File& file, uint64_t start, uint64_t length, Driver::Address target,
+                          const DigestTable& digests, const std::shared_ptr<Staging>& staging, const Options& options) {
+    const uint64_t block = staging->block();
+    StagingShare share(staging);
+    Sender sender(share, target, 1, [](const Parcel&) {});
+    parallel_for(transfer, (length + block - 1) / block, options.depth, transfer.result.cpu_seconds, [&] {
+        return [&](size_t index) {
+            const uint64_t offset = index * block;
+            const uint64_t whole = std::min(block, length - offset);
+            Loan loan(share, transfer.cancelled());
+            Hasher hasher;
+            for (uint64_t done = 0; done < whole; done += cached_piece) {
+                const uint64_t part = std::min(cached_piece, whole - done);
+                std::byte* memory = loan->memory + done;
+                execute_one(Direction::read, file, {0, start + offset + done, memory, part, part});
+                if (!digests.empty()) hasher.update({memory, part});
+                const bool is_last = done + part == whole;
+                if (is_last && !digests.empty()) digests.check(index, hasher.finish(), file.path(), start + offset);
+                sender.send(loan.get(), offset, part, done, is_last);
+            }
+            loan.handed_on();
+            transfer.advance(whole);
+        };
+    });
+    transfer.result.cpu_seconds += sender.finish();
+    transfer.result.backend = Backend::threads;
+    transfer.result.block = block;
+    transfer.result.depth = options.depth;
+    transfer.fell_back(file.direct_refused());
+    note(transfer, *staging);
+}
+
+}  // namespace
+
 std::unique_ptr<Transfer> load_device(File file, uint64_t start, uint64_t length, Driver::Address target,
                                       DigestTable digests, std::shared_ptr<Staging> staging, const Options& options) {
     auto shared = std::make_shared<File>(std::move(file));
@@ -203,7 +244,13 @@ std::unique_ptr<Transfer> load_device(File file, uint64_t start, uint64_t length
         const uint64_t block = staging->block();
         Options chosen = options;
         chosen.block = block;
-        take_from_page_cache({shared.get(), 1}, std::array{Read{0, start, 0, length}}, chosen);
+        if (take_from_page_cache({shared.get(), 1}, std::array{Read{0, start, 0, length}}, chosen)) {
+            load_from_page_cache(transfer, *shared, start, length, target, digests, staging, chosen);
+            return;
+        }
+        // The staging memory is there anyway, and a deeper queue keeps some disks busier.
+        chosen.depth =
+            std::max<unsigned>(chosen.depth, static_cast<unsigned>(staging->memory().size() / block * 3 / 4));
         StagingShare share(staging);
         const auto inspect = [&](const Parcel& parcel) {
             if (digests.empty() || transfer.cancelled()) return;

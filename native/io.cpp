@@ -276,13 +276,24 @@ std::vector<Request> requests_for(std::span<const Read> plan, std::span<std::byt
     return requests;
 }
 
-void take_from_page_cache(std::span<File> files, std::span<const Read> reads, Options& options) {
-    if (!options.page_cache || options.backend != Backend::automatic) return;
-    for (const Read& read : reads)
-        if (!files[read.file].is_cached(read.file_offset, read.length)) return;
+bool take_from_page_cache(std::span<File> files, std::span<const Read> reads, Options& options) {
+    if (!options.page_cache || options.backend != Backend::automatic) return false;
+    // Samples will do: counting the million pages of a model takes as long as half of reading them. What is missing
+    // after all is read from the disk, through the page cache.
+    constexpr uint64_t samples = 256;
+    constexpr uint64_t sample = 64 << 10;
+    for (const Read& read : reads) {
+        const uint64_t step = std::max(sample, align_down(read.length / samples));
+        for (uint64_t start = 0; start < read.length; start += step)
+            if (!files[read.file].is_cached(read.file_offset + start, std::min(sample, read.length - start)))
+                return false;
+    }
     for (File& file : files) file.pass_by_direct();
+    const unsigned processors = std::max(1U, std::thread::hardware_concurrency());
     options.backend = Backend::threads;
-    options.depth = std::clamp(std::thread::hardware_concurrency(), 1U, 16U);
+    options.depth = std::min(processors, 16U);
+    options.digest_threads = std::max(options.digest_threads, std::min(processors / 2, 8U));
+    return true;
 }
 
 void execute_one(Direction direction, File& file, const Request& request) {

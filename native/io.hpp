@@ -45,8 +45,8 @@ void execute(Transfer& transfer, Direction direction, std::span<File> files, std
              const Options& options, std::span<std::byte> memory, const Hooks& hooks);
 
 // Where the page cache (or tmpfs) has all that will be read, plain reads by many threads are faster than any disk:
-// makes files and options so.
-void take_from_page_cache(std::span<File> files, std::span<const Read> reads, Options& options);
+// makes files and options so. False if it has not, or nobody asked for that.
+bool take_from_page_cache(std::span<File> files, std::span<const Read> reads, Options& options);
 
 // One request, with plain preads or pwrites.
 void execute_one(Direction direction, File& file, const Request& request);

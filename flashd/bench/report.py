@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from flashd.cuda import Gpu
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -42,10 +44,13 @@ class Report:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
-def report(benchmark: str, command: str, rows: Sequence[Row], *, driver: str = "host") -> Report:
+def report(
+    benchmark: str, command: str, rows: Sequence[Row], *, driver: str = "host", gpu: Gpu | None = None
+) -> Report:
     """A report of this machine and this moment."""
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Report(benchmark, device_name(), driver, date, command, tuple(rows))
+    device = device_name() + (f", {gpu.model}" if gpu else "")
+    return Report(benchmark, device, driver, date, command, tuple(rows))
 
 
 def rate_row(name: str, runs: Sequence[float], unit: str, limits: Sequence[float] = ()) -> Row:

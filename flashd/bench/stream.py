@@ -12,22 +12,28 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from flashd import cuda
+from flashd.bench.copying import STAGING_BYTES, Link
 from flashd.bench.report import Report, Row, cost_row, rate_row, report
 from flashd.checkpoint import header
 from flashd.checkpoint.files import MANIFEST, WEIGHTS, Checkpoint
 from flashd.errors import InvalidArgument
 from flashd.memory.arena import HostArena, HugePages, probe_huge_pages
+from flashd.memory.device import Device
 from flashd.streamer import (
     ALIGNMENT,
     Digests,
@@ -37,6 +43,7 @@ from flashd.streamer import (
     Read,
     TransferResult,
     load,
+    load_device,
     raw_read,
 )
 from flashd.units import MiB
@@ -44,6 +51,8 @@ from flashd.units import MiB
 SWEEP = [(block * MiB, depth) for block, depth in ((1, 32), (4, 16), (8, 8), (8, 16), (16, 8), (32, 4))]
 CPU_S_PER_GB = 0.03
 _HUGE_PAGE = 2 * MiB
+# What takes a tenth of a second is done several times in a row: until then, idle processors are still waking up.
+_SHORT_REPEATS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +69,27 @@ class Subject:
         return Extent(self.extent.offset, self.extent.length // ALIGNMENT * ALIGNMENT)
 
 
-def run(path: Path, *, runs: int, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
-    """Raises InvalidArgument for files that are too small to measure, or whose data is not aligned."""
+def run(
+    path: Path,
+    *,
+    runs: int,
+    device: Device | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """With a device, loads to it are measured as well, from the disk and from a copy of the file in memory.
+
+    Raises InvalidArgument for files that are too small to measure, or whose data is not aligned.
+    """
     subject = _subject(path)
     figures: defaultdict[str, list[float]] = defaultdict(list)
     peer = _peer(subject)
-    with _opened(subject.path) as file, Ready(subject.extent.length) as ready:
+    with ExitStack() as stack:
+        file = stack.enter_context(_opened(subject.path))
+        ready = stack.enter_context(Ready(subject.extent.length, device))
+        link = stack.enter_context(Link(device, subject.extent.length)) if device else None
+        ram_file = stack.enter_context(_in_memory(subject)) if device else None
         finalists = _sweep(subject, ready)
+        device_steps = _device_steps(file, ram_file, subject, link, ready, figures) if link else []
 
         def raw() -> None:
             for choice in finalists:
@@ -98,13 +121,17 @@ def run(path: Path, *, runs: int, on_progress: Callable[[int, int], None] = lamb
         for done in range(runs):
             on_progress(done, runs)
             steps = [raw, ready_load, verified, fresh, safetensors]
+            steps += device_steps
             random.shuffle(steps)
             for step in steps:
                 step()
         on_progress(runs, runs)
     limit = max((figures[f"raw {choice}"] for choice in finalists), key=median)
     rows = _rows(figures, limit, _peak_bytes(path), subject.extent.length)
-    return report("stream", f"flash bench stream {path.name} --runs {runs}", rows)
+    rows += _device_rows(figures, limit) if device else []
+    driver, gpu = (device.kind.value, device.gpu) if device else ("host", None)
+    command = f"flash bench stream {path.name} --runs {runs}"
+    return report("stream", f"{command} ({subject.extent.length / 1e9:.1f} GB)", rows, driver=driver, gpu=gpu)
 
 
 def _rows(figures: defaultdict[str, list[float]], raw: list[float], peak_bytes: int, model_bytes: int) -> list[Row]:
@@ -122,10 +149,59 @@ def _rows(figures: defaultdict[str, list[float]], raw: list[float], peak_bytes: 
     return rows
 
 
-class Ready:
-    """Memory of huge pages where the machine has them, present before anything is measured."""
+def _device_steps(
+    file: OpenFile,
+    ram_file: OpenFile | None,
+    subject: Subject,
+    link: Link,
+    ready: Ready,
+    figures: defaultdict[str, list[float]],
+) -> list[Callable[[], None]]:
+    def timed(source: OpenFile, name: str, *, page_cache: bool) -> TransferResult:
+        before_s = time.process_time()
+        result = _load_device(source, subject, link, page_cache=page_cache)
+        figures[name].append(result.gb_per_s)
+        figures[f"{name} cpu"].append((time.process_time() - before_s) / result.size_bytes * 1e9)
+        return result
 
-    def __init__(self, size_bytes: int) -> None:
+    def from_disk() -> None:
+        figures["staging"].append(float(timed(file, "device", page_cache=False).staging_bytes))
+
+    def from_disk_verified() -> None:
+        if subject.digests:
+            figures["device digests"].append(_load_device(file, subject, link, digests=subject.digests).gb_per_s)
+
+    def from_memory() -> None:
+        if ram_file:
+            for _ in range(_SHORT_REPEATS):
+                timed(ram_file, "ram", page_cache=True)
+
+    def plain_copy() -> None:
+        for _ in range(_SHORT_REPEATS):
+            figures["copy"].append(subject.extent.length / link.copy(ready.address, subject.extent.length) / 1e9)
+
+    return [from_disk, from_disk_verified, from_memory, plain_copy]
+
+
+def _device_rows(figures: defaultdict[str, list[float]], raw: list[float]) -> list[Row]:
+    rows = [
+        rate_row("nvme_to_device", figures["device"], "GB/s", raw),
+        cost_row("cpu_s_per_gb.device", figures["device cpu"], "s/GB"),
+        cost_row("staging_bytes", figures["staging"], "B", float(STAGING_BYTES)),
+    ]
+    if figures["ram"]:
+        rows.append(rate_row("ram_file_to_device", figures["ram"], "GB/s", figures["copy"]))
+        rows.append(cost_row("cpu_s_per_gb.ram_file", figures["ram cpu"], "s/GB"))
+    if figures["device digests"]:
+        rows.append(rate_row("nvme_to_device.verified", figures["device digests"], "GB/s", raw))
+    return rows
+
+
+class Ready:
+    """Memory of huge pages where the machine has them, present and known to the device before anything is measured."""
+
+    def __init__(self, size_bytes: int, device: Device | None = None) -> None:
+        self._gpu = device.gpu if device else None
         self.size_bytes = -(-size_bytes // ALIGNMENT) * ALIGNMENT
         self._mapping = mmap.mmap(-1, self.size_bytes + _HUGE_PAGE)
         self._mapping.madvise(mmap.MADV_HUGEPAGE)
@@ -134,10 +210,44 @@ class Ready:
 
     def __enter__(self) -> Ready:
         ctypes.memset(self.address, 1, self.size_bytes)
+        if self._gpu:
+            cuda.register(self._gpu.ordinal, self.address, self.size_bytes)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._gpu:
+            cuda.unregister(self._gpu.ordinal, self.address)
         self._mapping.close()
+
+
+@contextmanager
+def _in_memory(subject: Subject) -> Iterator[OpenFile | None]:
+    """The file in a file system that is memory; None where there is no room for it."""
+    free_bytes = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+    if free_bytes < 2 * subject.extent.end:
+        yield None
+        return
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as copy:
+        with subject.path.open("rb") as source:
+            shutil.copyfileobj(source, copy, 16 * MiB)
+        copy.flush()
+        with subject.path.open("rb") as source:  # what is read without O_DIRECT shall not come from the cache
+            os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        yield OpenFile(copy.fileno(), copy.name)
+
+
+def _load_device(
+    file: OpenFile, subject: Subject, link: Link, *, digests: Digests | None = None, page_cache: bool = False
+) -> TransferResult:
+    with load_device(
+        file,
+        subject.extent,
+        target=link.arena.address,
+        staging=link.staging,
+        options=Options(page_cache=page_cache),
+        digests=digests,
+    ) as transfer:
+        return transfer.wait()
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def check_tensor(name: str, dtype: object, shape: object, path: str) -> tuple[st
     check_name(name, path)
     if not isinstance(dtype, str) or dtype not in BITS:
         raise InvalidSource(f"tensor {name!r} of {path} has the unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_is_count(extent) for extent in shape):
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(map(_is_count, shape)):
         raise InvalidSource(f"tensor {name!r} of {path} has an impossible shape")
     size_bytes = size_of(dtype, shape)
     if size_bytes is None or size_bytes > MAX_TENSOR_BYTES:
@@ -164,7 +164,7 @@ def _is_text(value: object) -> bool:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_TENSOR_BYTES
+    return type(value) is int and 0 <= value <= MAX_TENSOR_BYTES  # JSON gives no subclass but bool
 
 
 def _tensor(name: str, entry: object, path: str) -> TensorInfo:
@@ -172,7 +172,7 @@ def _tensor(name: str, entry: object, path: str) -> TensorInfo:
         raise InvalidSource(f"tensor {name[:80]!r} of {path} lacks dtype, shape or data_offsets")
     dtype, shape, size_bytes = check_tensor(name, entry["dtype"], entry["shape"], path)
     offsets = entry["data_offsets"]
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise InvalidSource(f"tensor {name!r} of {path} has impossible data_offsets")
     start, end = offsets
     if end - start != size_bytes:

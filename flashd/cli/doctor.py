@@ -20,7 +20,7 @@ from pathlib import Path
 import typer
 
 import flashd
-from flashd import config, streamer
+from flashd import config, cuda, streamer
 from flashd.cli import output
 from flashd.cli.session import Json, session
 from flashd.errors import FlashdError
@@ -76,6 +76,7 @@ def examine(bus: str | None) -> Iterator[Finding]:
     yield _huge_pages()
     yield _memory_lock()
     yield _memory()
+    yield from _gpus()
     yield _torch()
     yield _programs()
 
@@ -137,7 +138,8 @@ def _read_back(file: OpenFile) -> streamer.TransferResult:
     with mmap.mmap(-1, _PROBE_BYTES) as memory:
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         read = streamer.Read(0, 0, 0, _PROBE_BYTES)
-        with streamer.load([file], [read], address=address, size_bytes=_PROBE_BYTES, options=Options()) as transfer:
+        options = Options(page_cache=False)  # it was written just now
+        with streamer.load([file], [read], address=address, size_bytes=_PROBE_BYTES, options=options) as transfer:
             return transfer.wait()
 
 
@@ -167,6 +169,21 @@ def _memory() -> Finding:
     if total_bytes < 8 * GiB:
         return Finding("memory", Verdict.SLOW, found, "small models only; set memory.host_budget to what can be spared")
     return Finding("memory", Verdict.GOOD, found)
+
+
+def _gpus() -> Iterator[Finding]:
+    if reason := cuda.why_none():
+        yield Finding("GPU", Verdict.SLOW, f"none: {reason}", "models run on the processor, from the host tier")
+    for gpu in cuda.gpus():
+        what = f"{gpu.name}, {gpu.model}, {format_bytes(gpu.total_bytes)}"
+        if not (gpu.maps_memory and gpu.exports_memory):
+            remedy = "its memory cannot be handed to other processes: another kind of virtual machine may allow it"
+            yield Finding("GPU", Verdict.SLOW, what, remedy)
+        elif not (gpu.registers_memory or gpu.is_unified):
+            remedy = "host memory cannot be registered with it: copies from the host tier take a detour"
+            yield Finding("GPU", Verdict.SLOW, what, remedy)
+        else:
+            yield Finding("GPU", Verdict.GOOD, what + (", one memory with the host" if gpu.is_unified else ""))
 
 
 def _torch() -> Finding:

@@ -63,7 +63,13 @@ def show(context: typer.Context, model: ModelName, as_json: Json = False) -> Non
         ["aliases", ", ".join(found.aliases) or "none"],
         ["architecture", found.architecture or "unknown: it has no config.json"],
         ["size", f"{format_bytes(found.size_bytes)} in {found.tensor_count} tensors, mostly {found.dtype}"],
-        ["tier", found.residency + (", active" if found.active else "") + (", pinned" if found.pinned else "")],
+        [
+            "tier",
+            found.residency
+            + (f" ({', '.join(found.devices)})" if found.devices else "")
+            + (", active" if found.active else "")
+            + (", pinned" if found.pinned else ""),
+        ],
         ["leases", str(found.leases)],
         ["made", output.ago(found.created_at)],
         ["used", f"{output.ago(found.last_used_at)}, {found.use_count} swaps"],

@@ -12,17 +12,18 @@ import os
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flashd
-from flashd import config
+from flashd import config, cuda
 from flashd.config import Paths, Scope
-from flashd.daemon.service import run
-from flashd.daemon.settings import Settings
 from flashd.errors import FlashdError
-from flashd.private_bus import PrivateBus
+
+if TYPE_CHECKING:
+    from flashd.daemon.settings import Settings
 
 PRIVATE = "private"  # a bus of our own, in the runtime folder, where there is no other
 
@@ -46,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         level=options.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     _raise_descriptor_limit()
+    # A GPU takes a third of a second to wake up, which it may do while the rest of us is being imported.
+    threading.Thread(target=cuda.wake_up, name="wake GPUs", daemon=True).start()
+    from flashd.daemon.settings import Settings
+
     try:
         settings = Settings(_paths(options), _overrides(options))
         asyncio.run(_until_signalled(settings, _address(options, settings)))
@@ -55,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 async def _until_signalled(settings: Settings, address: str) -> None:
+    from flashd.daemon.service import run
+    from flashd.private_bus import PrivateBus
+
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

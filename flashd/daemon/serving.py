@@ -14,6 +14,7 @@ from typing import Any
 from dbus_next import Variant
 
 from flashd import wire
+from flashd.checkpoint.files import Checkpoint
 from flashd.daemon.exports import Caller
 from flashd.daemon.jobs import Job, Jobs, JobState, Owner, Result, Work
 from flashd.daemon.threads import Background
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 # An engine that dies again so soon after it was brought back is left alone: the model itself must be the reason.
 _BRING_BACK_AGAIN_S = 300.0
+_MOST_LAYOUTS = 64
 
 
 class Serving:
@@ -63,6 +65,7 @@ class Serving:
         self._line: list[Job] = []  # swaps and parks that have not ended, in the order asked
         self._kinds: dict[Job, str] = {}  # of engines, that the swaps among them want
         self._waiting_for_lease: dict[str, set[asyncio.Task[Any]]] = {}
+        self._layouts: dict[str, str] = {}  # those leased last, by checkpoint
         self._brought_back: dict[str, float] = {}
 
     def is_wanted(self, name: str) -> bool:
@@ -135,7 +138,7 @@ class Serving:
     async def lease(self, model: Model, caller: Caller, device: str) -> tuple[Lease, int, str]:
         """A lease, a descriptor of its arena to map for reading (the caller's to close), and the layout as JSON."""
         checkpoint = self._catalog.checkpoint(model.checkpoint_id)
-        layout = await asyncio.to_thread(checkpoint.layout_json)
+        layout = await self._layout(checkpoint)
         with self._abandoned_with(caller.peer):
             hold = await self._residency.acquire(checkpoint, device=device)
         if not self._is_present(caller.peer):
@@ -150,6 +153,15 @@ class Serving:
         self._on_leased(lease)
         self._note_use(model.name)
         return lease, arena_fd, layout
+
+    async def _layout(self, checkpoint: Checkpoint) -> str:
+        """From the disk once; a checkpoint never changes."""
+        if checkpoint.id not in self._layouts:
+            layout = await asyncio.to_thread(checkpoint.layout_json)
+            while len(self._layouts) >= _MOST_LAYOUTS:
+                self._layouts.pop(next(iter(self._layouts)))
+            self._layouts[checkpoint.id] = layout
+        return self._layouts[checkpoint.id]
 
     def peer_left(self, peer: str) -> None:
         for task in self._waiting_for_lease.get(peer, ()):

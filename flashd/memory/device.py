@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -72,6 +73,9 @@ class Device(Protocol):
     def adopt(self, fd: int, size_bytes: int) -> Arena:
         """The arena that a daemon before us made here; the descriptor is the arena's. Raises InvalidArgument."""
 
+    def read(self, address: int, size_bytes: int) -> bytes:
+        """A little of its memory, where it is mapped here."""
+
     def used_bytes(self) -> int:
         """What everybody uses of the whole device now, by its driver; 0 if nobody can tell."""
 
@@ -112,6 +116,9 @@ class HostDevice:
     def adopt(self, fd: int, size_bytes: int) -> HostArena:
         return HostArena.adopt(fd, size_bytes, self.huge_pages)
 
+    def read(self, address: int, size_bytes: int) -> bytes:
+        return ctypes.string_at(address, size_bytes)
+
     def used_bytes(self) -> int:
         fields = _meminfo()
         return fields["MemTotal"] - fields["MemAvailable"]
@@ -150,6 +157,9 @@ class CudaDevice:
 
     def adopt(self, fd: int, size_bytes: int) -> CudaArena:
         return CudaArena.adopt(self.gpu.ordinal, fd, size_bytes, self.rounded(size_bytes))
+
+    def read(self, address: int, size_bytes: int) -> bytes:
+        return cuda.read(self.gpu.ordinal, address, size_bytes)
 
     def used_bytes(self) -> int:
         return cuda.used_bytes(self.gpu)

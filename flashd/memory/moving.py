@@ -21,7 +21,7 @@ from flashd.streamer import (
     Staging,
     Transfer,
     TransferResult,
-    blake3_at,
+    blake3,
     download,
     load,
     load_device,
@@ -142,14 +142,13 @@ class StreamMover:
         block_bytes, size_bytes = checkpoint.manifest.digest_block_bytes, checkpoint.manifest.data_bytes
         table = checkpoint.digests().table
         blocks = -(-size_bytes // block_bytes)
-        staging = await self._staging_of(region.device) if region.is_device else None
 
         def compare() -> bool:
             with region.arena.viewed() as view:
                 for index in {0, blocks // 2, blocks - 1} if blocks else set():
                     start = index * block_bytes
-                    length = min(block_bytes, size_bytes - start)
-                    if blake3_at(view.address + start, length, staging) != table[32 * index : 32 * index + 32]:
+                    data = region.device.read(view.address + start, min(block_bytes, size_bytes - start))
+                    if blake3(data) != table[32 * index : 32 * index + 32]:
                         return False
             return True
 

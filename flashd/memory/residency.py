@@ -76,7 +76,9 @@ class Residency:
     def resolve(self, device: str) -> str:
         """A device's name; `device` alone means the first that is not the host. Raises InvalidArgument."""
         if device == Tier.DEVICE:
-            device = next((name for name in self._places if name != HOST), device)
+            device = next((name for name in self._places if name != HOST), "")
+            if not device:
+                raise InvalidArgument("there is no GPU here, and so no device tier", hint="flash doctor says why")
         if device not in self._places:
             hint = f"there is: {', '.join(self._places)}"
             raise InvalidArgument(f"there is no device {device!r} here", hint=hint)

@@ -6,10 +6,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -20,21 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 from dbus_next import Variant
+from running import Daemon
 from safetensors.numpy import save_file
 
 from flashd import wire
 from flashd.bus import OBJECT_MANAGER, PROPERTIES, Connection, Received, connect, plain
 from flashd.private_bus import PrivateBus
-
-READY_S = 20.0
-# Tests without engines do not pay for importing torch; settling is made quick.
-CONFIG = """
-[inbox]
-settle_s = 0.2
-rescan_s = 1.0
-[engines]
-warm_up = false
-"""
 
 
 @pytest.fixture
@@ -55,64 +42,6 @@ async def connection(bus: PrivateBus) -> AsyncIterator[Connection]:
     made = await connect(bus.address)
     yield made
     await made.close()
-
-
-@dataclass(slots=True)
-class Daemon:
-    """A running flashd and its folders."""
-
-    address: str
-    root: Path
-    runtime: Path
-    process: subprocess.Popen[bytes] | None = None
-    arguments: Sequence[str | Path] = ()
-
-    @property
-    def models(self) -> Path:
-        return self.root / "models"
-
-    @property
-    def state(self) -> Path:
-        return self.root / "state"
-
-    @property
-    def config(self) -> Path:
-        return self.root / "flashd.toml"
-
-    @property
-    def log(self) -> Path:
-        return self.root / "flashd.log"
-
-    def start(self) -> None:
-        """Returns when it says that it is ready."""
-        self.models.mkdir(parents=True, exist_ok=True)
-        if not self.config.exists():
-            self.config.write_text(CONFIG)
-        address = self.runtime / "notify"
-        address.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, self.log.open("ab") as output:
-            notify.bind(str(address))
-            notify.settimeout(READY_S)
-            self.process = subprocess.Popen(
-                self.command(), env={**os.environ, "NOTIFY_SOCKET": str(address)}, stdout=output, stderr=output
-            )
-            try:
-                assert notify.recv(100) == b"READY=1"
-            except TimeoutError:
-                self.process.kill()
-                self.process.wait()
-                raise AssertionError(f"not ready:\n{self.log.read_text()}") from None
-
-    def command(self) -> list[str | Path]:
-        return [
-            *(sys.executable, "-m", "flashd.daemon.main", "--bus", self.address, "--config", self.config),
-            *("--state-dir", self.state, "--models-dir", self.models, "--runtime-dir", self.runtime / "run"),
-        ]
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        assert self.process is not None
-        self.process.send_signal(number)
-        return self.process.wait(timeout=20)
 
 
 @pytest.fixture

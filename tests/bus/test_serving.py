@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -228,3 +229,16 @@ async def test_a_model_that_is_not_there_is_not_swapped_to(remote: Remote) -> No
         await swap(remote, "nobody")
     with pytest.raises(FlashdError):
         await remote.call("Stop", path=wire.engine_path(7), interface=wire.ENGINE)
+
+
+async def test_bench_swap_goes_back_and_forth_until_the_first_token(three: Remote, daemon: Daemon) -> None:
+    command = [sys.executable, "-c", "from flashd.cli import main; main()", "--bus", daemon.address]
+    process = await asyncio.create_subprocess_exec(
+        *command, "bench", "swap", "ada", "bob", "--runs", "2", "--json", stdout=subprocess.PIPE
+    )
+    told, _ = await process.communicate()
+    assert process.returncode == 0
+    rows = {row["name"]: row for row in json.loads(told)["rows"]}
+    assert set(rows) == {"first_token", "swap.rebind"}
+    assert len(rows["swap.rebind"]["runs"]) == 4
+    assert rows["swap.rebind"]["limit"] == rows["first_token"]["value"]

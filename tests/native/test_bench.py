@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flashd.bench import stream
+from flashd.bench import copying, stream
 from flashd.bench.report import cost_row, rate_row, report
 from flashd.checkpoint.convert import convert
 from flashd.checkpoint.source import SourceFiles
@@ -44,6 +44,21 @@ def test_a_checkpoint_is_measured_beside_the_bare_read(tmp_path: Path) -> None:
     assert len(load["runs"]) == 2
     assert load["ratio"] == pytest.approx(load["value"] / load["limit"])
     assert rows["peak_bytes"]["value"] > rows["peak_bytes"]["limit"] == 64 * MiB + 100
+
+
+def test_loads_to_a_device_are_measured_beside_the_copy_that_limits_them(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "stored").mkdir()
+    source(tmp_path / "source", 64 * MiB + 100)
+    with SourceFiles.from_folder(tmp_path / "source") as files:
+        convert(files, tmp_path / "stored", python="python3")
+    found = stream.run(tmp_path / "stored", runs=1, device=copying.device_of("sim:0"))
+    rows = {row.name: row for row in found.rows}
+    assert {"nvme_to_device", "nvme_to_device.verified", "ram_file_to_device", "cpu_s_per_gb.device"} <= set(rows)
+    assert rows["nvme_to_device"].limit == rows["nvme_to_host"].limit
+    assert rows["ram_file_to_device"].limit != rows["nvme_to_host"].limit
+    assert 0 < rows["staging_bytes"].value <= copying.STAGING_BYTES
+    assert found.driver == "simulated"
 
 
 def test_what_cannot_be_measured_says_why(tmp_path: Path) -> None:

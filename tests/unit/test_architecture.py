@@ -35,10 +35,14 @@ MAY_IMPORT = {
     "swap": {"engines", "memory", "store", "checkpoint"},
     "daemon": {"swap", "engines", "memory", "store", "checkpoint", "streamer", "bus", "private_bus", "cuda"},
     "client": {"bus", "checkpoint", "tensors", "inference"},
-    "bench": {"streamer", "checkpoint", "memory", "client"},
-    "cli": {"client", "inference", "private_bus", "checkpoint", "bench", "streamer", "memory"},
+    "bench": {"streamer", "checkpoint", "memory", "client", "cuda"},
+    "cli": {"client", "inference", "private_bus", "checkpoint", "bench", "streamer", "memory", "cuda"},
     "__init__": {"client"},
 }
+# The tray is a package of its own, and a client like any other: never the daemon, nor what is behind it.
+TRAY = PACKAGE.parent / "tray" / "flashd_tray"
+TRAY_MAY_IMPORT = {"client", "bus", "errors", "units", "wire"}
+TRAY_ENVIRONMENT_READERS = {"preferences.py", "shell.py"}  # the desktop's variables: where choices lie, what panel
 TORCH_IMPORTERS = {"flashd.tensors", "flashd.checkpoint.unpickle"}
 ENGINE_WORKERS = ("flashd.engines.torch", "flashd.engines.vllm")
 
@@ -108,6 +112,19 @@ def test_only_the_configuration_reads_the_environment() -> None:
             continue
         reads = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in {"environ", "getenv"}]
         assert not reads, f"{name} reads the environment on lines {reads}; that is config.py's"
+
+
+@pytest.mark.parametrize("path", sorted(TRAY.glob("*.py")), ids=lambda path: path.name)
+def test_the_tray_is_a_client(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    ours = {part(module) for module in imports(tree) if module.startswith("flashd.")} - {"__version__"}
+    assert ours <= TRAY_MAY_IMPORT
+    roots = {module.split(".")[0] for module in imports(tree)}
+    assert "pystray" not in roots or path.name == "indicator.py"
+    if path.name not in TRAY_ENVIRONMENT_READERS:
+        assert not [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in {"environ", "getenv"}]
+    assert path.read_text().startswith("# SPDX-License-Identifier: Apache-2.0\n")
+    assert ast.get_docstring(tree)
 
 
 @pytest.mark.parametrize("module", ["flashd", "flashd.daemon.main", "flashd.daemon.service", "flashd.cli"])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,14 @@ def test_paths_follow_the_xdg_specification(monkeypatch: pytest.MonkeyPatch, tmp
     assert user.config == tmp_path / ".config/flashd/flashd.toml"
     assert (user.state, user.runtime) == (tmp_path / "s/flashd", tmp_path / "r/flashd")
     assert config.default_paths(Scope.SYSTEM).state == Path("/var/lib/flashd")
+
+
+def test_what_a_service_manager_kept_is_taken_once_and_only_by_whom_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sd_listen_fds(3); descriptors from 3 on are pytest's own here, so none is counted."""
+    for pid, count, names, expected in (
+        (str(os.getpid()), "0", "", 0), ("1", "5", "a:b", 0), (str(os.getpid()), "many", "", 0)
+    ):  # fmt: skip
+        for name, value in (("LISTEN_PID", pid), ("LISTEN_FDS", count), ("LISTEN_FDNAMES", names)):
+            monkeypatch.setenv(name, value)
+        assert len(config.inherited_fds()) == expected
+        assert not any(name.startswith("LISTEN") for name in os.environ), "children must not take them for theirs"

@@ -220,7 +220,8 @@ async def test_who_comes_while_a_load_is_given_up_gets_another_one() -> None:
 
     residency = Residency(host_of(4096), SlowToEnd())
     first = asyncio.create_task(residency.acquire(checkpoint("a", 4096)))
-    await asyncio.sleep(0.01)
+    while not started:
+        await asyncio.sleep(0.001)
     first.cancel()
     await asyncio.sleep(0)
     with await residency.acquire(checkpoint("a", 4096)):
@@ -488,6 +489,8 @@ async def test_a_device_is_filled_from_the_host_tier_where_that_has_it() -> None
     with pytest.raises(InvalidArgument, match="no device 'cuda:7'"):
         await residency.acquire(a, device="cuda:7")
     residency.close()
+    with pytest.raises(InvalidArgument, match="there is no GPU here"):
+        Residency(host_of(4096), mover).place("device")
 
 
 async def test_who_wants_it_on_a_device_while_it_comes_to_the_host_waits_for_that() -> None:

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast can a link be? Memory on both of its ends, and the barest copy: the limit of transfers."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Self
+
+from flashd import cuda
+from flashd.memory.arena import Arena, HostArena, probe_huge_pages
+from flashd.memory.device import CudaDevice, Device, HostDevice, Kind, simulated_device, usable
+from flashd.streamer import Staging
+from flashd.units import MiB
+
+STAGING_BYTES = 256 * MiB
+
+
+def device_of(name: str) -> Device | None:
+    """A GPU by name; for `auto` the first, or None where there is none; for `sim:0` host memory that stands in."""
+    if name == "none":
+        return None
+    if name == "sim:0":
+        host = HostDevice.probe()
+        return simulated_device(host.total_bytes, host)
+    found = [CudaDevice(gpu, 0) for gpu in usable(cuda.gpus())]
+    return next((device for device in found if name in {"auto", device.name}), None)
+
+
+class Link:
+    """A device, an arena on it to be filled again and again, and the staging memory."""
+
+    def __init__(self, device: Device, size_bytes: int) -> None:
+        self.device = device
+        self.size_bytes = size_bytes
+        self.arena: Arena = device.allocate(size_bytes, "bench")
+        if isinstance(self.arena, HostArena):  # its first touch is not what is measured
+            ctypes.memset(self.arena.address, 1, self.arena.mapped_bytes)
+        self.staging = Staging(device.driver, device.context(), size_bytes=STAGING_BYTES)
+
+    def copy(self, address: int, size_bytes: int) -> float:
+        """Seconds of one plain copy of registered host memory to the device."""
+        started = time.perf_counter()
+        if self.device.kind is Kind.CUDA and self.device.gpu:
+            cuda.copy_to_device(self.device.gpu.ordinal, self.arena.address, address, size_bytes)
+        else:
+            ctypes.memmove(self.arena.address, address, size_bytes)
+        return time.perf_counter() - started
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.arena.close()
+
+
+@contextmanager
+def host_arena(device: Device, size_bytes: int) -> Iterator[HostArena]:
+    """A full arena of the host tier, sealed, and registered with the device."""
+    with HostArena(size_bytes, "bench", probe_huge_pages()) as arena:
+        ctypes.memset(arena.address, 1, arena.mapped_bytes)
+        arena.seal()
+        if device.gpu is not None:
+            arena.register(device.gpu.ordinal)
+        yield arena

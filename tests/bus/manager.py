@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A minimal service manager that speaks systemd's protocol: readiness, the file descriptor store, barriers.
+
+The real one has its turn in tests/system."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from running import READY_S, Daemon
+
+# Hands on descriptors from 3 on, and says whose they are, as sd_listen_fds(3) expects.
+_LAUNCHER = """
+import fcntl, os, sys
+given = [int(fd) for fd in sys.argv[1].split(",") if fd]
+numbers = [fcntl.fcntl(fd, fcntl.F_DUPFD, 200) for fd in given]
+for fd in given:
+    os.close(fd)
+for index, number in enumerate(numbers):
+    os.dup2(number, 3 + index)
+    os.close(number)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(numbers)), "LISTEN_FDNAMES": sys.argv[2]}
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
+@dataclass(slots=True)
+class Manager:
+    """Receives what a service says; keeps descriptors by name."""
+
+    path: Path
+    store: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    said: list[str] = field(default_factory=list)
+    is_slow_to_let_go: bool = False
+    ready: threading.Event = field(default_factory=threading.Event)
+    socket: socket.socket = field(default_factory=lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def open(self) -> None:
+        self.socket.bind(str(self.path))
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def close(self) -> None:
+        self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+        for fds in self.store.values():
+            for fd in fds:
+                os.close(fd)
+
+    def names(self) -> set[str]:
+        with self.lock:
+            return {name for name, fds in self.store.items() if fds}
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(self.socket, 4096, 16)
+            except OSError:
+                return
+            if not data and not fds:
+                return
+            lines = dict(line.split("=", 1) for line in data.decode().splitlines())
+            with self.lock:
+                self.said += data.decode().splitlines()
+                if "FDSTORE" in lines:
+                    assert lines["FDPOLL"] == "0", "a GPU's descriptor would be thrown out"
+                    self.store[lines["FDNAME"]] += fds
+                    fds = []
+                if "FDSTOREREMOVE" in lines:
+                    for fd in self.store.pop(lines["FDNAME"], []):
+                        os.close(fd)
+            for fd in fds:  # a barrier's, which waits for this
+                os.close(fd)
+            if lines.get("READY"):
+                self.ready.set()
+
+
+def start(daemon: Daemon, manager: Manager) -> None:
+    """As systemd starts a service that has left descriptors with it."""
+    with manager.lock:
+        kept = [(fd, name) for name, fds in manager.store.items() for fd in fds]
+    daemon.models.mkdir(parents=True, exist_ok=True)
+    manager.ready.clear()
+    numbers, names = ",".join(str(fd) for fd, _ in kept), ":".join(name for _, name in kept)
+    with daemon.log.open("ab") as output:
+        daemon.process = subprocess.Popen(
+            [sys.executable, "-c", _LAUNCHER, numbers, names, *daemon.command()],
+            env={**os.environ, "NOTIFY_SOCKET": str(manager.path)},
+            pass_fds=[fd for fd, _ in kept],
+            stdout=output,
+            stderr=output,
+        )
+    assert manager.ready.wait(READY_S), daemon.log.read_text()

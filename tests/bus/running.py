@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A flashd that runs for a test, of tests/bus or tests/gpu."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+READY_S = 20.0
+# Tests without engines do not pay for importing torch; settling is made quick.
+CONFIG = """
+[inbox]
+settle_s = 0.2
+rescan_s = 1.0
+[engines]
+warm_up = false
+"""
+
+
+@dataclass(slots=True)
+class Daemon:
+    """A running flashd and its folders."""
+
+    address: str
+    root: Path
+    runtime: Path
+    process: subprocess.Popen[bytes] | None = None
+    arguments: Sequence[str | Path] = ()
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    @property
+    def state(self) -> Path:
+        return self.root / "state"
+
+    @property
+    def config(self) -> Path:
+        return self.root / "flashd.toml"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "flashd.log"
+
+    def start(self) -> None:
+        """Returns when it says that it is ready."""
+        self.models.mkdir(parents=True, exist_ok=True)
+        if not self.config.exists():
+            self.config.write_text(CONFIG)
+        address = self.runtime / "notify"
+        address.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, self.log.open("ab") as output:
+            notify.bind(str(address))
+            notify.settimeout(READY_S)
+            self.process = subprocess.Popen(
+                self.command(), env={**os.environ, "NOTIFY_SOCKET": str(address)}, stdout=output, stderr=output
+            )
+            try:
+                assert notify.recv(100) == b"READY=1"
+            except TimeoutError:
+                self.process.kill()
+                self.process.wait()
+                raise AssertionError(f"not ready:\n{self.log.read_text()}") from None
+
+    def command(self) -> list[str | Path]:
+        return [
+            *(sys.executable, "-m", "flashd.daemon.main", "--bus", self.address, "--config", self.config),
+            *("--state-dir", self.state, "--models-dir", self.models, "--runtime-dir", self.runtime / "run"),
+        ]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        assert self.process is not None
+        self.process.send_signal(number)
+        return self.process.wait(timeout=20)

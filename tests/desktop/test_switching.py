@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job at the desktop: two models are dropped, and a click makes the other one answer."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from box import HEIGHT, TRAY, WIDTH, Daemon, Desktop, Line, Panel, menu_rows, until
+from PIL import Image, ImageChops
+
+import flashd
+
+CLIPBOARD = """
+import gi
+gi.require_version("Gtk", "3.0")
+from gi.repository import Gdk, Gtk
+print(Gtk.Clipboard.get(Gdk.SELECTION_CLIPBOARD).wait_for_text())
+"""
+QUESTION = [{"role": "user", "content": "Who are you?"}]
+SAYS = {
+    "ada": "I am Ada, the first model you dropped into the folder.",
+    "bob": "My name is Bob, a fine-tune of Ada with opinions of my own.",
+}
+
+
+def ask(desktop: Desktop, name: str) -> str:
+    with flashd.connect(desktop.address) as client:
+        return client.chat(name, QUESTION, temperature=0, max_tokens=40)
+
+
+async def checked(panel: Panel) -> list[str]:
+    return [line.label.split(" ")[0] for line in await panel.lines() if line.toggle == "radio" and line.checked]
+
+
+async def answers(panel: Panel, name: str) -> bool:
+    return f"flashd: {name} answers" in await panel.property("Title") and await checked(panel) == [name]
+
+
+async def test_switch_by_menu_and_by_mouse(
+    desktop: Desktop, daemon: Daemon, sources: Path, tray: subprocess.Popen[bytes], panel: Panel
+) -> None:
+    for name in ("ada", "bob"):
+        shutil.copytree(sources / name, daemon.models / name)
+
+    async def both_are_listed() -> bool:
+        return len([line for line in await panel.lines() if line.toggle == "radio"]) == 2
+
+    await until(both_are_listed, what="two models in the menu")
+    assert await checked(panel) == []
+
+    await panel.choose("ada")
+    await until(lambda: answers(panel, "ada"), 60, "ada answers")
+    assert ask(desktop, "ada") == SAYS["ada"]
+    desktop.picture("serving-light")
+
+    before = desktop.picture()
+    desktop.click(WIDTH - 16, 16)
+    await until(lambda: menu_is_open(before, desktop), what="the menu opens")
+    after = desktop.picture("menu-light")
+    rows = menu_rows(before, after)
+    shown = top_level(await panel.lines())
+    assert len(rows) == len(shown), (rows, shown)
+    (place,) = [row for row, label in zip(rows, shown, strict=True) if label.startswith("bob")]
+    desktop.click(*place)
+    await until(lambda: answers(panel, "bob"), 60, "bob answers")
+    assert ask(desktop, "bob") == SAYS["bob"]
+
+
+async def test_what_can_be_done_with_the_model_that_answers(
+    desktop: Desktop,
+    daemon: Daemon,
+    sources: Path,
+    programs: Path,
+    tray: subprocess.Popen[bytes],
+    panel: Panel,
+) -> None:
+    shutil.copytree(sources / "ada", daemon.models / "ada")
+    await until(lambda: panel.has("ada · "))
+
+    await panel.choose("ada")  # the first engine takes a second or more to start
+    await until(lambda: panel.has("Cancel: Swapping to ada"), what="a way to cancel")
+    assert (await panel.property("IconName")).startswith("flashd-tray-swapping")
+    await panel.choose("Cancel: Swapping to ada")
+    await until(lambda: panel.says("No model is active"), what="it was cancelled")
+
+    await panel.choose("ada")
+    await until(lambda: answers(panel, "ada"), 60, "ada answers")
+    assert await panel.property("IconName") == "flashd-tray-serving"
+
+    await panel.choose("Copy endpoint")
+    with flashd.connect(desktop.address) as client:
+        endpoint = client.status().endpoint
+    await until(lambda: desktop.run("/usr/bin/python3", "-c", CLIPBOARD) == endpoint, what="the endpoint is copied")
+
+    await panel.choose("Chat")
+    await until(programs.exists, what="a terminal")
+    await until(lambda: programs.read_text().splitlines()[-3:] == [str(TRAY.with_name("flash")), "run", "ada"])
+
+    await panel.choose("Park ada")
+    await until(lambda: panel.says("No model is active"), what="it is parked")
+    assert not (await panel.line("Chat")).enabled
+
+
+def menu_is_open(before: Image.Image, desktop: Desktop) -> bool:
+    box = ImageChops.difference(before, desktop.picture()).getbbox()
+    return box is not None and box[3] - box[1] > HEIGHT / 5
+
+
+def top_level(lines: list[Line]) -> list[str]:
+    """The labels that a menu without any submenu open shows."""
+    hidden = {child.number for line in lines for child in line.children}
+    return [line.label for line in lines if line.number not in hidden and not line.separator]

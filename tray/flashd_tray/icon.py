@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does the icon look like? A bolt, drawn for each size on its own, in each state with a shape of its own.
+
+Panels are light or dark and do not say which, so the colours have a luminance in the middle: 3:1 or better against
+both (WCAG 2.1, 1.4.11). States differ in shape and not only in colour, for those who do not tell colours apart.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from flashd_tray.snapshot import State
+
+SIZES = (16, 22, 24, 32, 48, 64, 96)  # what panels ask for, twice as dense screens included
+STEPS = 10  # of progress: more could not be told apart
+_FINER = 8  # drawn so many times larger, and made smaller smoothly
+
+Colour = tuple[int, int, int]
+
+BLUE: Colour = (32, 126, 216)
+GREY: Colour = (128, 128, 128)
+AMBER: Colour = (184, 113, 8)
+RED: Colour = (224, 60, 54)
+WHITE: Colour = (255, 255, 255)
+
+COLOURS = {
+    State.AWAY: GREY,
+    State.IDLE: GREY,
+    State.SERVING: BLUE,
+    State.SWAPPING: BLUE,
+    State.CONVERTING: AMBER,
+    State.FAILED: RED,
+}
+
+# In a square of side 1. The bolt fills its height; inside a ring it is made smaller.
+_BOLT = ((0.60, 0.02), (0.17, 0.57), (0.46, 0.57), (0.38, 0.98), (0.83, 0.40), (0.53, 0.40))
+_RING_SCALE = 0.62
+
+
+def draw(state: State, progress: float | None = None, size: int = 64) -> Image.Image:
+    """The icon at one size; `progress` from 0 to 1, where the state has some."""
+    side = size * _FINER
+    image = Image.new("RGBA", (side, side), (0, 0, 0, 0))
+    pen = ImageDraw.Draw(image)
+    colour = COLOURS[state]
+    stroke = max(_FINER, round(side * 0.09))  # never thinner than a pixel
+    match state:
+        case State.SWAPPING | State.CONVERTING:
+            _bolt(pen, side, colour, scale=_RING_SCALE)
+            _ring(pen, side, colour, stroke, progress)
+        case State.IDLE:
+            _hollow_bolt(pen, side, colour, stroke)
+        case State.AWAY:
+            _hollow_bolt(pen, side, colour, stroke)
+            pen.line([(0.08 * side, 0.08 * side), (0.92 * side, 0.92 * side)], fill=(0, 0, 0, 0), width=3 * stroke)
+            pen.line([(0.08 * side, 0.08 * side), (0.92 * side, 0.92 * side)], fill=colour, width=stroke)
+        case State.FAILED:
+            _bolt(pen, side, colour, shift=-0.14)
+            _badge(pen, size, colour)
+        case State.SERVING:
+            _bolt(pen, side, colour)
+    return image.resize((size, size), Image.Resampling.BOX)
+
+
+def _bolt(pen: ImageDraw.ImageDraw, side: int, colour: Colour, *, scale: float = 1.0, shift: float = 0.0) -> None:
+    pen.polygon([(x + shift * side, y) for x, y in _points(side, scale)], fill=colour)
+
+
+def _hollow_bolt(pen: ImageDraw.ImageDraw, side: int, colour: Colour, stroke: int) -> None:
+    points = _points(side, 0.92)
+    pen.line([*points, points[0], points[1]], fill=colour, width=stroke, joint="curve")
+
+
+def _points(side: int, scale: float) -> list[tuple[float, float]]:
+    offset = (1 - scale) / 2
+    return [((offset + scale * x) * side, (offset + scale * y) * side) for x, y in _BOLT]
+
+
+def _ring(pen: ImageDraw.ImageDraw, side: int, colour: Colour, stroke: int, progress: float | None) -> None:
+    """An arc as long as what is done, on a faint circle; three short arcs where nobody knows how much there is."""
+    box = (stroke // 2, stroke // 2, side - 1 - stroke // 2, side - 1 - stroke // 2)
+    pen.arc(box, 0, 360, fill=(*colour, 90), width=stroke)
+    if progress is None:
+        for start in (-90, 30, 150):
+            pen.arc(box, start, start + 60, fill=colour, width=stroke)
+    else:
+        pen.arc(box, -90, -90 + 360 * max(progress, 1 / STEPS), fill=colour, width=stroke)
+
+
+def _badge(pen: ImageDraw.ImageDraw, size: int, colour: Colour) -> None:
+    """An exclamation mark in the lower right corner, cut free from the bolt, on whole pixels: it is small."""
+    width, gap = max(2, round(size * 0.15)), max(1, round(size * 0.07))
+    left, top = size - width, round(size * 0.42)
+
+    def block(x: int, y: int, until_x: int, until_y: int, fill: tuple[int, ...]) -> None:
+        pen.rectangle((x * _FINER, y * _FINER, until_x * _FINER - 1, until_y * _FINER - 1), fill=fill)
+
+    block(left - gap, top - gap, size, size, (0, 0, 0, 0))
+    block(left, top, size, size - width - gap, colour)
+    block(left, size - width, size, size, colour)
+
+
+class Theme:
+    """Icon files in a folder of our own, in the layout of an icon theme, so that the panel takes the size it needs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def icon(self, state: State, progress: float | None = None) -> str:
+        """The name of the icon; its files are written when it is first needed."""
+        step = "" if progress is None else f"-{round(progress * STEPS)}"
+        name = f"flashd-tray-{state}{step}"
+        if not self._path(name, SIZES[-1]).exists():
+            stepped = None if progress is None else round(progress * STEPS) / STEPS
+            for size in SIZES:  # the largest last: it says that all are there
+                path = self._path(name, size)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                draw(state, stepped, size).save(path)
+            draw(state, stepped, SIZES[-1]).save(self.folder / f"{name}.png")  # for panels that know no themes
+        return name
+
+    def file(self, state: State) -> Path:
+        """The icon as one file, for whatever knows no themes."""
+        return self._path(self.icon(state), SIZES[-1])
+
+    def _path(self, name: str, size: int) -> Path:
+        return self.folder / "hicolor" / f"{size}x{size}" / "apps" / f"{name}.png"
