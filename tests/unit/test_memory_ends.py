@@ -251,6 +251,23 @@ async def test_a_load_to_the_host_never_loads_to_a_device() -> None:
     residency.close()
 
 
+async def test_what_is_read_but_not_quite_there_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(arena: HostArena, seal: Callable[[HostArena], None] = HostArena.seal) -> None:
+        time.sleep(0.05)
+        seal(arena)
+
+    monkeypatch.setattr(HostArena, "seal", slow)
+    mover = FakeMover()
+    residency = Residency(tiers(1 << 20, 1 << 20), mover)
+    on_host = asyncio.create_task(residency.acquire(checkpoint("a", 4096)))
+    await until(lambda: bool(mover.started))
+    await asyncio.sleep(0.01)
+    (await residency.acquire(checkpoint("a", 4096), device="sim:0")).release()
+    (await on_host).release()
+    assert mover.started == ["a"] and mover.copied == [("a", "host", "sim:0")]
+    residency.close()
+
+
 async def test_a_device_that_fails_is_no_reason_not_to_load_to_the_host() -> None:
     mover = FakeMover()
     failing = asyncio.Event()
