@@ -76,7 +76,9 @@ class MemoryConfig:
     simulated_device_bytes: int = _setting(
         0, "Size of a GPU to simulate in host memory, to develop for one where there is none; 0: no such thing."
     )
-    prewarm: tuple[str, ...] = _setting((), "Models that are loaded when the daemon starts, the first of them first.")
+    prewarm: tuple[str, ...] = _setting(
+        (), "Models that are loaded when the daemon starts, the first of them first, as far as there is room."
+    )
     prewarm_tier: Literal["host", "device"] = _setting("host", "Where to; device means the first GPU.")
 
 

@@ -6,6 +6,7 @@ Imports torch only when called: clients that do not ask for tensors do not need 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import warnings
@@ -47,16 +48,21 @@ def mapped(fd: int, size_bytes: int, mapped_bytes: int, *, memory: str, gpu_uuid
         reason = cuda.why_none() or "CUDA_VISIBLE_DEVICES hides it from this process"
         raise DeviceFailed(f"the weights are on GPU {gpu_uuid}, which is not to be used here", hint=reason)
     cuda.enter(gpu.ordinal)
-    if memory == "cuda":
-        mapping: cuda.Mapping | cuda.HostView = cuda.Mapping(gpu.ordinal, fd, mapped_bytes, is_writable=False)
-        address = mapping.address
-    elif gpu.reads_host_pages:
-        mapping = cuda.HostView(fd, mapped_bytes)
-        address = mapping.address
-    else:
-        mapping = registration = cuda.Registration(gpu.ordinal, fd, mapped_bytes)
-        address = registration.device_address
-    return device_bytes_tensor(mapping, address, size_bytes, gpu.ordinal)
+    with contextlib.ExitStack() as on_error:
+        mapping: cuda.Mapping | cuda.HostView
+        if memory == "cuda":
+            mapping = on_error.enter_context(cuda.Mapping(gpu.ordinal, fd, mapped_bytes, is_writable=False))
+            address = mapping.address
+        elif gpu.reads_host_pages:
+            mapping = on_error.enter_context(cuda.HostView(fd, mapped_bytes))
+            address = mapping.address
+        else:
+            mapping = registration = on_error.enter_context(cuda.Registration(gpu.ordinal, fd, mapped_bytes))
+            address = registration.device_address
+        tensor = device_bytes_tensor(mapping, address, size_bytes, gpu.ordinal)
+        if size_bytes:  # the tensor keeps it from here on
+            on_error.pop_all()
+        return tensor
 
 
 def bytes_tensor(region: memoryview) -> torch.Tensor:

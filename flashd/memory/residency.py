@@ -186,11 +186,11 @@ class Residency:
                 await self._mover.copy(checkpoint, hold.region, target, on_progress)
             break
         else:
-            self._reading.add((place, checkpoint.id))
-            try:
-                await self._mover.load(checkpoint, target, on_progress)
-            finally:
-                self._reading.discard((place, checkpoint.id))
+            load = asyncio.current_task()
+            assert load is not None
+            self._reading.add((place, checkpoint.id))  # until it is there, not only until it is read
+            load.add_done_callback(lambda _: self._reading.discard((place, checkpoint.id)))
+            await self._mover.load(checkpoint, target, on_progress)
         if place is self.host:
             self._on_host_resident(arena)
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule
 from test_memory import FakeMover, PoolMachine, checkpoint, host_of, open_descriptors, sealed_arena, tiers
 
-from flashd import config, cuda
+from flashd import config, cuda, tensors
 from flashd.checkpoint.files import Checkpoint
 from flashd.cuda import Gpu
 from flashd.daemon.service_manager import FdStore, ServiceManager
@@ -251,6 +251,23 @@ async def test_a_load_to_the_host_never_loads_to_a_device() -> None:
     residency.close()
 
 
+async def test_what_is_read_but_not_quite_there_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(arena: HostArena, seal: Callable[[HostArena], None] = HostArena.seal) -> None:
+        time.sleep(0.05)
+        seal(arena)
+
+    monkeypatch.setattr(HostArena, "seal", slow)
+    mover = FakeMover()
+    residency = Residency(tiers(1 << 20, 1 << 20), mover)
+    on_host = asyncio.create_task(residency.acquire(checkpoint("a", 4096)))
+    await until(lambda: bool(mover.started))
+    await asyncio.sleep(0.01)
+    (await residency.acquire(checkpoint("a", 4096), device="sim:0")).release()
+    (await on_host).release()
+    assert mover.started == ["a"] and mover.copied == [("a", "host", "sim:0")]
+    residency.close()
+
+
 async def test_a_device_that_fails_is_no_reason_not_to_load_to_the_host() -> None:
     mover = FakeMover()
     failing = asyncio.Event()
@@ -466,3 +483,33 @@ async def in_turns(function: Callable[[], Any]) -> Any:
 
 EndsMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestEnds = EndsMachine.TestCase
+
+
+@pytest.mark.parametrize("size_bytes", [0, 4096])
+def test_a_mapping_that_no_tensor_keeps_is_closed(size_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registered arena stays in memory as long as its mapping does."""
+    mapped: list[Any] = []
+
+    class Registration(cuda.HostView):
+        def __init__(self, _ordinal: int, fd: int, mapped_bytes: int) -> None:
+            super().__init__(fd, mapped_bytes)
+            mapped.append(self)
+
+        @property
+        def device_address(self) -> int:
+            if size_bytes:
+                raise DeviceFailed("cuMemHostGetDevicePointer: CUDA_ERROR_NOT_SUPPORTED")
+            return self.address
+
+    def no_bytes(*_: object) -> str:
+        return "an empty tensor, which torch cannot make here"
+
+    monkeypatch.setattr(cuda, "gpus", lambda: [GPU])
+    monkeypatch.setattr(cuda, "enter", lambda ordinal: None)
+    monkeypatch.setattr(cuda, "Registration", Registration)
+    monkeypatch.setattr(tensors, "device_bytes_tensor", no_bytes)
+    fd = sealed_arena(bytes(4096))
+    with contextlib.suppress(DeviceFailed):
+        tensors.mapped(fd, size_bytes, 4096, memory="host", gpu_uuid=GPU.uuid)
+    assert [mapping.address for mapping in mapped] == [0]
+    os.close(fd)
