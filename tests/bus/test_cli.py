@@ -180,8 +180,8 @@ def test_ctrl_c_cancels_the_job(daemon: Daemon, run: Flash, tmp_path: Path) -> N
     process = subprocess.Popen(
         [FLASH, "import", big], env={**os.environ, "FLASHD_BUS_ADDRESS": daemon.address}, stderr=subprocess.PIPE
     )
-    with process:
-        while "running" not in run("jobs").stdout:
+    with process, flashd.connect(daemon.address) as client:  # asked through the CLI, the job might be over meanwhile
+        while not any(job.state == "running" for job in client.jobs()):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) == errors.Cancelled.exit_status
