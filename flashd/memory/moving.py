@@ -6,13 +6,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from flashd.checkpoint.files import Checkpoint
 from flashd.errors import DeviceFailed
-from flashd.memory.arena import Arena, HostArena
+from flashd.memory.arena import Arena, HostArena, View
 from flashd.memory.device import Device, Kind
 from flashd.streamer import (
     OpenFile,
@@ -117,7 +118,7 @@ class StreamMover:
         if not size_bytes:
             return
         staging = await self._staging_of((target if target.is_device else source).device)
-        with source.arena.viewed() as view:
+        async with _viewed(source.arena) as view:
             if target.is_device:
                 transfer = upload(
                     address=view.address,
@@ -176,6 +177,20 @@ class StreamMover:
             raise
 
 
+@asynccontextmanager
+async def _viewed(arena: Arena) -> AsyncIterator[View]:
+    """Maps an arena for reading. Mapping it takes no time; unmapping what was read does, and is done in a thread."""
+    stack = contextlib.ExitStack()
+    try:
+        yield stack.enter_context(arena.viewed())
+    finally:
+        unmapped = asyncio.get_running_loop().run_in_executor(None, stack.close)
+        is_cancelled = await _outlast(unmapped)
+    unmapped.result()
+    if is_cancelled:
+        raise asyncio.CancelledError
+
+
 async def _finished(transfer: Transfer, on_progress: Progress) -> TransferResult:
     """Waits for a transfer; whatever happens, nothing is in flight any more when this returns."""
     ended = asyncio.get_running_loop().run_in_executor(None, transfer.wait)
@@ -191,9 +206,16 @@ async def _finished(transfer: Transfer, on_progress: Progress) -> TransferResult
     return result
 
 
-async def _outlast(ended: asyncio.Future[TransferResult]) -> None:
-    """Waits whatever happens: files and memory must outlive what is in flight, however often we are cancelled."""
+async def _outlast(ended: asyncio.Future[Any]) -> bool:
+    """Waits whatever happens: files and memory must outlive what is in flight, however often we are cancelled.
+
+    Tells whether we were.
+    """
+    is_cancelled = False
     while not ended.done():
-        with contextlib.suppress(asyncio.CancelledError):
+        try:
             await asyncio.wait({ended})
+        except asyncio.CancelledError:
+            is_cancelled = True
     ended.exception()  # looked at, though nobody may want it
+    return is_cancelled

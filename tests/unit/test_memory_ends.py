@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule
+from sources import converted
 from test_memory import FakeMover, PoolMachine, checkpoint, host_of, open_descriptors, sealed_arena, tiers
 
 from flashd import config, cuda, tensors
@@ -28,8 +31,10 @@ from flashd.daemon.service_manager import FdStore, ServiceManager
 from flashd.errors import Busy, DeviceFailed, InvalidArgument, OutOfMemory
 from flashd.memory.arena import HUGE_PAGE_BYTES, Arena, HostArena, HugePages
 from flashd.memory.device import CudaDevice, HostDevice, Tier
-from flashd.memory.moving import Progress, Region
+from flashd.memory.moving import Progress, Region, StreamMover
 from flashd.memory.residency import Memory, Residency
+from flashd.streamer import Options
+from flashd.units import MiB
 
 GPU = Gpu(0, "a card", "u-u-i-d", 1 << 34, False, False, True, True, True)
 
@@ -88,6 +93,24 @@ async def test_large_memory_is_unmapped_in_threads(monkeypatch: pytest.MonkeyPat
     with pytest.raises(DeviceFailed):
         await residency.acquire(checkpoint("b", 4096))
     assert len(where) == 3 and threading.main_thread() not in where
+    residency.close()
+
+
+async def test_what_was_copied_from_is_unmapped_in_a_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where: list[threading.Thread] = []
+    unmap = cuda.HostView.close
+
+    def noted(view: cuda.HostView) -> None:
+        where.append(threading.current_thread())
+        unmap(view)
+
+    monkeypatch.setattr(cuda.HostView, "close", noted)
+    safetensors.numpy.save_file({"w": np.zeros(MiB, np.uint8)}, tmp_path / "model.safetensors")
+    made = converted(tmp_path / "model.safetensors", tmp_path / "out")
+    residency = Residency(tiers(4 * MiB, 4 * MiB), StreamMover(Options(), verify=True, staging_bytes=16 * MiB))
+    for device in ("sim:0", "host"):
+        (await residency.acquire(made, device=device)).release()
+    assert where and threading.main_thread() not in where
     residency.close()
 
 
