@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
@@ -14,12 +15,15 @@
 #include <vector>
 
 #include "copy.hpp"
+#include "device.hpp"
 #include "digest.hpp"
+#include "driver.hpp"
 #include "error.hpp"
 #include "faulty_disk.hpp"
 #include "load.hpp"
 #include "memory.hpp"
 #include "plan.hpp"
+#include "staging.hpp"
 #include "write.hpp"
 
 using namespace flashd;
@@ -238,6 +242,150 @@ void endings_are_told_apart() {
     }
 }
 
+// A driver that counts what it makes, and of whose calls one fails.
+struct FaultyDriver {
+    std::atomic<int> calls{0};
+    int fails_at = 0;  // the number of the call, from 1 on; 0 for none
+    std::atomic<int> streams{0};
+    std::atomic<int> events{0};
+
+    bool strikes() { return ++calls == fails_at; }
+};
+
+FaultyDriver& faulty_driver() {
+    static FaultyDriver driver;
+    return driver;
+}
+
+constexpr Driver::Status refused = 700;
+
+const Driver& faulty_table() {
+    static const Driver table = [] {
+        Driver made = host_driver();
+        made.create_stream = [](Driver::Stream* stream, unsigned flags) {
+            if (faulty_driver().strikes()) return refused;
+            ++faulty_driver().streams;
+            return host_driver().create_stream(stream, flags);
+        };
+        made.destroy_stream = [](Driver::Stream stream) {
+            --faulty_driver().streams;
+            return host_driver().destroy_stream(stream);
+        };
+        made.create_event = [](Driver::Event* event, unsigned flags) {
+            if (faulty_driver().strikes()) return refused;
+            ++faulty_driver().events;
+            return host_driver().create_event(event, flags);
+        };
+        made.destroy_event = [](Driver::Event event) {
+            --faulty_driver().events;
+            return host_driver().destroy_event(event);
+        };
+        made.record_event = [](Driver::Event event, Driver::Stream stream) {
+            return faulty_driver().strikes() ? refused : host_driver().record_event(event, stream);
+        };
+        made.synchronize_event = [](Driver::Event event) {
+            // What a real one would do: fail, and leave the copy under way.
+            return faulty_driver().strikes() ? refused : host_driver().synchronize_event(event);
+        };
+        made.copy_async = [](Driver::Address to, Driver::Address from, size_t length, Driver::Stream stream) {
+            return faulty_driver().strikes() ? refused : host_driver().copy_async(to, from, length, stream);
+        };
+        made.register_memory = [](void* start, size_t length, unsigned flags) {
+            return faulty_driver().strikes() ? refused : host_driver().register_memory(start, length, flags);
+        };
+        return made;
+    }();
+    return table;
+}
+
+// One of the transfers that a device takes part in, and what must be where when it went well.
+struct DeviceTransfer {
+    const char* name;
+    std::function<std::unique_ptr<Transfer>(const std::shared_ptr<Staging>&)> start;
+    std::function<bool()> is_exact;
+};
+
+void a_failing_driver_leaves_nothing_behind() {
+    constexpr size_t length = 7 * block + 123;
+    const Bytes contents = some_bytes(length, 7);
+    const TestFile file(contents);
+    const TestFile target;
+    Bytes device = contents, host = contents;
+    const std::string table = table_of(contents, block);
+    const auto address = reinterpret_cast<Driver::Address>(device.data());
+    const auto loaded = [&] { return same(device, contents); };
+    const auto load_by = [&](Backend backend, bool page_cache) {
+        return [&, backend, page_cache](const std::shared_ptr<Staging>& staging) {
+            Options options = options_of(backend);
+            options.page_cache = page_cache;
+            return load_device(file.open(), 0, length, address, DigestTable(block, table), staging, options);
+        };
+    };
+    std::vector<DeviceTransfer> transfers = {
+        {"load by io_uring", load_by(Backend::io_uring, false), loaded},
+        {"load by threads", load_by(Backend::threads, false), loaded},
+        {"load from the page cache", load_by(Backend::automatic, true), loaded},
+        {"write",
+         [&](const std::shared_ptr<Staging>& staging) {
+             return write_device(target.open(File::Access::write), 0, address, length, staging,
+                                 options_of(Backend::automatic));
+         },
+         [&] { return same(target.contents(), contents); }},
+    };
+    for (const bool registered : {false, true}) {
+        transfers.push_back({"upload",
+                             [&, registered](const std::shared_ptr<Staging>& staging) {
+                                 return upload(host, address, registered, staging, options_of(Backend::automatic));
+                             },
+                             loaded});
+        transfers.push_back({"download",
+                             [&, registered](const std::shared_ptr<Staging>& staging) {
+                                 return download(address, host, registered, staging, options_of(Backend::automatic));
+                             },
+                             [&] { return same(host, contents); }});
+    }
+    FaultyDriver& driver = faulty_driver();
+    for (const DeviceTransfer& transfer : transfers) {
+        driver.fails_at = 0;
+        const auto staging = std::make_shared<Staging>(Device{&faulty_table(), nullptr}, block, 3);
+        const int events = driver.events;
+        for (int call = 1;; ++call) {
+            device = host = contents;
+            driver.calls = 0;
+            driver.fails_at = call;
+            const auto ending = ended(transfer.start(staging));
+            const bool struck = driver.calls >= call;
+            driver.fails_at = 0;
+            CHECK(driver.streams == 0 && driver.events == events);
+            // Where many threads call at once, the one that fails may be one that is not needed any more.
+            if (struck) CHECK(ending.error && ending.error->kind == Failure::device);
+            const auto again = ended(transfer.start(staging));
+            CHECK(!again.error);
+            CHECK(transfer.is_exact());
+            if (!struck) break;
+            CHECK(call < 1000);
+        }
+        CHECK(staging->peak() <= 3 * block);
+    }
+    CHECK(driver.events == 0);
+}
+
+void staging_memory_that_cannot_be_had_leaves_nothing() {
+    FaultyDriver& driver = faulty_driver();
+    for (int call = 1; call <= 4; ++call) {
+        driver.calls = 0;
+        driver.fails_at = call;
+        bool failed = false;
+        try {
+            const Staging staging(Device{&faulty_table(), nullptr}, block, 3);
+        } catch (const Error& error) {
+            failed = error.kind == Failure::device;
+        }
+        CHECK(failed && driver.events == 0);
+    }
+    driver.fails_at = 0;
+}
+
 }  // namespace
 
 int main() {
@@ -247,5 +395,7 @@ int main() {
     a_misbehaving_disk_does_not_matter();
     a_failing_disk_is_named();
     endings_are_told_apart();
+    a_failing_driver_leaves_nothing_behind();
+    staging_memory_that_cannot_be_had_leaves_nothing();
     std::puts("streamer: all native tests passed");
 }
