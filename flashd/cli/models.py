@@ -90,8 +90,9 @@ def import_(
     wanted = name or (path.resolve().name if path.is_dir() else path.stem)
     client = session(context).client
     started = time.monotonic()
-    job = client.begin_import(path, wanted, aliases=alias or [], replace=not no_replace)
-    output.wait(job, f"converting {wanted}")
+    output.wait(
+        lambda: client.begin_import(path, wanted, aliases=alias or [], replace=not no_replace), f"converting {wanted}"
+    )
     model = client.model(wanted)
     took = format_seconds(time.monotonic() - started)
     output.say(f"{model.name}: {format_bytes(model.size_bytes)} in {took}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -81,14 +82,38 @@ def job_progress(what: str) -> Iterator[Callable[[Job], None]]:
         yield show
 
 
-def wait(job: Job, what: str) -> Any:
-    """Waits for a job with a progress bar. Ctrl-C cancels the job, and says what became of it."""
+def wait(begin: Callable[[], Job], what: str) -> Any:
+    """Begins a job and waits for it with a progress bar. Ctrl-C cancels the job, and says what became of it.
+
+    Also when it comes while the job is being asked for: it is obeyed when we know which one to cancel.
+    """
+    with _first_interrupt_held_back() as was_interrupted:
+        job = begin()
     try:
+        if was_interrupted():
+            raise KeyboardInterrupt
         with job_progress(what) as show:
             return job.wait(show)
     except KeyboardInterrupt:
         job.cancel()
         return job.wait()
+
+
+@contextmanager
+def _first_interrupt_held_back() -> Iterator[Callable[[], bool]]:
+    interrupts = 0
+
+    def note(_number: int, _frame: object) -> None:
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts > 1:  # somebody is in earnest
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: interrupts > 0
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def ago(seconds_since_epoch: float) -> str:

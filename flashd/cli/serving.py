@@ -95,7 +95,7 @@ def evict(context: typer.Context, model: ModelName) -> None:
 
 
 def _swapped(client: Client, model: str, engine: str) -> SwapOutcome:
-    result = output.wait(client.begin_swap(model, engine=engine), f"swapping to {model}")
+    result = output.wait(lambda: client.begin_swap(model, engine=engine), f"swapping to {model}")
     return SwapOutcome.from_result(result)
 
 
