@@ -29,7 +29,7 @@ def test_every_program_is_packed() -> None:
     programs = re.search(r"for program in ([^;]+);", rules)
     assert programs is not None
     # The tray's has a launcher of its own: GTK is the system's.
-    of_the_tray = set(re.findall(r"/usr/bin/([\w-]+)", (ROOT / "packaging" / "desktop" / "install").read_text()))
+    of_the_tray = set(re.findall(r"}/usr/bin/([\w-]+)\"", (ROOT / "packaging" / "desktop" / "install").read_text()))
     assert of_the_tray == {"flashd-tray"}
     assert set(programs[1].split()) | of_the_tray == set(PROJECT["scripts"])
 
