@@ -136,53 +136,76 @@ def allocate(ordinal: int, size_bytes: int) -> int:
         _call("cuMemRelease", handle)
 
 
-class Mapping:
-    """GPU memory, named by a descriptor, at an address of this process, until it is closed."""
+class Window:
+    """Addresses of this process at which one allocation after the other can be shown, until it is closed.
 
-    def __init__(self, ordinal: int, fd: int, size_bytes: int, *, is_writable: bool) -> None:
-        """`size_bytes` is the whole allocation. Raises DeviceFailed if the descriptor is not of such memory."""
+    Whoever remembers such an address, as captured graphs do, finds there whatever is shown at the time.
+    """
+
+    def __init__(self, ordinal: int, size_bytes: int) -> None:
+        """`size_bytes` is a multiple of `granularity`. Raises DeviceFailed."""
         enter(ordinal)
-        driver = _driver()
         self._ordinal = ordinal
         self.size_bytes = size_bytes
-        handle = _call("cuMemImportFromShareableHandle", fd, _fd_handle())
-        try:
-            place = _call("cuMemGetAllocationPropertiesFromHandle", handle).location
-            if (int(place.type), int(place.id)) != (1, ordinal):  # CU_MEM_LOCATION_TYPE_DEVICE
-                raise DeviceFailed(f"that memory is not on cuda:{ordinal}", hint="it is on another device")
-            self._address = int(_call("cuMemAddressReserve", size_bytes, 0, 0, 0))
-            try:
-                _call("cuMemMap", self._address, size_bytes, 0, handle, 0)
-                self._is_mapped = True
-                access = driver.CUmemAccessDesc()
-                access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-                access.location.id = ordinal
-                flags = driver.CUmemAccess_flags
-                access.flags = (
-                    flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE if is_writable else flags.CU_MEM_ACCESS_FLAGS_PROT_READ
-                )
-                _call("cuMemSetAccess", self._address, size_bytes, [access], 1)
-            except BaseException:
-                self.close()
-                raise
-        finally:
-            _call("cuMemRelease", handle)  # the mapping keeps what it needs
-
-    _is_mapped = False
+        self._shown_bytes = 0
+        self._address = int(_call("cuMemAddressReserve", size_bytes, 0, 0, 0))
 
     @property
     def address(self) -> int:
         return self._address
 
+    def show(self, fd: int, mapped_bytes: int, *, is_writable: bool) -> None:
+        """Maps the allocation behind a descriptor at the start, in place of what was shown before. The descriptor stays
+        the caller's; `mapped_bytes` is the whole allocation.
+
+        Nothing on the device may use the window meanwhile: synchronise first. Raises DeviceFailed if the descriptor is
+        not of such memory, or of more than the window; then nothing is shown.
+        """
+        enter(self._ordinal)
+        self.hide()
+        if mapped_bytes > self.size_bytes:
+            raise DeviceFailed(f"{mapped_bytes} bytes cannot be shown in a window of {self.size_bytes}")
+        handle = _call("cuMemImportFromShareableHandle", fd, _fd_handle())
+        try:
+            place = _call("cuMemGetAllocationPropertiesFromHandle", handle).location
+            if (int(place.type), int(place.id)) != (1, self._ordinal):  # CU_MEM_LOCATION_TYPE_DEVICE
+                raise DeviceFailed(f"that memory is not on cuda:{self._ordinal}", hint="it is on another device")
+            _call("cuMemMap", self._address, mapped_bytes, 0, handle, 0)
+            self._shown_bytes = mapped_bytes
+            self._allow(is_writable=is_writable)
+        except BaseException:
+            self.hide()
+            raise
+        finally:
+            _call("cuMemRelease", handle)  # the mapping keeps what it needs
+
+    def protect(self) -> None:
+        """From here on what is shown may only be read."""
+        enter(self._ordinal)
+        self._allow(is_writable=False)
+
+    def hide(self) -> None:
+        """Shows nothing: the addresses stay, and using them is an error. Synchronise first."""
+        if self._shown_bytes:
+            enter(self._ordinal)
+            _call("cuMemUnmap", self._address, self._shown_bytes)
+            self._shown_bytes = 0
+
     def close(self) -> None:
         """Nothing on the device may use it any more: synchronise first."""
-        if not self._address:
-            return
-        enter(self._ordinal)
-        if self._is_mapped:
-            _call("cuMemUnmap", self._address, self.size_bytes)
-        _call("cuMemAddressFree", self._address, self.size_bytes)
-        self._address = 0
+        if self._address:
+            self.hide()
+            _call("cuMemAddressFree", self._address, self.size_bytes)
+            self._address = 0
+
+    def _allow(self, *, is_writable: bool) -> None:
+        driver = _driver()
+        access = driver.CUmemAccessDesc()
+        access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        access.location.id = self._ordinal
+        flags = driver.CUmemAccess_flags
+        access.flags = flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE if is_writable else flags.CU_MEM_ACCESS_FLAGS_PROT_READ
+        _call("cuMemSetAccess", self._address, self._shown_bytes, [access], 1)
 
     def __enter__(self) -> Self:
         return self
@@ -191,6 +214,19 @@ class Mapping:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Mapping(Window):
+    """GPU memory, named by a descriptor, at an address of this process, until it is closed."""
+
+    def __init__(self, ordinal: int, fd: int, size_bytes: int, *, is_writable: bool) -> None:
+        """`size_bytes` is the whole allocation. Raises DeviceFailed if the descriptor is not of such memory."""
+        super().__init__(ordinal, size_bytes)
+        try:
+            self.show(fd, size_bytes, is_writable=is_writable)
+        except BaseException:
+            self.close()
+            raise
 
 
 class HostView:

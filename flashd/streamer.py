@@ -398,7 +398,10 @@ def write_device(
     target_offset: int = 0,
     options: Options = Options(),
 ) -> Transfer:
-    """Starts writing device memory to a file, which is preallocated, fsynced and ends where the memory does."""
+    """Starts writing device memory to a file, which is preallocated, fsynced and ends where the memory does.
+
+    `result.digests` has the digest of each block, as large as the staging memory's.
+    """
     return _started(
         lambda: _native.write_device(
             (target.fd, target.path), target_offset, source, size_bytes, staging._staging, options._native()

@@ -291,6 +291,7 @@ std::unique_ptr<Transfer> write_device(File target, uint64_t offset, Driver::Add
         StagingShare share(staging);
         Stream stream(staging->device());
         std::mutex mutex;
+        std::string digests((length + block - 1) / block * digest_bytes, '\0');
         std::vector<Request> requests;
         for (uint64_t done = 0; done < length; done += block) {
             // The last write is padded for O_DIRECT; the truncate below takes the padding away again.
@@ -311,6 +312,8 @@ std::unique_ptr<Transfer> write_device(File target, uint64_t offset, Driver::Add
                 stream.copy(address_of(loan->memory), source + start, wanted, loan->event);
             }
             stream.wait(loan->event);
+            const Digest found = digest({loan->memory, wanted});
+            std::memcpy(digests.data() + start / block * digest_bytes, found.data(), digest_bytes);
             request.address = loan->memory;
             loan.handed_on();
             return true;
@@ -320,6 +323,7 @@ std::unique_ptr<Transfer> write_device(File target, uint64_t offset, Driver::Add
         execute(transfer, Direction::write, {shared.get(), 1}, requests, chosen, staging->memory(), hooks);
         shared->truncate(offset + length);
         shared->sync();
+        transfer.result.digests = std::move(digests);
         note(transfer, *staging);
     });
 }

@@ -19,7 +19,8 @@ namespace flashd {
 std::unique_ptr<Transfer> load_device(File file, uint64_t start, uint64_t length, Driver::Address target,
                                       DigestTable digests, std::shared_ptr<Staging> staging, const Options& options);
 
-// Writes device memory to a file, which then ends where the memory does, and is fsynced.
+// Writes device memory to a file, which then ends where the memory does, and is fsynced. The result has the digest of
+// each block as large as the staging memory's.
 std::unique_ptr<Transfer> write_device(File target, uint64_t offset, Driver::Address source, uint64_t length,
                                        std::shared_ptr<Staging> staging, const Options& options);
 

@@ -227,8 +227,9 @@ def test_device_memory_goes_to_a_file(
         target, source=device.address, size_bytes=length, target_offset=OFFSET, staging=staging,
         options=Options(backend=backend),
     ) as transfer:  # fmt: skip
-        transfer.wait(60)
+        digests = transfer.wait(60).digests
     assert Path(target.path).read_bytes() == b"h" * OFFSET + device[:]
+    assert digests == digests_of(device[:], BLOCK).table
 
 
 def test_too_little_staging_memory_is_refused() -> None:
