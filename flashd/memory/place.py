@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from flashd.checkpoint.files import Checkpoint
-from flashd.errors import Busy, FlashdError, OutOfMemory
+from flashd.errors import AlreadyExists, Busy, FlashdError, OutOfMemory
 from flashd.memory.arena import Arena
 from flashd.memory.device import Device, Kind, Tier
 from flashd.memory.moving import Progress, Region
@@ -182,6 +182,23 @@ class Place:
                 return None  # whoever asked for that load hears of it
         resident = self._residents.get(checkpoint.id)
         return self._hold(resident, Tier.STORED, is_use=is_use) if resident else None
+
+    async def claim(self, size_bytes: int) -> Reservation:
+        """Room for what is no checkpoint of ours, or none yet, made as for a load. Raises OutOfMemory."""
+        return await self._make_room(size_bytes, _Loading(None))
+
+    def admit(self, checkpoint: Checkpoint, arena: Arena, claim: Reservation) -> Hold:
+        """Holds what somebody else has filled in room that was claimed for it.
+
+        Raises OutOfMemory if it takes more than was claimed and there is; AlreadyExists if it is here. Arena and claim
+        stay the caller's then.
+        """
+        if checkpoint.id in self._residents or checkpoint.id in self._loading:
+            raise AlreadyExists(f"{checkpoint.id[:12]} is on {self.name}")
+        claim.resize(arena.mapped_bytes)
+        self._residents[checkpoint.id] = resident = Resident(checkpoint, arena, claim, [], used_at=next(_recency))
+        self._keeper.keep(self.name, checkpoint, arena)
+        return self._hold(resident, Tier.DEVICE, is_use=True)
 
     def adopt(self, checkpoint: Checkpoint, arena: Arena) -> None:
         """Takes over an arena that is filled already. Raises OutOfMemory if the budget cannot take it."""

@@ -40,6 +40,15 @@ class Reservation:
         self._pool: Pool | None = pool
         self.size_bytes = size_bytes
 
+    def resize(self, size_bytes: int) -> None:
+        """Raises OutOfMemory if the budget cannot take what it grows by; then it is as it was."""
+        assert self._pool is not None, "released"
+        if size_bytes > self.size_bytes:
+            self._pool.reserve(size_bytes - self.size_bytes)
+        else:
+            self._pool.used_bytes -= self.size_bytes - size_bytes
+        self.size_bytes = size_bytes
+
     def release(self) -> None:
         if self._pool is not None:
             self._pool.used_bytes -= self.size_bytes

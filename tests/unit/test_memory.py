@@ -26,12 +26,13 @@ from sources import converted
 from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.manifest import Manifest
 from flashd.cuda import Gpu
-from flashd.errors import Busy, CorruptCheckpoint, InvalidArgument, NotFound, OutOfMemory, TransferFailed
+from flashd.errors import AlreadyExists, Busy, CorruptCheckpoint, InvalidArgument, NotFound, OutOfMemory, TransferFailed
 from flashd.memory.arena import HUGE_PAGE_BYTES, Arena, HostArena, HugePages, probe_huge_pages
 from flashd.memory.device import HostDevice, Kind, Tier, simulated_device, total_memory_bytes
 from flashd.memory.lease import LeaseBook
 from flashd.memory.moving import Progress, Region, StreamMover
 from flashd.memory.place import Hold
+from flashd.memory.pool import Reservation
 from flashd.memory.residency import Memory, Residency
 from flashd.streamer import Options, Transfer, TransferResult
 from flashd.units import MiB
@@ -385,6 +386,7 @@ class PoolMachine(RuleBasedStateMachine):
         )
         self.holds: list[Hold] = []
         self.tasks: list[asyncio.Task[Hold]] = []
+        self.claims: list[Reservation] = []  # on the device
 
     async def _make_mover(self) -> FakeMover:
         return FakeMover()
@@ -439,6 +441,43 @@ class PoolMachine(RuleBasedStateMachine):
 
         self.loop.run_until_complete(attempt())
 
+    @rule(claimed=st.integers(1, 8), filled=st.integers(1, 8), end=st.sampled_from(["hold", "give up", "keep"]))
+    def fill_what_was_claimed(self, claimed: int, filled: int, end: str) -> None:
+        """An engine fills memory of its own making, in room that was made for it."""
+
+        async def attempt() -> None:
+            await self._settle()
+            place = self.residency.place("sim:0")
+            try:
+                claim = await place.claim(claimed * 4096)
+            except OutOfMemory:
+                return
+            self.claims.append(claim)
+            if end == "keep":  # what an engine takes for itself
+                return
+            arena = HostArena(filled * 4096, "made", HugePages.NONE)
+            arena.seal()
+            made = checkpoint(str(filled - 1), filled * 4096)
+            try:
+                if end == "hold":
+                    self.holds.append(place.admit(made, arena, claim))
+                    self.claims.remove(claim)
+                    return
+            except AlreadyExists:
+                assert made.id in place
+            except OutOfMemory:
+                assert filled > claimed
+            arena.close()
+            self.claims.remove(claim)
+            claim.release()
+
+        self.loop.run_until_complete(attempt())
+
+    @precondition(lambda self: self.claims)
+    @rule()
+    def release_a_claim(self) -> None:
+        self.claims.pop().release()
+
     @rule(name=st.integers(0, 5))
     def toggle_pin(self, name: int) -> None:
         self.pinned ^= {str(name)}
@@ -448,6 +487,7 @@ class PoolMachine(RuleBasedStateMachine):
         for name, place in self.residency.places.items():
             resident = {r.checkpoint.id: r for r in place.residents()}
             used = sum((int(n) + 1) * 4096 for n in resident)
+            used += sum(claim.size_bytes for claim in self.claims if name == "sim:0")
             assert used <= place.pool.used_bytes <= self.BUDGETS[name]
             if not self.tasks:
                 assert used == place.pool.used_bytes, "what nobody loads any more is not counted"
@@ -459,6 +499,8 @@ class PoolMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.loop.run_until_complete(self._settle())
         self.residency.close()
+        for claim in self.claims:
+            claim.release()
         assert all(place.pool.used_bytes == 0 for place in self.residency.places.values())
         self.loop.close()
         self.patch.stop()
@@ -503,7 +545,8 @@ async def test_who_wants_it_on_a_device_while_it_comes_to_the_host_waits_for_tha
     mover.gate.set()
     for hold in await asyncio.gather(*tasks):
         hold.release()
-    assert mover.started == ["a"] and mover.copied == [("a", "host", "sim:0")]
+    # Whichever has its memory first asks the disk, and the other one waits for it.
+    assert mover.started == ["a"] and mover.copied in ([("a", "host", "sim:0")], [("a", "sim:0", "host")])
     residency.close()
 
 
