@@ -21,19 +21,17 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from flashd.checkpoint.files import Checkpoint
-from flashd.engines.engine import Binding, Engine, EngineFactory, EngineState
+from flashd.engines.engine import Binding, Engine, EngineFactory, EngineState, Made
 from flashd.errors import Busy, EngineFailed, FlashdError, NotFound, OutOfMemory, Unsupported
 from flashd.memory.device import Tier
 from flashd.memory.moving import Progress
-from flashd.memory.place import Hold
-from flashd.memory.residency import Residency
+from flashd.supply import Supplier, Supply, Target
 
 log = logging.getLogger(__name__)
 
@@ -64,16 +62,6 @@ class How(StrEnum):
     REBIND = "rebind"
     WAKE = "wake"
     START = "start"
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The model that a swap wants, and the kind of engine. `names` are what requests may call it."""
-
-    model_name: str
-    names: tuple[str, ...]
-    checkpoint: Checkpoint
-    engine_kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +100,14 @@ class Endpoint(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Seat:
-    """An engine, the model it has or had last, and its hold on the weights: none while it is parked.
+    """An engine, the model it has or had last, and what it was given for it: nothing while it is parked.
 
     It `is_shut` from drain to resume, and while parked: requests are held back, or refused.
     """
 
     engine: Engine
     target: Target
-    hold: Hold | None
+    supply: Supply | None
     is_shut: bool = False
 
 
@@ -128,7 +116,7 @@ class Swapper:
 
     def __init__(
         self,
-        residency: Residency,
+        supplier: Supplier,
         factories: Mapping[str, EngineFactory],
         endpoint: Endpoint,
         policy: Policy,
@@ -137,7 +125,7 @@ class Swapper:
         on_lost: Callable[[Target], None] = lambda target: None,
     ) -> None:
         """`on_lost` is told of a model whose engine ended unasked while it was the active one."""
-        self._residency = residency
+        self._supplier = supplier
         self._factories = factories
         self._endpoint = endpoint
         self._policy = policy
@@ -174,7 +162,7 @@ class Swapper:
             if self._closed:
                 raise Busy("the daemon is stopping", hint="start it again: flash start")
             active = self._active
-            if active and active.engine.state is EngineState.SERVING and _is_same(active.target, target):
+            if active and active.engine.state is EngineState.SERVING and active.target.is_same(target):
                 return Outcome(target.model_name, active.engine.number, How.ALREADY_ACTIVE, Tier.HOST, 0.0)
             factory = self._factories[target.engine_kind]
             if reason := factory.refusal(target.checkpoint.manifest.architecture, target.checkpoint.side_files()):
@@ -226,69 +214,69 @@ class Swapper:
         started = time.monotonic()
         before = self._active
         previous = before.target if before else None
-        hold: Hold | None = None
+        supply: Supply | None = None
         try:
-            hold = await self._acquire(target, on_progress)
+            supply = await self._provide(target, on_progress)
             self._enter(SwapState.SWITCHING)
-            how, engine = await self._switch(target, hold)
+            how, engine = await self._switch(target, supply)
         except BaseException:
             self._enter(SwapState.ROLLING_BACK)
-            await _to_the_end(self._roll_back(before, previous, hold))
+            await _to_the_end(self._roll_back(before, previous, supply))
             raise
-        outcome = Outcome(target.model_name, engine.number, how, hold.from_tier, time.monotonic() - started)
+        outcome = Outcome(target.model_name, engine.number, how, supply.from_tier, time.monotonic() - started)
         self._enter(SwapState.SERVING)
         await _to_the_end(self._tidy())
         return outcome
 
-    async def _acquire(self, target: Target, on_progress: Progress) -> Hold:
+    async def _provide(self, target: Target, on_progress: Progress) -> Supply:
         """The new weights, beside the old ones if both fit, else in their place."""
         try:
-            return await self._residency.acquire(target.checkpoint, on_progress)
+            return await self._supplier.provide(target, on_progress)
         except OutOfMemory:
             old = self._active
-            if old is None or old.hold is None or not self._residency.fits_without(target.checkpoint, old.hold):
+            if old is None or old.supply is None or not await self._supplier.fits_without(target, old.supply):
                 raise
             self._enter(SwapState.MAKING_WAY)
             await self._park(old)
             self._enter(SwapState.LOADING)
-            return await self._residency.acquire(target.checkpoint, on_progress)
+            return await self._supplier.provide(target, on_progress)
 
-    async def _switch(self, target: Target, hold: Hold) -> tuple[How, Engine]:
+    async def _switch(self, target: Target, supply: Supply) -> tuple[How, Engine]:
         """Gives the weights to an engine and makes it the active one: the one that is, a parked one, or a new one."""
         factory = self._factories[target.engine_kind]
         key = await asyncio.to_thread(factory.rebind_key, target.checkpoint)
-        binding = await _binding(target, hold)
+        binding = await self._supplier.binding(target, supply)
         for seat in self.seats if key else []:
             if seat.engine.kind != factory.kind or factory.rebind_key(seat.target.checkpoint) != key:
                 continue
             if seat is self._active and seat.engine.state is EngineState.SERVING:
                 await self._drain(seat)
-                await _to_the_end(self._rebind(seat, target, hold, binding))
+                await _to_the_end(self._rebind(seat, target, supply, binding))
                 return How.REBIND, seat.engine
-            if seat.engine.state is EngineState.PARKED and await self._woken(seat, target, hold, binding):
+            if seat.engine.state is EngineState.PARKED and await self._woken(seat, target, supply, binding):
                 return How.WAKE, seat.engine
         engine = factory.create()
         engine.on_exit = lambda last_words: self._report_exit(engine, last_words)
         try:
-            await engine.start(binding)
-            self._activate(Seat(engine, target, hold))
+            await self._given(target, supply, engine.start(binding))
+            self._activate(Seat(engine, target, supply))
         except BaseException:
             await _to_the_end(engine.stop())
             raise
         return How.START, engine
 
-    async def _rebind(self, seat: Seat, target: Target, hold: Hold, binding: Binding) -> None:
-        await self._order(seat.engine, seat.engine.rebind(binding))
-        old_hold, seat.hold, seat.target = seat.hold, hold, target
-        if old_hold is not None:
-            old_hold.release()
+    async def _rebind(self, seat: Seat, target: Target, supply: Supply, binding: Binding) -> None:
+        await self._order(seat.engine, self._given(target, supply, seat.engine.rebind(binding)))
+        old, seat.supply, seat.target = seat.supply, supply, target
+        if old is not None:
+            old.release()
         await self._resume(seat)
         self._activate(seat)
 
-    async def _woken(self, seat: Seat, target: Target, hold: Hold, binding: Binding) -> bool:
+    async def _woken(self, seat: Seat, target: Target, supply: Supply, binding: Binding) -> bool:
         """False if the engine turns out to have died in its sleep: another one can take its place."""
         try:
-            await _to_the_end(self._wake(seat, target, hold, binding))
+            await _to_the_end(self._wake(seat, target, supply, binding))
         except EngineFailed:
             if seat.engine.state is not EngineState.FAILED:
                 raise
@@ -296,26 +284,32 @@ class Swapper:
             return False
         return True
 
-    async def _wake(self, seat: Seat, target: Target, hold: Hold, binding: Binding) -> None:
+    async def _wake(self, seat: Seat, target: Target, supply: Supply, binding: Binding) -> None:
         self._release(seat)
-        await self._order(seat.engine, seat.engine.wake(binding))
-        seat.hold, seat.target, seat.is_shut = hold, target, False
+        await self._order(seat.engine, self._given(target, supply, seat.engine.wake(binding)))
+        seat.supply, seat.target, seat.is_shut = supply, target, False
         self._activate(seat)
 
-    async def _roll_back(self, before: Seat | None, previous: Target | None, hold: Hold | None) -> None:
+    async def _given(self, target: Target, supply: Supply, order: Awaitable[Made | None]) -> None:
+        """What an engine makes of what it is given while it takes it."""
+        if (made := await order) is not None:
+            await self._supplier.take_in(target, supply, made)
+
+    async def _roll_back(self, before: Seat | None, previous: Target | None, supply: Supply | None) -> None:
         """Undoes a swap. What was active is put back where it was, or into whichever engine can take it."""
         for seat in self.seats:
-            if seat.engine.state is EngineState.FAILED or (hold is not None and seat.hold is hold):
+            if seat.engine.state is EngineState.FAILED or (supply is not None and seat.supply is supply):
                 await self._discard(seat)  # dead, or bound to the new model already
-        if hold is not None:
-            hold.release()
+        if supply is not None:
+            supply.release()
         if before is None or previous is None:
             return
         try:
             if not await self._resumed(before):
                 with contextlib.ExitStack() as on_error:
-                    hold = on_error.enter_context(await self._residency.acquire(previous.checkpoint))
-                    await self._switch(previous, hold)
+                    supply = await self._supplier.provide(previous)
+                    on_error.callback(supply.release)
+                    await self._switch(previous, supply)
                     on_error.pop_all()
         except (FlashdError, OSError) as error:
             log.error("%s could not be put back: %s", previous.model_name, error)
@@ -359,9 +353,12 @@ class Swapper:
 
     async def _park(self, seat: Seat) -> None:
         await self._drain(seat)
-        await self._order(seat.engine, seat.engine.park())
-        self._release(seat)
-        self._on_change()
+        try:
+            await self._order(seat.engine, seat.engine.park())
+        finally:
+            if seat.engine.state is not EngineState.SERVING:
+                self._release(seat)  # also if we are cancelled: it has let go of it
+            self._on_change()
 
     async def _drain(self, seat: Seat) -> None:
         limit_s = self._policy.drain_timeout_s
@@ -403,9 +400,9 @@ class Swapper:
         self._on_change()
 
     def _release(self, seat: Seat) -> None:
-        if seat.hold is not None:
-            seat.hold.release()
-            seat.hold = None
+        if seat.supply is not None:
+            seat.supply.release()
+            seat.supply = None
 
     def _report_exit(self, engine: Engine, last_words: str) -> None:
         log.error("engine %d ended unasked: %s", engine.number, last_words)
@@ -431,27 +428,3 @@ async def _to_the_end(step: Coroutine[Any, Any, None]) -> bool:
             is_cancelled = True
     task.result()
     return is_cancelled
-
-
-def _is_same(one: Target, other: Target) -> bool:
-    return (one.model_name, one.names, one.checkpoint.id, one.engine_kind) == (
-        other.model_name,
-        other.names,
-        other.checkpoint.id,
-        other.engine_kind,
-    )
-
-
-async def _binding(target: Target, hold: Hold) -> Binding:
-    checkpoint = target.checkpoint
-    layout = await asyncio.to_thread(checkpoint.layout_json)
-    return Binding(
-        model_name=target.model_name,
-        names=target.names,
-        checkpoint_id=checkpoint.id,
-        architecture_key=checkpoint.manifest.architecture_key,
-        arena_fd=hold.arena.fd,
-        arena_bytes=hold.arena.size_bytes,
-        layout=layout,
-        side_files=checkpoint.side_files(),
-    )

@@ -61,9 +61,11 @@ class Models:
         """Raises Busy while it is leased, active or pinned."""
         if self.is_pinned(model.checkpoint_id):
             raise Busy(f"{model.name} is pinned", hint=f"flash unpin {model.name} first")
-        await self._residency.evict(model.checkpoint_id)
+        await self._residency.evict(*self._catalog.forms(model.checkpoint_id))
 
-    def is_pinned(self, checkpoint_id: str) -> bool:
+    def is_pinned(self, form: str) -> bool:
+        """Whether the checkpoint of a pinned model is this, or this is an image of it."""
+        checkpoint_id = self._catalog.checkpoint_of(form)
         return any(model.pinned and model.checkpoint_id == checkpoint_id for model in self._catalog.models())
 
     async def remove(self, name: str) -> None:
@@ -91,7 +93,7 @@ class Models:
 
     async def collect(self) -> Collected:
         """Deletes what nobody needs any more, from disk and from memory."""
-        in_use = {*self._residency.in_use(), *self._reading}
+        in_use = {*map(self._catalog.checkpoint_of, self._residency.in_use()), *self._reading}
         collected = await asyncio.to_thread(self._catalog.collect, in_use)
         for checkpoint_id in collected.checkpoint_ids:
             with contextlib.suppress(Busy):

@@ -44,7 +44,7 @@ class ManagerObject(Exported):
             "Endpoint": str(parts.endpoint),
             "ModelsDirectories": [str(folder) for folder in config.inbox.folders],
             "StorePath": str(config.store.path),
-            "StoreBytes": parts.catalog.size_bytes(),
+            "StoreBytes": parts.catalog.size_bytes() + parts.catalog.images.size_bytes(),
             "StoreQuotaBytes": config.store.quota_bytes,
             "StoreFreeBytes": parts.catalog.free_bytes(),
             "InboxItems": parts.arrivals.shown(),
@@ -131,6 +131,7 @@ class ManagerObject(Exported):
 
 def model_properties(parts: Parts, model: Model) -> Mapping[str, Any]:
     active = parts.swapper.active
+    forms = parts.catalog.forms(model.checkpoint_id)
     return {
         "Name": model.name,
         "Aliases": list(model.aliases),
@@ -139,11 +140,11 @@ def model_properties(parts: Parts, model: Model) -> Mapping[str, Any]:
         "DType": model.dtype,
         "SizeBytes": model.size_bytes,
         "TensorCount": model.tensor_count,
-        "Residency": parts.residency.tier_of(model.checkpoint_id).value,
-        "Devices": parts.residency.devices_of(model.checkpoint_id),
+        "Residency": parts.residency.tier_of(*forms).value,
+        "Devices": parts.residency.devices_of(*forms),
         "Active": active is not None and active.target.model_name == model.name,
         "Pinned": model.pinned,
-        "Leases": parts.residency.holds(model.checkpoint_id),
+        "Leases": parts.residency.holds(*forms),
         "CreatedAt": int(model.created_at),
         "LastUsedAt": int(model.last_used_at),
         "UseCount": model.use_count,

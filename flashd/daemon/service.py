@@ -42,11 +42,13 @@ from flashd.memory.arena import Arena, HostArena
 from flashd.memory.device import CudaDevice, Device, HostDevice, Kind, simulated_device, usable
 from flashd.memory.lease import Lease, LeaseBook
 from flashd.memory.moving import StreamMover
+from flashd.memory.place import Place
 from flashd.memory.residency import Memory, Residency
 from flashd.store.catalog import Catalog, Model
 from flashd.store.inbox import Inbox
 from flashd.streamer import Backend, Options, TransferResult
-from flashd.swap import Policy, Swapper, Target
+from flashd.supply import Supplier, Target
+from flashd.swap import Policy, Swapper
 from flashd.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -139,7 +141,7 @@ class Service:
         self._leases = LeaseBook(on_end=self._lease_ended)
         self._factories = engine_factories(config, runtime, settings)
         self._swapper = Swapper(
-            self._residency,
+            Supplier(self._residency, self._factories, catalog.images, on_made=self._image_made),
             self._factories,
             EndpointLink(runtime.endpoint),
             Policy(config.engines.drain_timeout_s, config.engines.max_parked),
@@ -246,7 +248,8 @@ class Service:
         """What a daemon before us left warm is warm again, without a byte read from the disk."""
         for kept in self._fd_store.kept():
             try:
-                checkpoint = self._catalog.checkpoint(kept.checkpoint_id)
+                image = self._catalog.images.get(kept.checkpoint_id)
+                checkpoint = image or self._catalog.checkpoint(kept.checkpoint_id)
                 if checkpoint.id != kept.checkpoint_id:
                     raise InvalidArgument(f"{kept.checkpoint_id} is not the name of a checkpoint")
             except FlashdError as error:
@@ -339,7 +342,24 @@ class Service:
     def _is_pinned(self, checkpoint_id: str) -> bool:
         return self._models.is_pinned(checkpoint_id)
 
-    def _checkpoint_changed(self, checkpoint_id: str) -> None:
+    def _image_made(self, image: Checkpoint, place: Place) -> None:
+        self._background.start(self._save_image(image, place))
+
+    async def _save_image(self, image: Checkpoint, place: Place) -> None:
+        """Behind the user's back: the next load of it is one transfer, also after a restart."""
+        with _logged(f"the image {image.id[:12]}"):
+            if image.manifest.data_bytes > self._catalog.free_bytes() // 2:
+                log.info("the image %s is not stored: models need the room that is left", image.id[:12])
+                return
+            hold = await place.borrow(image, lambda done, total: None, is_use=False)
+            if hold is None:
+                return  # it had to make way already
+            with hold, self._catalog.images.draft(image) as draft:
+                table = await self._mover.save(hold.region, image.extent, draft.file)
+                await asyncio.to_thread(draft.publish, table)
+
+    def _checkpoint_changed(self, form: str) -> None:
+        checkpoint_id = self._catalog.checkpoint_of(form)
         self._presence.checkpoint_changed(checkpoint_id)
         if not self._residency.holds(checkpoint_id) and not self._stop.is_set():
             self._models.collect_if_unused(checkpoint_id)

@@ -22,7 +22,8 @@ from flashd.errors import Cancelled, NotFound
 from flashd.memory.lease import Lease, LeaseBook
 from flashd.memory.residency import Residency
 from flashd.store.catalog import Catalog, Model
-from flashd.swap import Swapper, SwapState, Target
+from flashd.supply import Target
+from flashd.swap import Swapper, SwapState
 
 log = logging.getLogger(__name__)
 

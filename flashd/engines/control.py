@@ -78,12 +78,18 @@ class AsyncChannel:
         self._socket = end
         self._turn = asyncio.Lock()
         self.notices: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._answer: asyncio.Future[dict[str, Any]] | None = None
+        self._answer: asyncio.Future[Frame] | None = None
         self._reader = asyncio.create_task(self._read(), name="engine control")
         self.closed = asyncio.Event()
 
     async def request(self, content: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
-        """Raises EngineFailed if the peer answers with an error, or ends before it answers.
+        """As `exchange`, where no descriptor is expected in the answer."""
+        answer = await self.exchange(content, fds)
+        close_all(answer.fds)
+        return answer.content
+
+    async def exchange(self, content: dict[str, Any], fds: Sequence[int] = ()) -> Frame:
+        """The answer. Raises EngineFailed if the peer answers with an error, or ends before it answers.
 
         A caller that is cancelled does not get the answer; it is awaited all the same, so that it is not taken for the
         answer to the next request. `fds` are duplicated: they need to stay open only until this is first awaited.
@@ -91,9 +97,13 @@ class AsyncChannel:
         ours = [os.dup(fd) for fd in fds]
         exchange = asyncio.ensure_future(self._exchange(content, ours))
         exchange.add_done_callback(_looked_at)
-        return await asyncio.shield(exchange)
+        try:
+            return await asyncio.shield(exchange)
+        except asyncio.CancelledError:
+            exchange.add_done_callback(_not_wanted)
+            raise
 
-    async def _exchange(self, content: dict[str, Any], fds: Sequence[int]) -> dict[str, Any]:
+    async def _exchange(self, content: dict[str, Any], fds: Sequence[int]) -> Frame:
         try:
             async with self._turn:
                 if self.closed.is_set():
@@ -108,9 +118,10 @@ class AsyncChannel:
                     self._answer = None
         finally:
             close_all(fds)
-        if "error" in answer:
-            kind = Unsupported if answer.get("unsupported") else EngineFailed
-            raise kind(str(answer["error"]), hint=str(answer.get("hint", "")))
+        if "error" in answer.content:
+            close_all(answer.fds)
+            kind = Unsupported if answer.content.get("unsupported") else EngineFailed
+            raise kind(str(answer.content["error"]), hint=str(answer.content.get("hint", "")))
         return answer
 
     async def close(self) -> None:
@@ -133,20 +144,38 @@ class AsyncChannel:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                (length,) = _LENGTH.unpack(await self._exactly(loop, _LENGTH.size))
-                if length > MAX_FRAME_BYTES:
-                    break
-                content = json.loads(await self._exactly(loop, length))
-                if not isinstance(content, dict):
-                    break
-                if content.pop("notice", False):
-                    self.notices.put_nowait(content)
-                elif self._answer is not None and not self._answer.done():
-                    self._answer.set_result(content)
+                start, fds = await self._start(loop)
+                try:
+                    start += await self._exactly(loop, _LENGTH.size - len(start))
+                    (length,) = _LENGTH.unpack(start)
+                    if length > MAX_FRAME_BYTES:
+                        break
+                    content = json.loads(await self._exactly(loop, length))
+                    if not isinstance(content, dict):
+                        break
+                    if content.pop("notice", False):
+                        self.notices.put_nowait(content)
+                    elif self._answer is not None and not self._answer.done():
+                        self._answer.set_result(Frame(content, fds))
+                        fds = ()  # whoever asked has them now
+                finally:
+                    close_all(fds)
         except (OSError, EOFError, ValueError):
             pass
         finally:
             self._end()
+
+    async def _start(self, loop: asyncio.AbstractEventLoop) -> tuple[bytes, tuple[int, ...]]:
+        """The first bytes of a frame, and the descriptors that came with them: asyncio has no call for those."""
+        while True:
+            try:
+                raw, fds, _, _ = socket.recv_fds(self._socket, _LENGTH.size, MAX_FDS)
+            except BlockingIOError:
+                await _readable(self._socket, loop)
+                continue
+            if not raw:
+                raise EOFError
+            return raw, tuple(fds)
 
     async def _exactly(self, loop: asyncio.AbstractEventLoop, count: int) -> bytes:
         received = bytearray()
@@ -165,10 +194,30 @@ class AsyncChannel:
             self._answer.set_exception(EngineFailed("the engine's process ended before it answered"))
 
 
-def _looked_at(exchange: asyncio.Future[dict[str, Any]]) -> None:
+async def _readable(end: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+    """Returns when something can be received."""
+    ready = loop.create_future()
+
+    def wake_up() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(end, wake_up)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(end)
+
+
+def _looked_at(exchange: asyncio.Future[Frame]) -> None:
     """Nobody may be left to hear how it ended."""
     if not exchange.cancelled():
         exchange.exception()
+
+
+def _not_wanted(exchange: asyncio.Future[Frame]) -> None:
+    if not exchange.cancelled() and exchange.exception() is None:
+        close_all(exchange.result().fds)
 
 
 def close_all(fds: Sequence[int]) -> None:

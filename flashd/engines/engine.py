@@ -46,6 +46,9 @@ class Binding:
 
     `arena_fd` stays the caller's. `layout` is the safetensors header as JSON; `side_files` are opened by us and handed
     over as descriptors, so that an engine needs no access to the store. `names` are what requests may call the model.
+
+    An engine on a GPU, which `gpu_uuid` names, may be given the image of the checkpoint that its build made before
+    (`is_image`), or be asked to make one (`wants_image`): then its answer is a Made, if it can.
     """
 
     model_name: str
@@ -56,6 +59,21 @@ class Binding:
     arena_bytes: int
     layout: str
     side_files: Mapping[str, Path]
+    gpu_uuid: str = ""
+    is_image: bool = False
+    wants_image: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """An image that an engine has made of a checkpoint, in memory that it allocated on its GPU and now reads from.
+
+    The descriptor is the receiver's. `layout` is a safetensors header as JSON, of `size_bytes` of data.
+    """
+
+    fd: int
+    size_bytes: int
+    layout: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +84,21 @@ class EngineStats:
     active_requests: int
     memory_bytes: int
     seen_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class GpuPlan:
+    """What an engine on a GPU will need for a checkpoint.
+
+    `key` addresses the image that this build of the engine makes of it; empty if it makes none. `weights_bytes` is the
+    most that its weights may take, as far as can be told before; `working_bytes` what it takes besides while serving.
+    """
+
+    device: str
+    gpu_uuid: str
+    key: str
+    weights_bytes: int
+    working_bytes: int
 
 
 class Engine(Protocol):
@@ -80,7 +113,7 @@ class Engine(Protocol):
     started_at: float
     on_exit: Callable[[str], None]  # told once, with its last words, if the process ends unasked
 
-    async def start(self, binding: Binding) -> None:
+    async def start(self, binding: Binding) -> Made | None:
         """Returns when its socket answers. Raises EngineFailed, with the process's last words."""
 
     async def drain(self, timeout_s: float) -> None:
@@ -93,10 +126,10 @@ class Engine(Protocol):
     async def park(self) -> None:
         """Lets go of the weights; requests get an error at once. Call `drain` first."""
 
-    async def wake(self, binding: Binding) -> None:
+    async def wake(self, binding: Binding) -> Made | None:
         """Takes weights again, the same or another checkpoint's of its architecture, and serves."""
 
-    async def rebind(self, binding: Binding) -> None:
+    async def rebind(self, binding: Binding) -> Made | None:
         """Takes another checkpoint of the same architecture. Call `drain` first and `resume` after."""
 
     async def stop(self) -> None:
@@ -118,6 +151,9 @@ class EngineFactory(Protocol):
 
     def rebind_key(self, checkpoint: Checkpoint) -> str:
         """Engines that hold a checkpoint can take any other of the same key; empty: none but a new engine can."""
+
+    async def gpu_plan(self, checkpoint: Checkpoint) -> GpuPlan | None:
+        """None if its engines work in host memory. May wait for the first engine to be possible."""
 
     def create(self) -> Engine: ...
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from flashd.checkpoint.files import Checkpoint
-from flashd.engines.control import AsyncChannel, close_all, pair
-from flashd.engines.engine import TRANSITIONS, Binding, EngineState, EngineStats
+from flashd.engines.control import AsyncChannel, Frame, close_all, pair
+from flashd.engines.engine import TRANSITIONS, Binding, EngineState, EngineStats, GpuPlan, Made
 from flashd.engines.zygote import Zygote, last_words
 from flashd.errors import EngineFailed
 
@@ -64,7 +64,7 @@ class EngineProcess:
         self._watcher: asyncio.Task[None] | None = None
         self._stopping = False
 
-    async def start(self, binding: Binding) -> None:
+    async def start(self, binding: Binding) -> Made | None:
         self._enter(EngineState.STARTING)
         self._scratch.mkdir(parents=True, exist_ok=True)
         ours, theirs = pair()
@@ -87,7 +87,7 @@ class EngineProcess:
             **self._settings.options,
         }
         try:
-            await asyncio.wait_for(self._bind("start", binding, options), self._settings.start_timeout_s)
+            made = await asyncio.wait_for(self._bind("start", binding, options), self._settings.start_timeout_s)
         except TimeoutError:
             hint = f"raise engines.start_timeout_s; {self._log} has what it wrote"
             raise EngineFailed(
@@ -95,6 +95,7 @@ class EngineProcess:
             ) from None
         self.started_at = time.time()
         self._enter(EngineState.SERVING)
+        return made
 
     async def drain(self, timeout_s: float) -> None:
         await self._request({"op": "drain", "timeout_s": timeout_s})
@@ -106,12 +107,13 @@ class EngineProcess:
         await self._request({"op": "park"})
         self._enter(EngineState.PARKED)
 
-    async def wake(self, binding: Binding) -> None:
-        await self._bind("wake", binding)
+    async def wake(self, binding: Binding) -> Made | None:
+        made = await self._bind("wake", binding)
         self._enter(EngineState.SERVING)
+        return made
 
-    async def rebind(self, binding: Binding) -> None:
-        await self._bind("rebind", binding)
+    async def rebind(self, binding: Binding) -> Made | None:
+        return await self._bind("rebind", binding)
 
     async def stop(self) -> None:
         self._stopping = True
@@ -130,7 +132,7 @@ class EngineProcess:
         answer = await self._request({"op": "stats"})
         return EngineStats(int(answer["active_requests"]), int(answer["memory_bytes"]), int(answer["seen_requests"]))
 
-    async def _bind(self, op: str, binding: Binding, options: Mapping[str, Any] | None = None) -> None:
+    async def _bind(self, op: str, binding: Binding, options: Mapping[str, Any] | None = None) -> Made | None:
         """Sends weights and side files as descriptors: the worker opens nothing of ours by name."""
         content = {
             "op": op,
@@ -139,6 +141,9 @@ class EngineProcess:
             "arena_bytes": binding.arena_bytes,
             "layout": binding.layout,
             "side_files": sorted(binding.side_files),
+            "gpu_uuid": binding.gpu_uuid,
+            "is_image": binding.is_image,
+            "wants_image": binding.wants_image,
             **(options or {}),
         }
         opened: list[int] = []
@@ -146,18 +151,24 @@ class EngineProcess:
             opened += [
                 os.open(binding.side_files[name], os.O_RDONLY | os.O_CLOEXEC) for name in sorted(binding.side_files)
             ]
-            await self._request(content, (binding.arena_fd, *opened))
+            answer = await self._exchange(content, (binding.arena_fd, *opened))
         except OSError as error:
             raise EngineFailed(f"{error.filename}: {error.strerror}", hint="flash verify checks the model") from None
         finally:
             close_all(opened)
         self.binding = binding
+        return _made(answer)
 
-    async def _request(self, content: dict[str, Any], fds: tuple[int, ...] = ()) -> dict[str, Any]:
+    async def _request(self, content: dict[str, Any]) -> dict[str, Any]:
+        answer = await self._exchange(content)
+        close_all(answer.fds)
+        return answer.content
+
+    async def _exchange(self, content: dict[str, Any], fds: tuple[int, ...] = ()) -> Frame:
         if self._channel is None:
             raise EngineFailed("the engine is not running")
         try:
-            return await self._channel.request(content, fds)
+            return await self._channel.exchange(content, fds)
         except EngineFailed as error:
             if not self._channel.closed.is_set():
                 raise
@@ -190,6 +201,15 @@ class EngineProcess:
         self.state = state
 
 
+def _made(answer: Frame) -> Made | None:
+    """What a worker says of its image is checked by whoever takes it in."""
+    match answer.content.get("made"), answer.fds:
+        case {"size_bytes": int(size_bytes), "layout": str(layout)}, (fd,):
+            return Made(fd, size_bytes, layout)
+    close_all(answer.fds)
+    return None
+
+
 class ZygoteFactory:
     """Makes engines whose processes are forked from one zygote, which starts importing at once."""
 
@@ -212,6 +232,9 @@ class ZygoteFactory:
 
     def rebind_key(self, checkpoint: Checkpoint) -> str:
         return checkpoint.manifest.architecture_key
+
+    async def gpu_plan(self, checkpoint: Checkpoint) -> GpuPlan | None:  # noqa: ARG002 -- the protocol's
+        return None
 
     def create(self) -> EngineProcess:
         return EngineProcess(next(self._settings.numbers), self.kind, self._zygote, self._settings)

@@ -16,6 +16,7 @@ from flashd.errors import DeviceFailed
 from flashd.memory.arena import Arena, HostArena, View
 from flashd.memory.device import Device, Kind
 from flashd.streamer import (
+    Extent,
     OpenFile,
     Options,
     Read,
@@ -27,6 +28,7 @@ from flashd.streamer import (
     load,
     load_device,
     upload,
+    write_device,
 )
 from flashd.units import MiB
 
@@ -138,6 +140,23 @@ class StreamMover:
                     options=self._options,
                 )
             await _finished(transfer, on_progress)
+
+    async def save(self, region: Region, extent: Extent, file: OpenFile) -> bytes:
+        """Writes an arena of a device to its place in a file, which then ends there and is fsynced.
+
+        Returns the digests of its blocks.
+        """
+        staging = await self._staging_of(region.device)
+        async with _viewed(region.arena) as view:
+            transfer = write_device(
+                file,
+                source=view.address,
+                size_bytes=extent.length,
+                target_offset=extent.offset,
+                staging=staging,
+                options=self._options,
+            )
+            return (await _finished(transfer, lambda done, total: None)).digests
 
     async def matches(self, checkpoint: Checkpoint, region: Region) -> bool:
         block_bytes, size_bytes = checkpoint.manifest.digest_block_bytes, checkpoint.manifest.data_bytes

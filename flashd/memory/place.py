@@ -153,11 +153,14 @@ class Place:
         """What of the pool cannot be evicted now: what is held, pinned, or being loaded."""
         return self.pool.used_bytes - sum(resident.size_bytes for resident in self._evictable())
 
-    def fits_without(self, checkpoint: Checkpoint, hold: Hold) -> bool:
-        """Whether a checkpoint would fit if this hold were given up."""
+    def missing_bytes(self, checkpoint: Checkpoint) -> int:
+        """The room that must be made before a checkpoint is here."""
+        return 0 if checkpoint.id in self._residents else self.device.rounded(checkpoint.manifest.data_bytes)
+
+    def given_up_bytes(self, hold: Hold) -> int:
+        """What could be evicted more if this hold were released."""
         resident = self._residents[hold.checkpoint_id]
-        given_up_bytes = resident.size_bytes if resident.holds == 1 and not self._is_pinned(hold.checkpoint_id) else 0
-        return self._needed_bytes(checkpoint) <= self.pool.budget_bytes - self.fixed_bytes() + given_up_bytes
+        return resident.size_bytes if resident.holds == 1 and not self._is_pinned(hold.checkpoint_id) else 0
 
     async def acquire(
         self, checkpoint: Checkpoint, on_progress: Progress, *, from_tier: Tier, used_at: int | None = None
@@ -289,9 +292,6 @@ class Place:
         free = (resident for i, resident in self._residents.items() if resident.is_free and not self._is_pinned(i))
         return sorted(free, key=lambda resident: resident.used_at)
 
-    def _needed_bytes(self, checkpoint: Checkpoint) -> int:
-        return self.device.rounded(checkpoint.manifest.data_bytes)
-
     async def _make_room(self, needed_bytes: int, loading: _Loading) -> Reservation:
         """Evicts just enough, or, if even that is not enough, nothing."""
         async with self._turn:
@@ -320,7 +320,7 @@ class Place:
         arena: Arena | None = None
         reservation: Reservation | None = None
         try:
-            reservation = await self._make_room(self._needed_bytes(checkpoint), loading)
+            reservation = await self._make_room(self.device.rounded(checkpoint.manifest.data_bytes), loading)
             arena = await self._allocate(checkpoint)
             await self._fill(self, checkpoint, arena, lambda done, total: self._tell(checkpoint.id, done, total))
             await _in_thread(arena.seal)  # unmapping gigabytes takes a while

@@ -89,24 +89,20 @@ class Residency:
         """Raises InvalidArgument."""
         return self._places[self.resolve(device)]
 
-    def tier_of(self, checkpoint_id: str) -> Tier:
-        """The best tier that has it."""
-        tiers = {self._tier(place) for place in self._places.values() if checkpoint_id in place}
+    def tier_of(self, *forms: str) -> Tier:
+        """The best tier that has one of these: a checkpoint, its images."""
+        tiers = {self._tier(place) for place in self._places.values() if any(form in place for form in forms)}
         return Tier.DEVICE if Tier.DEVICE in tiers else Tier.HOST if tiers else Tier.STORED
 
-    def devices_of(self, checkpoint_id: str) -> list[str]:
-        return [name for name, place in self._places.items() if checkpoint_id in place]
+    def devices_of(self, *forms: str) -> list[str]:
+        return [name for name, place in self._places.items() if any(form in place for form in forms)]
 
-    def holds(self, checkpoint_id: str) -> int:
-        return sum(place.holds(checkpoint_id) for place in self._distinct())
+    def holds(self, *forms: str) -> int:
+        return sum(place.holds(form) for place in self._distinct() for form in forms)
 
     def in_use(self) -> Collection[str]:
         """Checkpoints that must not be deleted: held, or being loaded."""
         return {checkpoint_id for place in self._distinct() for checkpoint_id in place.in_use()}
-
-    def fits_without(self, checkpoint: Checkpoint, hold: Hold) -> bool:
-        """Whether a checkpoint would fit where this hold is, if the hold were given up."""
-        return hold.place.fits_without(checkpoint, hold)
 
     async def acquire(
         self,
@@ -123,12 +119,12 @@ class Residency:
         from_tier, used_at = self.tier_of(checkpoint.id), None if may_evict else 0
         return await self.place(device).acquire(checkpoint, on_progress, from_tier=from_tier, used_at=used_at)
 
-    async def evict(self, checkpoint_id: str) -> None:
-        """Back to `stored`. Raises Busy while somebody holds it anywhere."""
-        places = self._distinct()
-        for place in places:
-            place.check_free(checkpoint_id)
-        if leaving := {task for place in places if (task := place.begin_eviction(checkpoint_id))}:
+    async def evict(self, *forms: str) -> None:
+        """Back to `stored`. Raises Busy while somebody holds one of these anywhere."""
+        here = [(place, form) for place in self._distinct() for form in forms]
+        for place, form in here:
+            place.check_free(form)
+        if leaving := {task for place, form in here if (task := place.begin_eviction(form))}:
             await asyncio.wait(leaving)
 
     async def adopt(self, device: str, checkpoint: Checkpoint, fd: int) -> None:

@@ -2,6 +2,7 @@
 """Which models do we have? The catalog on disk, where everything becomes visible by one rename.
 
     ROOT/checkpoints/ID/      what flashd/checkpoint describes; immutable
+    ROOT/images/KEY/          what engines made of them: flashd/store/images.py
     ROOT/models/NAME.toml     a model: its checkpoint, aliases, versions kept, and when it was used
     ROOT/partial/RANDOM/      a conversion under way; whatever a crash leaves here is removed at the next start
     ROOT/lock                 held by the one daemon that owns the store
@@ -33,6 +34,7 @@ from flashd.checkpoint.manifest import Manifest
 from flashd.errors import AlreadyExists, Busy, CorruptCheckpoint, FlashdError, NotFound, StoreFull, TransferFailed
 from flashd.store import footprint, lookup, retention
 from flashd.store.footprint import Footprint
+from flashd.store.images import Images
 from flashd.store.names import check_name
 from flashd.store.records import CHECKPOINT_ID, Model, Origin, Records, sync_directory
 from flashd.units import MiB, format_bytes
@@ -46,6 +48,8 @@ _RESERVE_BYTES = 64 * MiB  # left free on the file system: a full one hurts ever
 
 @dataclass(frozen=True, slots=True)
 class Collected:
+    """Checkpoints and images that are gone."""
+
     checkpoint_ids: tuple[str, ...]
     freed_bytes: int
 
@@ -91,6 +95,7 @@ class Catalog:
                 self._stored: Mapping[str, Footprint] = self._measure_all()
                 self._models: Mapping[str, Model] = self._records.read(self._stored)
                 self._guarded = self._records.guarded()
+                self.images = Images(root / "images")
         except BaseException:
             self.close()
             raise
@@ -111,6 +116,14 @@ class Catalog:
         """Raises CorruptCheckpoint if it cannot be opened."""
         return Checkpoint.open(self._checkpoints / checkpoint_id)
 
+    def forms(self, checkpoint_id: str) -> tuple[str, ...]:
+        """A checkpoint and its images: all that may be in memory of it, by their ids."""
+        return (checkpoint_id, *(key for key, made_of in self.images.made_of().items() if made_of == checkpoint_id))
+
+    def checkpoint_of(self, form: str) -> str:
+        """The id of the checkpoint that this is, or is an image of."""
+        return self.images.made_of().get(form, form)
+
     def size_bytes(self) -> int:
         """What all checkpoints take on disk; hard links counted once."""
         return footprint.total_bytes(self._stored.values())
@@ -124,7 +137,8 @@ class Catalog:
         to_come_bytes = sum(max(0, need_bytes - written_bytes[path]) for path, need_bytes in drafts.items())
         free_bytes = on_disk_bytes - to_come_bytes
         if self.quota_bytes:
-            in_quota_bytes = self.quota_bytes - self.size_bytes() - sum(written_bytes.values()) - to_come_bytes
+            stored_bytes = self.size_bytes() + self.images.size_bytes()
+            in_quota_bytes = self.quota_bytes - stored_bytes - sum(written_bytes.values()) - to_come_bytes
             free_bytes = min(free_bytes, in_quota_bytes)
         return max(0, free_bytes)
 
@@ -188,6 +202,7 @@ class Catalog:
             self._models = kept
             before_bytes = self.size_bytes()
             doomed = [self._unlink(checkpoint_id) for checkpoint_id in garbage]
+            garbage += self.images.keep_only(self._stored.keys())
             freed_bytes = before_bytes - self.size_bytes()
         for directory in doomed:
             shutil.rmtree(directory, ignore_errors=True)
@@ -218,6 +233,9 @@ class Catalog:
 
     def _check_room(self, need_bytes: int) -> None:
         free_bytes = self.free_bytes()
+        if need_bytes > free_bytes:
+            self.images.make_room(need_bytes - free_bytes)  # they can be made again
+            free_bytes = self.free_bytes()
         if need_bytes > free_bytes:
             quota = f" (quota {format_bytes(self.quota_bytes)})" if self.quota_bytes else ""
             raise StoreFull(

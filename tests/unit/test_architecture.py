@@ -32,8 +32,9 @@ MAY_IMPORT = {
     "store": {"checkpoint", "streamer"},
     "memory": {"checkpoint", "streamer", "cuda"},
     "engines": {"memory", "checkpoint", "tensors", "streamer", "client"},  # its loader in any vLLM is a client
-    "swap": {"engines", "memory", "store", "checkpoint"},
-    "daemon": {"swap", "engines", "memory", "store", "checkpoint", "streamer", "bus", "private_bus", "cuda"},
+    "supply": {"engines", "memory", "checkpoint"},
+    "swap": {"supply", "engines", "memory"},
+    "daemon": {"swap", "supply", "engines", "memory", "store", "checkpoint", "streamer", "bus", "private_bus", "cuda"},
     "client": {"bus", "checkpoint", "tensors", "inference"},
     "bench": {"streamer", "checkpoint", "memory", "client", "cuda"},
     "cli": {"client", "inference", "private_bus", "checkpoint", "bench", "streamer", "memory", "cuda"},

@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
+import unittest.mock
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from enum import StrEnum
@@ -19,15 +21,23 @@ from hypothesis import strategies as st
 from sources import converted
 
 from flashd.checkpoint.files import Checkpoint
-from flashd.engines.engine import TRANSITIONS, Binding, EngineState, EngineStats
+from flashd.checkpoint.manifest import Manifest
+from flashd.engines.engine import TRANSITIONS, Binding, EngineState, EngineStats, GpuPlan, Made
 from flashd.errors import Busy, EngineFailed, FlashdError, NotFound, OutOfMemory, TransferFailed, Unsupported
-from flashd.memory.arena import HugePages
-from flashd.memory.device import HostDevice, Tier
+from flashd.memory.arena import HostArena, HugePages
+from flashd.memory.device import HostDevice, Tier, simulated_device
 from flashd.memory.moving import Progress, Region
 from flashd.memory.residency import Memory, Residency
-from flashd.swap import How, Policy, Swapper, SwapState, Target
+from flashd.supply import Supplier, Target
+from flashd.swap import How, Policy, Swapper, SwapState
 
 ARENA_BYTES = 4096
+WORKING_BYTES = 3 * 4096
+NO_MANIFEST = Manifest(
+    id="", weights="", header_digest="", digests_digest="", digest_block_bytes=4096, data_offset=4096, data_bytes=0,
+    tensor_count=1, dtype="", architecture="", architecture_key="", layout="", quantization="", side_files={},
+    created_at=0, source="",
+)  # fmt: skip
 DEVICE = HostDevice("host", 1 << 40, HugePages.NONE)
 
 
@@ -97,7 +107,7 @@ class FakeEngine:
         self._script = script
         self._order: asyncio.Future[None] | None = None
 
-    async def start(self, binding: Binding) -> None:
+    async def start(self, binding: Binding) -> Made | None:
         self._enter(EngineState.STARTING)
         try:
             await self._script.step("start", self)
@@ -107,6 +117,7 @@ class FakeEngine:
             raise
         self._enter(EngineState.SERVING)
         self.binding, self.open = binding, True
+        return self._made(binding)
 
     async def drain(self, timeout_s: float) -> None:
         self.open = False
@@ -122,21 +133,23 @@ class FakeEngine:
         assert not self.open, "park without drain"
         await self._obey("park", EngineState.SERVING, lambda: self._enter(EngineState.PARKED))
 
-    async def wake(self, binding: Binding) -> None:
+    async def wake(self, binding: Binding) -> Made | None:
         def effect() -> None:
             self._enter(EngineState.SERVING)
             self.binding, self.open = binding, True
 
         self._check_architecture(binding)
         await self._obey("wake", EngineState.PARKED, effect)
+        return self._made(binding)
 
-    async def rebind(self, binding: Binding) -> None:
+    async def rebind(self, binding: Binding) -> Made | None:
         def effect() -> None:
             self.binding = binding
 
         assert not self.open, "rebind without drain"
         self._check_architecture(binding)
         await self._obey("rebind", EngineState.SERVING, effect)
+        return self._made(binding)
 
     async def stop(self) -> None:
         self._end()
@@ -163,6 +176,14 @@ class FakeEngine:
         self._order.add_done_callback(lambda order: order.exception())  # looked at, though the swapper may have left
         await asyncio.shield(self._order)
 
+    def _made(self, binding: Binding) -> Made | None:
+        """What an engine on a GPU makes of its weights: memory of its own, of which it hands a descriptor on."""
+        if not binding.wants_image:
+            return None
+        arena = HostArena(ARENA_BYTES, "image", HugePages.NONE)
+        arena.seal()
+        return Made(arena.fd, ARENA_BYTES, "the layout")
+
     def _check_alive(self) -> None:
         if self.state is EngineState.FAILED:
             raise EngineFailed("the process has ended")
@@ -183,8 +204,9 @@ class FakeEngine:
 class Factory:
     kind = "fake"
 
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, on_gpu: bool) -> None:
         self._script = script
+        self._on_gpu = on_gpu
         self._numbers = itertools.count(1)
         self.engines: list[FakeEngine] = []
 
@@ -196,6 +218,12 @@ class Factory:
     def rebind_key(self, checkpoint: Checkpoint) -> str:
         return checkpoint.manifest.architecture_key
 
+    async def gpu_plan(self, checkpoint: Checkpoint) -> GpuPlan | None:
+        if not self._on_gpu:
+            return None
+        # What an engine says of itself before it has loaded is more than it then takes.
+        return GpuPlan("sim:0", "a-gpu", f"image of {checkpoint.id}", 2 * ARENA_BYTES, WORKING_BYTES)
+
     def create(self) -> FakeEngine:
         self.engines.append(FakeEngine(next(self._numbers), self._script))
         return self.engines[-1]
@@ -203,18 +231,49 @@ class Factory:
     async def close(self) -> None: ...
 
 
-class World:
-    """A swapper with everything around it."""
+class MemoryImages:
+    """Those that were made, none of which is written."""
 
-    def __init__(self, *, room: int = 10, policy: Policy = Policy(drain_timeout_s=1, max_parked=2)) -> None:  # noqa: B008
+    def __init__(self) -> None:
+        self.known: dict[str, Checkpoint] = {}
+
+    def get(self, key: str) -> Checkpoint | None:
+        return self.known.get(key)
+
+    def is_stored(self, key: str) -> bool:
+        return False
+
+    def layout_json(self, image: Checkpoint) -> str:
+        return "the layout"
+
+    def describe(self, key: str, layout: str, data_bytes: int, made_of: str) -> Checkpoint:
+        image = Checkpoint(Path("/nowhere"), replace(NO_MANIFEST, id=key, data_bytes=data_bytes))
+        return self.known.setdefault(key, image)
+
+    def drop(self, key: str) -> None:
+        self.known.pop(key, None)
+
+
+class World:
+    """A swapper with everything around it. On a GPU, `room` is for so many images and what engines need besides."""
+
+    def __init__(
+        self,
+        *,
+        room: int = 10,
+        policy: Policy = Policy(drain_timeout_s=1, max_parked=2),  # noqa: B008
+        on_gpu: bool = False,
+    ) -> None:
         self.script = Script()
-        self.factory = Factory(self.script)
+        self.factory = Factory(self.script, on_gpu)
+        self.images = MemoryImages()
         self.endpoint: Path | None = None
         self.lost: list[str] = []
         self.loads = True
-        self.residency = Residency([Memory(DEVICE, room * ARENA_BYTES)], self)
+        gpu = Memory(simulated_device(1 << 30, DEVICE), (room + 1) * ARENA_BYTES + room * WORKING_BYTES)
+        self.residency = Residency([Memory(DEVICE, room * ARENA_BYTES), *([gpu] if on_gpu else [])], self)
         self.swapper = Swapper(
-            self.residency,
+            Supplier(self.residency, {"fake": self.factory}, self.images),
             {"fake": self.factory},
             self,
             policy,
@@ -243,7 +302,7 @@ class World:
         await self.script.step("load")
 
     async def copy(self, checkpoint: Checkpoint, source: Region, target: Region, on_progress: Progress) -> None:
-        raise AssertionError("there is one tier")
+        assert len(self.residency.places) > 1, "there is one tier"
 
     async def matches(self, checkpoint: Checkpoint, region: Region) -> bool:
         raise AssertionError("nothing is taken over")
@@ -266,10 +325,19 @@ class World:
         seats = {seat.engine.number for seat in self.swapper.seats}
         alive = {e.number for e in self.factory.engines if e.state in {EngineState.SERVING, EngineState.PARKED}}
         assert seats == alive, "no engine is forgotten, none is remembered that is gone"
-        held = {seat.hold.checkpoint_id for seat in self.swapper.seats if seat.hold}
-        assert held == ({active.target.checkpoint.id} if active else set()), "only the active model is held"
+        held = {seat.supply.hold.checkpoint_id for seat in self.swapper.seats if seat.supply}
+        kind = "image of " if len(self.residency.places) > 1 else ""
+        assert held == ({kind + active.target.checkpoint.id} if active else set()), "only the active model is held"
         for checkpoint_id in held:
             assert self.residency.holds(checkpoint_id) == 1
+        for place in self.residency.places.values():
+            claimed = place.pool.used_bytes - sum(resident.size_bytes for resident in place.residents())
+            assert claimed == (WORKING_BYTES if active and place.name == "sim:0" else 0), "and only it needs more"
+
+    def ended(self) -> None:
+        """What must hold when all is over."""
+        self.residency.close()
+        assert all(place.pool.used_bytes == 0 for place in self.residency.places.values())
 
 
 @pytest.fixture(scope="module")
@@ -384,16 +452,17 @@ ROUTES = {
 }
 
 
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["host", "gpu"])
 @pytest.mark.parametrize("fault", list(Fault))
 @pytest.mark.parametrize("route", list(ROUTES))
 async def test_a_fault_at_any_step_of_any_swap_leaves_somebody_answering(
-    route: str, fault: Fault, targets: dict[str, Target]
+    route: str, fault: Fault, on_gpu: bool, targets: dict[str, Target]
 ) -> None:
     """The new model if the swap succeeded, the old one if it did not: nothing else, and no engine or hold is lost."""
     first, wanted, room = ROUTES[route]
     order_timeout_s = 0.05 if fault is Fault.HANGS else 60.0
     for moment in itertools.count():
-        world = World(room=room, policy=Policy(0.0, 1, order_timeout_s))
+        world = World(room=room, policy=Policy(0.0, 1, order_timeout_s), on_gpu=on_gpu)
         for name in first:
             await world.swapper.swap(targets[name])
         before = world.answering()
@@ -407,8 +476,7 @@ async def test_a_fault_at_any_step_of_any_swap_leaves_somebody_answering(
         assert world.answering() == "a3"
         await world.swapper.close()
         assert all(engine.state is EngineState.FAILED for engine in world.factory.engines)
-        world.residency.close()
-        assert world.residency.host.pool.used_bytes == 0
+        world.ended()
         if not world.script.struck:
             assert moment >= 2, "every route has steps"
             return
@@ -417,16 +485,17 @@ async def test_a_fault_at_any_step_of_any_swap_leaves_somebody_answering(
 @settings(max_examples=40, deadline=None)
 @given(
     room=st.sampled_from([1, 2, 10]),
+    on_gpu=st.booleans(),
     swaps=st.lists(
         st.tuples(st.sampled_from(["a1", "a2", "a3", "b", "c"]), st.sampled_from([None, *Fault]), st.integers(0, 7)),
         max_size=12,
     ),
 )
 def test_any_sequence_of_swaps_and_faults(
-    room: int, swaps: list[tuple[str, Fault | None, int]], targets: dict[str, Target]
+    room: int, on_gpu: bool, swaps: list[tuple[str, Fault | None, int]], targets: dict[str, Target]
 ) -> None:
     async def run() -> None:
-        world = World(room=room, policy=Policy(0.0, 1, 0.05))
+        world = World(room=room, policy=Policy(0.0, 1, 0.05), on_gpu=on_gpu)
         for name, fault, moment in swaps:
             before = world.answering()
             if fault:
@@ -436,9 +505,55 @@ def test_any_sequence_of_swaps_and_faults(
             world.check()
             assert world.answering() == (before if error else name)
         await world.swapper.close()
-        world.residency.close()
+        world.ended()
 
     asyncio.run(run())
+
+
+async def test_an_image_is_made_once_and_mapped_from_then_on(targets: dict[str, Target]) -> None:
+    world = World(on_gpu=True)
+    for name in ("a1", "b", "a2"):
+        await world.swapper.swap(targets[name])
+        world.check()
+    steps = len(world.script.names)
+    for name in ("a1", "b", "a2"):
+        outcome = await world.swapper.swap(targets[name])
+        assert outcome.from_tier is Tier.DEVICE
+        world.check()
+    assert "load" not in world.script.names[steps:], "nothing is read, in whichever tier the checkpoint is"
+    place = world.residency.place("sim:0")
+    assert sorted(i.id for i in world.images.known.values()) == sorted(r.checkpoint.id for r in place.residents())
+    await world.swapper.park()
+    for checkpoint_id in [resident.checkpoint.id for resident in place.residents()]:
+        await world.residency.evict(checkpoint_id)
+    await world.residency.evict(targets["a1"].checkpoint.id)
+    await world.swapper.swap(targets["a1"])
+    assert world.script.names[-3:] == ["load", "wake", "point"], "what no tier has any more is made again"
+    world.check()
+    await world.swapper.close()
+    world.ended()
+
+
+async def test_an_image_that_makes_no_sense_is_not_kept(targets: dict[str, Target], tmp_path: Path) -> None:
+    world = World(on_gpu=True)
+    for wrong in ("not an arena", "another size"):
+        file = (tmp_path / "file").open("wb")
+
+        def made(engine: FakeEngine, binding: Binding, wrong: str = wrong, fd: int = os.dup(file.fileno())) -> Made:
+            if wrong == "not an arena":
+                return Made(fd, ARENA_BYTES, "the layout")
+            arena = HostArena(3 * ARENA_BYTES, "image", HugePages.NONE)
+            arena.seal()
+            return Made(arena.fd, ARENA_BYTES, "the layout")
+
+        with unittest.mock.patch.object(FakeEngine, "_made", made):
+            await world.swapper.swap(targets["a1" if wrong == "not an arena" else "b"])
+        file.close()
+        assert world.images.known == {} and world.answering()
+        active = world.swapper.active
+        assert active and active.supply and not active.supply.is_image
+    await world.swapper.close()
+    world.ended()
 
 
 async def test_an_engine_that_dies_in_its_sleep_is_replaced_on_the_way(targets: dict[str, Target]) -> None:
