@@ -487,6 +487,8 @@ class EndsMachine(PoolMachine):
         self.loop.run_until_complete(asyncio.wait_for(self.residency.stop(), 5))
         self.loop.run_until_complete(asyncio.wait_for(self._end(), 5))
         self.residency.close()
+        for claim in self.claims:
+            claim.release()
         assert all(place.pool.used_bytes == 0 for place in self.residency.places.values())
         assert all(arena.fd < 0 for _, arena in self.arenas)
         assert not asyncio.all_tasks(self.loop)
