@@ -302,6 +302,11 @@ def vllm_python(config: Config) -> str:
     return config.engines.vllm.python or sys.executable
 
 
+def show_gpu(ordinal: str) -> None:
+    """Has this process and its children use one GPU, and see no other."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ordinal
+
+
 def child_environment(changes: Mapping[str, str]) -> Mapping[str, str]:
     """Our environment with changes, for processes that are configured that way."""
     return {**os.environ, **changes}

@@ -173,7 +173,7 @@ class Supplier:
             arena_bytes=supply.hold.arena.size_bytes,
             layout=supply.layout or await asyncio.to_thread(checkpoint.layout_json),
             side_files=checkpoint.side_files(),
-            gpu_uuid=plan.gpu_uuid if plan else "",
+            device=plan.device if plan else "",
             is_image=supply.is_image,
             wants_image=bool(plan and plan.key and not supply.is_image),
         )

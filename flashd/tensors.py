@@ -77,7 +77,7 @@ def bytes_tensor(region: memoryview) -> torch.Tensor:
 
 
 def device_bytes_tensor(
-    mapping: cuda.Mapping | cuda.HostView, address: int, size_bytes: int, ordinal: int
+    mapping: cuda.Window | cuda.HostView, address: int, size_bytes: int, ordinal: int
 ) -> torch.Tensor:
     """One tensor of bytes over memory that is mapped for a GPU; the mapping is closed when the last tensor over it is
     gone and the GPU has done with it."""
@@ -91,7 +91,7 @@ def device_bytes_tensor(
 class _DeviceBytes:
     """What torch takes tensors from (Numba's CUDA array interface, version 3), and keeps as long as they live."""
 
-    def __init__(self, mapping: cuda.Mapping | cuda.HostView, address: int, size_bytes: int, ordinal: int) -> None:
+    def __init__(self, mapping: cuda.Window | cuda.HostView, address: int, size_bytes: int, ordinal: int) -> None:
         self.__cuda_array_interface__ = {
             "shape": (size_bytes,),
             "typestr": "|u1",
@@ -103,7 +103,7 @@ class _DeviceBytes:
         self._finalizer.atexit = False  # the driver is gone by then, and takes all mappings with it
 
 
-def _end(mapping: cuda.Mapping | cuda.HostView, ordinal: int) -> None:
+def _end(mapping: cuda.Window | cuda.HostView, ordinal: int) -> None:
     cuda.synchronize(ordinal)
     mapping.close()
 
@@ -114,17 +114,28 @@ def aliases(layout: Header) -> Mapping[str, str]:
     return {alias: name for alias, name in found.items() if isinstance(name, str)}
 
 
-@functools.cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """How safetensors names it. Raises Unsupported."""
+    for name, known in _dtypes().items():
+        if known is dtype:
+            return name
+    raise Unsupported(f"safetensors has no name for {dtype}")
+
+
 def _dtype(name: str) -> torch.dtype:
+    if name not in _dtypes():
+        raise Unsupported(f"torch has no dtype for {name}", hint="read these tensors with the safetensors library")
+    return _dtypes()[name]
+
+
+@functools.cache
+def _dtypes() -> Mapping[str, torch.dtype]:
     import torch
 
-    known = {
+    return {
         "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
         "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
         "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64, "C64": torch.complex64,
         "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
         "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
     }  # fmt: skip
-    if name not in known:
-        raise Unsupported(f"torch has no dtype for {name}", hint="read these tensors with the safetensors library")
-    return known[name]

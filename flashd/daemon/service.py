@@ -139,7 +139,7 @@ class Service:
             keeper=self._fd_store,
         )
         self._leases = LeaseBook(on_end=self._lease_ended)
-        self._factories = engine_factories(config, runtime, settings)
+        self._factories = engine_factories(config, runtime, settings, self._residency)
         self._swapper = Swapper(
             Supplier(self._residency, self._factories, catalog.images, on_made=self._image_made),
             self._factories,
@@ -417,7 +417,9 @@ def _logged(what: str) -> Iterator[None]:
         log.warning("%s: %s", what, error)
 
 
-def engine_factories(config: Config, runtime: RuntimeFolder, settings: Settings) -> dict[str, EngineFactory]:
+def engine_factories(
+    config: Config, runtime: RuntimeFolder, settings: Settings, residency: Residency
+) -> dict[str, EngineFactory]:
     """Whatever makes engines, by the kind they are of."""
     paths, engines = settings.paths, config.engines
     ours = process.Settings(
@@ -435,7 +437,8 @@ def engine_factories(config: Config, runtime: RuntimeFolder, settings: Settings)
         environment=configuration.child_environment(vllm_environment(paths.state / "compiled")),
         options={"arguments": list(engines.vllm.arguments), "kv_cache_bytes": engines.vllm.kv_cache_bytes},
     )
-    return {factory.kind: factory for factory in (process.torch_factory(ours), VllmFactory(vllm))}
+    gpu = next((place.device.gpu for place in residency.places.values() if place.device.gpu is not None), None)
+    return {factory.kind: factory for factory in (process.torch_factory(ours), VllmFactory(vllm, gpu))}
 
 
 def _log_load(checkpoint: Checkpoint, result: TransferResult) -> None:

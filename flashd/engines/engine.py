@@ -47,7 +47,7 @@ class Binding:
     `arena_fd` stays the caller's. `layout` is the safetensors header as JSON; `side_files` are opened by us and handed
     over as descriptors, so that an engine needs no access to the store. `names` are what requests may call the model.
 
-    An engine on a GPU, which `gpu_uuid` names, may be given the image of the checkpoint that its build made before
+    An engine on a GPU, `device`, may be given the image of the checkpoint that its build made before
     (`is_image`), or be asked to make one (`wants_image`): then its answer is a Made, if it can.
     """
 
@@ -59,7 +59,7 @@ class Binding:
     arena_bytes: int
     layout: str
     side_files: Mapping[str, Path]
-    gpu_uuid: str = ""
+    device: str = ""
     is_image: bool = False
     wants_image: bool = False
 
@@ -95,7 +95,6 @@ class GpuPlan:
     """
 
     device: str
-    gpu_uuid: str
     key: str
     weights_bytes: int
     working_bytes: int

@@ -13,7 +13,7 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from flashd import sandbox
@@ -22,8 +22,11 @@ from flashd.engines.control import Channel, Frame, close_all
 Work = Callable[[Channel], int]  # a worker's whole life; returns its exit status
 
 
-def serve(control_fd: int, work: Work) -> None:
-    """Returns when the daemon has hung up; its engines end with us (PR_SET_PDEATHSIG)."""
+def serve(control_fd: int, work: Work, build: Mapping[str, str]) -> None:
+    """`build` tells the daemon what was imported.
+
+    Returns when the daemon has hung up; its engines end with us (PR_SET_PDEATHSIG).
+    """
     channel = Channel(socket.socket(fileno=control_fd))
     wake_up, woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
@@ -43,7 +46,7 @@ def serve(control_fd: int, work: Work) -> None:
             if frame.content["op"] == "fork":
                 _fork(channel, frame, work)
             else:
-                channel.send({})
+                channel.send({"build": dict(build)})
 
 
 def _fork(channel: Channel, frame: Frame, work: Work) -> None:

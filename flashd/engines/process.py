@@ -141,7 +141,7 @@ class EngineProcess:
             "arena_bytes": binding.arena_bytes,
             "layout": binding.layout,
             "side_files": sorted(binding.side_files),
-            "gpu_uuid": binding.gpu_uuid,
+            "device": binding.device,
             "is_image": binding.is_image,
             "wants_image": binding.wants_image,
             **(options or {}),

@@ -40,6 +40,7 @@ class Zygote:
         self._process: asyncio.subprocess.Process | None = None
         self._channel: AsyncChannel | None = None
         self._starting: asyncio.Task[None] | None = None
+        self._build: dict[str, str] = {}
         self._exits: dict[int, asyncio.Future[int]] = {}
         self._listener: asyncio.Task[None] | None = None
 
@@ -49,12 +50,17 @@ class Zygote:
             self._starting = asyncio.create_task(self._start(), name="zygote")
             self._starting.add_done_callback(_note_failure)
 
-    async def fork(self, control: socket.socket, log: Path) -> int:
-        """A worker that has `control`; returns its process id. Raises Unavailable if there is no such interpreter or
-        framework, EngineFailed if the zygote dies."""
+    async def build(self) -> dict[str, str]:
+        """What it has imported, in which versions. Raises as `fork` does."""
         self.begin()
         assert self._starting is not None
         await asyncio.shield(self._starting)
+        return self._build
+
+    async def fork(self, control: socket.socket, log: Path) -> int:
+        """A worker that has `control`; returns its process id. Raises Unavailable if there is no such interpreter or
+        framework, EngineFailed if the zygote dies."""
+        await self.build()
         assert self._channel is not None
         with log.open("wb") as words:
             answer = await self._channel.request({"op": "fork"}, (control.fileno(), words.fileno()))
@@ -105,13 +111,14 @@ class Zygote:
             theirs.close()
         self._channel = AsyncChannel(ours)
         try:
-            await self._channel.request({"op": "ready"})
+            answer = await self._channel.request({"op": "ready"})
         except EngineFailed:
             words_said = last_words(log)
             if "No module named" in words_said:
                 raise Unavailable(f"engines cannot start: {words_said.splitlines()[-1]}", hint=self._remedy) from None
             last = words_said.splitlines()[-1] if words_said else "the zygote died"
             raise EngineFailed(f"engines cannot start: {last}", hint=f"{log} has all that it wrote") from None
+        self._build = {str(name): str(version) for name, version in answer["build"].items()}
         self._listener = asyncio.create_task(self._listen(self._channel), name="zygote notices")
 
     async def _listen(self, channel: AsyncChannel) -> None:

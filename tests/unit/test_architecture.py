@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "checkpoint": {"streamer"},
     "store": {"checkpoint", "streamer"},
     "memory": {"checkpoint", "streamer", "cuda"},
-    "engines": {"memory", "checkpoint", "tensors", "streamer", "client"},  # its loader in any vLLM is a client
+    "engines": {"memory", "checkpoint", "cuda", "tensors", "streamer", "client"},  # its loader in any vLLM is a client
     "supply": {"engines", "memory", "checkpoint"},
     "swap": {"supply", "engines", "memory"},
     "daemon": {"swap", "supply", "engines", "memory", "store", "checkpoint", "streamer", "bus", "private_bus", "cuda"},

@@ -222,7 +222,7 @@ class Factory:
         if not self._on_gpu:
             return None
         # What an engine says of itself before it has loaded is more than it then takes.
-        return GpuPlan("sim:0", "a-gpu", f"image of {checkpoint.id}", 2 * ARENA_BYTES, WORKING_BYTES)
+        return GpuPlan("sim:0", f"image of {checkpoint.id}", 2 * ARENA_BYTES, WORKING_BYTES)
 
     def create(self) -> FakeEngine:
         self.engines.append(FakeEngine(next(self._numbers), self._script))

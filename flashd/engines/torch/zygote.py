@@ -28,7 +28,7 @@ from flashd.engines.torch import worker
 def main() -> None:
     torch.set_grad_enabled(False)
     transformers.utils.logging.disable_progress_bar()
-    forking.serve(int(sys.argv[1]), worker.main)
+    forking.serve(int(sys.argv[1]), worker.main, {"torch": torch.__version__})
 
 
 if __name__ == "__main__":

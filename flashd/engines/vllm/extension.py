@@ -4,49 +4,135 @@
 vLLM mixes this class into its own worker, in the process of each rank (`--worker-extension-cls`), and calls it by
 `collective_rpc`.
 
+On a GPU the weights are an image in memory that is shown at addresses which stay, so that captured graphs stay valid:
+parking hides it and has vLLM's sleep mode release the KV cache; waking and rebinding show an image, the same or
+another. Where there is none yet, vLLM's own in-place reload fills fresh memory at these addresses, which is an image
+then.
+
 On a processor vLLM keeps weights packed for its kernels, so they are copies; parking gives their memory back, and
-whoever takes weights again packs anew, by vLLM's own in-place reload, from the arena. On a GPU the addresses in
-captured graphs must stay: there parking keeps the memory for now, and taking weights copies into it.
+whoever takes weights again packs anew, by the same reload, from the arena.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from flashd.engines.control import Frame, close_all
 from flashd.engines.vllm import handover
-from flashd.engines.vllm.weights import handed_over
+from flashd.engines.vllm.images import ATTRIBUTE, GpuMemory, ImageWeights
+from flashd.engines.vllm.weights import arena_tensors
+from flashd.errors import Unsupported
+
+_SLEEP_LEVEL = 2  # the KV cache goes, and the weights that vLLM has itself, of which none are left
+
+
+def share(model: nn.Module, given: Frame) -> None:
+    """Has a model that was just made view an image: the one that is given, or one made of what it has loaded."""
+    memory = GpuMemory(torch.cuda.current_device())
+    is_image = given.content["is_image"]
+    weights = (
+        ImageWeights(model, memory, given.fds[0], given.content["layout"]) if is_image else ImageWeights(model, memory)
+    )
+    setattr(model, ATTRIBUTE, weights)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # what the weights were in before
+    _hand_on(weights)
+
+
+def _hand_on(weights: ImageWeights) -> None:
+    fd = weights.take_made()
+    if fd is not None:
+        content = {"size_bytes": weights.header.data_bytes, "layout": weights.layout_json}
+        handover.tell_made(Path(handover.SOCKET), content, fd)
+        os.close(fd)
 
 
 class Extension:
-    """Mixed into vLLM's worker: `model_runner` and `device` are its attributes."""
+    """Mixed into vLLM's worker: `model_runner`, `device`, `sleep` and `wake_up` are its."""
 
     model_runner: Any
     device: torch.device
+    sleep: Any
+    wake_up: Any
+    _is_asleep = False
     _emptied: list[tuple[torch.UntypedStorage, int]]
 
     def flashd_take(self) -> int:
-        """Takes the weights that the engine hands over; returns their bytes. Whatever it raises, nothing may be
+        """Takes what the engine hands over; returns the bytes of its weights. Whatever it raises, nothing may be
         answered before another call of it has succeeded."""
+        given = handover.ask(Path(handover.SOCKET))
+        try:
+            weights = self._image_weights()
+            if weights is None:
+                return self._load_in_place(given)
+            torch.cuda.synchronize()
+            if given.content["is_image"]:
+                weights.check(given.content["layout"])
+                weights.show(given.fds[0])
+                self._rise()
+                weights.restore_buffers()
+            else:
+                weights.renew()
+                self._rise()
+                self._reload(given)
+                weights.finish()
+                torch.cuda.synchronize()
+                _hand_on(weights)
+            return weights.header.data_bytes
+        finally:
+            close_all(given.fds)
+
+    def flashd_park(self) -> int:
+        """Gives memory back; returns the bytes of weights and, on a processor, KV cache that went.
+
+        Raises Unsupported if the weights are in memory that vLLM has of a GPU: nothing could bring them back.
+        """
+        if self.device.type == "cpu":
+            return self._empty()
+        weights = self._image_weights()
+        if weights is None:
+            raise Unsupported("weights that are no image cannot leave the GPU and come back")
+        torch.cuda.synchronize()
+        self.sleep(_SLEEP_LEVEL)
+        self._is_asleep = True
+        weights.hide()
+        return weights.header.data_bytes
+
+    def _image_weights(self) -> ImageWeights | None:
+        found: ImageWeights | None = getattr(self.model_runner.get_model(), ATTRIBUTE, None)
+        return found
+
+    def _rise(self) -> None:
+        """The KV cache is there again, empty."""
+        if self._is_asleep:
+            self.wake_up()
+            self._is_asleep = False
+
+    def _reload(self, given: Frame) -> int:
+        tensors = arena_tensors(given.fds[0], given.content)
+        self.model_runner.reload_weights(weights_iterator=iter(tensors.items()))
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    def _load_in_place(self, given: Frame) -> int:
+        """Into memory that vLLM has itself."""
         for storage, size_bytes in getattr(self, "_emptied", ()):
             storage.resize_(size_bytes)
         self._emptied = []
-        tensors = handed_over(Path(handover.SOCKET))
         packed = list(self._unpack())
-        self.model_runner.reload_weights(weights_iterator=iter(tensors.items()))
+        loaded_bytes = self._reload(given)
         for module in packed:
             if module.cpu_linear is None:
                 # Tied to another module's weight, so that nothing was loaded into it, and vLLM left it as it was.
                 module.quant_method.process_weights_after_loading(module)
-        return sum(tensor.nbytes for tensor in tensors.values())
+        return loaded_bytes
 
-    def flashd_park(self) -> int:
-        """Gives memory back; returns the bytes of weights and KV cache that went."""
-        if self.device.type != "cpu":
-            return 0
+    def _empty(self) -> int:
         sizes = {storage.data_ptr(): (storage, storage.nbytes()) for storage in self._storages() if storage.nbytes()}
         self._emptied = list(sizes.values())
         for storage, _ in self._emptied:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +11,16 @@ from typing import Any
 
 from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.manifest import VOLATILE
+from flashd.cuda import Gpu
+from flashd.engines.engine import GpuPlan
 from flashd.engines.process import Settings, ZygoteFactory
 from flashd.streamer import blake3
+from flashd.units import GiB, MiB
 
+_IMAGE_FORMAT = "1"  # of what flashd/engines/vllm/images.py makes
+_ACTIVATION_BYTES = 1 * GiB
+# Several GPUs hold a part each, and each would need an image of its own.
+_PARALLEL = ("-tp", "-pp", "--tensor-parallel-size", "--pipeline-parallel-size", "--tensor_parallel_size")
 # What the libraries that save fine-tunes write of their own circumstances, and nothing reads again.
 _INCIDENTAL = (VOLATILE - {"torch_dtype", "dtype"}) | {"is_local", "local_files_only", "name_or_path"}
 _SETTINGS = {"config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}
@@ -40,8 +48,10 @@ def environment(caches: Path) -> Mapping[str, str]:
 class VllmFactory(ZygoteFactory):
     """Makes vLLM engines."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, gpu: Gpu | None) -> None:
+        """`gpu` is what a vLLM that is built for GPUs runs on."""
         super().__init__("vllm", "flashd.engines.vllm.zygote", settings, remedy=REMEDY)
+        self._gpu = gpu
         self._keys: dict[str, str] = {}
 
     def rebind_key(self, checkpoint: Checkpoint) -> str:
@@ -57,6 +67,29 @@ class VllmFactory(ZygoteFactory):
                 parts.append(f"{name} {_essence(files[name]) if name in _SETTINGS else digest}")
             self._keys[manifest.id] = blake3("\n".join(parts).encode()).hex()
         return self._keys[manifest.id]
+
+    async def gpu_plan(self, checkpoint: Checkpoint) -> GpuPlan | None:
+        if self._gpu is None:
+            return None
+        build = await self._zygote.build()
+        if build["platform"] != "cuda":
+            return None
+        arguments, size_bytes = self._settings.options["arguments"], checkpoint.manifest.data_bytes
+        parts = {
+            "format": _IMAGE_FORMAT,
+            **build,
+            "gpu": self._gpu.model,
+            "model": await asyncio.to_thread(self.rebind_key, checkpoint),
+            "checkpoint": checkpoint.id,
+            "arguments": arguments,
+        }
+        makes_image = parts["model"] and not any(argument.startswith(_PARALLEL) for argument in arguments)
+        return GpuPlan(
+            device=self._gpu.name,
+            key=blake3(json.dumps(parts, sort_keys=True).encode()).hex() if makes_image else "",
+            weights_bytes=size_bytes + size_bytes // 64 + 64 * MiB,  # a vocabulary is padded to what kernels like
+            working_bytes=self._settings.options["kv_cache_bytes"] + _ACTIVATION_BYTES,
+        )
 
 
 def _essence(path: Path) -> str:

@@ -11,12 +11,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from flashd.engines.control import Frame, close_all
+from flashd.engines.vllm import extension, handover
 from flashd.engines.vllm.weights import Wanted, weights
 from flashd.errors import CorruptCheckpoint, Unsupported
 
@@ -28,13 +31,32 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
 
     def __init__(self, load_config: Any) -> None:
         super().__init__(load_config)
+        self._is_image = False
         self._wanted = Wanted.parse(load_config.model_loader_extra_config)
 
     def download_model(self, model_config: Any) -> None:
         """Nothing to do: flashd has it, or there is no such model."""
 
+    def load_model(self, vllm_config: Any, model_config: Any, *arguments: Any, **options: Any) -> nn.Module:
+        """As vLLM's, but that on a GPU the weights are an image in the end: one that was made before, in which case
+        nothing is loaded, or one that is made of what was loaded, to be handed on."""
+        given = self._given() if self._wanted.handover else None
+        self._is_image = given is not None and given.content["is_image"]
+        try:
+            model: nn.Module = super().load_model(vllm_config, model_config, *arguments, **options)
+            if given is not None and (self._is_image or given.content["wants_image"]):
+                extension.share(model, given)
+            return model
+        finally:
+            close_all(given.fds if given is not None else ())
+
+    def _given(self) -> Frame:
+        return handover.ask(Path(self._wanted.handover))
+
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """Raises CorruptCheckpoint if a parameter is left without its weights."""
+        if self._is_image:
+            return
         started = time.perf_counter()
         named = {name for name, _ in model.named_parameters()}
         loaded = model.load_weights(self.get_all_weights(model_config, model))

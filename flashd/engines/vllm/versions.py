@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
+import torch
 import vllm
 from vllm.platforms import current_platform
 from vllm.utils import system_utils
@@ -52,6 +53,15 @@ _model_path = _found(
 
 def is_cpu() -> bool:
     return bool(current_platform.is_cpu())
+
+
+def build() -> dict[str, str]:
+    """What a model's weights look like after loading depends on, besides the model and the GPU."""
+    return {
+        "vllm": VERSION,
+        "torch": torch.__version__,
+        "platform": "cpu" if is_cpu() else "cuda" if current_platform.is_cuda() else "other",
+    }
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

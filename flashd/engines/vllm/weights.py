@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ import torch
 import flashd
 from flashd.checkpoint import header
 from flashd.client import Client, Model
-from flashd.engines.control import Channel, close_all
+from flashd.engines.control import close_all
+from flashd.engines.vllm import handover
 from flashd.errors import InvalidArgument, NotFound
 from flashd.tensors import bytes_tensor, torch_tensors
 
@@ -72,9 +72,7 @@ def weights(wanted: Wanted, model: str) -> Iterator[Tensors]:
 
 def handed_over(path: Path) -> Tensors:
     """What the engine around us was last told to hold (flashd/engines/vllm/handover.py)."""
-    with socket.socket(socket.AF_UNIX) as end:
-        end.connect(str(path))
-        frame = Channel(end).receive()
+    frame = handover.ask(path)
     try:
         return arena_tensors(frame.fds[0], frame.content)
     finally:
@@ -82,8 +80,7 @@ def handed_over(path: Path) -> Tensors:
 
 
 def arena_tensors(fd: int, binding: Mapping[str, Any]) -> Tensors:
-    """Tensors over the host arena that a Binding came with; `fd` stays the caller's. A GPU's memory would be
-    mapped here, by flashd.tensors.mapped."""
+    """Tensors over the host arena that a Binding came with; `fd` stays the caller's."""
     size_bytes = int(binding["arena_bytes"])
     layout = header.parse(binding["layout"].encode(), data_bytes=size_bytes, path="the layout")
     return torch_tensors(_private(fd, size_bytes), layout)

@@ -25,7 +25,7 @@ from typing import Any
 
 import uvicorn
 
-from flashd import sandbox
+from flashd import config, sandbox
 from flashd.checkpoint import header
 from flashd.engines.control import Channel, Frame, close_all
 from flashd.engines.gate import Gate
@@ -39,6 +39,7 @@ from flashd.units import MiB
 
 _MODEL = "model"  # the folder of side files, in the scratch folder, which is the working directory
 _EXTENSION = "flashd.engines.vllm.extension.Extension"
+_MOST_SEQUENCES = "32"
 _LOOK_S = 0.5  # how often we look whether the engine core lives
 _RESET_S = 10.0
 _LOG_BYTES = 4 * MiB
@@ -117,17 +118,17 @@ class _Worker:
                 os._exit(0)
 
     async def _serve(self) -> None:
-        config = uvicorn.Config(
+        settings = uvicorn.Config(
             Guard(self._app, self._gate), log_level="warning", access_log=False, timeout_keep_alive=60
         )
-        http = self._app.state.server = _Http(config)  # where vLLM looks for it when its engine dies
+        http = self._app.state.server = _Http(settings)  # where vLLM looks for it when its engine dies
         listener = listen(self._socket_path, int(self._options["socket_mode"]))
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         while not http.started and not serving.done():  # noqa: ASYNC110 -- uvicorn has no event for it
             await asyncio.sleep(0.005)
         self._gate.open()
         self._is_starting = False
-        self._channel.send({})
+        self._reply({})
         threading.Thread(target=self._obey, daemon=True, name="control").start()
         written = _log_bytes()
         while not serving.done():
@@ -141,9 +142,18 @@ class _Worker:
         try:
             while True:
                 frame = self._channel.receive()
-                self._channel.send(self._answer(frame))
+                self._reply(self._answer(frame))
         except (EOFError, ConnectionError):
             os._exit(0)  # whatever is being generated, nobody is left to want it
+
+    def _reply(self, content: dict[str, Any]) -> None:
+        """With the image that was made meanwhile, if one was."""
+        made = self._handover.take_made()
+        if made is None:
+            self._channel.send(content)
+            return
+        self._channel.send({**content, "made": made.content}, made.fds)
+        close_all(made.fds)
 
     def _answer(self, frame: Frame) -> dict[str, Any]:
         try:
@@ -182,6 +192,8 @@ class _Worker:
     def _prepare(self, frame: Frame) -> Any:
         """The model's folder and vLLM's arguments. Raises EngineFailed if vLLM does not know one of them."""
         content = frame.content
+        if content["device"].startswith("cuda:"):
+            config.show_gpu(content["device"].removeprefix("cuda:"))
         Path(_MODEL).mkdir()
         for name, fd in zip(content["side_files"], frame.fds[1:], strict=True):
             (Path(_MODEL) / name).write_bytes(read_all(fd))
@@ -196,6 +208,9 @@ class _Worker:
     def _arguments(self, names: Sequence[str]) -> Iterator[str]:
         """What the user said comes later and wins, but for what the engine's being ours depends on."""
         yield from ("--disable-log-stats", "--max-model-len", "auto")
+        if not versions.is_cpu():
+            # Graphs are captured for as many sizes as this allows, which is most of what a start takes.
+            yield from ("--max-num-seqs", _MOST_SEQUENCES)
         if kv_cache_bytes := self._options["kv_cache_bytes"]:
             yield from ("--kv-cache-memory-bytes", str(kv_cache_bytes))
         yield from self._options["arguments"]
@@ -205,6 +220,8 @@ class _Worker:
         if versions.is_cpu():
             # Compiled code has the packed weights of the first model built in, and would go on using them.
             yield "--enforce-eager"
+        else:
+            yield "--enable-sleep-mode"  # which releases the KV cache while it is parked
 
     async def _take(self, frame: Frame) -> None:
         """Other weights, in place. What is wrong with them in itself is found before anything is touched; where
@@ -227,13 +244,16 @@ class _Worker:
 
 
 def _binding(content: dict[str, Any]) -> dict[str, Any]:
-    return {"arena_bytes": content["arena_bytes"], "layout": content["layout"]}
+    """What vLLM's processes need of what the daemon said."""
+    return {name: content[name] for name in ("arena_bytes", "layout", "is_image", "wants_image")}
 
 
 def _check(frame: Frame) -> None:
     """Raises before anything is touched: a layout that does not fit its arena, an arena that is none."""
     content, size_bytes = frame.content, os.fstat(frame.fds[0]).st_size
     header.parse(content["layout"].encode(), data_bytes=content["arena_bytes"], path="the layout")
+    if content["is_image"]:
+        return  # a GPU's memory: its driver checks its size when it is shown
     if size_bytes < content["arena_bytes"]:
         raise EngineFailed(f"the arena has {size_bytes} bytes, and its layout says {content['arena_bytes']}")
 

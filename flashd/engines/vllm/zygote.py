@@ -16,7 +16,7 @@ from flashd.engines.vllm import versions, worker
 
 def main() -> None:
     versions.preload()
-    forking.serve(int(sys.argv[1]), worker.main)
+    forking.serve(int(sys.argv[1]), worker.main, versions.build())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How does a model of vLLM's come to have its weights in one allocation that can be shown, hidden and handed on?
+
+After vLLM has loaded and processed them, all storages that its parameters (and plain tensors that its modules keep)
+view are copied into one allocation, and every tensor of the process that viewed one of them views its new place. That
+allocation is the image of the checkpoint. From then on the model is given other weights by showing another image of the
+same layout at the same addresses; captured graphs do not notice.
+
+Buffers that come from a checkpoint stay where vLLM has them, because its sleep mode saves and restores them; an image
+has a copy of them, which is copied back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from flashd import cuda
+from flashd.checkpoint import header as headers
+from flashd.checkpoint.header import Header
+from flashd.checkpoint.layout import Shape, arrange
+from flashd.errors import CorruptCheckpoint
+from flashd.tensors import device_bytes_tensor, dtype_name
+
+ATTRIBUTE = "flashd_weights"  # of a model: its ImageWeights, if it has one
+
+
+class Window(Protocol):
+    """Addresses at which allocations are shown, one at a time (flashd.cuda.Window)."""
+
+    def show(self, fd: int, mapped_bytes: int, *, is_writable: bool) -> None: ...
+
+    def protect(self) -> None: ...
+
+    def hide(self) -> None: ...
+
+
+class Memory(Protocol):
+    """Where images lie."""
+
+    def rounded(self, size_bytes: int) -> int: ...
+
+    def allocate(self, mapped_bytes: int) -> int:
+        """A descriptor, which is the caller's."""
+
+    def window(self, mapped_bytes: int) -> Window: ...
+
+    def tensor(self, window: Window, size_bytes: int) -> torch.Tensor:
+        """All bytes of a window in which something is shown."""
+
+
+class GpuMemory:
+    """Of the GPU that this process uses."""
+
+    def __init__(self, ordinal: int) -> None:
+        self._ordinal = ordinal
+
+    def rounded(self, size_bytes: int) -> int:
+        granularity = cuda.granularity(self._ordinal)
+        return max(1, -(-size_bytes // granularity)) * granularity
+
+    def allocate(self, mapped_bytes: int) -> int:
+        return cuda.allocate(self._ordinal, mapped_bytes)
+
+    def window(self, mapped_bytes: int) -> cuda.Window:
+        return cuda.Window(self._ordinal, mapped_bytes)
+
+    def tensor(self, window: Window, size_bytes: int) -> torch.Tensor:
+        assert isinstance(window, cuda.Window)
+        return device_bytes_tensor(window, window.address, size_bytes, self._ordinal)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fixed:
+    """A tensor of the process, and where it views weights."""
+
+    tensor: torch.Tensor
+    address: int
+
+
+class ImageWeights:
+    """The weights of one model, at addresses that stay."""
+
+    def __init__(self, model: nn.Module, memory: Memory, fd: int | None = None, layout: str = "") -> None:
+        """Moves a model's weights into an image of their own, or, with `fd` and `layout`, has it view that image;
+        the descriptor stays the caller's.
+
+        Raises CorruptCheckpoint if the layout is of something else. Nothing may be captured yet.
+        """
+        self.header = _layout(model)
+        self.mapped_bytes = memory.rounded(self.header.data_bytes)
+        if fd is not None:
+            self.check(layout)
+        self._memory = memory
+        self._buffers = dict(_buffers(model))
+        self._places = {info.name: info.extent for info in self.header.tensors}
+        self._window = memory.window(self.mapped_bytes)
+        self._made: int | None = None  # what `take_made` hands on
+        if fd is None:
+            self._show_fresh()
+        else:
+            self._window.show(fd, self.mapped_bytes, is_writable=False)
+        self._base = memory.tensor(self._window, self.mapped_bytes)
+        self._fixed = self._move(model, copies=fd is None)
+        if fd is None:
+            self.finish()
+        else:
+            self.restore_buffers()
+
+    @property
+    def layout_json(self) -> str:
+        return headers.as_json(self.header)
+
+    def check(self, layout: str) -> None:
+        """Raises CorruptCheckpoint unless an image has exactly our layout."""
+        if layout != self.layout_json:  # made by the same build from the same model: equal to the letter
+            raise CorruptCheckpoint("that image is not of this engine's build of this model")
+
+    def show(self, fd: int) -> None:
+        """Shows another image, for reading, in place of what is shown. The GPU must have done with that. Buffers are
+        still the old ones: see `restore_buffers`."""
+        self._window.show(fd, self.mapped_bytes, is_writable=False)
+
+    def renew(self) -> None:
+        """Shows fresh memory, to be filled in place, and then `finish`ed."""
+        self._show_fresh()
+
+    def hide(self) -> None:
+        """Lets go of the memory; the addresses stay. The GPU must have done with it."""
+        self._window.hide()
+
+    def finish(self) -> None:
+        """What was filled is an image, and only read from here on.
+
+        Raises CorruptCheckpoint if something does not view it any more: filling it was not done in place.
+        """
+        moved = [place for place in self._fixed if place.tensor.data_ptr() != place.address]
+        if moved:
+            raise CorruptCheckpoint(f"{len(moved)} tensors of the model were replaced while it was loaded")
+        for name, buffer in self._buffers.items():
+            self._view(name, buffer).copy_(buffer)
+        self._window.protect()
+
+    def restore_buffers(self) -> None:
+        """Those of the image that is shown."""
+        for name, buffer in self._buffers.items():
+            buffer.copy_(self._view(name, buffer))
+
+    def take_made(self) -> int | None:
+        """The descriptor of the image that was made last, once; it is the caller's."""
+        made, self._made = self._made, None
+        return made
+
+    def _show_fresh(self) -> None:
+        fd = self._memory.allocate(self.mapped_bytes)
+        self._window.show(fd, self.mapped_bytes, is_writable=True)
+        self._made = fd
+
+    def _move(self, model: nn.Module, *, copies: bool) -> list[_Fixed]:
+        names = {_address(tensor): name for name, tensor in _weights(model)}
+        if copies:
+            for name, tensor in _weights(model):
+                extent = self._places[name]
+                self._base[extent.offset : extent.end].copy_(_bytes_of(tensor))
+        fixed = []
+        for tensor in _viewers(names):
+            view = self._view(names[_address(tensor)], tensor)
+            tensor.data = view
+            fixed.append(_Fixed(tensor, tensor.data_ptr()))
+        return fixed
+
+    def _view(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """Where a tensor that views the storage of this name finds its elements in the image."""
+        offset = self._places[name].offset // like.element_size()
+        offset += like.storage_offset() if name not in self._buffers else 0
+        view = torch.empty(0, dtype=like.dtype, device=like.device)
+        return view.set_(self._base.untyped_storage(), offset, like.size(), like.stride())
+
+
+def _layout(model: nn.Module) -> Header:
+    """One entry for each storage: as the tensor that covers it if there is one, else as bytes."""
+    shapes = [_shape(name, tensor, tensor.untyped_storage().nbytes()) for name, tensor in _weights(model)]
+    shapes += [_shape(name, buffer, buffer.nbytes) for name, buffer in _buffers(model)]
+    return Header(arrange(shapes), {"format": "pt"})
+
+
+def _shape(name: str, tensor: torch.Tensor, size_bytes: int) -> Shape:
+    if tensor.is_contiguous() and tensor.nbytes == size_bytes:
+        return Shape(name, dtype_name(tensor.dtype), tuple(tensor.shape), size_bytes)
+    return Shape(name, "U8", (size_bytes,), size_bytes)
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """One tensor for each storage that holds weights, by the first name it has."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        plain = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
+        for name, tensor in {**module._parameters, **plain}.items():
+            if tensor is None or tensor.device.type == "meta" or not tensor.untyped_storage().nbytes():
+                continue
+            if _is_on(tensor, model) and _address(tensor) not in seen:
+                seen.add(_address(tensor))
+                yield f"{path}.{name}" if path else name, tensor
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those that a checkpoint can have. What is computed from the configuration is the same for all of them."""
+    weights = {_address(tensor) for _, tensor in _weights(model)}
+    persistent = model.state_dict(keep_vars=True)
+    for name, buffer in model.named_buffers():
+        if name in persistent and buffer.nbytes and _address(buffer) not in weights:
+            if not buffer.is_contiguous():
+                raise CorruptCheckpoint(f"the buffer {name} is scattered")
+            yield name, buffer
+
+
+def _viewers(addresses: Mapping[int, str]) -> list[torch.Tensor]:
+    """Every tensor of this process that views one of these storages, whoever keeps it."""
+    found: dict[int, torch.Tensor] = {}
+    for candidate in gc.get_objects():
+        if issubclass(type(candidate), torch.Tensor):
+            with contextlib.suppress(RuntimeError, NotImplementedError):  # some have no storage
+                if _address(candidate) in addresses:
+                    found[id(candidate)] = candidate
+    return list(found.values())
+
+
+def _is_on(tensor: torch.Tensor, model: nn.Module) -> bool:
+    """Where the model is: a few scalars may be kept on the processor."""
+    return bool(tensor.device == next(model.parameters()).device)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage().data_ptr())
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole storage that a tensor views."""
+    storage = tensor.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),), (1,))
