@@ -50,8 +50,9 @@ class Channel:
 
     def send(self, content: dict[str, Any], fds: Sequence[int] = ()) -> None:
         raw = encode(content)
-        sent = socket.send_fds(self.socket, [raw], list(fds)) if fds else self.socket.send(raw)
-        self.socket.sendall(raw[sent:])
+        sent = socket.send_fds(self.socket, [raw], list(fds)) if fds else 0
+        if sent < len(raw):  # to send nothing is an error too, once the other side has got all and gone
+            self.socket.sendall(raw[sent:])
 
     def receive(self) -> Frame:
         raw, fds, _, _ = socket.recv_fds(self.socket, _LENGTH.size, MAX_FDS)
