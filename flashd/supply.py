@@ -10,6 +10,7 @@ serving engine needs for itself. Nothing moves before there is room for all of i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -140,6 +141,14 @@ class Supplier:
                 supply = Supply(plan, hold, layout, claims)
             on_error.pop_all()
             return supply
+
+    async def form(self, checkpoint: Checkpoint, engine_kind: str) -> Checkpoint:
+        """What to bring into memory now for a swap later: its image if there is one for engines of this kind."""
+        with contextlib.suppress(FlashdError):  # no such engine can be started; whoever swaps is told
+            plan = await self._factories[engine_kind].gpu_plan(checkpoint)
+            if plan is not None and (image := await self._image(plan)) is not None:
+                return image
+        return checkpoint
 
     async def fits_without(self, target: Target, old: Supply) -> bool:
         """Whether there would be room for a model if what another engine was given were given up."""

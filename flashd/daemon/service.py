@@ -140,8 +140,9 @@ class Service:
         )
         self._leases = LeaseBook(on_end=self._lease_ended)
         self._factories = engine_factories(config, runtime, settings, self._residency)
+        supplier = Supplier(self._residency, self._factories, catalog.images, on_made=self._image_made)
         self._swapper = Swapper(
-            Supplier(self._residency, self._factories, catalog.images, on_made=self._image_made),
+            supplier,
             self._factories,
             EndpointLink(runtime.endpoint),
             Policy(config.engines.drain_timeout_s, config.engines.max_parked),
@@ -151,6 +152,7 @@ class Service:
         self._serving = Serving(
             catalog,
             self._residency,
+            supplier,
             self._swapper,
             self._leases,
             self._jobs,

@@ -22,7 +22,7 @@ from flashd.errors import Cancelled, NotFound
 from flashd.memory.lease import Lease, LeaseBook
 from flashd.memory.residency import Residency
 from flashd.store.catalog import Catalog, Model
-from flashd.supply import Target
+from flashd.supply import Supplier, Target
 from flashd.swap import Swapper, SwapState
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class Serving:
         self,
         catalog: Catalog,
         residency: Residency,
+        supplier: Supplier,
         swapper: Swapper,
         leases: LeaseBook,
         jobs: Jobs,
@@ -54,6 +55,7 @@ class Serving:
         hears of models whose use was noted."""
         self._catalog = catalog
         self._residency = residency
+        self._supplier = supplier
         self._leases = leases
         self._jobs = jobs
         self._background = background
@@ -126,12 +128,13 @@ class Serving:
         async def work(job: Job) -> Result:
             job.begin("loading")
             started = time.monotonic()
-            with await self._residency.acquire(checkpoint, job.report_bytes, device=name, may_evict=may_evict):
+            form = await self._supplier.form(checkpoint, self._engine_kind)
+            with await self._residency.acquire(form, job.report_bytes, device=name, may_evict=may_evict):
                 seconds = time.monotonic() - started
                 return {
-                    "residency": Variant("s", self._residency.tier_of(checkpoint.id).value),
+                    "residency": Variant("s", self._residency.tier_of(form.id).value),
                     "seconds": Variant("d", seconds),
-                    "size_bytes": Variant("t", checkpoint.manifest.data_bytes),
+                    "size_bytes": Variant("t", form.manifest.data_bytes),
                 }
 
         return self._jobs.run("load", model.name, owner, work)
