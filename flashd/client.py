@@ -442,6 +442,10 @@ class Client:
     def engines(self) -> list[Engine]:
         return self._objects(wire.ENGINE, _engine)
 
+    def stop_engine(self, engine: Engine) -> None:
+        """Ends its process; whatever it answers is cut short."""
+        self._call(engine.path, wire.ENGINE, "Stop")
+
     def devices(self) -> list[Device]:
         return self._objects(wire.DEVICE, _device)
 

@@ -1,0 +1,310 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""How long is it from asking for a model to its first token, with vLLM, by flashd and by vLLM's own means?
+
+    tests/bench/vllm.py MODEL MODEL... [--runs 30] [--python PYTHON] [--argument=--enforce-eager]... [--json FILE]
+
+Each MODEL is the folder of a fine-tune; all have one architecture. PYTHON has vLLM and flashd. What vLLM does by itself
+(a start from nothing, its sleep levels and wake, its reload) is measured in the same run. Every answer of flashd's
+engines is compared with those of vLLM's own loader, token for token; one that differs ends the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+import flashd
+from flashd.bench.copying import Link, device_of
+from flashd.bench.report import Row, cost_row, report
+from flashd.bench.stream import Ready
+from flashd.checkpoint import header
+from flashd.config import child_environment
+from flashd.engines.vllm.factory import environment
+from flashd.private_bus import PrivateBus
+from flashd.streamer import ALIGNMENT, raw_read
+from flashd.units import MiB
+
+PROMPT = "Hello, who are you?"
+TOKENS = 16
+KV_CACHE = 2 << 30
+
+# What vLLM does alone, in a process of its own: prints one JSON object.
+PLAIN = """
+import json, sys, time
+started = time.perf_counter()
+models, runs, kv_cache, prompt, tokens = json.loads(sys.argv[1])
+arguments = json.loads(sys.argv[2])
+from vllm import LLM, SamplingParams
+
+def main():
+    greedy = SamplingParams(temperature=0, max_tokens=tokens, seed=0)
+    one = SamplingParams(temperature=0, max_tokens=1)
+    sleeps = "enforce_cpu" not in arguments
+    options = {k: v for k, v in arguments.items() if k != "enforce_cpu"}
+    llm = LLM(models[0], enable_sleep_mode=sleeps, kv_cache_memory_bytes=kv_cache, **options)
+    ask = lambda how: list(llm.generate([prompt], how, use_tqdm=False)[0].outputs[0].token_ids)
+    ask(one)
+    found = {"cold": time.perf_counter() - started, "first_token": [], "sleep1": [], "sleep2": [], "answers": {}}
+    found["answers"][models[0]] = ask(greedy)
+    for _ in range(runs):
+        t = time.perf_counter(); ask(one); found["first_token"].append(time.perf_counter() - t)
+    for level, name in ((1, "sleep1"), (2, "sleep2")) if sleeps else ():
+        for _ in range(4):
+            llm.sleep(level=level)
+            t = time.perf_counter()
+            llm.wake_up()
+            if level == 2:
+                llm.collective_rpc("reload_weights")
+                llm.reset_prefix_cache()
+            ask(one)
+            found[name].append(time.perf_counter() - t)
+            assert ask(greedy) == found["answers"][models[0]]
+        found[name] = found[name][1:]  # the first makes what the others use
+    for model in models[1:]:
+        if sleeps:
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
+            llm.reset_prefix_cache()
+        else:  # a processor's packed weights would stay the old ones
+            llm = LLM(model, kv_cache_memory_bytes=kv_cache, **options)
+        found["answers"][model] = ask(greedy)
+    print("FOUND " + json.dumps(found), flush=True)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@dataclass(slots=True)
+class Figures:
+    """Milliseconds by row, and the answers that are right."""
+
+    answers: dict[str, list[int]]
+    ms: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+
+def plain(python: str, models: Sequence[Path], runs: int, options: dict[str, Any], caches: Path) -> dict[str, Any]:
+    job = json.dumps([[str(model) for model in models], runs, KV_CACHE, PROMPT, TOKENS])
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+        script.write(PLAIN)
+        script.flush()
+        done = subprocess.run(
+            [python, script.name, job, json.dumps(options)],
+            capture_output=True, text=True, check=False, env=child_environment(environment(caches)), timeout=500,
+        )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    if not lines:
+        sys.exit(f"plain vLLM failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    found: dict[str, Any] = json.loads(lines[0].removeprefix("FOUND "))
+    return found
+
+
+@contextlib.contextmanager
+def daemon(folder: Path, python: str, arguments: Sequence[str]) -> Iterator[flashd.Client]:
+    with tempfile.TemporaryDirectory(prefix="fd-") as short, PrivateBus(Path(short)) as bus:
+        config = folder / "flashd.toml"
+        config.write_text(
+            "[engines]\ndefault = 'vllm'\nstart_timeout_s = 400\n"
+            f"[engines.vllm]\npython = '{python}'\nkv_cache = '2GiB'\narguments = {json.dumps(list(arguments))}\n"
+        )
+        with (folder / "log").open("ab") as log:
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "flashd.daemon.main", "--bus", bus.address, "--config", str(config)),
+                    *("--state-dir", str(folder / "state"), "--models-dir", str(folder / "models")),
+                    *("--runtime-dir", f"{short}/run"),
+                ],
+                stdout=log, stderr=log,
+            )  # fmt: skip
+        try:
+            for _ in range(200):
+                with contextlib.suppress(flashd.FlashdError):
+                    connected = flashd.connect(bus.address)
+                    break
+                time.sleep(0.05)
+            with connected as client:
+                yield client
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+class Asking:
+    """Requests to the endpoint, over one connection, as a program would keep it."""
+
+    def __init__(self, client: flashd.Client) -> None:
+        transport = httpx.HTTPTransport(uds=client.status().endpoint, verify=False)
+        self._http = httpx.Client(transport=transport, base_url="http://flashd", timeout=500)
+
+    def tokens(self, count: int) -> list[int]:
+        body = {"prompt": PROMPT, "temperature": 0, "max_tokens": count, "seed": 0, "return_token_ids": True}
+        answer = self._http.post("/v1/completions", json=body)
+        answer.raise_for_status()
+        found: list[int] = answer.json()["choices"][0]["token_ids"]
+        return found
+
+
+def measured(client: flashd.Client, models: Sequence[Path], runs: int, answers: dict[str, list[int]]) -> Figures:
+    figures = Figures({model.name: answers[str(model)] for model in models})
+    names = [model.name for model in models]
+
+    def first_token(name: str, row: str, how: str) -> None:
+        started = time.perf_counter()
+        outcome = client.swap(name)
+        Asking(client).tokens(1)
+        took_ms = (time.perf_counter() - started) * 1e3
+        if outcome.how != how:
+            sys.exit(f"{row}: {name} came by {outcome.how}")
+        figures.ms[row].append(took_ms)
+        print(f"{row:32s} {took_ms:9.1f} ms  ({outcome.how} from {outcome.from_tier})", flush=True)
+        check(name)
+
+    def check(name: str) -> None:
+        found = Asking(client).tokens(TOKENS)
+        if found != figures.answers[name]:
+            sys.exit(f"{name} answers {found}, and vLLM's own loader {figures.answers[name]}")
+
+    def stop_engines() -> None:
+        for engine in client.engines():
+            client.stop_engine(engine)
+
+    first_token(names[0], "first_swap_first_token", "start")
+    for name in names[1:]:
+        first_token(name, "first_rebind_first_token", "rebind")
+    for turn in range(runs):
+        first_token(names[turn % len(names)], "resident_rebind_first_token", "rebind")
+        started = time.perf_counter()
+        Asking(client).tokens(1)
+        figures.ms["first_token"].append((time.perf_counter() - started) * 1e3)
+    for turn in range(max(4, runs // 4)):
+        client.park()
+        first_token(names[turn % len(names)], "resident_wake_first_token", "wake")
+    client.park()
+    figures.ms["parked_device_bytes"].append(parked_bytes(client))
+    settle(client)
+    for turn in range(4):
+        name = names[turn % len(names)]
+        client.evict(name)
+        client.load(name, "host")
+        time.sleep(3)  # it becomes known to the GPU meanwhile
+        first_token(name, "host_wake_first_token", "wake")
+        client.park()
+    for turn in range(3):
+        name = names[turn % len(names)]
+        client.evict(name)
+        first_token(name, "stored_swap_first_token", "wake")
+        client.park()
+    for turn in range(2):
+        stop_engines()
+        first_token(names[turn % len(names)], "new_architecture_first_token", "start")
+    return figures
+
+
+def settle(client: flashd.Client) -> None:
+    """Images are written behind our back; wait until the store does not grow any more."""
+    before = -1
+    while before != client.status().store_bytes:
+        before = client.status().store_bytes
+        time.sleep(3)
+
+
+def parked_bytes(client: flashd.Client) -> float:
+    """What a card has in use beyond what the ledger knows: contexts and graphs, and whoever else uses it."""
+    return float(sum(max(0, d.driver_used_bytes - d.used_bytes) for d in client.devices() if d.name != "host"))
+
+
+def limits(folder: Path) -> tuple[float | None, float]:
+    """Milliseconds that one copy of pinned memory and one raw read take for one of the checkpoints."""
+    path = next((folder / "state/store/checkpoints").rglob("model.safetensors"))
+    with path.open("rb") as file:
+        found = header.read(file.fileno(), str(path))
+    size_bytes = found.data_bytes // ALIGNMENT * ALIGNMENT
+    device = device_of("auto")
+    with Ready(found.data_bytes, device) as ready:
+        read_s = raw_read(
+            str(path), offset=found.data_offset, address=ready.address, size_bytes=size_bytes,
+            block_bytes=8 * MiB, depth=24,
+        )  # fmt: skip
+        if device is None:
+            return None, read_s * 1e3
+        with Link(device, found.data_bytes) as link:
+            link.copy(ready.address, found.data_bytes)
+            return link.copy(ready.address, found.data_bytes) * 1e3, read_s * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("models", type=Path, nargs="+")
+    parser.add_argument("--runs", type=int, default=30)
+    parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("--argument", action="append", default=[], help="for vLLM, of flashd's engines")
+    parser.add_argument("--length", type=int, default=4096, help="most tokens of a request")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    models = [model.resolve() for model in options.models]
+    device = device_of("auto")
+    alone: dict[str, Any] = {"seed": 0, "max_model_len": options.length}
+    if device is None:
+        alone |= {"enforce_cpu": True, "enforce_eager": True}
+    arguments = ["--seed", "0", "--max-model-len", str(options.length), *options.argument]
+    with tempfile.TemporaryDirectory(dir=models[0].parent, prefix=".vllm-") as made:
+        folder = Path(made)
+        found = plain(options.python, models, options.runs, alone, folder / "caches")
+        with daemon(folder, options.python, arguments) as client:
+            for model in models:
+                client.import_(model, model.name)
+            figures = measured(client, models, options.runs, found["answers"])
+        copy_ms, read_ms = limits(folder)
+    rows = rows_of(figures, found, copy_ms, read_ms)
+    size_gb = sum(file.stat().st_size for file in models[0].glob("*.safetensors")) / 1e9
+    made_report = report(
+        "vllm",
+        f"tests/bench/vllm.py {' '.join(model.name for model in models)} --runs {options.runs} ({size_gb:.1f} GB each)",
+        rows,
+        driver=device.kind.value if device else "host",
+        gpu=device.gpu if device else None,
+    )
+    if options.json:
+        options.json.write_text(made_report.to_json() + "\n")
+    for row in made_report.rows:
+        beside = f"limit {row.limit:10.1f}" if row.limit else ""
+        print(f"{row.name:32s} {row.value:12.1f} {row.unit:3s} {beside}")
+
+
+def rows_of(figures: Figures, found: dict[str, Any], copy_ms: float | None, read_ms: float) -> list[Row]:
+    """flashd's rows stand beside what the issue allows them, vLLM's own beside nothing."""
+    allowed = {
+        "resident_rebind_first_token": 45.0,
+        "resident_wake_first_token": 85.0,
+        "host_wake_first_token": copy_ms and 1.15 * copy_ms + 100,
+        "stored_swap_first_token": 1.1 * read_ms + 500,
+        "new_architecture_first_token": 12_000.0,
+    }
+    rows = []
+    for name, values in figures.ms.items():
+        unit = "B" if name == "parked_device_bytes" else "ms"
+        rows.append(cost_row(name, values, unit, allowed.get(name)))
+    own = {
+        "vllm_cold_first_token": [found["cold"]],
+        "vllm_first_token": found["first_token"],
+        "vllm_sleep1_wake_first_token": found["sleep1"],
+        "vllm_sleep2_reload": found["sleep2"],
+    }
+    rows += [cost_row(name, [s * 1e3 for s in values], "ms") for name, values in own.items() if values]
+    return rows
+
+
+if __name__ == "__main__":
+    main()
