@@ -123,7 +123,8 @@ def tools() -> None:
 
 
 @pytest.fixture(scope="session")
-def package(tools: None) -> Path:
+def packages(tools: None) -> Path:
+    """The folder of what packaging/build-deb makes."""
     folder = CACHE / f"package-{_build()}"
     if not folder.exists():
         for old in CACHE.glob("package-*"):
@@ -133,14 +134,18 @@ def package(tools: None) -> Path:
         done = subprocess.run([ROOT / "packaging" / "build-deb", made], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         made.rename(folder)
-    (found,) = folder.glob("flashd_*.deb")
-    return found
+    return folder
 
 
 @pytest.fixture(scope="session")
-def base(tools: None) -> Path:
-    """The root folder that all machines begin with. It lies outside the checkout, which may be on an overlay."""
-    packages = ("libglib2.0-bin",)
+def package(packages: Path) -> Path:
+    (found,) = packages.glob("flashd_*.deb")
+    return found
+
+
+def rooted(*packages: str) -> Path:
+    """A root folder for machines that have these packages, made once. It lies outside the checkout, which may be on an
+    overlay."""
     key = hashlib.sha256(MACHINE.read_bytes() + " ".join(packages).encode()).hexdigest()[:12]
     folder = Path("/var/cache/flashd-tests") / f"base-{key}"
     if not folder.exists():
@@ -151,6 +156,12 @@ def base(tools: None) -> Path:
         assert done.returncode == 0, done.stderr
         made.rename(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def base(tools: None) -> Path:
+    """The root folder that most machines begin with."""
+    return rooted("libglib2.0-bin")
 
 
 @contextlib.contextmanager
