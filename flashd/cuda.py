@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from flashd.errors import DeviceFailed, FlashdError, OutOfMemory
-from flashd.units import format_bytes
+from flashd.units import MiB, format_bytes
 
 _OUT_OF_MEMORY = 2
 _READ_ONLY = 0x08  # CU_MEMHOSTREGISTER_READ_ONLY
@@ -107,6 +107,12 @@ def memory_info(ordinal: int) -> tuple[int, int]:
     enter(ordinal)
     free, total = _call("cuMemGetInfo")
     return int(free), int(total)
+
+
+def rounded(size_bytes: int) -> int:
+    """What an allocation for so many bytes takes. Every card says 2 MiB; `allocate` would tell if one came to differ,
+    and whoever maps an allocation must know its size to the byte."""
+    return max(1, -(-size_bytes // (2 * MiB))) * 2 * MiB
 
 
 def granularity(ordinal: int) -> int:

@@ -15,7 +15,7 @@ from flashd import cuda
 from flashd.cuda import Gpu
 from flashd.errors import FlashdError, OutOfMemory
 from flashd.memory.arena import Arena, CudaArena, HostArena, HugePages, probe_huge_pages, rounded
-from flashd.units import GiB, KiB, MiB
+from flashd.units import GiB, KiB
 
 HOST = "host"
 # What the default budget leaves to the rest of the machine: engines, the desktop, the kernel.
@@ -149,8 +149,7 @@ class CudaDevice:
         return cuda.context(self.gpu.ordinal)
 
     def rounded(self, size_bytes: int) -> int:
-        # What every card says that there is; `allocate` would tell if one came to say otherwise.
-        return max(1, -(-size_bytes // (2 * MiB))) * 2 * MiB
+        return cuda.rounded(size_bytes)
 
     def allocate(self, size_bytes: int, label: str) -> CudaArena:  # noqa: ARG002 -- CUDA has no place for it
         return CudaArena.allocate(self.gpu.ordinal, size_bytes, self.rounded(size_bytes))

@@ -62,8 +62,7 @@ class GpuMemory:
         self._ordinal = ordinal
 
     def rounded(self, size_bytes: int) -> int:
-        granularity = cuda.granularity(self._ordinal)
-        return max(1, -(-size_bytes // granularity)) * granularity
+        return cuda.rounded(size_bytes)
 
     def allocate(self, mapped_bytes: int) -> int:
         return cuda.allocate(self._ordinal, mapped_bytes)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM on a real GPU: images are made once, shown at addresses that stay, and answers are exact, by every path."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from machine import Machine, until, used_bytes
+from vllm_models import PROMPTS, answers_of_plain_vllm
+
+import flashd
+from flashd.units import MiB
+
+TOUR = Path(__file__).parents[2] / "packaging" / "tour"
+MAKE = """
+import sys, pathlib, small_models
+folder = pathlib.Path(sys.argv[1])
+small_models.make_base(folder / "ada")
+small_models.make_finetune(folder / "ada", folder / "bob")
+"""
+KV_BYTES = 256 * MiB
+CONFIG = f"""
+[engines.vllm]
+python = "{sys.executable}"
+kv_cache = "256MiB"
+arguments = ["--seed", "0", "--max-model-len", "256"]
+"""
+
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"),
+    pytest.mark.parametrize("machine", [CONFIG], indirect=True, ids=[""]),
+]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
+    environment = {**os.environ, "PYTHONPATH": f"{TOUR}:{os.environ.get('PYTHONPATH', '')}"}
+    subprocess.run([sys.executable, "-c", MAKE, folder], env=environment, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(sources: Path) -> dict[str, list[list[int]]]:
+    """What vLLM answers with its own loader."""
+    return answers_of_plain_vllm([sources / name for name in ("ada", "bob")])
+
+
+def answers(client: flashd.Client) -> list[list[int]]:
+    transport = httpx.HTTPTransport(uds=client.status().endpoint, verify=False)
+    with httpx.Client(transport=transport, base_url="http://flashd", timeout=120) as http:
+        body = {"prompt": PROMPTS, "temperature": 0, "max_tokens": 16, "seed": 0, "return_token_ids": True}
+        found = http.post("/v1/completions", json=body)
+    assert found.status_code == 200, found.text
+    return [choice["token_ids"] for choice in found.json()["choices"]]
+
+
+def swap(client: flashd.Client, name: str, how: str, tier: str) -> None:
+    outcome = client.swap(name, engine="vllm")
+    assert (outcome.how, outcome.from_tier) == (how, tier), name
+
+
+def pool(client: flashd.Client) -> int:
+    return next(device.used_bytes for device in client.devices() if device.name == "cuda:0")
+
+
+def test_every_path_answers_exactly(machine: Machine, sources: Path, expected: dict[str, Any]) -> None:
+    with machine.connect() as client:
+        for name in ("ada", "bob"):
+            client.import_(sources / name, name)
+        swap(client, "ada", "start", "stored")
+        assert answers(client) == expected["ada"], "loaded, and moved into an image"
+        assert client.model("ada").residency == "device"
+        swap(client, "bob", "rebind", "stored")
+        assert answers(client) == expected["bob"], "loaded in place, into an image of its own"
+        for _ in range(5):
+            for name in ("ada", "bob"):
+                swap(client, name, "rebind", "device")
+                assert answers(client) == expected[name], "shown"
+        serving_bytes, serving_pool = used_bytes(), pool(client)
+        client.park()
+        assert pool(client) <= serving_pool - KV_BYTES, "what it needs besides its weights is given back"
+        until(lambda: used_bytes() <= serving_bytes - KV_BYTES + 16 * MiB)
+        for name in ("bob", "ada"):
+            swap(client, name, "wake", "device")
+            assert answers(client) == expected[name], "shown to an engine that slept"
+            client.park()
+        before_bytes = used_bytes()
+        client.evict("ada")
+        assert used_bytes() < before_bytes, "parking copies nothing: what is evicted is free"
+        until(lambda: len(list(machine.daemon.state.glob("store/images/*/manifest.toml"))) == 2)
+        client.load("ada", "host")
+        swap(client, "ada", "wake", "host")
+        assert answers(client) == expected["ada"], "one copy from the host tier"
+        client.park()
+        client.evict("ada")
+        swap(client, "ada", "wake", "stored")
+        assert answers(client) == expected["ada"], "streamed from the image on disk"
+        for engine in client.engines():
+            client.stop_engine(engine)
+        client.evict("bob")
+        swap(client, "bob", "start", "stored")
+        assert answers(client) == expected["bob"], "a new engine that loads nothing"
+
+
+def test_an_engine_killed_in_its_sleep_leaves_nothing_and_another_takes_its_place(
+    machine: Machine, sources: Path, expected: dict[str, Any]
+) -> None:
+    with machine.connect() as client:
+        client.import_(sources / "ada", "ada")
+        swap(client, "ada", "start", "stored")
+        client.park()
+        os.kill(client.engines()[0].pid, 9)
+        until(lambda: not client.engines())
+        swap(client, "ada", "start", "device")
+        assert answers(client) == expected["ada"]
+
+
+def test_a_server_started_by_hand_answers_from_a_lease(
+    machine: Machine, sources: Path, expected: dict[str, Any]
+) -> None:
+    with machine.connect() as client:
+        client.import_(sources / "ada", "ada")
+    found = answers_of_plain_vllm(
+        [sources / "ada"],
+        load_format="flash",
+        model_loader_extra_config={"bus": machine.daemon.address, "model": "ada", "device": "cuda:0"},
+    )
+    assert found["ada"] == expected["ada"]
