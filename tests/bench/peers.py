@@ -13,7 +13,6 @@ on the CPU, and flashd loads to its host tier. Loaders that are not installed ar
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -22,18 +21,18 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from own_daemon import own_daemon
 
 import flashd
 from flashd.bench.copying import Link, device_of
 from flashd.bench.report import Row, rate_row, report
 from flashd.bench.stream import Ready
 from flashd.checkpoint import header
-from flashd.private_bus import PrivateBus
 from flashd.streamer import ALIGNMENT, raw_read
 from flashd.units import MiB
 
@@ -124,32 +123,6 @@ def seconds_of(name: str, path: Path, how: str) -> float | None:
     return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
 
 
-@contextlib.contextmanager
-def daemon(folder: Path) -> Iterator[flashd.Client]:
-    """A flashd of its own, with room for the checkpoint in its store."""
-    with tempfile.TemporaryDirectory(prefix="fd-") as short, PrivateBus(Path(short)) as bus:
-        config = folder / "flashd.toml"
-        config.write_text("[engines]\nwarm_up = false\n")
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "flashd.daemon.main", "--bus", bus.address, "--config", str(config)),
-                *("--state-dir", str(folder / "state"), "--models-dir", str(folder / "models")),
-                *("--runtime-dir", f"{short}/run"),
-            ],
-        )
-        try:
-            for _ in range(200):
-                with contextlib.suppress(flashd.FlashdError):
-                    connected = flashd.connect(bus.address)
-                    break
-                time.sleep(0.05)
-            with connected as client:
-                yield client
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("checkpoint", type=Path)
@@ -157,7 +130,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     source = options.checkpoint.resolve()
-    with tempfile.TemporaryDirectory(dir=source.parent, prefix=".peers-") as folder, daemon(Path(folder)) as client:
+    with (
+        tempfile.TemporaryDirectory(dir=source.parent, prefix=".peers-") as folder,
+        own_daemon(Path(folder), "[engines]\nwarm_up = false\n") as client,
+    ):
         client.import_(source, "subject")
         (path,) = (Path(folder) / "state/store").rglob("model.safetensors")  # the very file that all of them load
         rows = measured(client, path, options.runs)

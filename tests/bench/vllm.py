@@ -12,19 +12,19 @@ engines is compared with those of vLLM's own loader, token for token; one that d
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+from own_daemon import own_daemon
 
 import flashd
 from flashd.bench.copying import Link, device_of
@@ -33,7 +33,6 @@ from flashd.bench.stream import Ready
 from flashd.checkpoint import header
 from flashd.config import child_environment
 from flashd.engines.vllm.factory import environment
-from flashd.private_bus import PrivateBus
 from flashd.streamer import ALIGNMENT, raw_read
 from flashd.units import MiB
 
@@ -111,34 +110,11 @@ def plain(python: str, models: Sequence[Path], runs: int, options: dict[str, Any
     return found
 
 
-@contextlib.contextmanager
-def daemon(folder: Path, python: str, arguments: Sequence[str]) -> Iterator[flashd.Client]:
-    with tempfile.TemporaryDirectory(prefix="fd-") as short, PrivateBus(Path(short)) as bus:
-        config = folder / "flashd.toml"
-        config.write_text(
-            "[engines]\ndefault = 'vllm'\nstart_timeout_s = 400\n"
-            f"[engines.vllm]\npython = '{python}'\nkv_cache = '2GiB'\narguments = {json.dumps(list(arguments))}\n"
-        )
-        with (folder / "log").open("ab") as log:
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "flashd.daemon.main", "--bus", bus.address, "--config", str(config)),
-                    *("--state-dir", str(folder / "state"), "--models-dir", str(folder / "models")),
-                    *("--runtime-dir", f"{short}/run"),
-                ],
-                stdout=log, stderr=log,
-            )  # fmt: skip
-        try:
-            for _ in range(200):
-                with contextlib.suppress(flashd.FlashdError):
-                    connected = flashd.connect(bus.address)
-                    break
-                time.sleep(0.05)
-            with connected as client:
-                yield client
-        finally:
-            process.terminate()
-            process.wait(60)
+def settings(python: str, arguments: Sequence[str]) -> str:
+    return (
+        "[engines]\ndefault = 'vllm'\nstart_timeout_s = 400\n"
+        f"[engines.vllm]\npython = '{python}'\nkv_cache = '2GiB'\narguments = {json.dumps(list(arguments))}\n"
+    )
 
 
 class Asking:
@@ -262,7 +238,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=models[0].parent, prefix=".vllm-") as made:
         folder = Path(made)
         found = plain(options.python, models, options.runs, alone, folder / "caches")
-        with daemon(folder, options.python, arguments) as client:
+        with own_daemon(folder, settings(options.python, arguments)) as client:
             for model in models:
                 client.import_(model, model.name)
             figures = measured(client, models, options.runs, found["answers"])
