@@ -182,6 +182,14 @@ def plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
+class Credentials:
+    """Who a connection is: a user, in groups; no groups where the bus does not tell them."""
+
+    uid: int
+    gids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """What a method returns: values that match its signature, and descriptors that are closed once sent.
 
@@ -228,17 +236,15 @@ def error_reply(call: Message, error: BaseException) -> Message:
     if not isinstance(error, errors.FlashdError):
         log.error("defect in %s.%s", call.interface, call.member, exc_info=error)
         error = errors.Internal("flashd has a defect", hint="its journal has the traceback: please report it")
-    message = Message.new_error(call, error.bus_name(), str(error))
-    message.signature, message.body = "ss", [str(error), error.hint]
-    return message
+    return Message.new_error(call, error.bus_name(), error.to_bus())
 
 
 def raised(reply: Message) -> errors.FlashdError:
     """The error that an error reply stands for."""
     text = str(reply.body[0]) if reply.body else ""
-    hint = str(reply.body[1]) if len(reply.body) > 1 else ""
     if reply.error_name.startswith(errors.BUS_PREFIX):
-        return errors.from_bus(reply.error_name, text.removesuffix("\n" + hint), hint)
+        message, _, hint = text.partition("\n")
+        return errors.from_bus(reply.error_name, message, hint)
     match reply.error_name.removeprefix(DBUS + ".Error."):
         case "ServiceUnknown" | "NameHasNoOwner" | "Disconnected" | "NoServer":
             return errors.Unavailable("flashd is not running", hint="start it: flash start")
@@ -324,10 +330,13 @@ class Connection:
             raise ConnectionResetError("the bus went away")
         raise TimeoutError
 
-    def emit(self, path: str, interface: str, member: str, signature: str, body: Sequence[Any]) -> None:
-        """Sends a signal; returns at once, whatever the state of the socket."""
-        sent = self._bus.send(Message.new_signal(path, interface, member, signature, list(body)))
-        sent.add_done_callback(_retrieve)
+    def emit(
+        self, path: str, interface: str, member: str, signature: str, body: Sequence[Any], *, to: str | None = None
+    ) -> None:
+        """Sends a signal, to all or `to` one connection; returns at once, whatever the state of the socket."""
+        message = Message.new_signal(path, interface, member, signature, list(body))
+        message.destination = to
+        self._bus.send(message).add_done_callback(_retrieve)
 
     async def add_match(self, rule: str) -> None:
         await self.call(DBUS, DBUS_PATH, DBUS, "AddMatch", "s", [rule])
@@ -352,11 +361,11 @@ class Connection:
                 f"another process owns {name} on this bus", hint="flash status says which; flash stop ends it"
             )
 
-    async def credentials(self, peer: str) -> tuple[int, int]:
-        """User id and process id of a connection, as the bus daemon saw them when it connected."""
+    async def credentials(self, peer: str) -> Credentials:
+        """Of a connection, as the bus daemon saw them when it connected."""
         reply = await self.call(DBUS, DBUS_PATH, DBUS, "GetConnectionCredentials", "s", [peer])
         known = plain(reply.body[0])
-        return int(known["UnixUserID"]), int(known.get("ProcessID", 0))
+        return Credentials(int(known["UnixUserID"]), frozenset(map(int, known.get("UnixGroupIDs", ()))))
 
     async def watch_peers(self, on_peer_left: Callable[[str], None]) -> None:
         """From here on `on_peer_left` hears of every connection that called us and has left the bus."""

@@ -9,6 +9,7 @@ import json
 import mmap
 import os
 import queue
+import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ class Model:
     use_count: int
     source: str
     path: str
+    owner_uid: int = 0
+    private: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,15 +321,23 @@ class Client:
         *,
         aliases: Sequence[str] = (),
         replace: bool = True,
+        private: bool | None = None,
         on_progress: OnProgress | None = None,
     ) -> Model:
-        """Makes a model of a folder or file that this process can read."""
-        job = self.begin_import(path, name, aliases=aliases, replace=replace)
+        """Makes a model of a folder or file that this process can read.
+
+        Without `private` it is what the model was that it replaces, else for all to see.
+        """
+        job = self.begin_import(path, name, aliases=aliases, replace=replace, private=private)
         return self.model(_name_of(job.wait(on_progress)["model"]))
 
-    def begin_import(self, path: Path, name: str, *, aliases: Sequence[str] = (), replace: bool = True) -> Job:
+    def begin_import(
+        self, path: Path, name: str, *, aliases: Sequence[str] = (), replace: bool = True, private: bool | None = None
+    ) -> Job:
         """Like `import_`, without waiting. The files are opened here and handed over: the daemon opens none itself."""
         options = {"aliases": Variant("as", list(aliases)), "replace": Variant("b", replace)}
+        if private is not None:
+            options["private"] = Variant("b", private)
         with SourceFiles.from_path(Path(path).resolve()) as files:
             names = list(files)
             batches = [names[i : i + wire.FILES_PER_MESSAGE] for i in range(0, len(names), wire.FILES_PER_MESSAGE)]
@@ -357,6 +368,10 @@ class Client:
 
     def set_aliases(self, name: str, aliases: Sequence[str]) -> None:
         self._call(self._find(name), wire.MODEL, "SetAliases", "as", list(aliases))
+
+    def set_private(self, name: str, private: bool) -> None:
+        """Whether the model exists for its owner and root only; raises Busy while it is active."""
+        self._call(self._find(name), wire.MODEL, "SetPrivate", "b", private)
 
     def verify(self, name: str, on_progress: OnProgress | None = None) -> None:
         """Compares the checkpoint with its digests; raises CorruptCheckpoint."""
@@ -414,13 +429,24 @@ class Client:
         """Asks the active model, which must be `name`; swap to it first."""
         from flashd import inference  # and httpx with it, which programs that only watch need not carry
 
-        return inference.chat(self.status().endpoint, name, messages, **parameters)
+        return inference.chat(self.endpoint(), name, messages, **parameters)
 
     def stream_chat(self, name: str, messages: Sequence[inference.Message], **parameters: Any) -> Iterator[str]:
         """Like `chat`, as the answer grows."""
         from flashd import inference
 
-        return inference.stream_chat(self.status().endpoint, name, messages, **parameters)
+        return inference.stream_chat(self.endpoint(), name, messages, **parameters)
+
+    def endpoint(self) -> inference.Endpoint:
+        """Where the active model answers, for `flashd.inference`: the path of a socket, or, for who may not connect
+        there but may use models, a function that makes a connection to it."""
+        path = self.status().endpoint
+        return path if os.access(path, os.W_OK) else self.open_endpoint
+
+    def open_endpoint(self) -> socket.socket:
+        """A connection to the active model, made by the daemon. Raises Unavailable if none is, or NotAuthorized."""
+        (fd,) = self._manager("OpenEndpoint")
+        return socket.socket(fileno=fd)
 
     # -- the machine -------------------------------------------------------------------------------------------------
 
@@ -661,6 +687,8 @@ def _model(path: str, found: Properties) -> Model:
         last_used_at=found["LastUsedAt"],
         use_count=found["UseCount"],
         source=found["Source"],
+        owner_uid=found["OwnerUid"],
+        private=found["Private"],
         path=path,
     )
 

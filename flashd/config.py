@@ -48,6 +48,7 @@ class StoreConfig:
     )
     quota_bytes: int = _setting(0, "The most that checkpoints may take on disk; 0 for no limit.")
     keep_versions: int = _setting(1, "Older versions of each model that are kept.")
+    private_group: str = _setting("", "Group whose members see private models too. Default: only the owner, and root.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class InboxConfig:
     folders: tuple[Path, ...] = _setting((), "Folders watched. Default: ~/models for a user.")
     settle_s: float = _setting(2.0, "A source is converted when nothing in it changed for so long.")
     rescan_s: float = _setting(30.0, "Folders are looked at this often even if the kernel reports no event.")
+    private: bool = _setting(False, "Whether models made of what is dropped here are private to whose inbox it is.")
     on_remove: Literal["keep", "remove"] = _setting(
         "keep", "What becomes of a model whose source is removed from the inbox.", live=True
     )
@@ -127,6 +129,20 @@ class EnginesConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LimitsConfig:
+    """[limits]: the most that one user may have at once; of what ends with its connection, one has half at most."""
+
+    calls: int = _setting(64, "Calls of one user that wait for their answer.", live=True)
+    jobs: int = _setting(64, "Jobs of one user that have not ended.", live=True)
+    leases: int = _setting(512, "Leases of one user.", live=True)
+    imports: int = _setting(16, "Imports of one user that wait for files.", live=True)
+    descriptors: int = _setting(8192, "Files of one user's imports that are open until they are converted.", live=True)
+    models: int = _setting(
+        2000, "Models of one user; the machine's own, in its models folder, are not counted.", live=True
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class BusConfig:
     """[bus]: how we are reached."""
 
@@ -142,6 +158,7 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     streamer: StreamerConfig = field(default_factory=StreamerConfig)
     engines: EnginesConfig = field(default_factory=EnginesConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
     bus: BusConfig = field(default_factory=BusConfig)
 
 

@@ -17,10 +17,12 @@
     ├── Unavailable                   13    the daemon, or the bus itself, is not there
     ├── Cancelled                     14    somebody asked for that
     ├── DeviceFailed                  15    a GPU or its driver refused
+    ├── LimitExceeded                 16    the caller has too much under way at once
     └── Internal                      70    a defect of ours; the journal has the traceback
 
-Every error says what happened and, in `hint`, what to do about it. The same pair travels over D-Bus: the error's
-body is (message, hint), its name `org.flashd1.Error.<class name>`.
+Every error says what happened and, in `hint`, what to do about it. Both travel over D-Bus in one string, since that is
+all that GLib, sd-bus and gdbus show of an error: the message in its first line, the hint in those after it. The error's
+name is `org.flashd1.Error.<class name>`.
 """
 
 from __future__ import annotations
@@ -46,6 +48,10 @@ class FlashdError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+    def to_bus(self) -> str:
+        """The message in one line, then the hint."""
+        return "\n".join(filter(None, [" ".join(self.message.split("\n")), self.hint]))
 
 
 class InvalidArgument(FlashdError):
@@ -106,6 +112,10 @@ class Cancelled(FlashdError):
 
 class DeviceFailed(FlashdError):
     exit_status = 15
+
+
+class LimitExceeded(FlashdError):
+    exit_status = 16
 
 
 class Internal(FlashdError):

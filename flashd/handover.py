@@ -85,11 +85,13 @@ class Handover:
         connect: Callable[[], Client],
         *,
         retry_s: float,
+        private: bool = False,
         on_remove: str = "keep",
     ) -> None:
         self._book = book
         self._connect = connect
         self._retry_s = retry_s
+        self._private = private
         self._on_remove = on_remove
         self._queue: dict[str, Item] = {}
         self._told: dict[str, str] = {}
@@ -144,7 +146,9 @@ class Handover:
 
     def _import(self, item: Item) -> None:
         with self._connect() as connected:
-            model = connected.import_(item.path, item.name, replace=_is_ours(connected, item.name))
+            is_ours = _is_ours(connected, item.name)
+            private = True if self._private and not is_ours else None  # later it is for `flash private` to say
+            model = connected.import_(item.path, item.name, replace=is_ours, private=private)
         log.info("%s is a model: %s", model.name, format_bytes(model.size_bytes))
 
     def _remove(self, name: str) -> None:
@@ -159,7 +163,8 @@ def _is_ours(connected: Client, name: str) -> bool:
         model = connected.model(name)
     except NotFound:
         return False
-    return model.name == name and model.source == f"imported by user {os.getuid()}"
+    uid = os.getuid()
+    return model.name == name and (model.owner_uid, model.source) == (uid, f"imported by user {uid}")
 
 
 async def run(handover: Handover, inbox: Inbox, stop: asyncio.Event) -> None:
@@ -203,6 +208,7 @@ async def _until_signalled(options: argparse.Namespace) -> None:
         Book(paths.state / "handed-over.toml"),
         lambda: client.connect(options.bus, interactive=False),
         retry_s=options.retry_s,
+        private=settings.private,
         on_remove=settings.on_remove,
     )
     inbox = Inbox(folders, handover, settle_s=settings.settle_s, rescan_s=settings.rescan_s)

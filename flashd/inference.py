@@ -1,26 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How is a model asked? OpenAI's HTTP interface, over the Unix socket that flashd's endpoint is."""
+"""How is a model asked? OpenAI's HTTP interface, over the Unix socket that flashd's endpoint is.
+
+An endpoint is the path of that socket, or a function that makes a connection to it, for who cannot.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import select
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import httpcore
 import httpx
 
 from flashd.errors import Busy, EngineFailed, InvalidArgument, NotFound, Unavailable
 
 Message = Mapping[str, str]
+Endpoint = str | Callable[[], socket.socket]
 CONNECT_S = 5.0
 
 
-def chat(endpoint: str, model: str, messages: Sequence[Message], **parameters: Any) -> str:
+def chat(endpoint: Endpoint, model: str, messages: Sequence[Message], **parameters: Any) -> str:
     """The answer to a conversation. `parameters` are OpenAI's: temperature, max_tokens, stop, seed, ..."""
     return "".join(stream_chat(endpoint, model, messages, **parameters))
 
 
-def stream_chat(endpoint: str, model: str, messages: Sequence[Message], **parameters: Any) -> Iterator[str]:
+def stream_chat(endpoint: Endpoint, model: str, messages: Sequence[Message], **parameters: Any) -> Iterator[str]:
     """The answer as it grows. Leaving the loop early ends the generation."""
     body = {"model": model, "messages": list(messages), "stream": True, **parameters}
     for event in _events(endpoint, "/v1/chat/completions", body):
@@ -29,7 +37,7 @@ def stream_chat(endpoint: str, model: str, messages: Sequence[Message], **parame
                 yield text
 
 
-def stream_completion(endpoint: str, model: str, prompt: str, **parameters: Any) -> Iterator[str]:
+def stream_completion(endpoint: Endpoint, model: str, prompt: str, **parameters: Any) -> Iterator[str]:
     """The continuation of a text as it grows, for models without a chat template."""
     body = {"model": model, "prompt": prompt, "stream": True, **parameters}
     for event in _events(endpoint, "/v1/completions", body):
@@ -38,7 +46,7 @@ def stream_completion(endpoint: str, model: str, prompt: str, **parameters: Any)
                 yield text
 
 
-def embeddings(endpoint: str, model: str, texts: Sequence[str]) -> list[list[float]]:
+def embeddings(endpoint: Endpoint, model: str, texts: Sequence[str]) -> list[list[float]]:
     """One vector a text."""
     with _client(endpoint) as client:
         try:
@@ -50,15 +58,70 @@ def embeddings(endpoint: str, model: str, texts: Sequence[str]) -> list[list[flo
     return [entry["embedding"] for entry in response.json()["data"]]
 
 
-def _client(endpoint: str) -> httpx.Client:
+class _Stream(httpcore.NetworkStream):
+    """A connected socket, for the HTTP library."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        with _as_errors_of_httpcore(httpcore.ReadError):
+            self._connection.settimeout(timeout)
+            return self._connection.recv(max_bytes)
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        with _as_errors_of_httpcore(httpcore.WriteError):
+            self._connection.settimeout(timeout)
+            self._connection.sendall(buffer)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def get_extra_info(self, info: str) -> Any:
+        """By this the library sees whether an idle connection was closed at the other end."""
+        if info != "is_readable":
+            return None
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN)
+        return bool(poll.poll(0))
+
+
+class _Backend(httpcore.NetworkBackend):
+    """Connections that somebody else makes."""
+
+    def __init__(self, connect: Callable[[], socket.socket]) -> None:
+        self._connect = connect
+
+    def connect_tcp(self, *_: Any, **__: Any) -> httpcore.NetworkStream:
+        return _Stream(self._connect())
+
+
+class _Transport(httpx.HTTPTransport):
+    def __init__(self, connect: Callable[[], socket.socket]) -> None:
+        super().__init__(verify=False)
+        self._pool = httpcore.ConnectionPool(network_backend=_Backend(connect))
+
+
+@contextlib.contextmanager
+def _as_errors_of_httpcore(error: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as cause:
+        raise error(str(cause)) from cause
+
+
+def _client(endpoint: Endpoint) -> httpx.Client:
     # No limit on reading: a long prompt may keep a small machine busy for minutes before the first token.
     timeout = httpx.Timeout(None, connect=CONNECT_S)
     # There is no TLS on a socket of this machine, and reading the certificates for it would take 20 ms a question.
-    transport = httpx.HTTPTransport(uds=endpoint, verify=False)
+    if isinstance(endpoint, str):
+        transport = httpx.HTTPTransport(uds=endpoint, verify=False)
+    else:
+        transport = _Transport(endpoint)
     return httpx.Client(transport=transport, base_url="http://flashd", timeout=timeout)
 
 
-def _events(endpoint: str, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _events(endpoint: Endpoint, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     with _client(endpoint) as client:
         try:
             with client.stream("POST", path, json=body) as response:
@@ -76,9 +139,12 @@ def _events(endpoint: str, path: str, body: dict[str, Any]) -> Iterator[dict[str
             raise _unreachable(endpoint, error) from None
 
 
-def _unreachable(endpoint: str, error: Exception) -> Exception:
+def _unreachable(endpoint: Endpoint, error: Exception) -> Exception:
     if isinstance(error, httpx.ConnectError):
-        return Unavailable(f"nobody answers at {endpoint}", hint="no model is active: flash swap MODEL")
+        return Unavailable(
+            f"nobody answers at {endpoint if isinstance(endpoint, str) else 'the endpoint'}",
+            hint="no model is active: flash swap MODEL",
+        )
     return EngineFailed(f"the engine ended while it answered: {error}", hint="flash status shows what is left")
 
 

@@ -32,20 +32,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The model that a swap wants, and the kind of engine. `names` are what requests may call it."""
+    """The model that a swap wants, and the kind of engine. `names` are what requests may call it.
+
+    One that is `private_to` a user has engines of its own: nobody else's connection leads to them.
+    """
 
     model_name: str
     names: tuple[str, ...]
     checkpoint: Checkpoint
     engine_kind: str
+    private_to: int | None = None
 
     def is_same(self, other: Target) -> bool:
-        return (self.model_name, self.names, self.checkpoint.id, self.engine_kind) == (
-            other.model_name,
-            other.names,
-            other.checkpoint.id,
-            other.engine_kind,
-        )
+        return self._identity() == other._identity()
+
+    def _identity(self) -> tuple[object, ...]:
+        return (self.model_name, self.names, self.checkpoint.id, self.engine_kind, self.private_to)
 
 
 class Images(Protocol):

@@ -95,7 +95,7 @@ class Policy:
 class Endpoint(Protocol):
     """The one address of whichever model is active."""
 
-    def point_to(self, socket_path: Path | None) -> None: ...
+    def point_to(self, socket_path: Path | None, *, is_private: bool = False) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -247,7 +247,9 @@ class Swapper:
         key = await asyncio.to_thread(factory.rebind_key, target.checkpoint)
         binding = await self._supplier.binding(target, supply)
         for seat in self.seats if key else []:
-            if seat.engine.kind != factory.kind or factory.rebind_key(seat.target.checkpoint) != key:
+            if seat.engine.kind != factory.kind or seat.target.private_to != target.private_to:
+                continue
+            if factory.rebind_key(seat.target.checkpoint) != key:
                 continue
             if seat is self._active and seat.engine.state is EngineState.SERVING:
                 await self._drain(seat)
@@ -330,7 +332,10 @@ class Swapper:
 
     def _activate(self, seat: Seat | None) -> None:
         """Moves the endpoint; whoever was active is among the parked, and soon will be parked."""
-        self._endpoint.point_to(seat.engine.socket_path if seat else None)
+        if seat is None:
+            self._endpoint.point_to(None)
+        else:
+            self._endpoint.point_to(seat.engine.socket_path, is_private=seat.target.private_to is not None)
         old, self._active = self._active, seat
         if seat in self._parked:
             self._parked.remove(seat)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import sys
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ def register(app: typer.Typer) -> None:
     app.command("list", rich_help_panel=PANEL)(list_)
     app.command("ls", hidden=True)(list_)
     app.command("import", rich_help_panel=PANEL)(import_)
-    for command in (show, convert, alias, pin, unpin, rm, verify, scrub):
+    for command in (show, convert, alias, pin, unpin, private, public, rm, verify, scrub):
         app.command(rich_help_panel=PANEL)(command)
 
 
@@ -74,6 +75,7 @@ def show(context: typer.Context, model: ModelName, as_json: Json = False) -> Non
         ["made", output.ago(found.created_at)],
         ["used", f"{output.ago(found.last_used_at)}, {found.use_count} swaps"],
         ["source", found.source],
+        ["owner", owner(found)],
         ["checkpoint", found.checkpoint],
     ]
     output.print_table(["", ""], rows)
@@ -85,13 +87,17 @@ def import_(
     name: Annotated[str | None, typer.Argument(help="What to call it; by default, what the folder is called.")] = None,
     alias: Annotated[list[str] | None, typer.Option(help="A further name; may be repeated.")] = None,
     no_replace: Annotated[bool, typer.Option(help="Refuse a name that is taken.")] = False,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Whether others see it. A new version is as the old one.")
+    ] = None,
 ) -> None:
     """Makes a model of files anywhere, without the models folder. They are opened by you, not by the daemon."""
     wanted = name or (path.resolve().name if path.is_dir() else path.stem)
     client = session(context).client
     started = time.monotonic()
     output.wait(
-        lambda: client.begin_import(path, wanted, aliases=alias or [], replace=not no_replace), f"converting {wanted}"
+        lambda: client.begin_import(path, wanted, aliases=alias or [], replace=not no_replace, private=private),
+        f"converting {wanted}",
     )
     model = client.model(wanted)
     took = format_seconds(time.monotonic() - started)
@@ -146,6 +152,16 @@ def unpin(context: typer.Context, model: ModelName) -> None:
     session(context).client.unpin(model)
 
 
+def private(context: typer.Context, model: ModelName) -> None:
+    """Makes a model of yours one that nobody else sees, but root. Its name stays taken."""
+    session(context).client.set_private(model, True)
+
+
+def public(context: typer.Context, model: ModelName) -> None:
+    """The reverse of private."""
+    session(context).client.set_private(model, False)
+
+
 def rm(
     context: typer.Context,
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Names as flash list shows them.")],
@@ -182,6 +198,15 @@ def scrub(context: typer.Context, as_json: Json = False) -> None:
         output.say(f"[red]corrupt[/] {name}")
     if result["corrupt"]:
         raise typer.Exit(8)
+
+
+def owner(model: Model) -> str:
+    """`erin`, or `1001, private` for a user without a name."""
+    try:
+        name = pwd.getpwuid(model.owner_uid).pw_name
+    except KeyError:
+        name = str(model.owner_uid)
+    return name + (", private" if model.private else "")
 
 
 def _mark(model: Model) -> str:

@@ -50,12 +50,12 @@ def run(
     question = _question(prompt)
     opening = [{"role": "system", "content": system}] if system else []
     if question is None:
-        _chat(outcome, opening, parameters)
+        _chat(client.endpoint(), outcome.model, opening, parameters)
     elif raw:
-        _print_stream(inference.stream_completion(outcome.endpoint, outcome.model, question, **parameters))
+        _print_stream(inference.stream_completion(client.endpoint(), outcome.model, question, **parameters))
     else:
         messages = [*opening, {"role": "user", "content": question}]
-        _print_stream(inference.stream_chat(outcome.endpoint, outcome.model, messages, **parameters))
+        _print_stream(inference.stream_chat(client.endpoint(), outcome.model, messages, **parameters))
 
 
 def swap(context: typer.Context, model: ModelName, engine: EngineKind = "") -> None:
@@ -123,8 +123,8 @@ def _print_stream(pieces: Iterator[str]) -> str:
     return answer
 
 
-def _chat(outcome: SwapOutcome, opening: list[dict[str, str]], parameters: dict[str, Any]) -> None:
-    output.say(f"[dim]{outcome.model}. An empty line or Ctrl-D ends the chat, /new starts over.[/]")
+def _chat(endpoint: inference.Endpoint, model: str, opening: list[dict[str, str]], parameters: dict[str, Any]) -> None:
+    output.say(f"[dim]{model}. An empty line or Ctrl-D ends the chat, /new starts over.[/]")
     messages = list(opening)
     while True:
         try:
@@ -139,7 +139,7 @@ def _chat(outcome: SwapOutcome, opening: list[dict[str, str]], parameters: dict[
             continue
         messages.append({"role": "user", "content": question})
         try:
-            answer = _print_stream(inference.stream_chat(outcome.endpoint, outcome.model, messages, **parameters))
+            answer = _print_stream(inference.stream_chat(endpoint, model, messages, **parameters))
             messages.append({"role": "assistant", "content": answer})
         except KeyboardInterrupt:
             messages.pop()

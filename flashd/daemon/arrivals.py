@@ -15,13 +15,14 @@ from flashd import wire
 from flashd.checkpoint.source import SourceFiles
 from flashd.daemon.conversions import Conversions, Request
 from flashd.daemon.dismissals import Dismissals
+from flashd.daemon.exports import Audience
 from flashd.daemon.jobs import Job, Jobs, JobState, Owner, Result
 from flashd.store.catalog import Catalog, Model, Origin
 from flashd.store.inbox import Item
 
 
 class Arrivals:
-    """The inbox's handler. What failed is not tried again until the source changes."""
+    """The inbox's handler. What failed is not tried again until the source changes. `audience` may know of it."""
 
     def __init__(
         self,
@@ -31,6 +32,8 @@ class Arrivals:
         dismissals: Dismissals,
         *,
         owner: Owner,
+        private: bool,
+        audience: Audience,
         on_change: Callable[[], None],
         on_source_removed: Callable[[str], None],
     ) -> None:
@@ -39,6 +42,8 @@ class Arrivals:
         self._conversions = conversions
         self._dismissals = dismissals
         self._owner = owner
+        self._private = private
+        self.audience = audience
         self._on_change = on_change
         self._on_source_removed = on_source_removed
         self._waiting: Sequence[Item] = ()
@@ -68,13 +73,13 @@ class Arrivals:
         await self._drop(item.name)
         self._failed.pop(item.name, None)
         origin = Origin("inbox", str(item.path), item.fingerprint)
-        request = Request(lambda: SourceFiles.from_path(item.path), item.name, origin)
+        request = Request(lambda: SourceFiles.from_path(item.path), item.name, origin, self._owner.uid, self._private)
 
         async def work(job: Job) -> Result:
             model = await self._conversions.run(job, request)
             return {"model": Variant("o", wire.model_path(model.name))}
 
-        self._under_way[item.name] = self._jobs.run("import", item.name, self._owner, work)
+        self._under_way[item.name] = self._jobs.run("import", item.name, self._owner, work, audience=self.audience)
         self._on_change()
 
     async def removed(self, item: Item) -> None:

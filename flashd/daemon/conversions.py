@@ -19,11 +19,13 @@ from flashd.streamer import Options
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to convert, and what to call it. `open_source` is called once, when its turn has come."""
+    """What to convert, what to call it, and whose it will be. `open_source` is called once, when its turn has come."""
 
     open_source: Callable[[], SourceFiles]
     name: str
     origin: Origin
+    owner_uid: int
+    private: bool | None = None  # None: as it was, if there is one to replace
     aliases: Sequence[str] = ()
     replace: bool = True
 
@@ -53,7 +55,7 @@ class Conversions:
     def _convert(
         self, request: Request, on_progress: Callable[[int, int], None], cancelled: Callable[[], bool]
     ) -> Model:
-        name = self._catalog.check_free(request.name, replace=request.replace)
+        name = self._catalog.check_free(request.name, replace=request.replace, owner_uid=request.owner_uid)
         with request.open_source() as files:
             need_bytes = sum(os.fstat(files[name].fd).st_size for name in files)
             with self._catalog.draft(need_bytes) as draft:
@@ -68,4 +70,12 @@ class Conversions:
                 )
                 if cancelled():
                     raise Cancelled("the conversion was cancelled")
-                return draft.publish(name, manifest, request.origin, aliases=request.aliases, replace=request.replace)
+                return draft.publish(
+                    name,
+                    manifest,
+                    request.origin,
+                    aliases=request.aliases,
+                    replace=request.replace,
+                    owner_uid=request.owner_uid,
+                    private=request.private,
+                )

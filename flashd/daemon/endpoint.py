@@ -6,27 +6,34 @@
     RUNTIME/lock            held by the one daemon that owns this folder
 
 connect(2) follows the link, so moving it by rename(2) sends every new connection to the new engine at once.
+
+An engine's socket is ours alone until its model answers, and stays so if that is private: whoever may ask it gets a
+connection from us (`connected`), as does who may not enter RUNTIME.
 """
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import shutil
+import socket
 import stat
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from flashd.errors import Busy, InvalidArgument, NotAuthorized
+from flashd.errors import Busy, InvalidArgument, NotAuthorized, Unavailable
 
+_OURS_ALONE = 0o600
+_CONNECT_S = 5.0
 MAX_SOCKET_PATH = 107  # sun_path, without its terminating null (unix(7))
 
 
 class RuntimeFolder:
     """The folder of sockets, ours alone until `close`. What an earlier daemon left there is removed.
 
-    With `for_group` the group of the process may connect to them too, if it may enter `path`.
+    With `for_group` the group of the process may connect to the active one too, if it may enter `path`.
     """
 
     def __init__(self, path: Path, *, for_group: bool = False) -> None:
@@ -46,7 +53,7 @@ class RuntimeFolder:
             raise Busy(f"another flashd uses {path}", hint=hint) from None
         self._clean()
         self.engines.mkdir(mode=0o750 if for_group else 0o700)
-        self.socket_mode = 0o660 if for_group else 0o600
+        self.shared_mode = 0o660 if for_group else _OURS_ALONE
 
     @property
     def engines(self) -> Path:
@@ -74,19 +81,35 @@ class RuntimeFolder:
 
 
 class EndpointLink:
-    """The one address of whichever model is active."""
+    """The one address of whichever model is active; those who may connect to shared ones are in `shared_mode`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shared_mode: int = _OURS_ALONE) -> None:
         self._path = path
+        self._shared_mode = shared_mode
 
-    def point_to(self, socket_path: Path | None) -> None:
+    def point_to(self, socket_path: Path | None, *, is_private: bool = False) -> None:
         if socket_path is None:
             self._path.unlink(missing_ok=True)
             return
+        if not is_private and self._shared_mode != _OURS_ALONE:
+            socket_path.chmod(self._shared_mode)
         partial = self._path.with_name(self._path.name + ".partial")
         partial.unlink(missing_ok=True)
         partial.symlink_to(socket_path)
         partial.rename(self._path)
+
+
+async def connected(endpoint: Path) -> socket.socket:
+    """A connection to the active engine, to be handed on. Raises Unavailable if nobody listens."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    try:
+        await asyncio.wait_for(asyncio.get_running_loop().sock_connect(connection, str(endpoint)), _CONNECT_S)
+    except OSError as error:  # TimeoutError is one
+        connection.close()
+        hint = "no model is active: flash swap MODEL"
+        raise Unavailable(f"nobody answers at {endpoint}: {error.strerror or error}", hint=hint) from None
+    connection.setblocking(True)  # the flag goes with the descriptor
+    return connection
 
 
 def _check_private(path: Path) -> None:

@@ -14,12 +14,13 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from dbus_next import Variant
 
+from flashd.daemon.exports import EVERYBODY, Audience
 from flashd.errors import Busy, Cancelled, FlashdError, Internal, NotFound
 
 log = logging.getLogger(__name__)
@@ -60,16 +61,24 @@ class Owner:
 
 
 class Job:
-    """One operation; made and run by `Jobs`. To be used on the event loop only."""
+    """One operation; made and run by `Jobs`. To be used on the event loop only. `audience` may know of it."""
 
     def __init__(
-        self, number: int, kind: str, subject: str, owner: Owner, state: JobState, changed: Callable[[Job], None]
+        self,
+        number: int,
+        kind: str,
+        subject: str,
+        owner: Owner,
+        state: JobState,
+        changed: Callable[[Job], None],
+        audience: Audience = EVERYBODY,
     ) -> None:
         self.number = number
         self.kind = kind
         self.subject = subject
         self.owner = owner
         self.state = state
+        self.audience = audience
         self.phase = ""
         self.done_bytes = 0
         self.total_bytes = 0
@@ -173,17 +182,22 @@ class Job:
 
 
 class Jobs:
-    """All jobs, the finished ones for a while. `on_change` hears of every change, `on_forget` of their end."""
+    """All jobs, the finished ones for a while. `on_change` hears of every change, `on_forget` of their end.
+
+    `check_room` is told who wants another one, and who has those that have not ended; it may refuse.
+    """
 
     def __init__(
         self,
         *,
         on_change: Callable[[Job], None],
         on_forget: Callable[[Job], None],
+        check_room: Callable[[Owner, Collection[Owner]], None] = lambda owner, others: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._on_change = on_change
         self._on_forget = on_forget
+        self._check_room = check_room
         self._clock = clock
         self._numbers = itertools.count(1)
         self._jobs: dict[int, Job] = {}
@@ -196,16 +210,21 @@ class Jobs:
             raise NotFound(f"there is no job {number}", hint="it may be long finished; flash jobs lists them")
         return self._jobs[number]
 
-    def create(self, kind: str, subject: str, owner: Owner, *, collecting: bool = False) -> Job:
+    def create(
+        self, kind: str, subject: str, owner: Owner, *, collecting: bool = False, audience: Audience = EVERYBODY
+    ) -> Job:
+        """Raises LimitExceeded."""
         self.forget_old()
+        self._check_room(owner, [job.owner for job in self._jobs.values() if not job.finished])
         state = JobState.COLLECTING if collecting else JobState.QUEUED
-        job = Job(next(self._numbers), kind, subject, owner, state, self._on_change)
+        job = Job(next(self._numbers), kind, subject, owner, state, self._on_change, audience)
         self._jobs[job.number] = job
         self._on_change(job)
         return job
 
-    def run(self, kind: str, subject: str, owner: Owner, work: Work) -> Job:
-        job = self.create(kind, subject, owner)
+    def run(self, kind: str, subject: str, owner: Owner, work: Work, *, audience: Audience = EVERYBODY) -> Job:
+        """Raises LimitExceeded."""
+        job = self.create(kind, subject, owner, audience=audience)
         job.start(work)
         return job
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dbus_next import Variant
 
 from flashd.checkpoint.files import Checkpoint, verify
+from flashd.daemon.exports import Audience
 from flashd.daemon.jobs import Job, Jobs, Owner, Result
 from flashd.daemon.threads import Background, in_thread
 from flashd.errors import Busy, CorruptCheckpoint
@@ -21,6 +22,8 @@ from flashd.streamer import Options
 Progress = Callable[[int, int], None]
 
 log = logging.getLogger(__name__)
+
+_PRIVATE = "(private)"  # in place of a name
 
 
 class Models:
@@ -36,9 +39,12 @@ class Models:
         options: Options,
         is_wanted: Callable[[str], bool],
         on_change: Callable[[str], None],
+        on_audience_change: Callable[[str], None],
         on_remove: Callable[[Model], None],
+        audience_of: Callable[[str], Audience],
     ) -> None:
-        """`is_wanted` tells whether a model is active or about to be; the others hear of models."""
+        """`is_wanted` tells whether a model is active or about to be, `audience_of` who may know of it; the others hear
+        of models."""
         self._catalog = catalog
         self._residency = residency
         self._jobs = jobs
@@ -46,7 +52,9 @@ class Models:
         self._options = options
         self._is_wanted = is_wanted
         self._on_change = on_change
+        self._on_audience_change = on_audience_change
         self._on_remove = on_remove
+        self._audience_of = audience_of
         self._reading: list[str] = []  # checkpoints being verified
 
     async def set_pinned(self, name: str, pinned: bool) -> None:
@@ -56,6 +64,13 @@ class Models:
     async def set_aliases(self, name: str, aliases: Sequence[str]) -> None:
         await asyncio.to_thread(self._catalog.set_aliases, name, aliases)
         self._on_change(name)
+
+    async def set_private(self, name: str, private: bool) -> None:
+        """Raises Busy while it is active, or about to be: whoever may ask its engine was decided when it started."""
+        if self._is_wanted(name):
+            raise Busy(f"{name} is active, or about to be", hint="swap to another model first, or park it: flash park")
+        await asyncio.to_thread(self._catalog.set_private, name, private)
+        self._on_audience_change(name)
 
     async def evict(self, model: Model) -> None:
         """Raises Busy while it is leased, active or pinned."""
@@ -86,10 +101,11 @@ class Models:
             await self._verify(checkpoint, job.progress_from_thread())
             return {"size_bytes": Variant("t", checkpoint.manifest.data_bytes)}
 
-        return self._jobs.run("verify", name, owner, work)
+        return self._jobs.run("verify", name, owner, work, audience=self._audience_of(name))
 
-    def scrub(self, owner: Owner) -> Job:
-        return self._jobs.run("scrub", "", owner, self._scrub)
+    def scrub(self, owner: Owner, sees: Callable[[Model], bool]) -> Job:
+        """Reads all; the result, which all may read, names only models that everybody `sees`."""
+        return self._jobs.run("scrub", "", owner, lambda job: self._scrub(job, sees))
 
     async def collect(self) -> Collected:
         """Deletes what nobody needs any more, from disk and from memory."""
@@ -113,13 +129,13 @@ class Models:
         if not any(model.checkpoint_id == checkpoint_id for model in self._catalog.models()):
             self.collect_soon()
 
-    async def _scrub(self, job: Job) -> Result:
+    async def _scrub(self, job: Job, sees: Callable[[Model], bool]) -> Result:
         """One checkpoint after the other; a corrupt one is noted, and the rest is read all the same."""
         job.begin("reading")
         users: dict[str, list[str]] = {}
         for model in self._catalog.models():
             for checkpoint_id in (model.checkpoint_id, *model.previous):
-                users.setdefault(checkpoint_id, []).append(model.name)
+                users.setdefault(checkpoint_id, []).append(model.name if sees(model) else _PRIVATE)
         checkpoints, corrupt = self._open_all(users)
         total_bytes = sum(checkpoint.manifest.data_bytes for checkpoint in checkpoints)
         read_bytes = 0

@@ -14,10 +14,11 @@ import flashd
 from flashd import wire
 from flashd.bus import plain
 from flashd.daemon.authorization import check_owner
-from flashd.daemon.exports import Caller, Exported, Fd
+from flashd.daemon.endpoint import connected
+from flashd.daemon.exports import EVERYBODY, Audience, Caller, Exported, Fd
 from flashd.daemon.jobs import Job, Owner
 from flashd.daemon.parts import Parts
-from flashd.errors import InvalidArgument, NotFound
+from flashd.errors import InvalidArgument, NotFound, Unavailable
 from flashd.memory.device import HOST, Kind, Tier
 from flashd.memory.lease import Lease
 from flashd.store.catalog import Model
@@ -39,35 +40,55 @@ class ManagerObject(Exported):
         return {
             "Version": flashd.__version__,
             "State": "stopping" if parts.is_stopping() else "ready",
-            "ActiveModel": wire.model_path(active.target.model_name) if active else NONE,
-            "ActiveEngine": wire.engine_path(active.engine.number) if active else NONE,
+            **self._active(active if active and parts.ownership.is_public(active.target.model_name) else None),
             "Endpoint": str(parts.endpoint),
             "ModelsDirectories": [str(folder) for folder in config.inbox.folders],
             "StorePath": str(config.store.path),
             "StoreBytes": parts.catalog.size_bytes() + parts.catalog.images.size_bytes(),
             "StoreQuotaBytes": config.store.quota_bytes,
             "StoreFreeBytes": parts.catalog.free_bytes(),
-            "InboxItems": parts.arrivals.shown(),
+            "InboxItems": parts.arrivals.shown() if parts.arrivals.audience == EVERYBODY else [],
+        }
+
+    def properties_only_for(self, viewer: Caller) -> Mapping[str, Any]:
+        parts, active = self._parts, self._parts.swapper.active
+        seen: dict[str, Any] = {}
+        audience = parts.ownership.audience_of(active.target.model_name) if active else EVERYBODY
+        if audience != EVERYBODY and audience.includes(viewer):
+            seen |= self._active(active)
+        if parts.arrivals.audience != EVERYBODY and parts.arrivals.audience.includes(viewer):
+            seen["InboxItems"] = parts.arrivals.shown()
+        return seen
+
+    @staticmethod
+    def _active(active: Seat | None) -> Mapping[str, str]:
+        return {
+            "ActiveModel": wire.model_path(active.target.model_name) if active else NONE,
+            "ActiveEngine": wire.engine_path(active.engine.number) if active else NONE,
         }
 
     async def find_model(self, caller: Caller, name: str) -> str:
-        return wire.model_path(self._parts.catalog.resolve(name).name)
+        return wire.model_path(self._parts.ownership.resolve(caller, name).name)
 
     async def list_models(self, caller: Caller) -> str:
-        models = self._parts.catalog.models()
+        models = self._parts.ownership.models(caller)
         return json.dumps({wire.model_path(model.name): model_properties(self._parts, model) for model in models})
 
     async def import_(
         self, caller: Caller, name: str, files: dict[str, int], more: bool, options: dict[str, Variant]
     ) -> str:
-        given = checked_options(options, aliases="as", replace="b")
+        given = checked_options(options, aliases="as", replace="b", private="b")
+        replace = given.get("replace", True)
+        owner_uid = await self._parts.ownership.owner_of_new(caller, name, replace=replace)
         job = self._parts.imports.begin(
             caller,
             name,
             files,
             more=more,
             aliases=tuple(given.get("aliases", ())),
-            replace=given.get("replace", True),
+            replace=replace,
+            owner_uid=owner_uid,
+            private=given.get("private"),
         )
         return wire.job_path(job.number)
 
@@ -79,7 +100,7 @@ class ManagerObject(Exported):
         if engine not in {"", *self._parts.engine_kinds}:
             hint = f"there is: {', '.join(self._parts.engine_kinds)}"
             raise InvalidArgument(f"there is no kind of engine {engine!r}", hint=hint)
-        found = self._parts.catalog.resolve(model)
+        found = self._parts.ownership.resolve(caller, model)
         return wire.job_path(self._parts.serving.swap(found, _owner(caller), engine).number)
 
     async def load(self, caller: Caller, model: str, tier: str, options: dict[str, Variant]) -> str:
@@ -88,7 +109,7 @@ class ManagerObject(Exported):
         device = self._parts.residency.resolve(checked_options(options, device="s").get("device", tier))
         if (tier == Tier.HOST) != (device == HOST):
             raise InvalidArgument(f"{device} is not of the {tier} tier", hint="leave one of the two out")
-        job = self._parts.serving.load(self._parts.catalog.resolve(model), _owner(caller), device)
+        job = self._parts.serving.load(self._parts.ownership.resolve(caller, model), _owner(caller), device)
         return wire.job_path(job.number)
 
     async def lease(
@@ -97,7 +118,8 @@ class ManagerObject(Exported):
         device = self._parts.residency.resolve(checked_options(options, device="s").get("device", HOST))
         place = self._parts.residency.place(device)
         gpu = None if device == HOST else place.device.gpu
-        lease, arena_fd, layout = await self._parts.serving.lease(self._parts.catalog.resolve(model), caller, device)
+        found = self._parts.ownership.resolve(caller, model)
+        lease, arena_fd, layout = await self._parts.serving.lease(found, caller, device)
         details = {
             "size_bytes": Variant("t", lease.size_bytes),
             "mapped_bytes": Variant("t", lease.hold.arena.mapped_bytes),
@@ -109,11 +131,17 @@ class ManagerObject(Exported):
         }
         return wire.lease_path(lease.number), Fd(arena_fd), layout, details
 
+    async def open_endpoint(self, caller: Caller) -> Fd:
+        active = self._parts.swapper.active
+        if active is None or not self._parts.ownership.audience_of(active.target.model_name).includes(caller):
+            raise Unavailable("no model is active", hint="swap to one first: flash swap MODEL")
+        return Fd((await connected(active.engine.socket_path)).detach())
+
     async def park(self, caller: Caller) -> str:
         return wire.job_path(self._parts.serving.park(_owner(caller)).number)
 
     async def scrub(self, caller: Caller) -> str:
-        return wire.job_path(self._parts.models.scrub(_owner(caller)).number)
+        return wire.job_path(self._parts.models.scrub(_owner(caller), lambda model: not model.private).number)
 
     async def collect(self, caller: Caller) -> tuple[list[str], int]:
         collected = await self._parts.models.collect()
@@ -149,6 +177,8 @@ def model_properties(parts: Parts, model: Model) -> Mapping[str, Any]:
         "LastUsedAt": int(model.last_used_at),
         "UseCount": model.use_count,
         "Source": model.origin.location,
+        "OwnerUid": model.owner_uid,
+        "Private": model.private,
     }
 
 
@@ -172,6 +202,9 @@ class ModelObject(Exported):
         self._last_known = self._parts.catalog.get(self._name) or self._last_known
         return model_properties(self._parts, self._last_known)
 
+    def audience(self) -> Audience:
+        return self._parts.ownership.audience(self._parts.catalog.get(self._name) or self._last_known)
+
     async def pin(self, caller: Caller) -> None:
         await self._parts.models.set_pinned(self._name, True)
 
@@ -182,9 +215,15 @@ class ModelObject(Exported):
         await self._parts.models.evict(self._model())
 
     async def set_aliases(self, caller: Caller, aliases: list[str]) -> None:
+        await self._parts.ownership.check_change(caller, self._name)
         await self._parts.models.set_aliases(self._name, aliases)
 
+    async def set_private(self, caller: Caller, private: bool) -> None:
+        await self._parts.ownership.check_change(caller, self._name)
+        await self._parts.models.set_private(self._name, private)
+
     async def remove(self, caller: Caller) -> None:
+        await self._parts.ownership.check_change(caller, self._name)
         await self._parts.models.remove(self._name)
 
     async def verify(self, caller: Caller) -> str:
@@ -198,6 +237,9 @@ class JobObject(Exported):
         super().__init__(wire.job_path(job.number))
         self._parts = parts
         self._job = job
+
+    def audience(self) -> Audience:
+        return self._job.audience
 
     def error(self) -> list[str]:
         error = self._job.error
@@ -244,6 +286,9 @@ class LeaseObject(Exported):
             "CreatedAt": int(lease.created_at),
         }
 
+    def audience(self) -> Audience:
+        return self._parts.ownership.audience_of(self._lease.model_name)
+
     async def release(self, caller: Caller) -> None:
         await check_owner(self._parts.authority, caller, self._lease.owner_uid, f"lease {self._lease.number}")
         self._parts.leases.release(self._lease.number)
@@ -272,6 +317,9 @@ class EngineObject(Exported):
             "MemoryBytes": stats.memory_bytes,
             "StartedAt": int(engine.started_at),
         }
+
+    def audience(self) -> Audience:
+        return self._parts.ownership.audience_of(self._seat.target.model_name)
 
     async def stop(self, caller: Caller) -> None:
         await self._parts.serving.stop_engine(self._seat.engine.number)

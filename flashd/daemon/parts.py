@@ -13,6 +13,7 @@ from flashd.daemon.engine_stats import EngineStatsBook
 from flashd.daemon.imports import Imports
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.models import Models
+from flashd.daemon.ownership import Ownership
 from flashd.daemon.serving import Serving
 from flashd.daemon.settings import Settings
 from flashd.memory.lease import LeaseBook
@@ -27,6 +28,7 @@ class Parts:
 
     settings: Settings
     authority: Authority
+    ownership: Ownership
     catalog: Catalog
     jobs: Jobs
     imports: Imports

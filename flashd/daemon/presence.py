@@ -46,6 +46,8 @@ class Presence:
         path = wire.model_path(model.name)
         if self._tree.get(path) is None:
             self._tree.add(ModelObject(self._parts, model.name))
+        elif self._tree.last_sent(path)["Private"] != model.private:
+            self.audience_changed(model.name)
         else:
             self._tree.changed(path)
         self._models_came_or_went()
@@ -53,6 +55,16 @@ class Presence:
     def model_changed(self, name: str) -> None:
         self._tree.changed(wire.model_path(name))
         self._devices_changed()  # a pinned model cannot be evicted
+
+    def audience_changed(self, name: str) -> None:
+        """A model became private, or ceased to be, and with it what speaks of it."""
+        self.model_changed(name)
+        paths = [wire.model_path(name)]
+        paths += [wire.lease_path(lease.number) for lease in self._parts.leases.all() if lease.model_name == name]
+        paths += [wire.engine_path(s.engine.number) for s in self._parts.swapper.seats if s.target.model_name == name]
+        for path in paths:
+            self._tree.audience_changed(path)
+        self.manager_changed()
 
     def model_removed(self, name: str) -> None:
         self._tree.remove(wire.model_path(name))

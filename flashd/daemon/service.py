@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
+import grp
 import logging
 import os
 from collections.abc import Iterator
@@ -21,10 +23,12 @@ from flashd.daemon.conversions import Conversions
 from flashd.daemon.dismissals import Dismissals
 from flashd.daemon.endpoint import EndpointLink, RuntimeFolder
 from flashd.daemon.engine_stats import EngineStatsBook
-from flashd.daemon.exports import Caller, ObjectTree
+from flashd.daemon.exports import EVERYBODY, Caller, ObjectTree
 from flashd.daemon.imports import Imports
 from flashd.daemon.jobs import Job, Jobs, Owner
+from flashd.daemon.limits import Limits, Scarce
 from flashd.daemon.models import Models
+from flashd.daemon.ownership import Ownership
 from flashd.daemon.parts import Parts
 from flashd.daemon.polkit import Polkit
 from flashd.daemon.presence import Presence
@@ -109,17 +113,27 @@ class Service:
         self._callers: dict[str, Caller] = {}
         self._background = Background()
         self._catalog = catalog
-        self._jobs = Jobs(on_change=self._job_changed, on_forget=self._job_forgotten)
+        self._limits = Limits(lambda: settings.current.limits)
+        self._ownership = Ownership(
+            catalog, authority, own_uid=os.getuid(), private_group=group_id(config.store.private_group)
+        )
+        self._jobs = Jobs(
+            on_change=self._job_changed,
+            on_forget=self._job_forgotten,
+            check_room=functools.partial(self._limits.check, Scarce.JOBS),
+        )
         conversions = Conversions(
             catalog, options=options, python=configuration.torch_python(config), on_published=self._model_published
         )
-        self._imports = Imports(catalog, self._jobs, conversions)
+        self._imports = Imports(catalog, self._jobs, conversions, self._limits, self._ownership)
         self._arrivals = Arrivals(
             catalog,
             self._jobs,
             conversions,
             Dismissals(settings.paths.state / "dismissed.toml"),
             owner=self._ourselves,
+            private=config.inbox.private,
+            audience=self._ownership.private_to(os.getuid()) if config.inbox.private else EVERYBODY,
             on_change=self._inbox_changed,
             on_source_removed=self._source_removed,
         )
@@ -144,7 +158,7 @@ class Service:
         self._swapper = Swapper(
             supplier,
             self._factories,
-            EndpointLink(runtime.endpoint),
+            EndpointLink(runtime.endpoint, runtime.shared_mode),
             Policy(config.engines.drain_timeout_s, config.engines.max_parked),
             on_change=self._swapper_changed,
             on_lost=self._engine_lost,
@@ -162,6 +176,8 @@ class Service:
             is_present=connection.is_present,
             on_leased=self._lease_began,
             on_used=self._model_changed,
+            limits=self._limits,
+            ownership=self._ownership,
         )
         self._models = Models(
             catalog,
@@ -171,7 +187,9 @@ class Service:
             options=options,
             is_wanted=self._serving.is_wanted,
             on_change=self._model_changed,
+            on_audience_change=self._audience_changed,
             on_remove=self._model_removed,
+            audience_of=self._ownership.audience_of,
         )
         self._engine_stats = EngineStatsBook(
             self._swapper,
@@ -182,6 +200,7 @@ class Service:
         parts = Parts(
             settings=settings,
             authority=authority,
+            ownership=self._ownership,
             catalog=catalog,
             jobs=self._jobs,
             imports=self._imports,
@@ -197,7 +216,14 @@ class Service:
             stop=stop.set,
             is_stopping=stop.is_set,
         )
-        self._presence = Presence(ObjectTree(connection, identify=self._identify, authorize=self._authorize), parts)
+        tree = ObjectTree(
+            connection,
+            identify=self._identify,
+            authorize=self._authorize,
+            watchers=self._callers.values,
+            check_calls=functools.partial(self._limits.check, Scarce.CALLS),
+        )
+        self._presence = Presence(tree, parts)
 
     async def start(self) -> None:
         """Appears on the bus, complete; then begins to look into the inbox."""
@@ -226,7 +252,9 @@ class Service:
     def summary(self) -> str:
         """One line for `systemctl status`."""
         active = self._swapper.active
-        answering = f"{active.target.model_name} answers" if active else "none is active"
+        is_public = active is not None and self._ownership.is_public(active.target.model_name)
+        name = active.target.model_name if active and is_public else "a private one"
+        answering = f"{name} answers" if active else "none is active"
         return f"{len(self._catalog.models())} models, {answering}"
 
     async def close(self) -> None:
@@ -288,8 +316,11 @@ class Service:
 
     async def _identify(self, peer: str) -> Caller:
         if peer not in self._callers:
-            uid, _ = await self._connection.credentials(peer)
-            self._callers[peer] = Caller(peer, uid)
+            who = await self._connection.credentials(peer)
+            caller = Caller(peer, who.uid, gids=who.gids)
+            if not self._connection.is_present(peer):
+                return caller
+            self._callers[peer] = caller
         return self._callers[peer]
 
     async def _authorize(self, caller: Caller, interface: str, member: str) -> None:
@@ -327,6 +358,9 @@ class Service:
 
     def _model_changed(self, name: str) -> None:
         self._presence.model_changed(name)
+
+    def _audience_changed(self, name: str) -> None:
+        self._presence.audience_changed(name)
 
     def _model_removed(self, model: Model) -> None:
         self._presence.model_removed(model.name)
@@ -411,6 +445,15 @@ def memories(config: MemoryConfig) -> list[Memory]:
     return found + [Memory(card, config.device_budget_bytes or card.default_budget_bytes()) for card in cards]
 
 
+def group_id(name: str) -> int | None:
+    """Raises InvalidArgument if there is no such group: to whom private models are shown must not be a guess."""
+    try:
+        return grp.getgrnam(name).gr_gid if name else None
+    except KeyError:
+        hint = "see getent group, or leave store.private_group empty"
+        raise InvalidArgument(f"store.private_group: there is no group {name!r}", hint=hint) from None
+
+
 @contextlib.contextmanager
 def _logged(what: str) -> Iterator[None]:
     try:
@@ -431,7 +474,6 @@ def engine_factories(
         threads=engines.torch.threads,
         max_tokens_default=engines.torch.max_tokens_default,
         start_timeout_s=engines.start_timeout_s,
-        socket_mode=runtime.socket_mode,
     )
     vllm = dataclasses.replace(
         ours,

@@ -17,6 +17,8 @@ from flashd import wire
 from flashd.checkpoint.files import Checkpoint
 from flashd.daemon.exports import Caller
 from flashd.daemon.jobs import Job, Jobs, JobState, Owner, Result, Work
+from flashd.daemon.limits import Limits, Scarce
+from flashd.daemon.ownership import Ownership
 from flashd.daemon.threads import Background
 from flashd.errors import Cancelled, NotFound
 from flashd.memory.lease import Lease, LeaseBook
@@ -50,6 +52,8 @@ class Serving:
         is_present: Callable[[str], bool],
         on_leased: Callable[[Lease], None],
         on_used: Callable[[str], None],
+        limits: Limits,
+        ownership: Ownership,
     ) -> None:
         """`engine_kind` is for swaps that do not say. `is_present` tells whether a bus peer is still there; `on_used`
         hears of models whose use was noted."""
@@ -64,6 +68,8 @@ class Serving:
         self._is_present = is_present
         self._on_leased = on_leased
         self._on_used = on_used
+        self._limits = limits
+        self._ownership = ownership
         self._swapper = swapper
         self._line: list[Job] = []  # swaps and parks that have not ended, in the order asked
         self._kinds: dict[Job, str] = {}  # of engines, that the swaps among them want
@@ -91,7 +97,8 @@ class Serving:
         if last and (last.kind, last.subject, self._kinds.get(last)) == ("swap", model.name, kind):
             return last
         names = (model.name, *model.aliases)
-        target = Target(model.name, names, self._catalog.checkpoint(model.checkpoint_id), kind)
+        private_to = model.owner_uid if model.private else None
+        target = Target(model.name, names, self._catalog.checkpoint(model.checkpoint_id), kind, private_to)
 
         async def work(job: Job) -> Result:
             outcome = await self._swapper.swap(target, job.report_bytes)
@@ -137,10 +144,11 @@ class Serving:
                     "size_bytes": Variant("t", form.manifest.data_bytes),
                 }
 
-        return self._jobs.run("load", model.name, owner, work)
+        return self._jobs.run("load", model.name, owner, work, audience=self._ownership.audience(model))
 
     async def lease(self, model: Model, caller: Caller, device: str) -> tuple[Lease, int, str]:
         """A lease, a descriptor of its arena to map for reading (the caller's to close), and the layout as JSON."""
+        self._check_leases(caller)
         checkpoint = self._catalog.checkpoint(model.checkpoint_id)
         layout = await self._layout(checkpoint)
         with self._abandoned_with(caller.peer):
@@ -149,6 +157,7 @@ class Serving:
             hold.release()
             raise Cancelled("its caller has left the bus")
         try:
+            self._check_leases(caller)  # others may have come while it was loaded
             arena_fd = hold.arena.open_read_only()
         except BaseException:
             hold.release()
@@ -157,6 +166,9 @@ class Serving:
         self._on_leased(lease)
         self._note_use(model.name)
         return lease, arena_fd, layout
+
+    def _check_leases(self, caller: Caller) -> None:
+        self._limits.check(Scarce.LEASES, caller, (Owner(held.owner, held.owner_uid) for held in self._leases.all()))
 
     async def _layout(self, checkpoint: Checkpoint) -> str:
         """From the disk once; a checkpoint never changes."""
@@ -199,7 +211,7 @@ class Serving:
             self.swap(self._catalog.resolve(name), owner, target.engine_kind)
 
     def _enqueue(self, kind: str, subject: str, owner: Owner, work: Work) -> Job:
-        job = self._jobs.create(kind, subject, owner)
+        job = self._jobs.create(kind, subject, owner, audience=self._ownership.audience_of(subject))
         self._line.append(job)
         job.start(work)
         return job

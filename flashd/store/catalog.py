@@ -31,7 +31,16 @@ from typing import IO, Any, Self
 
 from flashd.checkpoint.files import WEIGHTS, Checkpoint, writing
 from flashd.checkpoint.manifest import Manifest
-from flashd.errors import AlreadyExists, Busy, CorruptCheckpoint, FlashdError, NotFound, StoreFull, TransferFailed
+from flashd.errors import (
+    AlreadyExists,
+    Busy,
+    CorruptCheckpoint,
+    FlashdError,
+    InvalidArgument,
+    NotFound,
+    StoreFull,
+    TransferFailed,
+)
 from flashd.store import footprint, lookup, retention
 from flashd.store.footprint import Footprint
 from flashd.store.images import Images
@@ -44,6 +53,8 @@ __all__ = ["Catalog", "Collected", "Draft", "Model", "Origin"]
 log = logging.getLogger(__name__)
 
 _RESERVE_BYTES = 64 * MiB  # left free on the file system: a full one hurts everybody on the machine
+_MOST_ALIASES = 64
+_OURS_ALONE = 0o700  # private models are among them, and everybody else leases what they may see
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +73,22 @@ class Draft:
     _publish: Callable[..., Model] = field(repr=False)
 
     def publish(
-        self, name: str, manifest: Manifest, origin: Origin, *, aliases: Sequence[str] = (), replace: bool = True
+        self,
+        name: str,
+        manifest: Manifest,
+        origin: Origin,
+        *,
+        aliases: Sequence[str] = (),
+        replace: bool = True,
+        owner_uid: int = 0,
+        private: bool | None = None,
     ) -> Model:
-        """Makes it the checkpoint of `name`, or its new version.
+        """Makes it the checkpoint of `name`, or its new version. Without `private`, a new version is as the old one.
 
-        Raises AlreadyExists if it may not replace one or an alias is taken; then nothing has changed.
+        Raises AlreadyExists if it may not replace one, which nobody may but its owner, or if an alias is taken; then
+        nothing has changed.
         """
-        return self._publish(self.directory, name, manifest, origin, aliases, replace)
+        return self._publish(self.directory, name, manifest, origin, aliases, replace, owner_uid, private)
 
 
 class Catalog:
@@ -86,8 +106,9 @@ class Catalog:
         self._records = Records(root / "models")
         self._drafts: Mapping[Path, int] = {}  # and what each has reserved
         with _opening(root):
-            for folder in (self._checkpoints, root / "models", self._partial):
+            for folder in (self._checkpoints, root / "models", root / "images", self._partial):
                 folder.mkdir(parents=True, exist_ok=True)
+                folder.chmod(_OURS_ALONE)
             self._lock = _take_lock(root)
         try:
             with _opening(root):
@@ -108,9 +129,12 @@ class Catalog:
         """The model with exactly this name."""
         return self._models.get(name)
 
-    def resolve(self, text: str) -> Model:
-        """The model a person means. Raises NotFound, with the nearest names, or InvalidArgument if several match."""
-        return lookup.find(self._models, text)
+    def resolve(self, text: str, is_seen: Callable[[Model], bool] = lambda model: True) -> Model:
+        """The model a person means, of those that they see.
+
+        Raises NotFound, with the nearest names, or InvalidArgument if several match.
+        """
+        return lookup.find({name: model for name, model in self._models.items() if is_seen(model)}, text)
 
     def checkpoint(self, checkpoint_id: str) -> Checkpoint:
         """Raises CorruptCheckpoint if it cannot be opened."""
@@ -158,10 +182,16 @@ class Catalog:
                 self._drafts = {path: need for path, need in self._drafts.items() if path != directory}
             shutil.rmtree(directory, ignore_errors=True)
 
-    def check_free(self, name: str, *, replace: bool) -> str:
-        """The normal form of a name for a new model. Raises AlreadyExists if it is taken and may not be replaced."""
+    def check_free(self, name: str, *, replace: bool, owner_uid: int) -> str:
+        """The normal form of a name for a new model of this user.
+
+        Raises AlreadyExists if it is taken and may not be replaced: what is somebody else's never may.
+        """
         name = check_name(name)
-        if name in self._models and not replace:
+        old = self._models.get(name)
+        if old is not None and old.owner_uid != owner_uid:
+            raise AlreadyExists(f"another user has a model {name!r}", hint="choose another name, such as YOU/NAME")
+        if old is not None and not replace:
             raise AlreadyExists(f"there is a model {name!r}", hint="choose another name, or allow replacing it")
         for model in self._models.values():
             if name in model.aliases and model.name != name:
@@ -175,6 +205,10 @@ class Catalog:
 
     def set_pinned(self, name: str, pinned: bool) -> Model:
         return self._update(name, pinned=pinned)
+
+    def set_private(self, name: str, private: bool) -> Model:
+        with self._mutex:
+            return self._update(name, private=private)
 
     def touch(self, name: str, *, swapped: bool = False) -> Model:
         """Notes that the model was used now."""
@@ -251,9 +285,11 @@ class Catalog:
         origin: Origin,
         aliases: Sequence[str],
         may_replace: bool,
+        owner_uid: int,
+        private: bool | None,
     ) -> Model:
         with self._mutex:
-            name = self.check_free(name, replace=may_replace)
+            name = self.check_free(name, replace=may_replace, owner_uid=owner_uid)
             old = self._models.get(name)
             versions = old.versions() if old else ()
             model = Model(
@@ -271,6 +307,8 @@ class Catalog:
                 pinned=old.pinned if old else False,
                 last_used_at=old.last_used_at if old else 0.0,
                 use_count=old.use_count if old else 0,
+                owner_uid=owner_uid,
+                private=private if private is not None else old is not None and old.private,
             )
             with writing(self._checkpoints):
                 self._adopt(directory, manifest)
@@ -329,6 +367,8 @@ class Catalog:
 
     def _free_aliases(self, name: str, aliases: Sequence[str]) -> tuple[str, ...]:
         checked = tuple(dict.fromkeys(check_name(alias) for alias in aliases))
+        if len(checked) > _MOST_ALIASES:
+            raise InvalidArgument(f"{len(checked)} aliases are too many", hint=f"a model has {_MOST_ALIASES} at most")
         if name in checked:
             raise AlreadyExists(f"{name!r} is the model's own name", hint="choose another alias")
         for other in self._models.values():

@@ -14,7 +14,8 @@ from flashd.store.records import Model
 def find(models: Mapping[str, Model], text: str) -> Model:
     """By name, by alias, or by what one name alone matches in other case or by its last part.
 
-    Raises NotFound, with the nearest names, or InvalidArgument where several match.
+    `models` are those that the person may know of. Raises NotFound, with the nearest names, or InvalidArgument where
+    several match.
     """
     wanted = unicodedata.normalize("NFC", text).strip()
     labels = {alias: model for model in models.values() for alias in model.aliases} | dict(models)

@@ -44,7 +44,8 @@ class Origin:
 class Model:
     """A name, and the version it points to; what a listing needs is here, so that listing reads no manifest.
 
-    `previous` are older checkpoints still kept, newest first.
+    `previous` are older checkpoints still kept, newest first. `owner_uid` is the user who made it; root for records
+    from before there were owners.
     """
 
     name: str
@@ -61,6 +62,8 @@ class Model:
     pinned: bool = False
     last_used_at: float = 0.0
     use_count: int = 0
+    owner_uid: int = 0
+    private: bool = False
 
     def versions(self) -> tuple[str, ...]:
         """Its checkpoint, and the older ones."""

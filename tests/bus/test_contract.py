@@ -141,7 +141,7 @@ async def refusing(bus: PrivateBus) -> AsyncIterator[Model]:
     serving = await connect(bus.address)
 
     async def identify(peer: str) -> Caller:
-        return Caller(peer, (await serving.credentials(peer))[0])
+        return Caller(peer, (await serving.credentials(peer)).uid)
 
     async def refuse(caller: Caller, interface: str, member: str) -> None:
         assert caller.uid == os.getuid()
@@ -157,7 +157,7 @@ async def refusing(bus: PrivateBus) -> AsyncIterator[Model]:
 async def test_a_refused_call_reaches_no_object(refusing: Model, connection: Connection) -> None:
     remote = Remote(connection)
     for method in contract(wire.MODEL).methods:
-        arguments = ([],) if method.in_signature else ()
+        arguments = {"": (), "as": ([],), "b": (True,)}[method.in_signature]
         with pytest.raises(NotAuthorized):
             await remote.call(method.name, method.in_signature, *arguments, path=refusing.path, interface=wire.MODEL)
     assert refusing.reached == []

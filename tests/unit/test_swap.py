@@ -280,7 +280,7 @@ class World:
             on_lost=lambda target: self.lost.append(target.model_name),
         )
 
-    def point_to(self, socket_path: Path | None) -> None:
+    def point_to(self, socket_path: Path | None, *, is_private: bool = False) -> None:
         if self.script.strikes("point") and self.script.fault is Fault.FAILS and socket_path:
             raise OSError("no space for a link")
         self.endpoint = socket_path
