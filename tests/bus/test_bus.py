@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import os
+import shutil
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -30,6 +31,7 @@ class Service:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.received: list[Received] = []
+        self.raises: FlashdError = Busy("")
 
     async def answer(self, call: Received) -> Reply:
         match call.member:
@@ -38,6 +40,8 @@ class Service:
                 return Reply("s", (call.sender,))
             case "Defect":
                 raise ZeroDivisionError("secret detail")
+            case "Raise":
+                raise self.raises
             case "Refuse":
                 raise Busy("not now", hint="try later")
             case "TakeFds":
@@ -149,6 +153,33 @@ async def test_closing_answers_the_calls_under_way(service: Service, connection:
     with pytest.raises(FlashdError) as caught:
         await waiting
     assert type(caught.value).__name__ == "Cancelled"
+
+
+@pytest.mark.skipif(shutil.which("gdbus") is None, reason="needs gdbus: apt install libglib2.0-bin")
+async def test_programs_on_glib_show_what_happened_and_what_to_do(bus: PrivateBus, service: Service) -> None:
+    call = ("gdbus", "call", "--address", bus.address, "-d", NAME, "-o", "/", "-m", f"{NAME}.Refuse")
+    shown = await asyncio.create_subprocess_exec(*call, stderr=subprocess.PIPE)
+    _, words = await shown.communicate()
+    assert shown.returncode == 1
+    assert "org.flashd1.Error.Busy: not now\ntry later" in words.decode()
+
+
+@pytest.mark.parametrize(
+    ("raised", "arrives"),
+    [
+        (Busy("not now", hint="try later\nor earlier"), Busy("not now", hint="try later\nor earlier")),
+        (Busy("two\nlines"), Busy("two lines")),
+        (Busy("", hint="only a hint"), Busy("only a hint")),
+    ],
+    ids=["hint of two lines", "message of two lines", "no message"],
+)
+async def test_message_and_hint_arrive_apart(
+    service: Service, connection: Connection, raised: Busy, arrives: Busy
+) -> None:
+    service.raises = raised
+    with pytest.raises(Busy) as caught:
+        await connection.call(NAME, "/", NAME, "Raise")
+    assert (caught.value.message, caught.value.hint) == (arrives.message, arrives.hint)
 
 
 async def test_no_bus_is_unavailable(short_path: Path) -> None:
