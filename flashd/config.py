@@ -93,6 +93,11 @@ class StreamerConfig:
     backend: Literal["auto", "io_uring", "threads"] = _setting("auto", "How reads are issued.")
     direct: bool = _setting(True, "Past the page cache, by O_DIRECT, where the file system can.")
     verify: bool = _setting(True, "Compare what is loaded with its digests.")
+    stall_timeout_s: float = _setting(
+        180.0,
+        "A transfer that moves nothing for so long is stuck, and the service manager starts the daemon anew; 0: never.",
+        live=True,
+    )
     staging_bytes: int = _setting(256 * MiB, "Pinned memory of each GPU, through which all that is read for it passes.")
 
 
@@ -219,6 +224,14 @@ def watchdog_s() -> float | None:
     told, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
     is_ours = told.isdecimal() and pid in {"", str(os.getpid())}
     return int(told) / 1e6 if is_ours else None
+
+
+def is_journal(fd: int) -> bool:
+    """Whether what is written to a descriptor goes to the journal (systemd.exec(5), JOURNAL_STREAM)."""
+    with contextlib.suppress(OSError):
+        status = os.fstat(fd)
+        return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    return False
 
 
 def inherited_fds() -> list[tuple[int, str]]:

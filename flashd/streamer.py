@@ -74,6 +74,7 @@ class Options:
     digest_threads: int = 2
     copy_threads: int = 0  # for memory that no device can copy by itself; 0: one a processor, sixteen at most
     page_cache: bool = True  # take what the page cache has; otherwise O_DIRECT passes it by
+    on_start: Callable[[Transfer], None] | None = None  # hears of every transfer that begins, in the thread that asked
 
     def _native(self) -> _native.Options:
         if self.block_bytes <= 0 or self.block_bytes % ALIGNMENT:
@@ -246,6 +247,7 @@ def load(
         end = _end_without_holes([(read.memory_offset, read.length) for read in reads], "the memory")
         digests._check_count(end, files[0].path if files else "nothing")
     return _started(
+        options,
         lambda: _native.load(
             _pairs(files),
             [(r.file, r.file_offset, r.memory_offset, r.length) for r in reads],
@@ -255,7 +257,7 @@ def load(
             digests.table if digests else b"",
             populate,
             options._native(),
-        )
+        ),
     )
 
 
@@ -281,6 +283,7 @@ def copy(
             raise InvalidArgument(f"a piece names file {piece.file} of {len(files)}")
     _end_without_holes([(piece.target_offset, piece.length) for piece in pieces], target.path)
     return _started(
+        options,
         lambda: _native.copy(
             _pairs(files),
             [(p.file, p.source_offset, p.target_offset, p.length) for p in pieces],
@@ -288,7 +291,7 @@ def copy(
             region_offset,
             digest_block_bytes,
             options._native(),
-        )
+        ),
     )
 
 
@@ -302,7 +305,7 @@ def write(
 ) -> Transfer:
     """Starts writing memory to a file, which is preallocated, fsynced and ends where the memory does."""
     return _started(
-        lambda: _native.write((target.fd, target.path), target_offset, address, size_bytes, options._native())
+        options, lambda: _native.write((target.fd, target.path), target_offset, address, size_bytes, options._native())
     )
 
 
@@ -316,9 +319,10 @@ def verify(
     """Starts reading an extent and comparing it with its digests, keeping nothing."""
     digests._check_count(extent.length, file.path)
     return _started(
+        options,
         lambda: _native.verify(
             (file.fd, file.path), extent.offset, extent.length, digests.block_bytes, digests.table, options._native()
-        )
+        ),
     )
 
 
@@ -376,6 +380,7 @@ def load_device(
                 hint="set streamer.block to the checkpoints' digest block, 8MiB",
             )
     return _started(
+        options,
         lambda: _native.load_device(
             (file.fd, file.path),
             extent.offset,
@@ -385,7 +390,7 @@ def load_device(
             digests.table if digests else b"",
             staging._staging,
             options._native(),
-        )
+        ),
     )
 
 
@@ -403,9 +408,10 @@ def write_device(
     `result.digests` has the digest of each block, as large as the staging memory's.
     """
     return _started(
+        options,
         lambda: _native.write_device(
             (target.fd, target.path), target_offset, source, size_bytes, staging._staging, options._native()
-        )
+        ),
     )
 
 
@@ -414,7 +420,7 @@ def upload(
 ) -> Transfer:
     """Starts copying host memory to a device: by the device itself where it is registered, else through `staging`."""
     return _started(
-        lambda: _native.upload(address, size_bytes, target, is_registered, staging._staging, options._native())
+        options, lambda: _native.upload(address, size_bytes, target, is_registered, staging._staging, options._native())
     )
 
 
@@ -423,7 +429,8 @@ def download(
 ) -> Transfer:
     """Starts copying device memory to host memory: the reverse of `upload`."""
     return _started(
-        lambda: _native.download(source, address, size_bytes, is_registered, staging._staging, options._native())
+        options,
+        lambda: _native.download(source, address, size_bytes, is_registered, staging._staging, options._native()),
     )
 
 
@@ -453,11 +460,14 @@ def _pairs(files: Sequence[OpenFile]) -> list[tuple[int, str]]:
     return [(file.fd, file.path) for file in files]
 
 
-def _started(start: Callable[[], _native.Transfer]) -> Transfer:
+def _started(options: Options, start: Callable[[], _native.Transfer]) -> Transfer:
     try:
-        return Transfer(start())
+        transfer = Transfer(start())
     except _native.Error as error:
         raise _translated(error) from None
+    if options.on_start is not None:
+        options.on_start(transfer)
+    return transfer
 
 
 def _translated(error: _native.Error) -> FlashdError:  # noqa: PLR0911 -- one for each kind

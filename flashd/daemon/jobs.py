@@ -17,9 +17,11 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from dbus_next import Variant
 
+from flashd.daemon import journal
 from flashd.daemon.exports import EVERYBODY, Audience
 from flashd.errors import Busy, Cancelled, FlashdError, Internal, NotFound
 
@@ -149,13 +151,20 @@ class Job:
         except asyncio.CancelledError:
             self.fail(self._cancelled())
         except FlashdError as error:
-            log.info("%s of %s: %s", self.kind, self.subject, error)
+            log.info("%s of %s: %s", self.kind, self.subject, error, extra=self._about())
             self.fail(error)
         except Exception:  # the boundary of a job: nobody above could do more than this
-            log.exception("defect in %s of %s", self.kind, self.subject)
+            log.exception("defect in %s of %s", self.kind, self.subject, extra=self._about())
             self.fail(Internal("flashd has a defect", hint="its journal has the traceback: please report it"))
         else:
             self._end(JobState.DONE, result=result)
+
+    def _about(self) -> Mapping[str, Any]:
+        tier = next((str(self.result[key].value) for key in ("residency", "from_tier") if key in self.result), None)
+        seconds = (self.finished_at or time.time()) - self.created_at
+        return journal.fields(
+            model=self.subject, job=self.number, tier=tier, size_bytes=self.total_bytes or None, seconds=seconds
+        )
 
     def _ensure_ended(self, _task: asyncio.Task[None]) -> None:
         if not self.finished:
@@ -171,6 +180,7 @@ class Job:
         self.error = error
         if state is JobState.DONE:
             self.done_bytes = self.total_bytes
+            log.info("%s of %s is done", self.kind, self.subject, extra=self._about())
         self._enter(state)
         self._ended.set()
 

@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 import flashd
 from flashd import config, cuda
 from flashd.config import Paths, Scope
+from flashd.daemon.journal import JournalHandler
 from flashd.errors import FlashdError
 
 if TYPE_CHECKING:
     from flashd.daemon.settings import Settings
 
+_LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 PRIVATE = "private"  # a bus of our own, in the runtime folder, where there is no other
 
 
@@ -44,10 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    # The service manager's journal has the time; a terminal's reader wants it.
-    logging.basicConfig(
-        level=options.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    _log(options.log_level.upper())
     _raise_descriptor_limit()
     # A GPU takes a third of a second to wake up, which it may do while the rest of us is being imported.
     threading.Thread(target=cuda.wake_up, name="wake GPUs", daemon=True).start()
@@ -104,6 +103,14 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
 def _address(options: argparse.Namespace, settings: Settings) -> str:
     default = "system" if options.bus is None and os.getuid() == 0 else "session"
     return settings.current.bus.address or default
+
+
+def _log(level: str) -> None:
+    """To the journal with its fields, where standard error is the journal's; else as lines, with the time."""
+    is_journal = config.is_journal(sys.stderr.fileno())
+    logging.basicConfig(
+        level=level, format=_LINE, handlers=[JournalHandler() if is_journal else logging.StreamHandler()]
+    )
 
 
 def _raise_descriptor_limit() -> None:

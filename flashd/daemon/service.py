@@ -26,6 +26,7 @@ from flashd.daemon.engine_stats import EngineStatsBook
 from flashd.daemon.exports import EVERYBODY, Caller, ObjectTree
 from flashd.daemon.imports import Imports
 from flashd.daemon.jobs import Job, Jobs, Owner
+from flashd.daemon.journal import fields
 from flashd.daemon.limits import Limits, Scarce
 from flashd.daemon.models import Models
 from flashd.daemon.ownership import Ownership
@@ -35,6 +36,7 @@ from flashd.daemon.presence import Presence
 from flashd.daemon.service_manager import FdStore, ServiceManager
 from flashd.daemon.serving import Serving
 from flashd.daemon.settings import Settings
+from flashd.daemon.stalls import Stalls
 from flashd.daemon.threads import Background
 from flashd.daemon.watchdog import Watchdog
 from flashd.engines import process
@@ -81,7 +83,7 @@ async def run(settings: Settings, address: str, stop: asyncio.Event) -> None:
         stack.push_async_callback(service.close)
         await service.start()
         manager.tell("READY=1")
-        watchdog = Watchdog(manager, configuration.watchdog_s(), service.summary)
+        watchdog = Watchdog(manager, configuration.watchdog_s(), service.summary, service.ailment)
         stack.push_async_callback(watchdog.close)
         watchdog.start()
         log.info("ready on %s as %s", address, wire.BUS_NAME)
@@ -103,7 +105,8 @@ class Service:
         stop: asyncio.Event,
     ) -> None:
         config = settings.current
-        options = streamer_options(config)
+        self._stalls = Stalls(lambda: settings.current.streamer.stall_timeout_s)
+        options = streamer_options(config, self._stalls)
         self._connection = connection
         self._settings = settings
         self._stop = stop
@@ -257,6 +260,10 @@ class Service:
         answering = f"{name} answers" if active else "none is active"
         return f"{len(self._catalog.models())} models, {answering}"
 
+    def ailment(self) -> str:
+        """What only a new daemon can mend; empty if nothing."""
+        return self._stalls.found()
+
     async def close(self) -> None:
         """Ends everything in the order in which it needs each other."""
         self._stop.set()
@@ -346,7 +353,8 @@ class Service:
         self._presence.job_forgotten(job)
 
     def _model_published(self, model: Model) -> None:
-        log.info("%s is a model: %s", model.name, format_bytes(model.size_bytes))
+        about = fields(model=model.name, size_bytes=model.size_bytes)
+        log.info("%s is a model: %s", model.name, format_bytes(model.size_bytes), extra=about)
         self._presence.model_published(model)
         self._models.collect_soon()
 
@@ -422,10 +430,14 @@ class Service:
         self._serving.park(self._ourselves)
 
 
-def streamer_options(config: Config) -> Options:
+def streamer_options(config: Config, stalls: Stalls) -> Options:
     chosen = config.streamer
     return Options(
-        block_bytes=chosen.block_bytes, depth=chosen.depth, backend=Backend(chosen.backend), direct=chosen.direct
+        block_bytes=chosen.block_bytes,
+        depth=chosen.depth,
+        backend=Backend(chosen.backend),
+        direct=chosen.direct,
+        on_start=stalls.started,
     )
 
 
@@ -490,5 +502,11 @@ def _log_load(checkpoint: Checkpoint, result: TransferResult) -> None:
     how = f"{result.backend}, {'direct' if result.direct else 'buffered'}"
     fallback = f"; {result.fallback}" if result.fallback else ""
     log.info(
-        "loaded %s, %s at %.2f GB/s (%s%s)", checkpoint.id[:12], format_bytes(result.size_bytes), rate, how, fallback
+        "loaded %s, %s at %.2f GB/s (%s%s)",
+        checkpoint.id[:12],
+        format_bytes(result.size_bytes),
+        rate,
+        how,
+        fallback,
+        extra=fields(size_bytes=result.size_bytes, seconds=result.seconds),
     )

@@ -5,16 +5,25 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import Remote, make_source, until
+from manager import Manager, start
+from running import CONFIG, Daemon
 
-from flashd import config
+from flashd import config, wire
+from flashd.bus import connect
 from flashd.daemon.service_manager import ServiceManager
+from flashd.daemon.stalls import Stalls
 from flashd.daemon.watchdog import Watchdog
+from flashd.private_bus import PrivateBus
 
 
 @pytest.fixture
@@ -76,3 +85,97 @@ def test_the_time_is_the_one_that_we_are_told(monkeypatch: pytest.MonkeyPatch) -
     assert config.watchdog_s() == 30.0
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid() + 1))
     assert config.watchdog_s() is None, "meant for another process"
+
+
+@dataclass
+class Moving:
+    """A transfer, as far as anybody looks."""
+
+    done_bytes: int = 0
+    total_bytes: int = 100
+    finished: bool = False
+
+
+def test_only_what_moves_nothing_for_long_and_is_not_done_is_stuck() -> None:
+    now = 0.0
+    stalls = Stalls(lambda: 10.0, clock=lambda: now)
+    slow, flushing = Moving(), Moving(done_bytes=100)
+    stalls.started(slow)
+    stalls.started(flushing)
+    for second in range(1, 60):
+        now = float(second)
+        slow.done_bytes = second // 8
+        assert stalls.found() == ""
+    now = 68.0
+    assert stalls.found() == "a transfer is stuck at 7 B of 100 B"
+    slow.done_bytes = 8
+    assert stalls.found() == "", "it goes on"
+    now = 100.0
+    assert stalls.found() != ""
+    slow.finished = True
+    assert stalls.found() == ""
+    assert Stalls(lambda: 0.0, clock=lambda: now).found() == ""
+
+
+# Reads of weights hang, as they do where a disk or a file server has gone, for as long as a file is there.
+HANGS = r"""
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+static ssize_t hang(int fd, void *address, size_t length, off_t offset) {
+    while (length > 65536 && access(getenv("HANGS_WHILE"), F_OK) == 0) usleep(10000);
+    return syscall(SYS_pread64, fd, address, length, offset);
+}
+ssize_t pread(int fd, void *address, size_t length, off_t offset) { return hang(fd, address, length, offset); }
+ssize_t pread64(int fd, void *address, size_t length, off_t offset) { return hang(fd, address, length, offset); }
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+async def test_a_streamer_that_is_stuck_ends_the_signs_while_everybody_is_answered(
+    bus: PrivateBus, short_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hangs.c").write_text(HANGS)
+    library, trigger = tmp_path / "hangs.so", tmp_path / "hangs"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "hangs.c"], check=True)
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    monkeypatch.setenv("HANGS_WHILE", str(trigger))
+    monkeypatch.setenv("WATCHDOG_USEC", "300000")
+    manager = Manager(short_path / "notify")
+    manager.open()
+    daemon = Daemon(bus.address, tmp_path, short_path)
+    # Longer than a busy machine takes for anything of this size.
+    daemon.config.write_text(CONFIG + "[streamer]\nbackend = 'threads'\ndirect = false\nstall_timeout_s = 2.0\n")
+    start(daemon, manager)
+    remote = Remote(await connect(bus.address))
+
+    def signs() -> int:
+        with manager.lock:
+            return manager.said.count("WATCHDOG=1")
+
+    def statuses() -> list[str]:
+        with manager.lock:
+            return [line for line in manager.said if line.startswith("STATUS=")]
+
+    try:
+        make_source(daemon.models / "large", elements=3_000_000)
+        await remote.model("large")
+        before = signs()
+        await until(lambda: signs() > before + 3)
+        trigger.touch()
+        (job,) = await remote.call("Load", "ssa{sv}", "large", "host", {})
+        await until(lambda: "a transfer is stuck" in statuses()[-1])
+        before = signs()
+        await asyncio.sleep(1.0)
+        assert signs() == before, "systemd ends it now"
+        assert (await remote.all(job, wire.JOB))["State"] == "running", "it answers all the same"
+        assert "a transfer is stuck" in daemon.log.read_text()
+        trigger.unlink()
+        assert (await remote.finished(job))["State"] == "done"
+        await until(lambda: signs() > before + 3)
+        await remote.connection.close()
+    finally:
+        trigger.unlink(missing_ok=True)
+        assert daemon.stop() == 0
+        manager.close()
