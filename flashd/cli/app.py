@@ -12,7 +12,7 @@ import typer
 
 import flashd
 from flashd import errors
-from flashd.cli import bench, doctor, machine, models, output, serving
+from flashd.cli import bench, doctor, machine, models, output, report, serving
 from flashd.cli.session import Session
 
 
@@ -55,6 +55,7 @@ serving.register(app)
 models.register(app)
 machine.register(app)
 doctor.register(app)
+report.register(app)
 bench.register(app)
 
 

@@ -151,7 +151,7 @@ class Job:
         except asyncio.CancelledError:
             self.fail(self._cancelled())
         except FlashdError as error:
-            log.info("%s of %s: %s", self.kind, self.subject, error, extra=self._about())
+            log.info("%s of %s: %s", self.kind, self.subject, error, extra=self._about(error))
             self.fail(error)
         except Exception:  # the boundary of a job: nobody above could do more than this
             log.exception("defect in %s of %s", self.kind, self.subject, extra=self._about())
@@ -159,11 +159,16 @@ class Job:
         else:
             self._end(JobState.DONE, result=result)
 
-    def _about(self) -> Mapping[str, Any]:
+    def _about(self, error: FlashdError | None = None) -> Mapping[str, Any]:
         tier = next((str(self.result[key].value) for key in ("residency", "from_tier") if key in self.result), None)
         seconds = (self.finished_at or time.time()) - self.created_at
         return journal.fields(
-            model=self.subject, job=self.number, tier=tier, size_bytes=self.total_bytes or None, seconds=seconds
+            model=self.subject,
+            job=self.number,
+            tier=tier,
+            size_bytes=self.total_bytes or None,
+            seconds=seconds,
+            error=error.bus_name() if error else None,
         )
 
     def _ensure_ended(self, _task: asyncio.Task[None]) -> None:

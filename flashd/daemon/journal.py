@@ -35,6 +35,7 @@ def fields(
     tier: str | None = None,
     size_bytes: int | None = None,
     seconds: float | None = None,
+    error: str | None = None,
 ) -> Mapping[str, Any]:
     """The `extra` of a log record: what it is about, as fields of the journal."""
     given = {
@@ -42,6 +43,7 @@ def fields(
         "FLASHD_JOB": job,
         "FLASHD_TIER": tier,
         "FLASHD_BYTES": size_bytes,
+        "FLASHD_ERROR": error,
         "FLASHD_SECONDS": None if seconds is None else f"{seconds:.6f}",
     }
     return {_ATTRIBUTE: {name: str(value) for name, value in given.items() if value is not None}}

@@ -120,7 +120,7 @@ class HostDevice:
         return ctypes.string_at(address, size_bytes)
 
     def used_bytes(self) -> int:
-        fields = _meminfo()
+        fields = memory_fields()
         return fields["MemTotal"] - fields["MemAvailable"]
 
 
@@ -176,15 +176,28 @@ def usable(gpus: Sequence[Gpu]) -> list[Gpu]:
     return [gpu for gpu in gpus if gpu.maps_memory and gpu.exports_memory]
 
 
-def total_memory_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
-    """The machine's memory, or what its control group may use of it (proc(5), cgroup v2)."""
-    total_bytes = _meminfo(meminfo)["MemTotal"]
-    try:
-        return min(total_bytes, int(cgroup.read_text()))
-    except (OSError, ValueError):
-        return total_bytes
+def total_memory_bytes(
+    meminfo: Path = Path("/proc/meminfo"),
+    cgroup: Path = Path("/proc/self/cgroup"),
+    hierarchy: Path = Path("/sys/fs/cgroup"),
+) -> int:
+    """The machine's memory, or what our control group, and those around it, may use of it (proc(5), cgroups(7)).
+
+    A unit's MemoryMax= is its own group's limit, and its slice's may be smaller.
+    """
+    limits = [memory_fields(meminfo)["MemTotal"]]
+    with contextlib.suppress(OSError, StopIteration):
+        lines = cgroup.read_text().splitlines()
+        own = next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
+        for group in (hierarchy / own, *(hierarchy / own).parents):
+            if not group.is_relative_to(hierarchy):
+                break
+            with contextlib.suppress(OSError, ValueError):  # "max" is no number, and no limit
+                limits.append(int((group / "memory.max").read_text()))
+    return min(limits)
 
 
-def _meminfo(path: Path = Path("/proc/meminfo")) -> dict[str, int]:
+def memory_fields(path: Path = Path("/proc/meminfo")) -> dict[str, int]:
+    """The machine's memory as the kernel accounts for it, in bytes (proc(5))."""
     fields = (line.split(":", 1) for line in path.read_text().splitlines())
     return {name: int(value.split()[0]) * KiB for name, value in fields if value.strip().endswith("kB")}

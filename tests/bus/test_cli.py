@@ -8,6 +8,7 @@ import os
 import pty
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -281,3 +282,44 @@ def test_start_and_stop_where_there_is_no_bus(home: dict[str, str]) -> None:
 def test_doctor_without_a_daemon_says_so_and_looks_at_the_rest(home: dict[str, str]) -> None:
     done = flash("doctor", **home)
     assert done.returncode == 1 and "flash start" in done.stdout and "O_DIRECT" in done.stdout
+
+
+def test_a_report_helps_and_tells_nothing_that_is_not_for_strangers(
+    daemon: Daemon, tmp_path: Path, home: dict[str, str]
+) -> None:
+    """Everything that somebody might have to hide is somewhere in what the report is made of."""
+    hide = {"HOME": str(tmp_path), "HF_TOKEN": "hf_" + "x" * 30}
+    bus = daemon.address
+    folder = source(tmp_path / "project-falcon")
+    assert flash("import", str(folder), "falcon/secret", "--alias", "merger", bus=bus, **hide).returncode == 0
+    broken = source(tmp_path / "broken")
+    os.truncate(broken / "model.safetensors", 50)
+    arguments = '["--api-key", "swordfish", "--chat-template", "You are a pirate"]'
+    assert flash("config", "engines.vllm.arguments", arguments, bus=bus).returncode == 0
+    written = tmp_path / "report.txt"
+    assert daemon.stop() == 0
+    daemon.start()
+    assert flash("import", str(broken), "takeover", bus=bus, **hide).returncode != 0
+    done = flash("report", str(written), bus=bus, **hide)
+    assert done.returncode == 0, done.stderr
+    assert written.stat().st_mode & 0o777 == 0o600
+    text = written.read_text()
+    secrets = ["falcon", "merger", "takeover", "swordfish", "pirate", str(tmp_path), hide["HF_TOKEN"]]
+    secrets += [str(daemon.root), socket.gethostname(), "hf_"]
+    assert [secret for secret in secrets if secret in text] == []
+    for helps in ("== versions ==", "== doctor ==", "Linux", "io_uring", "import failed", "Error.InvalidSource",
+                  "engines.max_parked = 2", "dtype=F32", "engines.vllm.arguments = [set]"):  # fmt: skip
+        assert helps in text, text
+    assert flash("report", str(written), bus=bus).returncode == errors.AlreadyExists.exit_status
+    assert "== doctor ==" in flash("report", "-", **home).stdout, "without a daemon, when it is needed most"
+
+
+def test_a_private_model_and_back(daemon: Daemon, tmp_path: Path) -> None:
+    bus = daemon.address
+    folder = source(tmp_path / "one")
+    assert flash("import", "--private", str(folder), "one", bus=bus).returncode == 0
+    assert ", private" in flash("show", "one", bus=bus).stdout
+    assert flash("public", "one", bus=bus).returncode == 0
+    assert ", private" not in flash("show", "one", bus=bus).stdout
+    assert flash("private", "one", bus=bus).returncode == 0
+    assert json.loads(flash("show", "one", "--json", bus=bus).stdout)["private"] is True

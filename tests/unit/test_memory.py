@@ -139,9 +139,27 @@ def test_huge_pages_are_probed(free: str, shmem: str, expected: HugePages, tmp_p
 
 def test_the_machine_is_as_large_as_its_control_group_lets_it_be(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal:       1000 kB\nMemFree: 1 kB\n")
-    for limit, expected in (("max", 1_024_000), ("500000", 500_000)):
-        (tmp_path / "max").write_text(limit)
-        assert total_memory_bytes(tmp_path / "meminfo", tmp_path / "max") == expected
+    hierarchy = tmp_path / "cgroup"
+    unit = hierarchy / "system.slice" / "flashd.service"
+    unit.mkdir(parents=True)
+    (tmp_path / "own").write_text("1:name=systemd:/elsewhere\n0::/system.slice/flashd.service\n")
+
+    def total() -> int:
+        return total_memory_bytes(tmp_path / "meminfo", tmp_path / "own", hierarchy)
+
+    assert total() == 1_024_000
+    for group, limit, expected in (
+        (unit, "max", 1_024_000),
+        (unit, "500000", 500_000),  # the unit's MemoryMax=
+        (unit.parent, "400000", 400_000),  # its slice's
+        (hierarchy, "300000", 300_000),  # in a container
+    ):
+        (group / "memory.max").write_text(limit)
+        assert total() == expected
+    (tmp_path / "memory.max").write_text("1")  # not of the hierarchy
+    assert total() == 300_000
+    (tmp_path / "own").write_text("nothing\n")
+    assert total() == 1_024_000
 
 
 async def test_least_recently_used_goes_first_and_pinned_and_held_stay() -> None:

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is flashd installed on this machine as its package means it: unit, polkit, group, the engines' environment?"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from flashd.cli.findings import Finding, Verdict
+
+UNIT = "flashd.service"
+GROUP = "flashd"
+ACTIONS = ("org.flashd1.use", "org.flashd1.manage", "org.flashd1.administer")
+_TIMEOUT_S = 20.0
+_MISSING = "import importlib.util as u, sys; print(*[n for n in sys.argv[1:] if u.find_spec(n) is None])"
+_NEEDED = {"torch": ("torch", "transformers", "uvicorn", "flashd"), "vllm": ("vllm", "flashd")}
+
+
+def examine(toml: str) -> Iterator[Finding]:
+    """`toml` is the daemon's configuration, empty if it does not answer."""
+    unit = unit_properties()
+    if unit.get("LoadState") == "loaded":
+        yield _unit(unit)
+        yield _polkit()
+        yield _group()
+    yield from _engines(tomllib.loads(toml).get("engines", {}))
+
+
+def unit_properties() -> Mapping[str, str]:
+    """What the service manager says of the machine's daemon; nothing where there is no systemd."""
+    names = "LoadState,ActiveState,SubState,Result,NRestarts,StatusText,LimitMEMLOCK"
+    said = output_of(["systemctl", "show", "-p", names, UNIT])
+    return dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
+
+
+def output_of(command: Sequence[str]) -> str:
+    """What a program says; nothing if it is not there, fails or hangs."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _unit(unit: Mapping[str, str]) -> Finding:
+    state = f"{unit.get('ActiveState', '?')} ({unit.get('SubState', '?')})"
+    restarts = int(unit.get("NRestarts") or 0)
+    if unit.get("ActiveState") == "failed":
+        reason = f"{state}, because of {unit.get('Result')}"
+        return Finding(
+            "service", Verdict.BAD, reason, f"journalctl -b -u {UNIT} says more; then: systemctl start flashd"
+        )
+    if restarts:
+        found = f"{state}, started again {restarts} times since it was started by hand"
+        return Finding("service", Verdict.SLOW, found, f"journalctl -b -u {UNIT} says why")
+    return Finding("service", Verdict.GOOD, state)
+
+
+def _polkit() -> Finding:
+    known = output_of(["pkaction"]).split()
+    missing = [action for action in ACTIONS if action not in known]
+    if not known:
+        remedy = "apt install polkitd; without it only root may change anything"
+        return Finding("polkit", Verdict.BAD, "it does not answer", remedy)
+    if missing:
+        remedy = "apt install --reinstall flashd: its policy is missing"
+        return Finding("polkit", Verdict.BAD, f"it does not know {', '.join(missing)}", remedy)
+    return Finding("polkit", Verdict.GOOD, "knows what flashd asks about")
+
+
+def _group() -> Finding:
+    try:
+        group = grp.getgrnam(GROUP)
+    except KeyError:
+        remedy = "systemd-sysusers, or apt install --reinstall flashd"
+        return Finding("group", Verdict.BAD, f"there is no group {GROUP}", remedy)
+    user = pwd.getpwuid(os.getuid()).pw_name
+    if os.getuid() == 0 or group.gr_gid in {os.getgid(), *os.getgroups()}:
+        return Finding("group", Verdict.GOOD, f"{user} may use and manage models")
+    if user in group.gr_mem:
+        return Finding("group", Verdict.SLOW, f"{user} has joined {GROUP} since logging in", "log out and in again")
+    remedy = f"sudo adduser {user} {GROUP}, and log in again; at the machine's own screen it works without"
+    return Finding("group", Verdict.SLOW, f"{user} is not in the group {GROUP}", remedy)
+
+
+def _engines(configured: Mapping[str, Any]) -> Iterator[Finding]:
+    """Of the kind that is used by default, and of those that somebody has configured."""
+    for kind, needed in _NEEDED.items():
+        python = configured.get(kind, {}).get("python", "")
+        if not python and configured.get("default", "torch") != kind:
+            continue
+        yield _engine(kind, needed, python or sys.executable)
+
+
+def _engine(kind: str, needed: Sequence[str], python: str) -> Finding:
+    """Found, not imported: importing takes seconds and says no more."""
+    subject, setting = f"{kind} engine", f"engines.{kind}.python"
+    try:
+        done = subprocess.run(
+            [python, "-c", _MISSING, *needed], capture_output=True, text=True, check=True, timeout=_TIMEOUT_S
+        )
+    except (OSError, subprocess.SubprocessError):
+        remedy = f"flash config {setting} PATH names another one"
+        return Finding(subject, Verdict.BAD, f"{python} cannot be run", remedy)
+    if missing := done.stdout.split():
+        remedy = f"install them there, or set {setting} to an interpreter that has them"
+        return Finding(subject, Verdict.BAD, f"{python} lacks {', '.join(missing)}", remedy)
+    return Finding(subject, Verdict.GOOD, f"{python} has what it needs")
