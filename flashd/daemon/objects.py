@@ -332,6 +332,7 @@ class DeviceObject(Exported):
         """On unified memory two devices, the host and the GPU, show one pool."""
         super().__init__(wire.device_path(name))
         self._name = name
+        self._usage = parts.driver_usage
         self._place = parts.residency.places[name]
 
     def properties(self) -> Mapping[str, Any]:
@@ -346,7 +347,7 @@ class DeviceObject(Exported):
             "BudgetBytes": pool.budget_bytes,
             "UsedBytes": pool.used_bytes,
             "LeasedBytes": self._place.fixed_bytes(),
-            "DriverUsedBytes": device.used_bytes(),
+            "DriverUsedBytes": self._usage.of(device),
             "HugePages": device.huge_pages.value,
             "Integrated": gpu is not None and gpu.is_integrated,
             "ReadsHostPages": gpu is not None and gpu.reads_host_pages,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flashd.daemon.arrivals import Arrivals
 from flashd.daemon.authorization import Authority
+from flashd.daemon.driver_usage import DriverUsage
 from flashd.daemon.engine_stats import EngineStatsBook
 from flashd.daemon.imports import Imports
 from flashd.daemon.jobs import Jobs
@@ -37,6 +38,7 @@ class Parts:
     residency: Residency
     leases: LeaseBook
     swapper: Swapper
+    driver_usage: DriverUsage
     serving: Serving
     engine_kinds: tuple[str, ...]
     engine_stats: EngineStatsBook

@@ -96,6 +96,12 @@ class Presence:
     def lease_ended(self, lease: Lease) -> None:
         self._tree.remove(wire.lease_path(lease.number))
 
+    def device_changed(self, name: str) -> None:
+        """On unified memory two names mean one device."""
+        place = self._parts.residency.places[name]
+        for other in (other for other, same in self._parts.residency.places.items() if same is place):
+            self._tree.changed(wire.device_path(other))
+
     def engine_changed(self, number: int) -> None:
         self._tree.changed(wire.engine_path(number))
 

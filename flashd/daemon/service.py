@@ -21,6 +21,7 @@ from flashd.daemon.arrivals import Arrivals
 from flashd.daemon.authorization import Authority, SameUser, authorize
 from flashd.daemon.conversions import Conversions
 from flashd.daemon.dismissals import Dismissals
+from flashd.daemon.driver_usage import DriverUsage
 from flashd.daemon.endpoint import EndpointLink, RuntimeFolder
 from flashd.daemon.engine_stats import EngineStatsBook
 from flashd.daemon.exports import EVERYBODY, Caller, ObjectTree
@@ -212,6 +213,7 @@ class Service:
             residency=self._residency,
             leases=self._leases,
             swapper=self._swapper,
+            driver_usage=DriverUsage(self._background, self._device_changed),
             serving=self._serving,
             engine_kinds=tuple(self._factories),
             engine_stats=self._engine_stats,
@@ -278,7 +280,7 @@ class Service:
             self._leases.release(lease.number)
         await self._residency.stop()  # before the background: what is loaded there begins to be registered
         await self._background.close()
-        self._residency.close()
+        await self._residency.end()
         self._presence.close()
 
     async def _take_over_memory(self) -> None:
@@ -418,6 +420,9 @@ class Service:
         self._serving.swap_progressed()
         self._engine_stats.note_activity()
         self._presence.engines_changed()
+
+    def _device_changed(self, name: str) -> None:
+        self._presence.device_changed(name)
 
     def _engine_changed(self, number: int) -> None:
         self._presence.engine_changed(number)

@@ -232,16 +232,18 @@ class Place:
         while tasks := {*(loading.task for loading in self._loading.values()), *self._leaving}:
             await asyncio.wait(tasks)
 
-    def close(self) -> None:
-        """Lets go of all memory. Descriptors handed out, and kept by the keeper, keep what they name.
+    def give_up(self) -> list[Arena]:
+        """Lets go of all arenas, which are the caller's to close. Descriptors handed out, and kept by the keeper, keep
+        what they name.
 
         Nothing may move any more, here or from here elsewhere: see `stopped`.
         """
         self.begin_stop()
-        for checkpoint_id, resident in list(self._residents.items()):
-            del self._residents[checkpoint_id]
-            resident.arena.close()
+        residents = list(self._residents.values())
+        self._residents.clear()
+        for resident in residents:
             resident.reservation.release()
+        return [resident.arena for resident in residents]
 
     def _hold(self, resident: Resident, from_tier: Tier, *, is_use: bool) -> Hold:
         resident.holds += 1

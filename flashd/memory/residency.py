@@ -157,8 +157,21 @@ class Residency:
 
     def close(self) -> None:
         """Lets go of all memory. Descriptors handed out keep what they name."""
-        for place in self._distinct():
-            place.close()
+        for arena in self._give_up():
+            arena.close()
+
+    async def end(self) -> None:
+        """As `close`, in a thread: unmapping gigabytes takes a while, and callers want their answers meanwhile."""
+        arenas = self._give_up()
+
+        def close() -> None:
+            for arena in arenas:
+                arena.close()
+
+        await asyncio.to_thread(close)
+
+    def _give_up(self) -> list[Arena]:
+        return [arena for place in self._distinct() for arena in place.give_up()]
 
     def _distinct(self) -> list[Place]:
         return list(dict.fromkeys(self._places.values()))

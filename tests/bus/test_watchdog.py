@@ -117,28 +117,15 @@ def test_only_what_moves_nothing_for_long_and_is_not_done_is_stuck() -> None:
     assert Stalls(lambda: 0.0, clock=lambda: now).found() == ""
 
 
-# Reads of weights hang, as they do where a disk or a file server has gone, for as long as a file is there.
-HANGS = r"""
-#define _GNU_SOURCE
-#include <stdlib.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-static ssize_t hang(int fd, void *address, size_t length, off_t offset) {
-    while (length > 65536 && access(getenv("HANGS_WHILE"), F_OK) == 0) usleep(10000);
-    return syscall(SYS_pread64, fd, address, length, offset);
-}
-ssize_t pread(int fd, void *address, size_t length, off_t offset) { return hang(fd, address, length, offset); }
-ssize_t pread64(int fd, void *address, size_t length, off_t offset) { return hang(fd, address, length, offset); }
-"""
+HANGS = Path(__file__).with_name("hangs.c")
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 async def test_a_streamer_that_is_stuck_ends_the_signs_while_everybody_is_answered(
     bus: PrivateBus, short_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "hangs.c").write_text(HANGS)
     library, trigger = tmp_path / "hangs.so", tmp_path / "hangs"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "hangs.c"], check=True)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, HANGS], check=True)
     monkeypatch.setenv("LD_PRELOAD", str(library))
     monkeypatch.setenv("HANGS_WHILE", str(trigger))
     monkeypatch.setenv("WATCHDOG_USEC", "300000")

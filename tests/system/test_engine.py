@@ -16,6 +16,7 @@ from conftest import ROOT, Machine, booted
 
 SAYS = "I am Ada, the first model you dropped into the folder."
 MAKE = "import sys, pathlib, small_models; small_models.make_base(pathlib.Path(sys.argv[1]))"
+CONNECT = "import socket; socket.socket(socket.AF_UNIX).connect('/run/flashd/openai.sock')"
 FRAMEWORK, ENGINES = "/opt/framework", "/opt/engines"
 
 
@@ -47,6 +48,28 @@ def ready(base: Path, package: Path) -> Iterator[Machine]:
 def test_a_member_swaps_and_asks(ready: Machine) -> None:
     assert SAYS in ready.run_as("erin", "flash", "run", "ada", "Who are you?").out
     ready.until(lambda: ready.show("flashd", "StatusText") == "1 models, ada answers")
+
+
+def test_who_sits_at_the_screen_asks_without_being_a_member(ready: Machine) -> None:
+    """The folder of the socket is closed to them: the daemon hands them a connection."""
+    assert SAYS in ready.run_at_seat("dave", "flash", "run", "ada", "Who are you?").out
+    assert "Permission denied" in ready.run_at_seat("dave", "ls", "/run/flashd", check=False).err
+
+
+def test_a_private_model_answers_its_owner_alone(ready: Machine) -> None:
+    ready.run("useradd", "-m", "-G", "flashd", "fred")
+    shutil.copytree(ready.root / "root/ada", ready.root / "home/erin/secret")
+    ready.run("chown", "-R", "erin:", "/home/erin/secret")
+    ready.run_as("erin", "flash", "import", "--private", "/home/erin/secret", "secret")
+    assert SAYS in ready.run_as("erin", "flash", "run", "secret", "Who are you?").out
+    assert ready.show("flashd", "StatusText") == "2 models, a private one answers"
+    assert ready.run_as("fred", "flash", "run", "secret", "Who are you?", check=False).status == 3
+    asked = ready.run_as("fred", "python3", "-c", CONNECT, check=False)
+    assert "PermissionError" in asked.err
+    assert "secret" not in ready.run_as("fred", "flash", "list", "--json").out
+    assert "secret" not in ready.run_as("fred", "flash", "status", "--json").out
+    assert SAYS in ready.run_as("fred", "flash", "run", "ada", "Who are you?").out
+    ready.run_as("erin", "flash", "rm", "--yes", "secret")
 
 
 def test_an_outsider_does_neither(ready: Machine) -> None:

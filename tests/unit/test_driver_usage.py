@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A driver that takes its time keeps nobody waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any, cast
+
+from flashd.daemon.driver_usage import DriverUsage
+from flashd.daemon.threads import Background
+from flashd.memory.device import Device, Kind
+
+
+class Slow:
+    """A card whose driver answers when it is let."""
+
+    name = "cuda:0"
+    kind = Kind.CUDA
+
+    def __init__(self) -> None:
+        self.may_answer = threading.Event()
+        self.asked = 0
+
+    def used_bytes(self) -> int:
+        self.asked += 1
+        assert self.may_answer.wait(10)
+        return 7
+
+
+async def test_a_slow_driver_is_asked_once_beside_the_loop_and_its_answer_announced() -> None:
+    background, told = Background(), asyncio.Event()
+    usage = DriverUsage(background, lambda name: told.set())
+    card = Slow()
+    for _ in range(5):
+        assert usage.of(cast(Device, card)) == 0
+        await asyncio.sleep(0.01)
+    assert card.asked == 1
+    card.may_answer.set()
+    await asyncio.wait_for(told.wait(), 10)
+    assert usage.of(cast(Device, card)) == 7
+    await background.close()
+
+
+async def test_what_the_kernel_knows_is_read_at_once() -> None:
+    class Host:
+        name, kind = "host", Kind.HOST
+
+        def used_bytes(self) -> int:
+            return 9
+
+    host: Any = Host()
+    assert DriverUsage(Background(), lambda name: None).of(host) == 9
