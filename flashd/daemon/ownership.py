@@ -8,9 +8,11 @@ for the members of one group if the configuration names one.
 
 from __future__ import annotations
 
+import grp
+
 from flashd.daemon.authorization import Authority, check_owner
 from flashd.daemon.exports import EVERYBODY, Audience, Caller
-from flashd.errors import AlreadyExists, NotFound
+from flashd.errors import AlreadyExists, InvalidArgument, NotFound
 from flashd.store.catalog import Catalog, Model
 from flashd.store.names import check_name
 
@@ -70,3 +72,12 @@ class Ownership:
             )
         await self.check_change(caller, model.name)
         return model.owner_uid
+
+
+def group_id(name: str) -> int | None:
+    """Raises InvalidArgument if there is no such group: to whom private models are shown must not be a guess."""
+    try:
+        return grp.getgrnam(name).gr_gid if name else None
+    except KeyError:
+        hint = "see getent group, or leave store.private_group empty"
+        raise InvalidArgument(f"store.private_group: there is no group {name!r}", hint=hint) from None

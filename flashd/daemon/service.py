@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import grp
 import logging
 import os
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from flashd.daemon.jobs import Job, Jobs, Owner
 from flashd.daemon.journal import fields
 from flashd.daemon.limits import Limits, Scarce
 from flashd.daemon.models import Models
-from flashd.daemon.ownership import Ownership
+from flashd.daemon.ownership import Ownership, group_id
 from flashd.daemon.parts import Parts
 from flashd.daemon.polkit import Polkit
 from flashd.daemon.presence import Presence
@@ -460,15 +459,6 @@ def memories(config: MemoryConfig) -> list[Memory]:
     if config.simulated_device_bytes:
         cards.append(simulated_device(config.simulated_device_bytes, host))
     return found + [Memory(card, config.device_budget_bytes or card.default_budget_bytes()) for card in cards]
-
-
-def group_id(name: str) -> int | None:
-    """Raises InvalidArgument if there is no such group: to whom private models are shown must not be a guess."""
-    try:
-        return grp.getgrnam(name).gr_gid if name else None
-    except KeyError:
-        hint = "see getent group, or leave store.private_group empty"
-        raise InvalidArgument(f"store.private_group: there is no group {name!r}", hint=hint) from None
 
 
 @contextlib.contextmanager

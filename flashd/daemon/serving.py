@@ -125,7 +125,9 @@ class Serving:
             return {}
 
         active = self._swapper.active
-        return self._enqueue("park", active.target.model_name if active else "", owner, work)
+        # Who parks something private, and knows only that something is active, is told no more.
+        is_named = active is not None and active.target.private_to in {None, owner.uid}
+        return self._enqueue("park", active.target.model_name if active and is_named else "", owner, work)
 
     def load(self, model: Model, owner: Owner, device: str, *, may_evict: bool = True) -> Job:
         """Brings a model to a device, or to the host. Raises InvalidArgument if there is no such device."""

@@ -91,7 +91,7 @@ class Zygote:
 
     async def _start(self) -> None:
         ours, theirs = pair()
-        self._log_folder.mkdir(parents=True, exist_ok=True)
+        self._log_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         log = self._log_folder / f"{self._module.split('.')[-2]}-zygote.log"
         try:
             with log.open("wb") as words:

@@ -195,7 +195,7 @@ class Catalog:
             raise AlreadyExists(f"there is a model {name!r}", hint="choose another name, or allow replacing it")
         for model in self._models.values():
             if name in model.aliases and model.name != name:
-                raise AlreadyExists(f"{name!r} is an alias of {model.name!r}", hint="choose another name")
+                raise AlreadyExists(f"{name!r} is an alias of {_called(model)}", hint="choose another name")
         return name
 
     def set_aliases(self, name: str, aliases: Sequence[str]) -> Model:
@@ -373,7 +373,7 @@ class Catalog:
             raise AlreadyExists(f"{name!r} is the model's own name", hint="choose another alias")
         for other in self._models.values():
             if other.name != name and (clash := {other.name, *other.aliases} & set(checked)):
-                raise AlreadyExists(f"{min(clash)!r} already means {other.name!r}", hint="choose another alias")
+                raise AlreadyExists(f"{min(clash)!r} already means {_called(other)}", hint="choose another alias")
         return checked
 
     def _existing(self, name: str) -> Model:
@@ -409,6 +409,11 @@ def _opening(root: Path) -> Iterator[None]:
     except OSError as error:
         what = f"the store {root} cannot be used: {error.filename or root}: {error.strerror}"
         raise TransferFailed(what, hint="see who owns it, or set store.path to another folder") from None
+
+
+def _called(model: Model) -> str:
+    """For whoever wanted a name that it has."""
+    return "a private model" if model.private else repr(model.name)
 
 
 def _is_id(name: str) -> bool:

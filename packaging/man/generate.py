@@ -84,7 +84,8 @@ def daemon_page() -> str:
             "Enable it with systemctl enable --now flashd; without that, the first call on the bus starts it. "
             "Members of the group flashd and the user at the machine's screen may use and manage models; whatever "
             "else changes something asks for an administrator's password (polkit, actions org.flashd1.use, "
-            "org.flashd1.manage and org.flashd1.administer)."
+            "org.flashd1.manage and org.flashd1.administer). What somebody made belongs to them: others change it only "
+            "as administrators, and do not see it if it is private (flash import --private)."
         ),
         ".SH FILES",
         *items(
@@ -95,7 +96,9 @@ def daemon_page() -> str:
                 (f"{paths.state}/store", "Converted models."),
                 (
                     f"{paths.runtime}/openai.sock",
-                    "Where the active model answers HTTP requests in OpenAI's style, to members of the group flashd.",
+                    "Where the active model answers HTTP requests in OpenAI's style, to members of the group flashd; "
+                    "nobody connects here while it is a private one. Whoever may use it and cannot connect gets a "
+                    "connection from the method OpenEndpoint, as flash run does.",
                 ),
             ]
         ),

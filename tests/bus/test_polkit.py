@@ -171,6 +171,17 @@ def test_every_action_lets_the_daemon_ask_and_is_refused_to_strangers() -> None:
         assert action.findtext("defaults/allow_any") == "auth_admin"
 
 
+def test_who_may_do_more_may_do_less() -> None:
+    implied = {
+        action.get("id"): set((a.text or "").split())
+        for action in ElementTree.parse(POLICY).iter("action")
+        for a in action.iter("annotate")
+        if a.get("key") == "org.freedesktop.policykit.imply"
+    }
+    use, manage, administer = (ACTION_IDS[action] for action in (Action.USE, Action.MANAGE, Action.ADMINISTER))
+    assert implied == {manage: {use}, administer: {manage, use}}
+
+
 def test_the_policies_are_valid() -> None:
     files = [POLICY, POLICY.parents[1] / "dbus" / "org.flashd1.conf"]
     for file in files:
