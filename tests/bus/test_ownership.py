@@ -194,6 +194,7 @@ async def test_owners_and_privacy_survive_a_restart_and_nobody_reads_the_store(p
         assert (people.daemon.state / "store" / folder).stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.timeout(300)  # three engines
 async def test_the_active_model_of_one_is_nobody_elses(people: People, sources: Path) -> None:
     alice, bob = people.alice, people.bob
     await bob.objects()
