@@ -114,10 +114,7 @@ def _client(endpoint: Endpoint) -> httpx.Client:
     # No limit on reading: a long prompt may keep a small machine busy for minutes before the first token.
     timeout = httpx.Timeout(None, connect=CONNECT_S)
     # There is no TLS on a socket of this machine, and reading the certificates for it would take 20 ms a question.
-    if isinstance(endpoint, str):
-        transport = httpx.HTTPTransport(uds=endpoint, verify=False)
-    else:
-        transport = _Transport(endpoint)
+    transport = httpx.HTTPTransport(uds=endpoint, verify=False) if isinstance(endpoint, str) else _Transport(endpoint)
     return httpx.Client(transport=transport, base_url="http://flashd", timeout=timeout)
 
 
