@@ -12,8 +12,21 @@ OBJECT = ("org.flashd1", "/org/flashd1")
 READS = ("busctl", "call", *OBJECT, "org.flashd1.Manager", "ListModels")
 USES = ("busctl", "call", *OBJECT, "org.flashd1.Manager", "Load", "ssa{sv}", "one", "host", "0")
 MANAGES = ("busctl", "call", *OBJECT, "org.flashd1.Manager", "Collect")
-MANAGES_BY_GDBUS = ("gdbus", "call", "--system", "-d", OBJECT[0], "-o", OBJECT[1], "-m", "org.flashd1.Manager.Collect")
-ADMINISTERS = ("flash", "config", "memory.host_budget", "3GB")
+ADMINISTERS = ("busctl", "call", *OBJECT, "org.flashd1.Manager", "SetConfig", "ss", "memory.host_budget", "3GB")
+GDBUS = ("gdbus", "call", "--system", "-d", OBJECT[0], "-o", OBJECT[1], "-m")
+BY_GDBUS = {
+    (*GDBUS, "org.flashd1.Manager.ListModels"): READS,
+    (*GDBUS, "org.flashd1.Manager.Load", "one", "host", "{}"): USES,
+    (*GDBUS, "org.flashd1.Manager.Collect"): MANAGES,
+    (*GDBUS, "org.flashd1.Manager.SetConfig", "memory.host_budget", "3GB"): ADMINISTERS,
+}
+BY_FLASH = {
+    ("flash", "list"): READS,
+    ("flash", "load", "one"): USES,
+    ("flash", "scrub"): MANAGES,
+    ("flash", "config", "memory.host_budget", "3GB"): ADMINISTERS,
+}
+CALLS = {READS: READS, USES: USES, MANAGES: MANAGES, ADMINISTERS: ADMINISTERS, **BY_GDBUS, **BY_FLASH}
 
 Run = Callable[..., Result]
 
@@ -48,9 +61,9 @@ def root(machine: Machine, *command: str) -> Result:
     [(outsider, {READS}), (member, {READS, USES, MANAGES}), (seated, {READS, USES, MANAGES}), (root, None)],
     ids=["outsider", "member", "seated", "root"],
 )
-@pytest.mark.parametrize("what", [READS, USES, MANAGES, MANAGES_BY_GDBUS, ADMINISTERS], ids=lambda what: what[-1][-20:])
+@pytest.mark.parametrize("what", CALLS, ids=lambda what: " ".join(what).replace("/", ".")[-60:])
 def test_who_may_do_what(people: Machine, who: Run, may: set[tuple[str, ...]] | None, what: tuple[str, ...]) -> None:
-    asked = MANAGES if what is MANAGES_BY_GDBUS else what
+    asked = CALLS[what]
     result = who(people, *what)
     if may is None or asked in may:
         assert result.status == 0, result
@@ -62,7 +75,7 @@ def test_who_may_do_what(people: Machine, who: Run, may: set[tuple[str, ...]] | 
 def test_flash_says_what_to_do_about_it(people: Machine) -> None:
     refused = outsider(people, "flash", "import", "/etc/hostname", "it")
     assert refused.status != 0
-    changed = outsider(people, "flash", *ADMINISTERS[1:])
+    changed = outsider(people, "flash", "config", "memory.host_budget", "3GB")
     assert changed.status == 5
     assert "administrator" in changed.err
 
