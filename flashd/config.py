@@ -137,8 +137,8 @@ class EnginesConfig:
 class LimitsConfig:
     """[limits]: the most that one user may have at once; of what ends with its connection, one has half at most."""
 
-    calls: int = _setting(64, "Calls of one user that wait for their answer.", live=True)
-    jobs: int = _setting(64, "Jobs of one user that have not ended.", live=True)
+    calls: int = _setting(256, "Calls of one user that wait for their answer.", live=True)
+    jobs: int = _setting(256, "Jobs of one user that have not ended.", live=True)
     leases: int = _setting(512, "Leases of one user.", live=True)
     imports: int = _setting(16, "Imports of one user that wait for files.", live=True)
     descriptors: int = _setting(8192, "Files of one user's imports that are open until they are converted.", live=True)

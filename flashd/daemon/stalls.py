@@ -7,8 +7,8 @@ asks whether we are well is told no, and the service manager starts the daemon a
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -37,26 +37,27 @@ class _Watched:
 
 
 class Stalls:
-    """Watches all transfers of the daemon. `started` may be called by any thread, `found` by one."""
+    """Watches all transfers of the daemon. Any thread may call it."""
 
     def __init__(self, patience_s: Callable[[], float], clock: Callable[[], float] = time.monotonic) -> None:
         """Without patience (0) nothing is ever found."""
         self._patience_s = patience_s
         self._clock = clock
-        self._new: deque[Moving] = deque()
+        self._lock = threading.Lock()
         self._watched: list[_Watched] = []
 
     def started(self, transfer: Moving) -> None:
-        self._new.append(transfer)
+        with self._lock:  # those that ended are forgotten here as well: it may be that nobody ever asks
+            self._watched = [watched for watched in self._watched if not watched.transfer.finished]
+            self._watched.append(_Watched(transfer, 0, self._clock()))
 
     def found(self) -> str:
         """What is stuck, in words; empty if all is well. To be asked often: what moved between two asks is moving."""
-        now = self._clock()
-        while self._new:
-            self._watched.append(_Watched(self._new.popleft(), 0, now))
-        self._watched = [watched for watched in self._watched if not watched.transfer.finished]
-        worst = ""
-        for watched in self._watched:
+        now, worst = self._clock(), ""
+        with self._lock:
+            self._watched = [watched for watched in self._watched if not watched.transfer.finished]
+            watching = list(self._watched)
+        for watched in watching:
             done_bytes, total_bytes = watched.transfer.done_bytes, watched.transfer.total_bytes
             # All moved and not finished: what was written is being flushed, and that has no progress to tell.
             if done_bytes != watched.done_bytes or done_bytes == total_bytes:

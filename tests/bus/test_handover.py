@@ -116,3 +116,24 @@ async def test_what_is_malformed_is_offered_once(start: Start, home: Path, remot
     start()
     await until(lambda: "good is a model" in said(home))
     assert said(home).count("broken does not become a model") == 1
+
+
+async def test_an_inbox_may_make_private_models_and_what_was_said_since_stays_so(
+    start: Start, home: Path, remote: Remote
+) -> None:
+    settings = home / ".config" / "flashd" / "flashd.toml"
+    settings.write_text(settings.read_text() + "private = true\n")
+    make_source(home / "models" / "mine", seed=1)
+    start()
+    first = await remote.model("mine")
+    assert (first["Private"], first["OwnerUid"]) == (True, os.getuid())
+    await until(lambda: "mine is a model" in said(home))
+    await remote.call("SetPrivate", "b", False, path=wire.model_path("mine"), interface=wire.MODEL)
+    shutil.rmtree(home / "models" / "mine")
+    make_source(home / "models" / "mine", seed=2)
+
+    async def is_new() -> bool:
+        return (await remote.model("mine"))["Checkpoint"] != first["Checkpoint"]
+
+    await until(is_new)
+    assert (await remote.model("mine"))["Private"] is False

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,17 @@ def test_only_what_moves_nothing_for_long_and_is_not_done_is_stuck() -> None:
     slow.finished = True
     assert stalls.found() == ""
     assert Stalls(lambda: 0.0, clock=lambda: now).found() == ""
+
+
+def test_what_ended_is_kept_by_nobody_though_nobody_asks() -> None:
+    stalls = Stalls(lambda: 10.0)
+    ended = [Moving(finished=True) for _ in range(100)]
+    references = [weakref.ref(transfer) for transfer in ended]
+    for transfer in ended:
+        stalls.started(transfer)
+    stalls.started(Moving())
+    del ended, transfer
+    assert [reference for reference in references if reference() is not None] == []
 
 
 HANGS = Path(__file__).with_name("hangs.c")
