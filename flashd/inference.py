@@ -40,14 +40,21 @@ def stream_completion(endpoint: str, model: str, prompt: str, **parameters: Any)
 
 def embeddings(endpoint: str, model: str, texts: Sequence[str]) -> list[list[float]]:
     """One vector a text."""
+    found = ask(endpoint, "/v1/embeddings", {"model": model, "input": list(texts)})
+    return [entry["embedding"] for entry in found["data"]]
+
+
+def ask(endpoint: str, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole answer to one request of OpenAI's interface. Raises as it is refused."""
     with _client(endpoint) as client:
         try:
-            response = client.post("/v1/embeddings", json={"model": model, "input": list(texts)})
+            response = client.post(path, json=body)
         except httpx.TransportError as error:
             raise _unreachable(endpoint, error) from None
     if response.status_code != 200:
         raise _refusal(response)
-    return [entry["embedding"] for entry in response.json()["data"]]
+    found: dict[str, Any] = response.json()
+    return found
 
 
 def _client(endpoint: str) -> httpx.Client:

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "daemon": {"swap", "supply", "engines", "memory", "store", "checkpoint", "streamer", "bus", "private_bus", "cuda"},
     "client": {"bus", "checkpoint", "tensors", "inference"},
     "bench": {"streamer", "checkpoint", "memory", "client", "cuda"},
-    "cli": {"client", "inference", "private_bus", "checkpoint", "bench", "streamer", "memory", "cuda"},
+    "cli": {"client", "starting", "inference", "private_bus", "checkpoint", "bench", "streamer", "memory", "cuda"},
     "handover": {"client", "store"},
     "starting": {"client"},
     "state_dicts": {"client", "checkpoint", "streamer", "tensors", "cuda"},
