@@ -85,8 +85,8 @@ class Session:
         """Sees to it that a daemon runs, as `flash start` does, and has these settings if it is started now.
 
         `storage_path` is `store.path` (a folder `flashd` in it), `mem_pool_size` `memory.host_budget`, `chunk_size`
-        `streamer.block`, `num_threads` `streamer.depth`; sizes in bytes. The others mean nothing to flashd: engines take
-        a KV cache of a size that is set (`engines.vllm.kv_cache`), and nobody listens on the network.
+        `streamer.block`, `num_threads` `streamer.depth`; sizes in bytes. The others mean nothing to flashd: engines
+        take a KV cache of a size that is set (`engines.vllm.kv_cache`), and nobody listens on the network.
 
         Raises InvalidArgument, or Unavailable if no daemon can be started.
         """
@@ -249,14 +249,14 @@ class Session:
         return started.client
 
 
-def _check_backend(backend: str) -> str:
+def _check_backend(backend: Backend) -> Backend:
     if backend not in {"vllm", "transformers", "auto"}:
         raise InvalidArgument(f"there is no backend {backend!r}", hint="use vllm, transformers or auto")
     return backend
 
 
 def _say_dtype(model: Model, wanted: object) -> None:
-    """A program that asks for another dtype than the checkpoint has is told so; nothing is ever cast behind its back."""
+    """A program that asks for another dtype than the checkpoint has is told so: nothing is cast behind its back."""
     stored = _DTYPES.get(model.dtype)
     if wanted is not None and stored is not None and str(wanted).removeprefix("torch.") not in {stored, "auto"}:
         log.warning("%s stays in %s, as it was saved; it is not served in %s", model.name, stored, wanted)

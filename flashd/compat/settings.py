@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which of flashd's settings do flashtensors' mean, and what happens to them?
 
-A daemon that is started for a program gets them, for good, as by `flash config`. One that runs already is other programs'
-too, and keeps its own: it is only said what differs, and how to change it.
+A daemon that is started for a program gets them, for good, as by `flash config`. One that runs already is other
+programs' too, and keeps its own: it is only said what differs, and how to change it.
 """
 
 from __future__ import annotations
