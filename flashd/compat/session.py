@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from flashd import client as clients
-from flashd import starting
+from flashd import obtaining, starting
 from flashd.client import Client, Model
 from flashd.compat import modules, settings
 from flashd.compat.language_model import LanguageModel
@@ -29,7 +29,8 @@ _GENERATES_TEXT = "ForCausalLM"
 
 
 class Metrics(TypedDict):
-    """Seconds, and bytes. What is known already takes none."""
+    """Seconds, and bytes. Download, conversion and registration overlap, and all count as `download_time`; what the
+    daemon has already takes none."""
 
     total_time: float
     download_time: float
@@ -174,20 +175,18 @@ class Session:
         _check_backend(backend)
         began = time.monotonic()
         with self._client() as client:
-            name = _name(model_id)
-            model = None if force else _known(client, name)
-            fetched = _fetch(client, model_id, name, hf_token) if model is None else 0.0
-            registered = time.monotonic()
-            model = model or client.model(name)
+            model = None if force else obtaining.known(client, obtaining.name_of(model_id))
+            obtained_s = 0.0
+            if model is None:
+                model = obtaining.obtain(client, model_id, token=hf_token)
+                obtained_s = time.monotonic() - began
             path = _folder(client, model)
         _say_dtype(model, torch_dtype)
-        took = time.monotonic() - began
-        transform = registered - began - fetched
         metrics = Metrics(
-            total_time=took,
-            download_time=fetched,
-            transform_time=transform,
-            register_time=time.monotonic() - registered,
+            total_time=time.monotonic() - began,
+            download_time=obtained_s,
+            transform_time=0.0,
+            register_time=0.0,
             model_size=model.size_bytes,
         )
         return Registration(status="success", backend=backend, model=model.name, path=str(path), metrics=metrics)
@@ -229,7 +228,7 @@ class Session:
     def get_model_info(self, model_id: str) -> ModelInfo | None:
         """What the daemon knows of a model; None if it has none of that name."""
         with self._client() as client:
-            model = _known(client, _name(model_id))
+            model = obtaining.known(client, obtaining.name_of(model_id))
             return _info(client, model) if model else None
 
     def list_models(self) -> dict[str, ModelInfo]:
@@ -260,46 +259,6 @@ def _say_dtype(model: Model, wanted: object) -> None:
     stored = _DTYPES.get(model.dtype)
     if wanted is not None and stored is not None and str(wanted).removeprefix("torch.") not in {stored, "auto"}:
         log.warning("%s stays in %s, as it was saved; it is not served in %s", model.name, stored, wanted)
-
-
-def _name(model_id: str) -> str:
-    """What the daemon calls it: a name as on the hub stays as it is, a path gives its last part."""
-    return Path(model_id).expanduser().resolve().name if model_id.startswith(("/", ".", "~")) else model_id
-
-
-def _known(client: Client, name: str) -> Model | None:
-    """By exactly this name: what a person may abbreviate, a program may not."""
-    return next((model for model in client.models() if name in (model.name, *model.aliases)), None)
-
-
-def _fetch(client: Client, model_id: str, name: str, token: str | None) -> float:
-    """Makes the model; returns the seconds that downloading took, as far as they can be told from converting."""
-    folder = Path(model_id).expanduser()
-    if folder.exists():
-        client.import_(folder, name)
-        return 0.0
-    if name != model_id:
-        raise NotFound(f"there is no {folder}", hint="name a folder, or a model as the hub does")
-    began = time.monotonic()
-    if pull := getattr(client, "pull", None):
-        pull(model_id, token=token)
-    else:
-        client.import_(_cached(model_id), name, follow_links=True)
-    return time.monotonic() - began
-
-
-def _cached(model_id: str) -> Path:
-    """Where the Hugging Face cache has it; raises NotFound if it has not."""
-    hint = f"download it: huggingface-cli download {model_id}"
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-    except ImportError:
-        raise NotFound(f"there is no model {model_id!r}", hint=hint) from None
-    try:
-        return Path(snapshot_download(model_id, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        raise NotFound(f"there is no model {model_id!r}, nor has the Hugging Face cache one", hint=hint) from None
 
 
 def _folder(client: Client, model: Model) -> Path:

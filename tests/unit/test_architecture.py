@@ -37,11 +37,31 @@ MAY_IMPORT = {
     "daemon": {"swap", "supply", "engines", "memory", "store", "checkpoint", "streamer", "bus", "private_bus", "cuda"},
     "client": {"bus", "checkpoint", "tensors", "inference"},
     "bench": {"streamer", "checkpoint", "memory", "client", "cuda"},
-    "cli": {"client", "starting", "inference", "private_bus", "checkpoint", "bench", "streamer", "memory", "cuda"},
+    "cli": {
+        "client",
+        "starting",
+        "obtaining",
+        "inference",
+        "private_bus",
+        "checkpoint",
+        "bench",
+        "streamer",
+        "memory",
+        "cuda",
+    },
     "handover": {"client", "store"},
     "starting": {"client"},
+    "obtaining": {"client"},
     "state_dicts": {"client", "checkpoint", "streamer", "tensors", "cuda"},
-    "compat": {"client", "inference", "starting", "state_dicts", "checkpoint", "tensors"},  # never the daemon
+    "compat": {
+        "client",
+        "inference",
+        "starting",
+        "obtaining",
+        "state_dicts",
+        "checkpoint",
+        "tensors",
+    },  # never the daemon
     "__init__": {"client", "state_dicts", "compat"},
 }
 # The tray is a package of its own, and a client like any other: never the daemon, nor what is behind it.

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How does what somebody calls a model become one of the daemon's: a folder, or a name as the hub has it?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashd.client import Client, Model, OnProgress
+from flashd.errors import NotFound
+
+
+def known(client: Client, name: str) -> Model | None:
+    """By exactly this name: what a person may abbreviate, a program may not."""
+    return next((model for model in client.models() if name in (model.name, *model.aliases)), None)
+
+
+def name_of(wanted: str) -> str:
+    """What the daemon calls it: a name as on the hub stays as it is, a path gives its last part."""
+    return Path(wanted).expanduser().resolve().name if wanted.startswith(("/", ".", "~")) else wanted
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether it is written as the hub writes names: OWNER/NAME."""
+    return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not name.endswith("/")
+
+
+def obtain(client: Client, wanted: str, *, token: str | None = None, on_progress: OnProgress | None = None) -> Model:
+    """Makes a model of a folder, or of what the Hugging Face cache or the hub has under a name; in place of an older
+    one. Raises NotFound, and whatever an import raises."""
+    name = name_of(wanted)
+    folder = Path(wanted).expanduser()
+    if folder.exists():
+        return client.import_(folder, name, on_progress=on_progress)
+    if name != wanted:
+        raise NotFound(f"there is no {folder}", hint="name a folder, or a model as the hub does")
+    if pull := getattr(client, "pull", None):
+        pull(wanted, token=token)
+        return client.model(wanted)
+    return client.import_(_cached(wanted), name, follow_links=True, on_progress=on_progress)
+
+
+def _cached(name: str) -> Path:
+    """Where the Hugging Face cache has it; raises NotFound if it has not."""
+    hint = f"download it: huggingface-cli download {name}"
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise NotFound(f"there is no model {name!r}", hint=hint) from None
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        raise NotFound(f"there is no model {name!r}, nor has the Hugging Face cache one", hint=hint) from None
