@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every listing of the post that flashd began with runs as it is printed there.
 
-`seed_listings.txt` has them word for word. Three things are not as printed: the page they were published on had lost its
-indentation; /data is a folder of the test's; and the models' names mean small models, because that is what the Hugging
-Face cache of the test has under them. There is no network.
+`seed_listings.txt` has them word for word. Three things are not as printed: the page they were published on had lost
+its indentation; /data is a folder of the test's; and the models' names mean small models, because that is what the
+Hugging Face cache of the test has under them. There is no network.
 """
 
 from __future__ import annotations
@@ -206,16 +206,20 @@ print('exact on', loaded_weights["norm.weight"].device)
 def test_multi_model_serving(vllm_home: Home) -> None:
     """The listing leaves the response to its reader; the request is made, and every line of it runs."""
     after = f"""
+from types import SimpleNamespace
+greedy = SimpleNamespace(temperature=0, max_tokens=64)
 def requested(body):
     with app.test_request_context("/generate", method="POST", json=body):
         generate()
     (active,) = [name for name, model in ft.list_models().items() if model["active"]]
-    answer = ft.load_model(active, backend="vllm").chat([{{'role': 'user', 'content': {QUESTION!r}}}])
-    print(active, answer[0].finished, sep="\\t")
+    answer = ft.load_model(active, backend="vllm").chat([{{'role': 'user', 'content': {QUESTION!r}}}], greedy)
+    print(active, answer[0].outputs[0].text, sep="\\t")
 for kind in ("fast", "coding", "general", "creative", "fast"):
     requested({{"model_type": kind}})
 requested({{}})
 """
-    printed = [line.split("\t")[0] for line in vllm_home.run("Multi-Model Serving Architecture", after=after).splitlines()]
+    printed = [
+        line.split("\t")[0] for line in vllm_home.run("Multi-Model Serving Architecture", after=after).splitlines()
+    ]
     fast, coding, general = "Qwen/Qwen3-0.6B", "Qwen/Qwen3-Coder-32B", "Qwen/Qwen3-14B"
     assert printed == [fast, coding, general, "meta-llama/Llama-3.1-8B-Instruct", fast, general]
