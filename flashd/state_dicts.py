@@ -25,7 +25,7 @@ from flashd.checkpoint import save as saving
 from flashd.checkpoint.files import MANIFEST, Checkpoint
 from flashd.checkpoint.header import Header, check_name
 from flashd.checkpoint.layout import Shape
-from flashd.errors import FlashdError, InvalidArgument, InvalidSource, NotFound, Unsupported
+from flashd.errors import DeviceFailed, FlashdError, InvalidArgument, InvalidSource, NotFound, Unsupported
 from flashd.streamer import Extent, OpenFile, Read, Staging, Transfer, load, load_device
 from flashd.units import MiB
 
@@ -74,7 +74,8 @@ def load_dict(path: str | os.PathLike[str], device_map: DeviceMap = None) -> dic
     is an accelerator; on a machine without any it means the processor. Every block is compared with its digest. The
     tensors are the caller's own: they may be written to.
 
-    Raises NotFound, CorruptCheckpoint, InvalidArgument for a map that leaves tensors out, OutOfMemory, TransferFailed.
+    Raises NotFound, CorruptCheckpoint, InvalidArgument for a map that leaves tensors out, DeviceFailed for a device that
+    is not here, OutOfMemory, TransferFailed.
     """
     loading, found = load_dict_non_blocking(path, device_map)
     loading.wait()
@@ -246,7 +247,11 @@ def _device(wanted: int | str | torch.device) -> torch.device:
     except RuntimeError as error:
         reason = str(error).split("\n", 1)[0]
         raise InvalidArgument(f"{wanted!r} is no device: {reason}", hint="use 0, cuda:0 or cpu") from None
-    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
+    try:
+        return torch.empty(0, device=device).device  # "cuda" is the current one of them
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise DeviceFailed(f"{device} cannot be used: {reason}", hint="nvidia-smi shows which there are") from None
 
 
 def _leased(checkpoint: Checkpoint, whole: torch.device | None) -> dict[str, torch.Tensor] | None:

@@ -218,8 +218,9 @@ for kind in ("fast", "coding", "general", "creative", "fast"):
     requested({{"model_type": kind}})
 requested({{}})
 """
-    printed = [
-        line.split("\t")[0] for line in vllm_home.run("Multi-Model Serving Architecture", after=after).splitlines()
-    ]
-    fast, coding, general = "Qwen/Qwen3-0.6B", "Qwen/Qwen3-Coder-32B", "Qwen/Qwen3-14B"
-    assert printed == [fast, coding, general, "meta-llama/Llama-3.1-8B-Instruct", fast, general]
+    printed = vllm_home.run("Multi-Model Serving Architecture", after=after).splitlines()
+    fast = f"Qwen/Qwen3-0.6B\t{ADA.introduction}"
+    general = f"Qwen/Qwen3-14B\t{ADA.introduction}"
+    assert printed[:3] == [fast, f"Qwen/Qwen3-Coder-32B\t{BOB.introduction}", general]
+    assert printed[3].startswith("meta-llama/Llama-3.1-8B-Instruct\t")  # and whatever random weights say
+    assert printed[-2:] == [fast, general]
