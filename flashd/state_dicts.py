@@ -74,8 +74,8 @@ def load_dict(path: str | os.PathLike[str], device_map: DeviceMap = None) -> dic
     is an accelerator; on a machine without any it means the processor. Every block is compared with its digest. The
     tensors are the caller's own: they may be written to.
 
-    Raises NotFound, CorruptCheckpoint, InvalidArgument for a map that leaves tensors out, DeviceFailed for a device that
-    is not here, OutOfMemory, TransferFailed.
+    Raises NotFound, CorruptCheckpoint, InvalidArgument for a map that leaves tensors out, DeviceFailed for a device
+    that is not here, OutOfMemory, TransferFailed.
     """
     loading, found = load_dict_non_blocking(path, device_map)
     loading.wait()

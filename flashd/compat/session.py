@@ -17,7 +17,7 @@ from flashd import obtaining, starting
 from flashd.client import Client, Model
 from flashd.compat import modules, settings
 from flashd.compat.language_model import LanguageModel
-from flashd.errors import InvalidArgument, NotFound, Unavailable
+from flashd.errors import InvalidArgument, NotAuthorized, NotFound, Unavailable
 
 log = logging.getLogger("flashtensors")
 
@@ -136,8 +136,13 @@ class Session:
         with self._client() as client:
             if settings.value(client, "engines.vllm.python"):
                 return
-            if self._started is None and client.set_config("engines.vllm.python", sys.executable):
-                log.warning("flashd uses the vLLM of %s when it is started again: flash stop", sys.executable)
+            if self._started is not None:
+                return  # the daemon runs in this interpreter, and its own is the default
+            try:
+                if client.set_config("engines.vllm.python", sys.executable):
+                    log.warning("flashd uses the vLLM of %s when it is started again: flash stop", sys.executable)
+            except NotAuthorized as error:  # the machine's daemon, whose administrator chooses
+                log.warning("flashd cannot be told of the vLLM of %s: %s", sys.executable, error.message)
 
     def cleanup_gpu(self) -> None:
         """Parks the engine, which gives back its weights and its KV cache, and empties this process's CUDA cache.
