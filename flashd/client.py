@@ -318,19 +318,16 @@ class Client:
         *,
         aliases: Sequence[str] = (),
         replace: bool = True,
-        follow_links: bool = False,
         on_progress: OnProgress | None = None,
     ) -> Model:
         """Makes a model of a folder or file that this process can read."""
-        job = self.begin_import(path, name, aliases=aliases, replace=replace, follow_links=follow_links)
+        job = self.begin_import(path, name, aliases=aliases, replace=replace)
         return self.model(_name_of(job.wait(on_progress)["model"]))
 
-    def begin_import(
-        self, path: Path, name: str, *, aliases: Sequence[str] = (), replace: bool = True, follow_links: bool = False
-    ) -> Job:
+    def begin_import(self, path: Path, name: str, *, aliases: Sequence[str] = (), replace: bool = True) -> Job:
         """Like `import_`, without waiting. The files are opened here and handed over: the daemon opens none itself."""
         options = {"aliases": Variant("as", list(aliases)), "replace": Variant("b", replace)}
-        with SourceFiles.from_path(Path(path).resolve(), follow_links=follow_links) as files:
+        with SourceFiles.from_path(Path(path).resolve()) as files:
             names = list(files)
             batches = [names[i : i + wire.FILES_PER_MESSAGE] for i in range(0, len(names), wire.FILES_PER_MESSAGE)]
             job_path = ""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 from flashd.client import Client, Model, OnProgress
@@ -19,11 +21,6 @@ def name_of(wanted: str) -> str:
     return Path(wanted).expanduser().resolve().name if wanted.startswith(("/", ".", "~")) else wanted
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether it is written as the hub writes names: OWNER/NAME."""
-    return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not name.endswith("/")
-
-
 def obtain(client: Client, wanted: str, *, token: str | None = None, on_progress: OnProgress | None = None) -> Model:
     """Makes a model of a folder, or of what the Hugging Face cache or the hub has under a name; in place of an older
     one. Raises NotFound, and whatever an import raises."""
@@ -34,13 +31,13 @@ def obtain(client: Client, wanted: str, *, token: str | None = None, on_progress
     if name != wanted:
         raise NotFound(f"there is no {folder}", hint="name a folder, or a model as the hub does")
     if pull := getattr(client, "pull", None):
-        pull(wanted, token=token)
+        pull(wanted, token=token, on_progress=on_progress)
         return client.model(wanted)
-    return client.import_(_cached(wanted), name, follow_links=True, on_progress=on_progress)
+    return _import_cached(client, wanted, on_progress)
 
 
-def _cached(name: str) -> Path:
-    """Where the Hugging Face cache has it; raises NotFound if it has not."""
+def _import_cached(client: Client, name: str, on_progress: OnProgress | None) -> Model:
+    """Of what the Hugging Face cache has; raises NotFound if it has not."""
     hint = f"download it: huggingface-cli download {name}"
     try:
         from huggingface_hub import snapshot_download
@@ -48,6 +45,12 @@ def _cached(name: str) -> Path:
     except ImportError:
         raise NotFound(f"there is no model {name!r}", hint=hint) from None
     try:
-        return Path(snapshot_download(name, local_files_only=True))
+        snapshot = Path(snapshot_download(name, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         raise NotFound(f"there is no model {name!r}, nor has the Hugging Face cache one", hint=hint) from None
+    # A snapshot is made of links, which an import does not follow: it gets other names of the same files.
+    with tempfile.TemporaryDirectory(dir=snapshot.parent, prefix=".flashd-") as folder:
+        for file in snapshot.iterdir():
+            if file.is_file():
+                os.link(file.resolve(), Path(folder, file.name))
+        return client.import_(Path(folder), name, on_progress=on_progress)

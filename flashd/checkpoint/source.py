@@ -101,19 +101,16 @@ class SourceFiles:
         self._files = dict(files)
 
     @classmethod
-    def from_path(cls, path: Path, *, follow_links: bool = False) -> SourceFiles:
-        """A folder, or a single file of weights, not a link to one. Raises InvalidSource.
-
-        `follow_links` is for folders of links that the caller trusts, as a Hugging Face cache is one.
-        """
+    def from_path(cls, path: Path) -> SourceFiles:
+        """A folder, or a single file of weights, not a link to one. Raises InvalidSource."""
         try:
             is_folder = stat.S_ISDIR(path.lstat().st_mode)
         except OSError as error:
             raise InvalidSource(f"{path} cannot be read: {error.strerror}") from None
-        return cls.from_folder(path, follow_links=follow_links) if is_folder else cls({path.name: _open(None, path)})
+        return cls.from_folder(path) if is_folder else cls({path.name: _open(None, path)})
 
     @classmethod
-    def from_folder(cls, path: Path, *, follow_links: bool = False) -> SourceFiles:
+    def from_folder(cls, path: Path) -> SourceFiles:
         files = cls({})
         try:
             folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -123,14 +120,14 @@ class SourceFiles:
             names = _bounded_listing(folder, path)
 
             def open_index(name: str) -> Index:
-                files._files[name] = _open(folder, path / name, follow_links)
+                files._files[name] = _open(folder, path / name)
                 return _read_index(files._files[name], name)
 
             weights, _ = _choose(names, open_index)
             side_files = [name for name in names if _matches(name, (*SIDE_FILES, _ADAPTER))]
             for name in _checked_names([*weights, *side_files]):
                 if name in names and name not in files:
-                    files._files[name] = _open(folder, path / name, follow_links)
+                    files._files[name] = _open(folder, path / name)
         except BaseException:
             files.close()
             raise
@@ -297,9 +294,9 @@ def _is_weights(name: str) -> bool:
     return _matches(name, WEIGHTS) and not _matches(name, NOT_WEIGHTS)
 
 
-def _open(folder: int | None, path: Path, follow_links: bool = False) -> OpenFile:
+def _open(folder: int | None, path: Path) -> OpenFile:
     # O_NONBLOCK: opening a FIFO would otherwise wait for a writer for ever (open(2)); regular files ignore it.
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         fd = os.open(path.name, flags, dir_fd=folder) if folder is not None else os.open(path, flags)
     except OSError as error:

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from flashd import inference, obtaining
+from flashd import inference
 from flashd.cli import output
 from flashd.cli.session import ModelName, session
 from flashd.client import Client, SwapOutcome
-from flashd.errors import FlashdError, InvalidArgument, NotFound
+from flashd.errors import FlashdError, InvalidArgument
 from flashd.units import format_bytes, format_seconds
 
 PANEL = "Answers"
@@ -42,9 +42,8 @@ def run(
     raw: Annotated[bool, typer.Option(help="Continue the text, without the chat template.")] = False,
     engine: EngineKind = "",
 ) -> None:
-    """Swaps to a model and asks it. Without a prompt, a chat. A model of the hub's that is not here yet is pulled."""
+    """Swaps to a model and asks it. Without a prompt, a chat."""
     client = session(context).client
-    _obtain(client, model)
     outcome = _swapped(client, model, engine)
     given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     parameters = {name: value for name, value in given.items() if value is not None}
@@ -93,17 +92,6 @@ def load(
 def evict(context: typer.Context, model: ModelName) -> None:
     """Takes a model out of memory; it stays in the store."""
     session(context).client.evict(model)
-
-
-def _obtain(client: Client, model: str) -> None:
-    """Sees to it that the model is here, if it is called as on the hub."""
-    try:
-        client.model(model)
-    except NotFound:
-        if not obtaining.is_hub_name(model):
-            raise
-        with output.job_progress(f"getting {model}") as show:
-            obtaining.obtain(client, model, on_progress=show)
 
 
 def _swapped(client: Client, model: str, engine: str) -> SwapOutcome:

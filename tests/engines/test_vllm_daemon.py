@@ -131,8 +131,8 @@ def test_vllms_further_parameters(bus: tuple[str, Path], client: Client) -> None
     chosen = [among[token].logprob for among, token in zip(answer.logprobs, answer.token_ids, strict=True)]
     assert sum(chosen) == pytest.approx(answer.cumulative_logprob) and all(len(among) >= 2 for among in answer.logprobs)
     assert told.prompt_logprobs[0] is None and len(told.prompt_logprobs) == len(told.prompt_token_ids or [])
-    (stopped,) = model.generate("I am", SimpleNamespace(temperature=0, max_tokens=40, stop=["model"]))
-    assert stopped.outputs[0].stop_reason == "model" and "model" not in stopped.outputs[0].text
+    (stopped,) = model.generate("I am", SimpleNamespace(temperature=0, max_tokens=40, stop=["."]))
+    assert stopped.outputs[0].stop_reason == "." and stopped.outputs[0].text == ""
     unlimited = model.generate("I am Ada", SimpleNamespace(temperature=0, max_tokens=None))[0].outputs[0]
     assert unlimited.finish_reason == "stop" or len(unlimited.token_ids) > 100
     (plain,) = model.generate("I am")
