@@ -44,11 +44,17 @@ def embeddings(endpoint: str, model: str, texts: Sequence[str]) -> list[list[flo
     return [entry["embedding"] for entry in found["data"]]
 
 
-def ask(endpoint: str, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+def models(endpoint: str) -> list[dict[str, Any]]:
+    """What an engine says of the model that it serves, and of it under other names."""
+    found: list[dict[str, Any]] = ask(endpoint, "/v1/models")["data"]
+    return found
+
+
+def ask(endpoint: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The whole answer to one request of OpenAI's interface. Raises as it is refused."""
     with _client(endpoint) as client:
         try:
-            response = client.post(path, json=body)
+            response = client.get(path) if body is None else client.post(path, json=body)
         except httpx.TransportError as error:
             raise _unreachable(endpoint, error) from None
     if response.status_code != 200:

@@ -309,7 +309,7 @@ def _to_gpu(checkpoint: Checkpoint, device: torch.device) -> tuple[Loading, torc
     import torch
 
     base = torch.empty(checkpoint.extent.length, dtype=torch.uint8, device=device)
-    torch.cuda.current_stream(device).synchronize()  # whoever had that memory before has done with it
+    torch.cuda.synchronize(device)  # whoever had that memory before has done with it
     if not base.numel():
         return Loading.done(), base
     ordinal = device.index or 0

@@ -10,6 +10,7 @@ swapped to when it is asked.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +23,10 @@ from flashd.compat.sampling import Prompt, RequestOutput
 from flashd.errors import Busy, EngineFailed, FlashdError, NotFound, Unavailable
 
 _AT_ONCE = 32  # requests: more than an engine batches on the machines this is for
-_ROUNDS = 5
-_PAUSE_S = 0.2
+_PATIENCE_S = 120.0  # with others who swap away
+_PAUSE_S = 0.05, 0.6
+_NO_LIMIT = 1 << 20  # tokens, for engines that stop by themselves where there is no more room
+_CRASHES = 3  # an engine may be ended by a swap, but not again and again
 # What a request meets when somebody swaps to another model meanwhile.
 _SWAPPED_AWAY = (Busy, NotFound, Unavailable, EngineFailed)
 
@@ -83,26 +86,33 @@ class LanguageModel:
             return client.swap(self.model, engine=self._engine).endpoint
 
     def _answers(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """All answers, in order; those that a swap cut or kept away are asked for again."""
         answers: dict[int, Mapping[str, Any]] = {}
-        for round_ in range(_ROUNDS):
-            missing = [index for index in range(len(bodies)) if index not in answers]
-            if not missing:
-                break
-            if round_:
-                time.sleep(_PAUSE_S * round_)
+        deadline = time.monotonic() + _PATIENCE_S
+        crashes = 0
+        while missing := [index for index in range(len(bodies)) if index not in answers]:
             endpoint = self.activate()
             with ThreadPoolExecutor(min(_AT_ONCE, len(missing))) as pool:
                 asked = [pool.submit(_ask, endpoint, path, {**bodies[index], "model": self.model}) for index in missing]
-            found = dict(zip(missing, (future.result() for future in asked), strict=True))
-            failures = [error for error in found.values() if isinstance(error, FlashdError)]
-            if failures and round_ + 1 == _ROUNDS:
-                raise failures[0]
-            answers |= {index: answer for index, answer in found.items() if not isinstance(answer, FlashdError)}
+            failures = []
+            for index, answer in zip(missing, (future.result() for future in asked), strict=True):
+                if isinstance(answer, FlashdError):
+                    failures.append(answer)
+                else:
+                    answers[index] = answer
+            crashes += any(isinstance(failure, EngineFailed) for failure in failures)
+            if failures:
+                if crashes == _CRASHES or time.monotonic() > deadline:
+                    raise failures[0]
+                time.sleep(random.uniform(*_PAUSE_S))  # as long as others: they would meet again and again
         return [answers[index] for index in range(len(bodies))]
 
 
 def _ask(endpoint: str, path: str, body: Mapping[str, Any]) -> Mapping[str, Any] | FlashdError:
     try:
+        if body.get("max_tokens", 0) is None:  # as many as there is room for, says vLLM; over HTTP it would say 16
+            room = [model.get("max_model_len") or _NO_LIMIT for model in inference.models(endpoint)]
+            body = {**body, "max_tokens": min(room, default=_NO_LIMIT)}
         return inference.ask(endpoint, path, body)
     except _SWAPPED_AWAY as error:
         return error
