@@ -15,8 +15,8 @@ What each function does, and what its arguments mean to flashd, is said where it
 from __future__ import annotations
 
 from flashd import __version__
-from flashd.compat.flashtensors import flash
-from flashd.compat.flashtensors.flash import load_dict, load_dict_non_blocking, save_dict
+from flashd.compat import flash
+from flashd.compat.flash import load_dict, load_dict_non_blocking, save_dict
 from flashd.compat.session import session
 
 configure = session.configure
