@@ -49,7 +49,7 @@ def save_dict(state_dict: Mapping[str, torch.Tensor], path: str | os.PathLike[st
     for what is no dense tensor with bytes of its own (sparse, quantised by torch, meta), AlreadyExists if `path` is
     there and no checkpoint, StoreFull or TransferFailed; nothing has changed then.
     """
-    destination = Path(os.path.abspath(path))  # noqa: PTH100 -- without resolving links, which are not to be replaced
+    destination = Path(path).resolve()  # what a link points to is replaced, and not the link
     plain = {name: _checked(name, tensor, destination) for name, tensor in state_dict.items()}
     aliases = _aliases(plain)
     kept = {name: tensor for name, tensor in plain.items() if name not in aliases}
@@ -203,7 +203,9 @@ def _content(tensor: torch.Tensor) -> saving.Content:
     resolved = tensor.resolve_conj().resolve_neg()
     if (width := _SAME_WIDTH.get(resolved.element_size())) is not None:
         resolved = resolved.view(getattr(torch, width))  # every dtype can be copied as numbers, bit for bit
-    raw = resolved.contiguous().reshape(-1).view(torch.uint8)
+    # A tensor of one element is contiguous whatever its strides say; a view as bytes wants them to say 1.
+    ordered = resolved.contiguous().as_strided((resolved.numel(),), (1,))
+    raw = ordered.view(torch.uint8)
 
     def fill(offset: int, memory: memoryview) -> None:
         torch.frombuffer(memory, dtype=torch.uint8).copy_(raw[offset : offset + len(memory)])

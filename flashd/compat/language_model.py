@@ -20,7 +20,7 @@ from flashd import inference
 from flashd.client import Client
 from flashd.compat import sampling
 from flashd.compat.sampling import Prompt, RequestOutput
-from flashd.errors import Busy, EngineFailed, FlashdError, NotFound, Unavailable
+from flashd.errors import Busy, EngineFailed, FlashdError, InvalidArgument, NotFound, Unavailable
 
 _AT_ONCE = 32  # requests: more than an engine batches on the machines this is for
 _PATIENCE_S = 120.0  # with others who swap away
@@ -120,4 +120,8 @@ def _ask(endpoint: str, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]
 
 def _one_each(given: object | Sequence[object] | None, count: int) -> list[dict[str, Any]]:
     several = list(given) if isinstance(given, Sequence) else [given] * count
+    if len(several) != count:
+        raise InvalidArgument(
+            f"{len(several)} sampling parameters for {count} prompts", hint="give one, or one for each"
+        )
     return [sampling.parameters(one) for one in several]

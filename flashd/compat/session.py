@@ -226,6 +226,7 @@ class Session:
             if chosen == "transformers":
                 wanted = dtype or torch_dtype
                 return modules.load(client, model.name, _folder(client, model), dtype=wanted, device_map=device_map)
+        _say_dtype(model, dtype or torch_dtype)
         found = LanguageModel(self._client, model.name, "vllm" if chosen == "vllm" else "")
         found.activate()
         return found

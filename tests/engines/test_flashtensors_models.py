@@ -111,6 +111,7 @@ def test_two_who_swap_away_from_each_other_both_get_their_own_answers(client: Cl
         ("a", SimpleNamespace(temperature=-1), errors.InvalidArgument),
         ("a", SimpleNamespace(logits_processors=[print]), errors.Unsupported),
         ("a", SimpleNamespace(n=2), errors.InvalidArgument),
+        ("a", [GREEDY, GREEDY], errors.InvalidArgument),
     ],
 )
 def test_what_cannot_be_asked_is_told(prompt: Any, params: Any, error: type[Exception], client: Client) -> None:

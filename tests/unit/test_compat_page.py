@@ -44,3 +44,9 @@ def test_everything_that_is_offered_is_there() -> None:
     for module in (flashtensors, flashtensors.flash, flashd):
         for name in module.__all__:
             assert getattr(module, name) is not None, name
+
+
+def test_what_is_installed_as_flashtensors_does_not_need_its_own_place() -> None:
+    """In the wheel it lies beside flashd, and no longer in it."""
+    for path in (Path(flashd.__file__).parent / "compat" / "flashtensors").glob("*.py"):
+        assert "compat.flashtensors" not in path.read_text()

@@ -131,6 +131,18 @@ def test_no_tail_is_lost(elements: int, tmp_path: Path) -> None:
     assert_same(flashd.load_dict(tmp_path / "saved"), saved)
 
 
+@pytest.mark.parametrize(
+    ("shape", "stride"), [((1,), (2,)), ((1, 1), (0, 3)), ((0,), (0,)), ((4, 1), (1, 9)), ((3,), (0,))]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex128])
+def test_strides_that_mean_nothing(
+    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    saved = {"w": random_tensor(dtype, 40, 3).as_strided(shape, stride, 5)}
+    flashd.save_dict(saved, tmp_path / "saved")
+    assert_same(flashd.load_dict(tmp_path / "saved"), saved)
+
+
 def test_other_tools_read_it(tmp_path: Path) -> None:
     saved = {"w": torch.randn(64, 33, dtype=torch.bfloat16).t(), "z": torch.zeros(2, dtype=torch.complex64)}
     flashd.save_dict(saved, tmp_path / "saved")
@@ -280,6 +292,14 @@ def test_a_folder_that_is_something_else_stays(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     flashd.save_dict({"w": torch.ones(1)}, tmp_path / "empty")
     flashd.save_dict({"w": torch.ones(1)}, tmp_path / "new" / "deeper")
+
+
+def test_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("real")
+    for value in (1.0, 2.0):
+        flashd.save_dict({"w": torch.full((3,), value)}, tmp_path / "link")
+        assert flashd.load_dict(tmp_path / "real")["w"].tolist() == [value] * 3
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "real"} and (tmp_path / "link").is_symlink()
 
 
 def test_a_full_disk_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
