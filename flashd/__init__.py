@@ -17,6 +17,8 @@ from flashd.errors import FlashdError
 
 if TYPE_CHECKING:
     from flashd.client import Client, Engine, Job, Lease, Model, Status, SwapOutcome
+    from flashd.compat.session import load_model, register_model
+    from flashd.state_dicts import load_dict, load_dict_non_blocking, save_dict
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,7 +33,14 @@ __all__ = [
     "__version__",
     "connect",
     "errors",
+    "load_dict",
+    "load_dict_non_blocking",
+    "load_model",
+    "register_model",
+    "save_dict",
 ]
+_STATE_DICTS = {"load_dict", "load_dict_non_blocking", "save_dict"}
+_MODELS = {"load_model", "register_model"}
 
 
 def connect(address: str | None = None) -> Client:
@@ -46,7 +55,15 @@ def connect(address: str | None = None) -> Client:
 
 
 def __getattr__(name: str) -> Any:
-    """The client's types, imported when first asked for: importing flashd itself takes a few milliseconds."""
+    """What takes longer to import, when first asked for: importing flashd itself takes a few milliseconds."""
+    if name in _STATE_DICTS:
+        from flashd import state_dicts
+
+        return getattr(state_dicts, name)
+    if name in _MODELS:
+        from flashd.compat.session import session
+
+        return getattr(session, name)
     if name in __all__:
         from flashd import client
 

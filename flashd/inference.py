@@ -48,14 +48,27 @@ def stream_completion(endpoint: Endpoint, model: str, prompt: str, **parameters:
 
 def embeddings(endpoint: Endpoint, model: str, texts: Sequence[str]) -> list[list[float]]:
     """One vector a text."""
+    found = ask(endpoint, "/v1/embeddings", {"model": model, "input": list(texts)})
+    return [entry["embedding"] for entry in found["data"]]
+
+
+def models(endpoint: str) -> list[dict[str, Any]]:
+    """What an engine says of the model that it serves, and of it under other names."""
+    found: list[dict[str, Any]] = ask(endpoint, "/v1/models")["data"]
+    return found
+
+
+def ask(endpoint: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The whole answer to one request of OpenAI's interface. Raises as it is refused."""
     with _client(endpoint) as client:
         try:
-            response = client.post("/v1/embeddings", json={"model": model, "input": list(texts)})
+            response = client.get(path) if body is None else client.post(path, json=body)
         except httpx.TransportError as error:
             raise _unreachable(endpoint, error) from None
     if response.status_code != 200:
         raise _refusal(response)
-    return [entry["embedding"] for entry in response.json()["data"]]
+    found: dict[str, Any] = response.json()
+    return found
 
 
 class _Stream(httpcore.NetworkStream):

@@ -9,19 +9,41 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import mmap
+import os
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flashd import cuda
-from flashd.checkpoint.header import Header
-from flashd.errors import DeviceFailed, Unsupported
+from flashd.checkpoint.header import ALIASES, Header
+from flashd.errors import DeviceFailed, InvalidArgument, Unsupported
 
 if TYPE_CHECKING:
     import torch
 
-ALIASES = "flashd.aliases"
+    from flashd.streamer import Extent
+
+DTYPES = "flashd.dtypes"  # in the metadata: a JSON object from names of tensors to what torch calls their dtype
+
+
+@dataclass(frozen=True, slots=True)
+class StandIn:
+    """How a tensor of a dtype that safetensors does not know is stored: as another dtype, of a longer shape."""
+
+    dtype: str
+    shape_suffix: tuple[int, ...] = ()
+
+
+STAND_INS = {
+    "complex128": StandIn("F64", (2,)),
+    "complex32": StandIn("F16", (2,)),
+    "bits16": StandIn("U16"),
+    **{f"{sign}int{bits}": StandIn("U8") for sign in ("", "u") for bits in range(1, 8)},
+    **dict.fromkeys(("float4_e2m1fn_x2", "bits8", "bits1x8", "bits2x4", "bits4x2"), StandIn("U8")),
+}
 
 
 def torch_tensors(base: torch.Tensor, layout: Header) -> dict[str, torch.Tensor]:
@@ -30,10 +52,20 @@ def torch_tensors(base: torch.Tensor, layout: Header) -> dict[str, torch.Tensor]
     They keep the region alive and are for reading: the mapping is read-only, so writing to one ends the process
     (SIGSEGV), or, on a GPU, the use of its context. Raises Unsupported for dtypes that torch has not (F4, F6).
     """
+    return named_tensors(layout, lambda extent: base[extent.offset : extent.end])
+
+
+def named_tensors(layout: Header, raw_of: Callable[[Extent], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by name over what `raw_of` says the bytes of an extent are; otherwise like `torch_tensors`."""
+    dtypes = stood_in_for(layout)
     tensors = {}
     for info in layout.tensors:
-        raw = base[info.extent.offset : info.extent.end]
-        tensors[info.name] = raw.view(_dtype(info.dtype)).view(info.shape)
+        raw = raw_of(info.extent)
+        if original := dtypes.get(info.name):
+            suffix = len(STAND_INS[original].shape_suffix)
+            tensors[info.name] = raw.view(_named(original)).view(info.shape[: len(info.shape) - suffix])
+        else:
+            tensors[info.name] = raw.view(_dtype(info.dtype)).view(info.shape)
     tensors |= {alias: tensors[name] for alias, name in aliases(layout).items()}
     return tensors
 
@@ -76,6 +108,18 @@ def bytes_tensor(region: memoryview) -> torch.Tensor:
         return torch.frombuffer(region, dtype=torch.uint8)
 
 
+def private_bytes_tensor(fd: int, size_bytes: int) -> torch.Tensor:
+    """One tensor of bytes over an arena in host memory, mapped privately: whoever writes to it changes their own copy
+    of that page. The descriptor stays the caller's. Raises InvalidArgument if the arena is shorter than that."""
+    import torch
+
+    if not size_bytes:
+        return torch.empty(0, dtype=torch.uint8)
+    if os.fstat(fd).st_size < size_bytes:  # a page beyond the end of a file is a SIGBUS
+        raise InvalidArgument(f"the arena has {os.fstat(fd).st_size} bytes, and its layout says {size_bytes}")
+    return bytes_tensor(memoryview(mmap.mmap(fd, size_bytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)))
+
+
 def device_bytes_tensor(
     mapping: cuda.Window | cuda.HostView, address: int, size_bytes: int, ordinal: int
 ) -> torch.Tensor:
@@ -112,6 +156,34 @@ def aliases(layout: Header) -> Mapping[str, str]:
     """Further name → stored name, of tensors that are stored once."""
     found = json.loads(layout.metadata.get(ALIASES, "{}"))
     return {alias: name for alias, name in found.items() if isinstance(name, str)}
+
+
+def stood_in_for(layout: Header) -> Mapping[str, str]:
+    """Name → torch's name of the dtype, for tensors that are stored as another."""
+    found: dict[str, str] = json.loads(layout.metadata.get(DTYPES, "{}"))
+    sound = isinstance(found, dict) and all(isinstance(dtype, str) for dtype in found.values())
+    stored = {info.name: (info.dtype, info.shape) for info in layout.tensors}
+    for name, dtype in found.items() if sound else ():
+        stand_in = STAND_INS.get(dtype)
+        kind, shape = stored.get(name, ("", ()))
+        if stand_in is None or kind != stand_in.dtype or not _ends_with(shape, stand_in.shape_suffix):
+            sound = False
+    if not sound:
+        raise Unsupported(f"{DTYPES} says what cannot be", hint="a newer flashd may have written it: update this one")
+    return found
+
+
+def _ends_with(shape: tuple[int, ...], suffix: tuple[int, ...]) -> bool:
+    return shape[len(shape) - len(suffix) :] == suffix
+
+
+def _named(name: str) -> torch.dtype:
+    import torch
+
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise Unsupported(f"torch {torch.__version__} has no dtype {name}", hint="a newer one may have it")
+    return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:

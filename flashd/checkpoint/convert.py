@@ -12,12 +12,12 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flashd.checkpoint import manifest as manifests
-from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, finish, write_new, writing
+from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, finish, sync_directory, write_new, writing
 from flashd.checkpoint.header import ALIASES, MAX_HEADER_BYTES, Header, serialise
 from flashd.checkpoint.layout import Shape, arrange, layout_digest
 from flashd.checkpoint.manifest import Manifest
@@ -100,9 +100,9 @@ def _convert(
         write_new(directory / name, raw)
         side_files[name] = blake3(raw).hex()
     watch.end(files)
-    manifest = _manifest(header, header_bytes, digests, side_files, config, note)
+    manifest = describe(header, header_bytes, digests, side_files, config, note)
     write_new(directory / MANIFEST, manifest.to_toml().encode())
-    _sync_directory(directory)
+    sync_directory(directory)
     return manifest
 
 
@@ -112,16 +112,21 @@ def _arranged(source: Source, cancelled: Callable[[], bool]) -> tuple[Header, Ma
     kept = {tensor.name: tensor for tensor in source.tensors if tensor.name not in aliases}
     # An alias of something that turned out to be an alias itself points to what that one points to.
     resolved = {alias: aliases.get(name, name) for alias, name in aliases.items()}
-    placed = arrange(Shape(t.name, t.dtype, t.shape, t.extent.length) for t in kept.values())
-    metadata = {"format": "pt", **source.metadata}  # transformers refuses files that do not say it
-    if resolved:
-        metadata[ALIASES] = json.dumps(dict(sorted(resolved.items())), separators=(",", ":"))
-    header = Header(placed, dict(sorted(metadata.items())))
+    shapes = (Shape(t.name, t.dtype, t.shape, t.extent.length) for t in kept.values())
+    return compose(shapes, resolved, source.metadata), kept
+
+
+def compose(shapes: Iterable[Shape], aliases: Mapping[str, str], metadata: Mapping[str, str]) -> Header:
+    """The header of a checkpoint that holds these tensors. Raises InvalidSource if it became too large."""
+    said = {"format": "pt", **metadata}  # transformers refuses files that do not say it
+    if aliases:
+        said[ALIASES] = json.dumps(dict(sorted(aliases.items())), separators=(",", ":"))
+    header = Header(arrange(shapes), dict(sorted(said.items())))
     header_bytes = len(serialise(header))
     if header_bytes > MAX_HEADER_BYTES:
         sizes = f"{format_bytes(header_bytes)}; at most {format_bytes(MAX_HEADER_BYTES)} make sense"
         raise InvalidSource(f"the tensors' names and metadata need a header of {sizes}")
-    return replace(header, data_offset=header_bytes), kept
+    return replace(header, data_offset=header_bytes)
 
 
 def _copy_weights(
@@ -157,7 +162,7 @@ def _copy_weights(
         os.close(fd)
 
 
-def _manifest(
+def describe(
     header: Header,
     header_bytes: bytes,
     digests: bytes,
@@ -165,6 +170,7 @@ def _manifest(
     config: Mapping[str, object],
     note: str,
 ) -> Manifest:
+    """The manifest of a checkpoint of which everything is written but that."""
     header_digest = blake3(header_bytes)
     weights = manifests.weights_id(header_digest, digests)
     layout = layout_digest(header.tensors)
@@ -186,11 +192,3 @@ def _manifest(
         created_at=time.time(),
         source=note.encode("utf-8", "backslashreplace").decode(),  # a path need not be UTF-8
     )
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -12,7 +12,7 @@ import typer
 
 import flashd
 from flashd import errors
-from flashd.cli import bench, doctor, machine, models, output, report, serving
+from flashd.cli import bench, doctor, familiar, machine, models, output, report, serving
 from flashd.cli.session import Session
 
 
@@ -53,6 +53,7 @@ def _options(
 
 serving.register(app)
 models.register(app)
+familiar.register(app)
 machine.register(app)
 doctor.register(app)
 report.register(app)

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,13 +15,13 @@ from rich.table import Table
 
 import flashd
 from flashd import config as configuration
+from flashd import starting
 from flashd.cli import output
 from flashd.cli.session import Json, Session, session
 from flashd.client import Client, Event, Job
 from flashd.errors import FlashdError, InvalidArgument, NotFound, Unavailable
 from flashd.units import format_bytes, format_seconds
 
-_START_S = 15.0
 _STOP_S = 60.0
 _REFRESH_S = 0.5
 
@@ -40,22 +37,14 @@ def register(app: typer.Typer) -> None:
 def start(context: typer.Context) -> None:
     """Starts the daemon for you, in the background: on the session bus, or on one of its own where there is none."""
     asked = session(context).bus or configuration.bus_address()
-    address = asked or ("session" if configuration.has_session_bus() else "private")
     with suppress(FlashdError), flashd.connect(asked) as client:
         output.say(f"flashd runs already: {_summary(client)}")
         return
-    paths = configuration.default_paths(configuration.Scope.USER)
-    log = paths.state / "flashd.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "flashd.daemon.main", "--bus", address]
-    with log.open("ab") as words:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=words, stderr=words, start_new_session=True
-        )
-    with _awaited(asked, process, log) as client:
+    started = starting.start(asked)
+    with started.client as client:
         output.say(f"flashd runs: {_summary(client)}")
         folders = " or ".join(client.status().models_directories)
-        output.say(f"drop a model into {folders}; its log is {log}")
+        output.say(f"drop a model into {folders}; its log is {started.log}")
 
 
 def stop(context: typer.Context) -> None:
@@ -174,17 +163,6 @@ def _value(current: Session, key: str) -> str:
     for part in configuration.find(key).key.split("."):
         found = found[part] if isinstance(found, dict) else None
     return str(found)
-
-
-def _awaited(asked: str | None, process: subprocess.Popen[bytes], log: Path) -> Client:
-    deadline = time.monotonic() + _START_S
-    while True:
-        with suppress(Unavailable):
-            return flashd.connect(asked)
-        if process.poll() is not None or time.monotonic() > deadline:
-            said = log.read_text(errors="replace").strip().splitlines()[-3:]
-            raise Unavailable("flashd did not start: " + "\n".join(said), hint=f"the whole log is {log}")
-        time.sleep(0.02)
 
 
 def _summary(client: Client) -> str:

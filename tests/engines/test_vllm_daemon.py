@@ -11,14 +11,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import plain_vllm
 from small_models import ADA, BOB, QUESTION
+from vllm_greedy import PROMPTS
 
 import flashd
 from flashd import Client
+from flashd.compat.language_model import LanguageModel
 from flashd.errors import Unavailable
 from flashd.private_bus import PrivateBus
 
@@ -104,6 +107,36 @@ def test_swaps_between_models_and_kinds_of_engine(client: Client) -> None:
         hows.append(outcome.how)
     assert hows == ["start", "rebind", "start", "already-active", "wake", "already-active"]
     assert {engine.kind: engine.state for engine in client.engines()} == {"vllm": "serving", "torch": "parked"}
+
+
+def test_asked_as_vllm_is_it_says_what_vllm_says(bus: tuple[str, Path], client: Client, plain: dict[str, Any]) -> None:
+    models = {name: LanguageModel(lambda: flashd.connect(bus[0]), name, "vllm") for name in ("ada", "bob")}
+    greedy = SimpleNamespace(temperature=0, max_tokens=16)
+    for name in ("ada", "bob", "ada"):
+        found = models[name].generate(PROMPTS, greedy)
+        assert [output.outputs[0].token_ids for output in found] == plain[name]
+        assert all(output.prompt_token_ids for output in found)
+        ids = [output.prompt_token_ids for output in found]
+        assert [output.outputs[0].token_ids for output in models[name].generate(ids, greedy)] == plain[name]
+
+
+def test_vllms_further_parameters(bus: tuple[str, Path], client: Client) -> None:
+    model = LanguageModel(lambda: flashd.connect(bus[0]), "ada", "vllm")
+    (several,) = model.generate("I am", SimpleNamespace(n=3, temperature=1.0, seed=1, max_tokens=4, ignore_eos=True))
+    assert [output.index for output in several.outputs] == [0, 1, 2]
+    assert {len(output.token_ids) for output in several.outputs} == {4}
+    (told,) = model.generate("I am", SimpleNamespace(temperature=0, max_tokens=3, logprobs=2, prompt_logprobs=1))
+    answer = told.outputs[0]
+    assert answer.logprobs is not None and answer.cumulative_logprob is not None and told.prompt_logprobs is not None
+    chosen = [among[token].logprob for among, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+    assert sum(chosen) == pytest.approx(answer.cumulative_logprob) and all(len(among) >= 2 for among in answer.logprobs)
+    assert told.prompt_logprobs[0] is None and len(told.prompt_logprobs) == len(told.prompt_token_ids or [])
+    (stopped,) = model.generate("I am", SimpleNamespace(temperature=0, max_tokens=40, stop=["."]))
+    assert stopped.outputs[0].stop_reason == "." and stopped.outputs[0].text == ""
+    unlimited = model.generate("I am Ada", SimpleNamespace(temperature=0, max_tokens=None))[0].outputs[0]
+    assert unlimited.finish_reason == "stop" or len(unlimited.token_ids) > 100
+    (plain,) = model.generate("I am")
+    assert len(plain.outputs[0].token_ids) <= 16
 
 
 def test_an_engine_that_dies_is_brought_back_with_its_model(client: Client) -> None:

@@ -37,15 +37,19 @@ MAY_IMPORT = {
     "daemon": {"swap", "supply", "engines", "memory", "store", "checkpoint", "streamer", "bus", "private_bus", "cuda"},
     "client": {"bus", "checkpoint", "tensors", "inference"},
     "bench": {"streamer", "checkpoint", "memory", "client", "cuda"},
-    "cli": {"client", "inference", "private_bus", "checkpoint", "bench", "streamer", "memory", "cuda"},
+    "cli": {"client", "starting", "inference", "private_bus", "checkpoint", "bench", "streamer", "memory", "cuda"},
     "handover": {"client", "store"},
-    "__init__": {"client"},
+    "starting": {"client"},
+    "obtaining": {"client"},
+    "state_dicts": {"client", "checkpoint", "streamer", "tensors", "cuda"},
+    "compat": {"client", "inference", "starting", "obtaining", "state_dicts", "tensors"},  # never the daemon
+    "__init__": {"client", "state_dicts", "compat"},
 }
 # The tray is a package of its own, and a client like any other: never the daemon, nor what is behind it.
 TRAY = PACKAGE.parent / "tray" / "flashd_tray"
 TRAY_MAY_IMPORT = {"client", "bus", "errors", "units", "wire"}
 TRAY_ENVIRONMENT_READERS = {"preferences.py", "shell.py"}  # the desktop's variables: where choices lie, what panel
-TORCH_IMPORTERS = {"flashd.tensors", "flashd.checkpoint.unpickle"}
+TORCH_IMPORTERS = {"flashd.tensors", "flashd.state_dicts", "flashd.checkpoint.unpickle", "flashd.compat.modules"}
 ENGINE_WORKERS = ("flashd.engines.torch", "flashd.engines.vllm")
 
 

@@ -9,8 +9,6 @@ vLLM's own loader, and never the arena.
 from __future__ import annotations
 
 import contextlib
-import mmap
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ from flashd.client import Client, Model
 from flashd.engines.control import close_all
 from flashd.engines.vllm import handover
 from flashd.errors import InvalidArgument, NotFound
-from flashd.tensors import bytes_tensor, torch_tensors
+from flashd.tensors import private_bytes_tensor, torch_tensors
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -65,7 +63,7 @@ def weights(wanted: Wanted, model: str) -> Iterator[Tensors]:
         name = wanted.model or _name_of(client, model)
         with client.lease(name, wanted.device) as lease:
             if lease.memory == "host" and lease.device == "host":
-                yield torch_tensors(_private(lease.fd, lease.size_bytes), lease.layout)
+                yield torch_tensors(private_bytes_tensor(lease.fd, lease.size_bytes), lease.layout)
             else:
                 yield lease.tensors()
 
@@ -83,15 +81,7 @@ def arena_tensors(fd: int, binding: Mapping[str, Any]) -> Tensors:
     """Tensors over the host arena that a Binding came with; `fd` stays the caller's."""
     size_bytes = int(binding["arena_bytes"])
     layout = header.parse(binding["layout"].encode(), data_bytes=size_bytes, path="the layout")
-    return torch_tensors(_private(fd, size_bytes), layout)
-
-
-def _private(fd: int, size_bytes: int) -> torch.Tensor:
-    if not size_bytes:
-        return torch.empty(0, dtype=torch.uint8)
-    if os.fstat(fd).st_size < size_bytes:  # a page beyond the end of a file is a SIGBUS
-        raise InvalidArgument(f"the arena has {os.fstat(fd).st_size} bytes, and its layout says {size_bytes}")
-    return bytes_tensor(memoryview(mmap.mmap(fd, size_bytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)))
+    return torch_tensors(private_bytes_tensor(fd, size_bytes), layout)
 
 
 def _name_of(client: Client, model: str) -> str:
