@@ -17,7 +17,7 @@ from flashd.daemon.authorization import check_owner
 from flashd.daemon.exports import Caller, Exported, Fd
 from flashd.daemon.jobs import Job, Owner
 from flashd.daemon.parts import Parts
-from flashd.errors import InvalidArgument, NotFound
+from flashd.errors import InvalidArgument, NotFound, from_bus
 from flashd.memory.device import HOST, Kind, Tier
 from flashd.memory.lease import Lease
 from flashd.store.catalog import Model
@@ -72,7 +72,31 @@ class ManagerObject(Exported):
         return wire.job_path(job.number)
 
     async def import_files(self, caller: Caller, job: str, files: dict[str, int], more: bool) -> None:
-        self._parts.imports.add(caller, self._parts.jobs.get(_number(job, wire.job_path)), files, more=more)
+        self._parts.imports.add(caller, self._job(job), files, more=more)
+
+    async def pull(self, caller: Caller, repository: str, options: dict[str, Variant]) -> str:
+        given = checked_options(options, revision="s", name="s")
+        revision, name = given.get("revision", "main"), given.get("name", "")
+        return wire.job_path(self._parts.pulls.request(caller, repository, revision, name).number)
+
+    async def claim_pull(self, caller: Caller, job: str) -> tuple[str, str, str]:
+        return self._parts.pulls.claim(caller, self._job(job))
+
+    async def begin_pull(self, caller: Caller, origin: str, name: str, options: dict[str, Variant]) -> str:
+        given = checked_options(options, aliases="as", job="o")
+        if "job" in given:
+            self._parts.pulls.begin_claimed(caller, self._job(given["job"]), origin)
+            return str(given["job"])
+        return wire.job_path(self._parts.pulls.begin(caller, origin, name, tuple(given.get("aliases", ()))).number)
+
+    async def pull_files(self, caller: Caller, job: str, files: dict[str, int], awaited: list[str], more: bool) -> None:
+        await self._parts.pulls.add(caller, self._job(job), files, awaited, more=more)
+
+    async def pull_progress(self, caller: Caller, job: str, done_bytes: int, total_bytes: int) -> None:
+        self._parts.pulls.tell(caller, self._job(job), done_bytes, total_bytes)
+
+    async def pull_failed(self, caller: Caller, job: str, error: str, message: str, hint: str) -> None:
+        self._parts.pulls.fail(caller, self._job(job), from_bus(error, message, hint))
 
     async def swap(self, caller: Caller, model: str, options: dict[str, Variant]) -> str:
         engine = checked_options(options, engine="s").get("engine", "")
@@ -127,6 +151,9 @@ class ManagerObject(Exported):
 
     async def stop(self, caller: Caller) -> None:
         self._parts.stop()
+
+    def _job(self, path: str) -> Job:
+        return self._parts.jobs.get(_number(path, wire.job_path))
 
 
 def model_properties(parts: Parts, model: Model) -> Mapping[str, Any]:

@@ -35,10 +35,12 @@ MAY_IMPORT = {
     "supply": {"engines", "memory", "checkpoint"},
     "swap": {"supply", "engines", "memory"},
     "daemon": {"swap", "supply", "engines", "memory", "store", "checkpoint", "streamer", "bus", "private_bus", "cuda"},
-    "client": {"bus", "checkpoint", "tensors", "inference"},
+    "hub": {"checkpoint"},  # works for a client, and is given one
+    "client": {"bus", "checkpoint", "tensors", "inference", "hub"},
     "bench": {"streamer", "checkpoint", "memory", "client", "cuda"},
-    "cli": {"client", "inference", "private_bus", "checkpoint", "bench", "streamer", "memory", "cuda"},
+    "cli": {"client", "hub", "inference", "private_bus", "checkpoint", "bench", "streamer", "memory", "cuda"},
     "handover": {"client", "store"},
+    "errands": {"client"},
     "__init__": {"client"},
 }
 # The tray is a package of its own, and a client like any other: never the daemon, nor what is behind it.
@@ -133,7 +135,8 @@ def test_the_tray_is_a_client(path: Path) -> None:
 def test_control_processes_import_no_framework(module: str) -> None:
     code = (
         f"import sys, {module}; "
-        "print(*sorted({'torch', 'transformers', 'vllm', 'numpy'} & {m.split('.')[0] for m in sys.modules}))"
+        "unwanted = {'torch', 'transformers', 'vllm', 'numpy', 'huggingface_hub'}; "
+        "print(*sorted(unwanted & {m.split('.')[0] for m in sys.modules}))"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == ""
