@@ -70,6 +70,7 @@ def copy(
     region: int,
     digest_block: int,
     options: Options,
+    file_size: int,
 ) -> Transfer: ...
 
 class Staging:

@@ -11,7 +11,7 @@ import os
 import queue
 import socket
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from flashd.bus import OBJECT_MANAGER, PROPERTIES, Connection, Received, plain
 from flashd.checkpoint import header
 from flashd.checkpoint.source import SourceFiles
 from flashd.errors import FlashdError, InvalidArgument, Unavailable, from_bus
+from flashd.hub import PullOutcome
 
 if TYPE_CHECKING:
     import torch
@@ -351,6 +352,71 @@ class Client:
                 else:
                     self._manager("ImportFiles", "oa{sh}b", job_path, table, more, fds=fds)
         return self._job(job_path)
+
+    def pull(
+        self,
+        repository: str,
+        *,
+        revision: str = "main",
+        name: str = "",
+        aliases: Sequence[str] = (),
+        token: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> PullOutcome:
+        """Downloads a model from the Hugging Face Hub, in this process, and hands it over while it arrives.
+
+        `name` is by default the repository's. A commit that is there already is not downloaded again; another one
+        becomes a new version. Also after a failure, what has arrived is not downloaded again.
+
+        `token` is by default the one that huggingface_hub finds (HF_TOKEN, hf auth login); it stays in this process.
+        Raises NotFound, NotAuthorized (private and gated repositories), Unavailable, StoreFull, TransferFailed,
+        InvalidSource, or Busy while this user pulls it already.
+        """
+        from flashd.hub.pull import pull  # and huggingface_hub with it, which few programs need
+
+        return pull(
+            self,
+            repository,
+            revision=revision,
+            name=name,
+            aliases=aliases,
+            token=token,
+            on_progress=on_progress,
+        )
+
+    def run_errand(self, job_path: str) -> None:
+        """Downloads what another program of this user's asked for by the bus method Pull."""
+        from flashd.hub.pull import pull
+
+        job = self._job(job_path)
+        repository, revision, name = self._manager("ClaimPull", "o", job_path)
+        pull(self, repository, revision=revision, name=name, job=job)
+
+    def begin_pull(self, origin: str, name: str, *, aliases: Sequence[str] = (), job: Job | None = None) -> Job:
+        """A job for a model that this process downloads from somewhere, or what is known now of one that it claimed:
+        `feed_pull` it. `pull` does all of that. Nothing is to be done if it has finished at once."""
+        options = {"job": Variant("o", job.path)} if job else {"aliases": Variant("as", list(aliases))}
+        (path,) = self._manager("BeginPull", "ssa{sv}", origin, name, options)
+        return self._job(path)
+
+    def feed_pull(self, job: Job, files: Mapping[str, int], *, awaited: Collection[str] = ()) -> None:
+        """The first call announces all files, as descriptors, those that are awaited by stand-ins; later ones hand over
+        what has arrived. See PullFiles of org.flashd1.Manager."""
+        names = list(files)
+        batches = [names[i : i + wire.FILES_PER_MESSAGE] for i in range(0, len(names), wire.FILES_PER_MESSAGE)]
+        for batch in batches:
+            table = {file: number for number, file in enumerate(batch)}
+            late = [file for file in batch if file in awaited]
+            fds = [files[file] for file in batch]
+            self._manager("PullFiles", "oa{sh}asb", job.path, table, late, batch is not batches[-1], fds=fds)
+
+    def tell_pull(self, job: Job, done_bytes: int, total_bytes: int) -> None:
+        """How far the download is."""
+        self._manager("PullProgress", "ott", job.path, done_bytes, total_bytes)
+
+    def fail_pull(self, job: Job, error: FlashdError) -> None:
+        """Why the download cannot go on; the job fails with that."""
+        self._manager("PullFailed", "osss", job.path, error.bus_name(), error.message, error.hint)
 
     def remove(self, name: str) -> None:
         """Forgets the model; raises Busy while it is active."""

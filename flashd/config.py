@@ -203,6 +203,11 @@ def default_paths(scope: Scope) -> Paths:
     )
 
 
+def cache_folder() -> Path:
+    """What can be had again: downloads under way."""
+    return _xdg("XDG_CACHE_HOME", Path.home() / ".cache") / "flashd"
+
+
 def bus_address() -> str | None:
     """Where a client was told to find the daemon, if it was."""
     return os.environ.get("FLASHD_BUS_ADDRESS") or None

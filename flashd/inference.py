@@ -52,13 +52,13 @@ def embeddings(endpoint: Endpoint, model: str, texts: Sequence[str]) -> list[lis
     return [entry["embedding"] for entry in found["data"]]
 
 
-def models(endpoint: str) -> list[dict[str, Any]]:
+def models(endpoint: Endpoint) -> list[dict[str, Any]]:
     """What an engine says of the model that it serves, and of it under other names."""
     found: list[dict[str, Any]] = ask(endpoint, "/v1/models")["data"]
     return found
 
 
-def ask(endpoint: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def ask(endpoint: Endpoint, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The whole answer to one request of OpenAI's interface. Raises as it is refused."""
     with _client(endpoint) as client:
         try:

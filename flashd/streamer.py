@@ -268,13 +268,15 @@ def copy(
     *,
     region_offset: int,
     digest_block_bytes: int,
+    file_bytes: int = 0,
     options: Options = Options(depth=4),
 ) -> Transfer:
     """Starts filling `target` from `region_offset` on with pieces of other files, at any offsets.
 
     Pieces are sorted by target offset (counted from `region_offset`) and leave no hole. `result.digests` has the digest
-    of each block of the region. The target (opened for reading and writing) is preallocated, fsynced and cut to size;
-    what lies before `region_offset` is left alone. Memory: two blocks for each of `options.depth` threads.
+    of each block of the region. The target (opened for reading and writing) is preallocated, fsynced and cut to size:
+    it ends with the pieces, or at `file_bytes` if that is further, so that several copies can fill it, in any order.
+    What lies outside of what is copied is left alone. Memory: two blocks for each of `options.depth` threads.
     """
     if digest_block_bytes <= 0 or digest_block_bytes % ALIGNMENT or region_offset % ALIGNMENT:
         raise InvalidArgument(f"blocks and region of {target.path} must be multiples of {ALIGNMENT} bytes")
@@ -291,6 +293,7 @@ def copy(
             region_offset,
             digest_block_bytes,
             options._native(),
+            file_bytes,
         ),
     )
 

@@ -33,12 +33,13 @@ void read_piece(File& file, const Piece& piece, std::byte* to, Buffer& window) {
 }  // namespace
 
 std::unique_ptr<Transfer> copy(std::vector<File> sources, std::vector<Piece> pieces, File target, uint64_t region,
-                               uint64_t block, const Options& options) {
+                               uint64_t block, const Options& options, uint64_t file_size) {
     const uint64_t total = pieces.empty() ? 0 : pieces.back().target_offset + pieces.back().length;
+    const uint64_t size = std::max(file_size, region + total);
     auto from = std::make_shared<std::vector<File>>(std::move(sources));
     auto to = std::make_shared<File>(std::move(target));
     return std::make_unique<Transfer>(total, [=, pieces = std::move(pieces)](Transfer& transfer) {
-        to->preallocate(align_up(region + total));
+        to->preallocate(align_up(size));
         const size_t blocks = (total + block - 1) / block;
         std::string digests(blocks * digest_bytes, '\0');
         parallel_for(transfer, blocks, options.depth, transfer.result.cpu_seconds, [&] {
@@ -60,7 +61,7 @@ std::unique_ptr<Transfer> copy(std::vector<File> sources, std::vector<Piece> pie
                 transfer.advance(length);
             };
         });
-        to->truncate(region + total);
+        to->truncate(size);
         to->sync();
         transfer.result.digests = std::move(digests);
         transfer.result.direct = to->has_direct();

@@ -15,8 +15,9 @@ namespace flashd {
 
 // Writes [region, region + sum of pieces) of the target, whose first `region` bytes are left as they are, and gives the
 // digest of each `block` of that part. Pieces are sorted by target offset, counted from `region`, without holes.
-// Memory: two blocks a thread. The target is preallocated, truncated to its size and fsynced.
+// Memory: two blocks a thread. The target is preallocated, cut to its size and fsynced; it ends with the pieces, or at
+// `file_size` if that is further, so that a file can be filled by several copies, in any order.
 std::unique_ptr<Transfer> copy(std::vector<File> sources, std::vector<Piece> pieces, File target, uint64_t region,
-                               uint64_t block, const Options& options);
+                               uint64_t block, const Options& options, uint64_t file_size = 0);
 
 }  // namespace flashd

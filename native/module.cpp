@@ -176,14 +176,14 @@ NB_MODULE(_native, m) {
         "copy",
         [](const std::vector<OpenFile>& files,
            const std::vector<std::tuple<uint32_t, uint64_t, uint64_t, uint64_t>>& pieces, const OpenFile& target,
-           uint64_t region, uint64_t digest_block, const Options& options) {
+           uint64_t region, uint64_t digest_block, const Options& options, uint64_t file_size) {
             std::vector<Piece> plan;
             for (const auto& [file, source_offset, target_offset, length] : pieces)
                 plan.push_back({file, source_offset, target_offset, length});
             return copy(open_all(files, options.direct), std::move(plan), open_target(target, options.direct), region,
-                        digest_block, options);
+                        digest_block, options, file_size);
         },
-        "files"_a, "pieces"_a, "target"_a, "region"_a, "digest_block"_a, "options"_a);
+        "files"_a, "pieces"_a, "target"_a, "region"_a, "digest_block"_a, "options"_a, "file_size"_a);
 
     nb::class_<SharedStaging>(m, "Staging")
         .def_prop_ro("block", [](const SharedStaging& staging) { return staging.pointer->block(); })

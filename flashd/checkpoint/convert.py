@@ -12,13 +12,15 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from flashd.checkpoint import manifest as manifests
 from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, finish, sync_directory, write_new, writing
 from flashd.checkpoint.header import ALIASES, MAX_HEADER_BYTES, Header, serialise
+from flashd.checkpoint.late import LateFiles, as_they_arrive, whole
 from flashd.checkpoint.layout import Shape, arrange, layout_digest
 from flashd.checkpoint.manifest import Manifest
 from flashd.checkpoint.pickles import Converter, SourceTensor
@@ -41,8 +43,8 @@ class _Watch:
     before: Mapping[str, tuple[int, int]]
 
     @classmethod
-    def begin(cls, files: SourceFiles) -> _Watch:
-        return cls({name: _age(files[name]) for name in files})
+    def begin(cls, files: SourceFiles, *, but: Collection[str] = ()) -> _Watch:
+        return cls({name: _age(files[name]) for name in files if name not in but})
 
     def end(self, files: SourceFiles) -> None:
         """Raises InvalidSource: half of what was read may be old and half of it new."""
@@ -69,6 +71,7 @@ def convert(
 ) -> Manifest:
     """Fills an existing empty directory with the checkpoint of a source, all of it fsynced.
 
+    What is there of LateFiles is copied at once, the rest as it arrives; until all of it has, this does not return.
     `python` is an interpreter that has torch, for PyTorch files. Blocks; asks `cancelled` every 50 ms. Raises
     InvalidSource, StoreFull, TransferFailed, Unavailable (no torch) or Cancelled; the directory is then the caller's to
     remove.
@@ -86,13 +89,23 @@ def _convert(
     on_progress: Progress,
     cancelled: Callable[[], bool],
 ) -> Manifest:
-    watch = _Watch.begin(files)
+    late = files if isinstance(files, LateFiles) else None
+    if late:
+        late.wait_for_headers(cancelled)
+    awaited = late.awaited if late else frozenset()
+    watch = _Watch.begin(files, but=awaited)
     source = read_source(files, Converter(python=python, scratch=directory, cancelled=cancelled))
     with contextlib.closing(source):
         config = manifests.read_config(read_whole(files[CONFIG])) if CONFIG in source.side_files else {}
-        header, origin = _arranged(source, cancelled)
+        copy_weights = partial(_copy_weights, source, directory, options, on_progress, cancelled)
+        header, origin = _arranged(source, {} if awaited else find_ties(source, cancelled))
+        digests = copy_weights(header, origin, late)
+        # Which tensors are the same can be seen only now. Few large models have any; those are copied once more.
+        if awaited and (ties := find_ties(source, cancelled)):
+            (directory / WEIGHTS).unlink()
+            header, origin = _arranged(source, ties)
+            digests = copy_weights(header, origin, None)
         header_bytes = serialise(header)
-        digests = _copy_weights(source, header, origin, header_bytes, directory, options, on_progress, cancelled)
     write_new(directory / DIGESTS, digests)
     side_files = {}
     for name, file in source.side_files.items():
@@ -106,9 +119,9 @@ def _convert(
     return manifest
 
 
-def _arranged(source: Source, cancelled: Callable[[], bool]) -> tuple[Header, Mapping[str, SourceTensor]]:
+def _arranged(source: Source, ties: Mapping[str, str]) -> tuple[Header, Mapping[str, SourceTensor]]:
     """The header of the checkpoint, and where each of its tensors comes from."""
-    aliases = {**source.aliases, **find_ties(source, cancelled)}
+    aliases = {**source.aliases, **ties}
     kept = {tensor.name: tensor for tensor in source.tensors if tensor.name not in aliases}
     # An alias of something that turned out to be an alias itself points to what that one points to.
     resolved = {alias: aliases.get(name, name) for alias, name in aliases.items()}
@@ -131,35 +144,51 @@ def compose(shapes: Iterable[Shape], aliases: Mapping[str, str], metadata: Mappi
 
 def _copy_weights(
     source: Source,
-    header: Header,
-    origin: Mapping[str, SourceTensor],
-    header_bytes: bytes,
     directory: Path,
     options: Options,
     on_progress: Progress,
     cancelled: Callable[[], bool],
+    header: Header,
+    origin: Mapping[str, SourceTensor],
+    late: LateFiles | None,
 ) -> bytes:
     """Writes the weights; returns the digests of their blocks."""
     path = directory / WEIGHTS
+    header_bytes = serialise(header)
+    total_bytes = header.data_bytes
     pieces = [
         Piece(origin[t.name].file, origin[t.name].extent.offset, t.extent.offset, t.extent.length)
         for t in header.tensors
         if t.extent.length
     ]
+    names = [file.path for file in source.files]
+    stretches = as_they_arrive(pieces, DIGEST_BLOCK_BYTES, names, late, cancelled) if late else whole(pieces)
+    digests: dict[int, bytes] = {}
+    done_bytes = 0
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         os.pwrite(fd, header_bytes, 0)
-        transfer = copy(
-            source.files,
-            pieces,
-            OpenFile(fd, str(path)),
-            region_offset=len(header_bytes),
-            digest_block_bytes=DIGEST_BLOCK_BYTES,
-            options=options,
-        )
-        return finish(transfer, on_progress, cancelled).digests
+        for stretch in stretches:
+            transfer = copy(
+                source.files,
+                stretch.pieces,
+                OpenFile(fd, str(path)),
+                region_offset=len(header_bytes) + stretch.offset,
+                digest_block_bytes=DIGEST_BLOCK_BYTES,
+                file_bytes=len(header_bytes) + total_bytes,
+                options=options,
+            )
+            tell = partial(_tell_part, on_progress, done_bytes, total_bytes)
+            result = finish(transfer, tell, cancelled)
+            digests[stretch.first_block] = result.digests
+            done_bytes += result.size_bytes
+        return b"".join(table for _, table in sorted(digests.items()))
     finally:
         os.close(fd)
+
+
+def _tell_part(on_progress: Progress, before_bytes: int, total_bytes: int, done_bytes: int, _: int) -> None:
+    on_progress(before_bytes + done_bytes, total_bytes)
 
 
 def describe(

@@ -136,7 +136,7 @@ class SourceFiles:
         return files
 
     @classmethod
-    def from_fds(cls, fds: Mapping[str, int]) -> SourceFiles:
+    def from_fds(cls, fds: Mapping[str, int]) -> Self:
         """Descriptors that somebody sent us; they become ours. Names are those within the source."""
         files = cls({name: OpenFile(fd, name) for name, fd in fds.items()})
         try:
@@ -346,15 +346,34 @@ def _numbered(names: Collection[str]) -> set[str]:
     }
 
 
+def needed_files(names: Collection[str], read_index: Callable[[str], Index]) -> tuple[list[str], list[str]]:
+    """Of a folder's files, the weights and all others that a source needs. Raises InvalidSource if it is none."""
+    indexes: list[str] = []
+
+    def note_index(name: str) -> Index:
+        indexes.append(name)
+        return read_index(name)
+
+    weights, _ = _checked_choice(names, note_index)
+    others = [name for name in sorted(names) if _matches(name, SIDE_FILES)]
+    _checked_names([*weights, *indexes, *others])
+    return weights, [*indexes, *others]
+
+
 def _weights(files: SourceFiles) -> tuple[list[str], Index]:
     """The files of weights, all of them there, and what an index says of them."""
-    weights, index = _choose(list(files), lambda name: _read_index(files[name], name))
-    if missing := sorted(set(weights) - set(files)):
+    return _checked_choice(list(files), lambda name: _read_index(files[name], name))
+
+
+def _checked_choice(names: Collection[str], read_index: Callable[[str], Index]) -> tuple[list[str], Index]:
+    """As `_choose`; raises InvalidSource if there are no weights or not all of them are there."""
+    weights, index = _choose(names, read_index)
+    if missing := sorted(set(weights) - set(names)):
         what = f"{len(missing)} files of weights are missing, the first is {missing[0]}"
         raise InvalidSource(what, hint="finish the download, or copy the missing files")
     if weights:
         return weights, index
-    if _ADAPTER in files:
+    if _ADAPTER in names:
         hint = "merge it into its base model first (peft: merge_and_unload) and drop the result"
         raise InvalidSource("this is a LoRA adapter, not a whole model", hint=hint)
     hint = "a source has *.safetensors, or PyTorch's *.bin, *.pt or *.pth"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pwd
 import sys
@@ -16,8 +17,9 @@ from flashd.checkpoint.convert import convert as convert_source
 from flashd.checkpoint.source import SourceFiles
 from flashd.cli import output
 from flashd.cli.session import Json, ModelName, session
-from flashd.client import Model, Status
-from flashd.errors import AlreadyExists, InvalidArgument
+from flashd.client import Client, Model, Status
+from flashd.errors import AlreadyExists, Cancelled, InvalidArgument
+from flashd.hub import PullOutcome
 from flashd.units import format_bytes, format_seconds
 
 PANEL = "Models"
@@ -27,7 +29,7 @@ def register(app: typer.Typer) -> None:
     app.command("list", rich_help_panel=PANEL)(list_)
     app.command("ls", hidden=True)(list_)
     app.command("import", rich_help_panel=PANEL)(import_)
-    for command in (show, convert, alias, pin, unpin, private, public, rm, verify, scrub):
+    for command in (pull, show, convert, alias, pin, unpin, private, public, rm, verify, scrub):
         app.command(rich_help_panel=PANEL)(command)
 
 
@@ -102,6 +104,40 @@ def import_(
     model = client.model(wanted)
     took = format_seconds(time.monotonic() - started)
     output.say(f"{model.name}: {format_bytes(model.size_bytes)} in {took}")
+
+
+def pull(
+    context: typer.Context,
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A model on the Hugging Face Hub.")],
+    revision: Annotated[str, typer.Option(help="A branch, tag or commit.")] = "main",
+    name: Annotated[str, typer.Option(help="What to call it; by default, what it is called there.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Downloads a model from the Hugging Face Hub, as you: with your login (hf auth login), proxies and cache."""
+    outcome = pulled(session(context).client, repository, revision, name)
+    if as_json:
+        output.print_json(outcome)
+        return
+    at = f"{outcome.repository}@{outcome.commit[:12]}"
+    if outcome.was_there:
+        output.say(f"{outcome.model} is {at} already")
+        return
+    took = format_seconds(outcome.seconds)
+    output.say(
+        f"{outcome.model} is {at}: {format_bytes(outcome.downloaded_bytes)} downloaded in {took}, "
+        f"{format_bytes(outcome.converted_early_bytes)} converted by when the last file came"
+    )
+
+
+def pulled(client: Client, repository: str, revision: str = "main", name: str = "") -> PullOutcome:
+    """Pulls with a progress bar."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of what it tries again, only the end is of interest
+    try:
+        with output.job_progress(f"pulling {name or repository}") as progress:
+            return client.pull(repository, revision=revision, name=name, on_progress=progress)
+    except KeyboardInterrupt:
+        hint = "pull again: it goes on where it stopped"
+        raise Cancelled(f"the pull of {repository} was cancelled", hint=hint) from None
 
 
 def convert(

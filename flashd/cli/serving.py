@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -11,12 +12,14 @@ import typer
 
 from flashd import inference
 from flashd.cli import output
+from flashd.cli.models import pulled
 from flashd.cli.session import ModelName, session
 from flashd.client import Client, SwapOutcome
-from flashd.errors import FlashdError, InvalidArgument
+from flashd.errors import FlashdError, InvalidArgument, NotFound
 from flashd.units import format_bytes, format_seconds
 
 PANEL = "Answers"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def register(app: typer.Typer) -> None:
@@ -95,6 +98,16 @@ def evict(context: typer.Context, model: ModelName) -> None:
 
 
 def _swapped(client: Client, model: str, engine: str) -> SwapOutcome:
+    """Swaps; a model that is not here, and may be on the hub, is pulled first if the person in front of us says so."""
+    try:
+        client.model(model)
+    except NotFound as error:
+        if not _HUB_NAME.fullmatch(model):
+            raise
+        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise NotFound(error.message, hint=f"download it from the Hugging Face Hub: flash pull {model}") from None
+        typer.confirm(f"{model} is not here. Download it from the Hugging Face Hub?", abort=True, err=True)
+        pulled(client, model)
     result = output.wait(lambda: client.begin_swap(model, engine=engine), f"swapping to {model}")
     return SwapOutcome.from_result(result)
 

@@ -8,13 +8,15 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flashd.checkpoint.convert import convert
+from flashd.checkpoint.convert import Progress, convert
 from flashd.checkpoint.source import SourceFiles
 from flashd.daemon.jobs import Job
 from flashd.daemon.threads import in_thread
 from flashd.errors import Cancelled
 from flashd.store.catalog import Catalog, Model, Origin
 from flashd.streamer import Options
+
+_BESIDE = 2  # sources that arrive at once: each keeps a thread of the few that there are until all of it has come
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +43,28 @@ class Conversions:
         self._python = python
         self._on_published = on_published
         self._turn = asyncio.Lock()
+        self._beside = asyncio.Semaphore(_BESIDE)
 
     async def run(self, job: Job, request: Request) -> Model:
         """Converts and publishes. Raises what the catalog and the conversion raise; then nothing has changed."""
         job.report("waiting")
         async with self._turn:
             job.begin("converting")
-            tell = job.progress_from_thread()
-            model = await in_thread(lambda cancelled: self._convert(request, tell, cancelled))
+            return await self._run(request, job.progress_from_thread())
+
+    async def run_beside(self, request: Request, on_progress: Progress, arrived: asyncio.Event) -> Model:
+        """For a source that still arrives: beside the others, if few do that already, else when it has `arrived`."""
+        if self._beside.locked():
+            await arrived.wait()
+        async with self._turn if arrived.is_set() else self._beside:
+            return await self._run(request, on_progress)
+
+    async def _run(self, request: Request, on_progress: Progress) -> Model:
+        model = await in_thread(lambda cancelled: self._convert(request, on_progress, cancelled))
         self._on_published(model)
         return model
 
-    def _convert(
-        self, request: Request, on_progress: Callable[[int, int], None], cancelled: Callable[[], bool]
-    ) -> Model:
+    def _convert(self, request: Request, on_progress: Progress, cancelled: Callable[[], bool]) -> Model:
         name = self._catalog.check_free(request.name, replace=request.replace, owner_uid=request.owner_uid)
         with request.open_source() as files:
             need_bytes = sum(os.fstat(files[name].fd).st_size for name in files)

@@ -18,7 +18,7 @@ from flashd.daemon.endpoint import connected
 from flashd.daemon.exports import EVERYBODY, Audience, Caller, Exported, Fd
 from flashd.daemon.jobs import Job, Owner
 from flashd.daemon.parts import Parts
-from flashd.errors import InvalidArgument, NotFound, Unavailable
+from flashd.errors import InvalidArgument, NotFound, Unavailable, from_bus
 from flashd.memory.device import HOST, Kind, Tier
 from flashd.memory.lease import Lease
 from flashd.store.catalog import Model
@@ -93,7 +93,34 @@ class ManagerObject(Exported):
         return wire.job_path(job.number)
 
     async def import_files(self, caller: Caller, job: str, files: dict[str, int], more: bool) -> None:
-        self._parts.imports.add(caller, self._parts.jobs.get(_number(job, wire.job_path)), files, more=more)
+        self._parts.imports.add(caller, self._job(job), files, more=more)
+
+    async def pull(self, caller: Caller, repository: str, options: dict[str, Variant]) -> str:
+        given = checked_options(options, revision="s", name="s")
+        revision, name = given.get("revision", "main"), given.get("name", "")
+        owner_uid = await self._parts.ownership.owner_of_new(caller, name or repository, replace=True)
+        return wire.job_path(self._parts.pulls.request(caller, repository, revision, name, owner_uid).number)
+
+    async def claim_pull(self, caller: Caller, job: str) -> tuple[str, str, str]:
+        return self._parts.pulls.claim(caller, self._job(job))
+
+    async def begin_pull(self, caller: Caller, origin: str, name: str, options: dict[str, Variant]) -> str:
+        given = checked_options(options, aliases="as", job="o")
+        if "job" in given:
+            self._parts.pulls.begin_claimed(caller, self._job(given["job"]), origin)
+            return str(given["job"])
+        owner_uid = await self._parts.ownership.owner_of_new(caller, name, replace=True)
+        aliases = tuple(given.get("aliases", ()))
+        return wire.job_path(self._parts.pulls.begin(caller, origin, name, aliases, owner_uid).number)
+
+    async def pull_files(self, caller: Caller, job: str, files: dict[str, int], awaited: list[str], more: bool) -> None:
+        await self._parts.pulls.add(caller, self._job(job), files, awaited, more=more)
+
+    async def pull_progress(self, caller: Caller, job: str, done_bytes: int, total_bytes: int) -> None:
+        self._parts.pulls.tell(caller, self._job(job), done_bytes, total_bytes)
+
+    async def pull_failed(self, caller: Caller, job: str, error: str, message: str, hint: str) -> None:
+        self._parts.pulls.fail(caller, self._job(job), from_bus(error, message, hint))
 
     async def swap(self, caller: Caller, model: str, options: dict[str, Variant]) -> str:
         engine = checked_options(options, engine="s").get("engine", "")
@@ -155,6 +182,9 @@ class ManagerObject(Exported):
 
     async def stop(self, caller: Caller) -> None:
         self._parts.stop()
+
+    def _job(self, path: str) -> Job:
+        return self._parts.jobs.get(_number(path, wire.job_path))
 
 
 def model_properties(parts: Parts, model: Model) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ from flashd.daemon.imports import Imports
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.models import Models
 from flashd.daemon.ownership import Ownership
+from flashd.daemon.pulls import Pulls
 from flashd.daemon.serving import Serving
 from flashd.daemon.settings import Settings
 from flashd.memory.lease import LeaseBook
@@ -33,6 +34,7 @@ class Parts:
     catalog: Catalog
     jobs: Jobs
     imports: Imports
+    pulls: Pulls
     arrivals: Arrivals
     models: Models
     residency: Residency

@@ -23,6 +23,7 @@ from flashd.daemon.dismissals import Dismissals
 from flashd.daemon.driver_usage import DriverUsage
 from flashd.daemon.endpoint import EndpointLink, RuntimeFolder
 from flashd.daemon.engine_stats import EngineStatsBook
+from flashd.daemon.errands import Errands
 from flashd.daemon.exports import EVERYBODY, Caller, ObjectTree
 from flashd.daemon.imports import Imports
 from flashd.daemon.jobs import Job, Jobs, Owner
@@ -33,6 +34,7 @@ from flashd.daemon.ownership import Ownership, group_id
 from flashd.daemon.parts import Parts
 from flashd.daemon.polkit import Polkit
 from flashd.daemon.presence import Presence
+from flashd.daemon.pulls import Pulls
 from flashd.daemon.service_manager import FdStore, ServiceManager
 from flashd.daemon.serving import Serving
 from flashd.daemon.settings import Settings
@@ -79,7 +81,7 @@ async def run(settings: Settings, address: str, stop: asyncio.Event) -> None:
         )
         manager = ServiceManager(configuration.notify_socket())
         authority = Polkit(connection) if is_shared else SameUser(os.getuid())
-        service = Service(connection, settings, catalog, runtime, manager, authority, stop)
+        service = Service(connection, address, settings, catalog, runtime, manager, authority, stop)
         stack.push_async_callback(service.close)
         await service.start()
         manager.tell("READY=1")
@@ -97,6 +99,7 @@ class Service:
     def __init__(
         self,
         connection: Connection,
+        address: str,
         settings: Settings,
         catalog: Catalog,
         runtime: RuntimeFolder,
@@ -129,6 +132,8 @@ class Service:
             catalog, options=options, python=configuration.torch_python(config), on_published=self._model_published
         )
         self._imports = Imports(catalog, self._jobs, conversions, self._limits, self._ownership)
+        self._errands = Errands(address, self._background, is_shared=address == "system")
+        self._pulls = Pulls(catalog, self._jobs, conversions, self._limits, self._ownership, self._errands.send)
         self._arrivals = Arrivals(
             catalog,
             self._jobs,
@@ -207,6 +212,7 @@ class Service:
             catalog=catalog,
             jobs=self._jobs,
             imports=self._imports,
+            pulls=self._pulls,
             arrivals=self._arrivals,
             models=self._models,
             residency=self._residency,
@@ -339,14 +345,17 @@ class Service:
     def _peer_left(self, peer: str) -> None:
         self._callers.pop(peer, None)
         self._imports.peer_left(peer)
+        self._pulls.peer_left(peer)
         self._serving.peer_left(peer)
 
     def _job_changed(self, job: Job) -> None:
         self._presence.job_changed(job)
-        if job.kind == "import":
+        if job.kind in {"import", "pull"}:
             self._warm_up()
         if job.finished:
             self._imports.ended(job)
+            self._pulls.ended(job)
+            self._errands.ended(job)
             self._arrivals.ended(job)
             self._serving.ended(job)
 

@@ -83,6 +83,22 @@ class TestCopy:
         assert result.digests == digests_of(expected, block_bytes).table
         assert result.size_bytes == len(expected)
 
+    def test_a_file_is_filled_by_several_copies_in_any_order(self, opened: Opened) -> None:
+        contents = some_bytes(3 * 4096 + 5)
+        source, target = opened(contents), opened(b"\x55" * REGION)
+        for offset, length in ((8192, 4101), (0, 4096), (4096, 4096)):
+            result = copy(
+                [source],
+                [Piece(0, offset, 0, length)],
+                target,
+                region_offset=REGION + offset,
+                digest_block_bytes=4096,
+                file_bytes=REGION + len(contents),
+            ).wait()
+            assert result.digests == digests_of(contents[offset : offset + length], 4096).table
+            assert Path(target.path).stat().st_size == REGION + len(contents)
+        assert Path(target.path).read_bytes() == b"\x55" * REGION + contents
+
     def test_the_page_cache_is_left_as_it_was(self, opened: Opened) -> None:
         contents = some_bytes(64 * MiB + 5)
         source, target = opened(contents), opened(b"")

@@ -35,10 +35,14 @@ MAY_IMPORT = {
     "supply": {"engines", "memory", "checkpoint"},
     "swap": {"supply", "engines", "memory"},
     "daemon": {"swap", "supply", "engines", "memory", "store", "checkpoint", "streamer", "bus", "private_bus", "cuda"},
-    "client": {"bus", "checkpoint", "tensors", "inference"},
+    "hub": {"checkpoint"},  # works for a client, and is given one
+    "client": {"bus", "checkpoint", "tensors", "inference", "hub"},
     "bench": {"streamer", "checkpoint", "memory", "client", "cuda"},
-    "cli": {"client", "starting", "inference", "private_bus", "checkpoint", "bench", "streamer", "memory", "cuda"},
+    "cli": {
+        *("client", "starting", "hub", "inference", "private_bus", "checkpoint", "bench", "streamer", "memory", "cuda"),
+    },
     "handover": {"client", "store"},
+    "errands": {"client"},
     "starting": {"client"},
     "obtaining": {"client"},
     "state_dicts": {"client", "checkpoint", "streamer", "tensors", "cuda"},
@@ -137,7 +141,8 @@ def test_the_tray_is_a_client(path: Path) -> None:
 def test_control_processes_import_no_framework(module: str) -> None:
     code = (
         f"import sys, {module}; "
-        "print(*sorted({'torch', 'transformers', 'vllm', 'numpy'} & {m.split('.')[0] for m in sys.modules}))"
+        "unwanted = {'torch', 'transformers', 'vllm', 'numpy', 'huggingface_hub'}; "
+        "print(*sorted(unwanted & {m.split('.')[0] for m in sys.modules}))"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == ""

@@ -14,7 +14,7 @@ from enum import StrEnum
 from flashd.client import Device, Model
 from flashd.errors import Cancelled, NotAuthorized, OutOfMemory
 from flashd_tray.preferences import Preferences, Topic
-from flashd_tray.snapshot import JobView, Snapshot, State
+from flashd_tray.snapshot import MAKES_A_MODEL, JobView, Snapshot, State
 from flashd_tray.words import Words
 
 DIRECT_MODELS = 12  # stand in the menu itself; with a few more than these, all do
@@ -255,7 +255,7 @@ def _tools(snapshot: Snapshot, _: Words) -> Menu:
 
 
 def _recent(snapshot: Snapshot, _: Words) -> Menu:
-    jobs = [job for job in snapshot.jobs if job.finished and (job.kind == "import" or job.failed)]
+    jobs = [job for job in snapshot.jobs if job.finished and (job.kind in MAKES_A_MODEL or job.failed)]
     jobs.sort(key=lambda job: job.finished_at, reverse=True)
     entries = [_ended(job, _) for job in jobs[:RECENT_JOBS]]
     waiting = [item for item in (snapshot.status.inbox_items if snapshot.status else ()) if item.state == "incomplete"]
@@ -334,6 +334,7 @@ def _job_name(job: JobView, _: Words) -> str:
         "load": _("Loading {model}", model=job.subject),
         "park": _("Parking {model}", model=job.subject),
         "import": _("Converting {model}", model=job.subject),
+        "pull": _("Downloading {model}", model=job.subject),
         "verify": _("Verifying {model}", model=job.subject),
         "scrub": _("Checking the store"),
     }

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from flashd.errors import NotAuthorized, OutOfMemory, StoreFull
 from flashd_tray.menu import Action, Verb, explain
 from flashd_tray.preferences import Preferences, Topic
-from flashd_tray.snapshot import JobView, Snapshot
+from flashd_tray.snapshot import MAKES_A_MODEL, JobView, Snapshot
 from flashd_tray.words import Words
 
 LONG_SWAP_S = 5.0
@@ -63,7 +63,7 @@ class Notices:
             return self._failed(job)
         if job.state != "done":
             return None
-        if job.kind == "import":
+        if job.kind in MAKES_A_MODEL:
             return self._became_ready(job, now)
         if job.kind == "swap" and job.finished_at - job.created_at >= LONG_SWAP_S:
             _ = self._words
@@ -78,6 +78,8 @@ class Notices:
         match job.kind:
             case "import":
                 title = _("{model} could not be converted", model=job.subject)
+            case "pull":
+                title = _("{model} could not be downloaded", model=job.subject)
             case "swap":
                 title = _("No swap to {model}", model=job.subject)
             case "load":
@@ -87,7 +89,7 @@ class Notices:
         if job.error_name == NotAuthorized.bus_name():
             title = _("Not permitted")
         show = Action(Verb.SHOW_ERROR, str(job.number))
-        topic = Topic.REFUSED if refused and job.kind != "import" else Topic.FAILED
+        topic = Topic.REFUSED if refused and job.kind not in MAKES_A_MODEL else Topic.FAILED
         return Notice(topic, title, why, show, _("Details"))
 
     def _became_ready(self, job: JobView, now: Snapshot) -> Notice:
@@ -101,8 +103,11 @@ class Notices:
             body = ", ".join(names[-NAMED:]) + (" …" if rest > 0 else "")
             return Notice(Topic.READY, title, body)
         size = next((model.size_bytes for model in now.models if model.name == job.subject), 0)
-        body = _("Converted in {time}.", time=_.duration(job.finished_at - job.created_at))
+        took = _.duration(job.finished_at - job.created_at)
+        body = (
+            _("Converted in {time}.", time=took) if job.kind == "import" else ""
+        )  # a pull takes what the network takes
         if size:
-            body = f"{_.size(size)}. {body}"
+            body = f"{_.size(size)}. {body}".strip()
         title = _("{model} is ready", model=job.subject)
         return Notice(Topic.READY, title, body, Action(Verb.SWAP, job.subject), _("Switch"))

@@ -33,7 +33,7 @@ class State(StrEnum):
 
 
 _SWAPPING = frozenset({"swap", "load", "park"})
-_CONVERTING = frozenset({"import"})
+MAKES_A_MODEL = frozenset({"import", "pull"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class Snapshot:
         kinds = {job.kind for job in self.under_way}
         if kinds & _SWAPPING:
             return State.SWAPPING
-        if kinds & _CONVERTING:
+        if kinds & MAKES_A_MODEL:
             return State.CONVERTING
         if self.failures:
             return State.FAILED
@@ -137,7 +137,7 @@ class Snapshot:
     @property
     def shown_job(self) -> JobView | None:
         """The job that icon and header tell of: the first of those that the state speaks of."""
-        return _first(self.under_way, {State.SWAPPING: _SWAPPING, State.CONVERTING: _CONVERTING}.get(self.state, ()))
+        return _first(self.under_way, {State.SWAPPING: _SWAPPING, State.CONVERTING: MAKES_A_MODEL}.get(self.state, ()))
 
     @property
     def progress(self) -> float | None:

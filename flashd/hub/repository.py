@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does a repository hold at a revision, and which of its files does a model need?
+
+What the hub says is a stranger's word: names are checked, numbers bounded, and digests compared after the download.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoSibling
+
+import flashd
+from flashd.checkpoint.source import MAX_ENTRIES, MAX_SIDE_FILE_BYTES, Index, needed_files
+from flashd.errors import (
+    FlashdError,
+    InvalidArgument,
+    InvalidSource,
+    NotAuthorized,
+    NotFound,
+    TransferFailed,
+    Unavailable,
+)
+from flashd.units import format_bytes
+
+T = TypeVar("T")
+
+_ANSWER_S = 30.0
+_ATTEMPTS = 5
+_MAX_FILE_BYTES = 1 << 44
+UNKNOWN = -1  # the size of a file of which the hub does not say enough to download it
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryFile:
+    """A file as the hub describes it: by its SHA-256, or, if it is small, by the SHA-1 that git gives it.
+
+    `cached` is where the user's Hugging Face cache has it.
+    """
+
+    name: str
+    size_bytes: int
+    sha256: str = ""
+    git_sha1: str = ""
+    cached: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """A repository at one commit."""
+
+    repository: str
+    commit: str
+    files: Mapping[str, RepositoryFile]
+
+    @property
+    def origin(self) -> str:
+        return f"{self.repository}@{self.commit}"
+
+
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """The files of a revision that make a model."""
+
+    weights: tuple[RepositoryFile, ...]
+    others: tuple[RepositoryFile, ...]
+
+    @property
+    def files(self) -> tuple[RepositoryFile, ...]:
+        return (*self.others, *self.weights)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+
+def look_up(repository: str, revision: str, token: str | None) -> Revision:
+    """Asks the hub; offline, the user's Hugging Face cache.
+
+    Raises NotFound, NotAuthorized (private and gated repositories), Unavailable, InvalidArgument or InvalidSource.
+    """
+    api = HfApi(token=token, library_name="flashd", library_version=flashd.__version__)
+    with asking(repository, revision):
+        try:
+            info = patiently(
+                lambda: api.model_info(repository, revision=revision, files_metadata=True, timeout=_ANSWER_S)
+            )
+        except OfflineModeIsEnabled:
+            return _cached_revision(repository, revision)
+    commit = info.sha or ""
+    if not _COMMIT.fullmatch(commit):
+        raise InvalidSource(f"the hub names no commit of {repository}", hint="is HF_ENDPOINT a Hugging Face Hub?")
+    siblings = info.siblings or []
+    if len(siblings) > MAX_ENTRIES:
+        raise InvalidSource(f"{repository} has more than {MAX_ENTRIES} files", hint="it is hardly one model")
+    # What lies in folders (onnx/, original/) is another form of the same model, and no path leads out of ours.
+    found = (_file(repository, commit, sibling) for sibling in siblings if _is_plain_name(sibling.rfilename))
+    return Revision(repository, commit, {file.name: file for file in found})
+
+
+def choose(revision: Revision, read_index: Callable[[RepositoryFile], Index]) -> Needed:
+    """The weights, safetensors before anything else, and the small files that belong to them. Raises InvalidSource."""
+    files = revision.files
+    try:
+        weights, others = needed_files(list(files), lambda name: read_index(files[name]))
+    except InvalidSource as error:
+        raise InvalidSource(f"{revision.repository}: {error.message}", hint=error.hint) from None
+    needed = Needed(tuple(files[name] for name in weights), tuple(files[name] for name in others))
+    for file in needed.files:
+        if file.size_bytes == UNKNOWN:
+            raise InvalidSource(f"the hub does not say what {file.name} of {revision.repository} is")
+    for file in needed.others:
+        if file.size_bytes > MAX_SIDE_FILE_BYTES:
+            raise InvalidSource(f"{file.name} of {revision.repository} is {format_bytes(file.size_bytes)}")
+    return needed
+
+
+@contextmanager
+def asking(repository: str, revision: str) -> Iterator[None]:
+    """What the hub's library raises, in our words; a token is in none of them."""
+    try:
+        yield
+    except FlashdError:
+        raise
+    except GatedRepoError:
+        hint = f"open {constants.ENDPOINT}/{repository}, accept its terms, then log in here: hf auth login"
+        raise NotAuthorized(f"{repository} is gated: its owner must give you access", hint=hint) from None
+    except RevisionNotFoundError:
+        raise NotFound(f"{repository} has no revision {revision!r}", hint="leave out --revision for main") from None
+    except RepositoryNotFoundError:
+        hint = "check the name; if it is private, log in with an account that may read it: hf auth login"
+        raise NotFound(f"the hub shows you no model {repository!r}", hint=hint) from None
+    except (HFValidationError, UnicodeError):
+        hint = "use OWNER/NAME, for example Qwen/Qwen3-14B"
+        raise InvalidArgument(f"{repository[:100]!r} at {revision[:100]!r} cannot be on the hub", hint=hint) from None
+    except OfflineModeIsEnabled:
+        raise _offline(repository) from None
+    except HfHubHTTPError as error:
+        raise _refused(repository, error) from None
+    except HTTPError as error:
+        raise unreachable(error) from None
+    except ValueError as error:  # an answer that is no JSON, a file that its library does not download
+        raise TransferFailed(f"{repository}: {str(error)[:200]}") from None
+
+
+def unreachable(error: Exception) -> Unavailable:
+    hint = "check the network and HF_ENDPOINT; pull again to go on where it stopped"
+    return Unavailable(f"the hub cannot be reached: {type(error).__name__}", hint=hint)
+
+
+def patiently(ask: Callable[[], T], sleep: Callable[[float], object] = time.sleep) -> T:
+    """Asks again, a few times, what the hub could not answer just now. Refusals are final."""
+    for attempt in range(1, _ATTEMPTS):
+        try:
+            return ask()
+        except OfflineModeIsEnabled:
+            raise
+        except HfHubHTTPError as error:
+            if not (pause_s := _retry_after_s(error, attempt)):
+                raise
+        except HTTPError:
+            pause_s = _backoff_s(attempt)
+        sleep(pause_s)
+    return ask()
+
+
+def _retry_after_s(error: HfHubHTTPError, attempt: int) -> float:
+    """How long to wait before asking again; 0 if that makes no sense."""
+    status = error.response.status_code
+    if status not in {408, 429} and status < 500:
+        return 0
+    wanted = error.response.headers.get("Retry-After", "")
+    return min(float(wanted), 60.0) + 0.1 if wanted.isascii() and wanted.isdigit() else _backoff_s(attempt)
+
+
+def _backoff_s(attempt: int) -> float:
+    return 0.25 * 2.0**attempt
+
+
+def _refused(repository: str, error: HfHubHTTPError) -> FlashdError:
+    status = error.response.status_code
+    if status == 401:
+        hint = "log in again: hf auth login; a token in HF_TOKEN counts before that"
+        return NotAuthorized("the hub does not accept your token", hint=hint)
+    if status == 403:
+        hint = "ask its owner, or use a token that may read it: hf auth login"
+        return NotAuthorized(f"the hub does not let you read {repository}", hint=hint)
+    if status == 429:
+        return Unavailable("the hub says that you ask too often", hint="pull again later: it goes on where it stopped")
+    hint = "pull again later: it goes on where it stopped"
+    return Unavailable(f"the hub answered {status} about {repository}", hint=hint)
+
+
+def _cached_revision(repository: str, revision: str) -> Revision:
+    """What the user's Hugging Face cache has of it. Raises Unavailable if that is nothing."""
+    try:
+        config = try_to_load_from_cache(repository, "config.json", revision=revision)
+    except LocalEntryNotFoundError:
+        config = None
+    if not isinstance(config, str):
+        raise _offline(repository)
+    folder = Path(config).parent
+    files = [
+        RepositoryFile(path.name, path.stat().st_size, cached=path)
+        for path in folder.iterdir()
+        if path.is_file() and _is_plain_name(path.name)
+    ]
+    return Revision(repository, folder.name, {file.name: file for file in files})
+
+
+def _offline(repository: str) -> Unavailable:
+    hint = "unset HF_HUB_OFFLINE to download it"
+    return Unavailable(f"{repository} is not in your Hugging Face cache, and HF_HUB_OFFLINE is set", hint=hint)
+
+
+def _is_plain_name(name: str) -> bool:
+    return "/" not in name and name.isprintable() and name not in {"", ".", ".."} and len(name.encode()) <= 200
+
+
+def _file(repository: str, commit: str, sibling: RepoSibling) -> RepositoryFile:
+    name, size_bytes = sibling.rfilename, sibling.size
+    if not isinstance(size_bytes, int) or not 0 <= size_bytes <= _MAX_FILE_BYTES:
+        return RepositoryFile(name, UNKNOWN)
+    cached = try_to_load_from_cache(repository, name, revision=commit)
+    path = Path(cached) if isinstance(cached, str) else None
+    if path is not None and path.stat().st_size != size_bytes:
+        path = None
+    sha256 = sibling.lfs.sha256 if sibling.lfs else ""
+    git_sha1 = "" if sha256 else (sibling.blob_id or "")
+    if not (_SHA256.fullmatch(sha256) or _COMMIT.fullmatch(git_sha1)):
+        return RepositoryFile(name, UNKNOWN)
+    return RepositoryFile(name, size_bytes, sha256, git_sha1, path)
