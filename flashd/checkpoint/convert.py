@@ -17,19 +17,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flashd.checkpoint import manifest as manifests
-from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, finish, write_new, writing
+from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, Checkpoint, finish, write_new, writing
 from flashd.checkpoint.header import ALIASES, MAX_HEADER_BYTES, Header, serialise
 from flashd.checkpoint.layout import Shape, arrange, layout_digest
 from flashd.checkpoint.manifest import Manifest
+from flashd.checkpoint.merging import CONFIG, adapted_source
 from flashd.checkpoint.pickles import Converter, SourceTensor
-from flashd.checkpoint.source import Source, SourceFiles, read_source, read_whole
+from flashd.checkpoint.source import Source, SourceFiles, is_adapter, read_source, read_whole
 from flashd.checkpoint.ties import find_ties
 from flashd.errors import InvalidSource
 from flashd.streamer import OpenFile, Options, Piece, blake3, copy
 from flashd.units import MiB, format_bytes
 
 DIGEST_BLOCK_BYTES = 8 * MiB
-CONFIG = "config.json"
 
 Progress = Callable[[int, int], None]
 
@@ -52,6 +52,22 @@ class _Watch:
                 raise InvalidSource(f"{files[name].path} was written to while it was converted", hint=hint)
 
 
+@dataclass(slots=True)
+class _Stages:
+    """Progress of work in two parts as that of one; the second has about `after_bytes`."""
+
+    tell: Progress
+    after_bytes: int
+    before_bytes: int = 0
+
+    def first(self, done_bytes: int, total_bytes: int) -> None:
+        self.before_bytes = total_bytes
+        self.tell(done_bytes, total_bytes + self.after_bytes)
+
+    def second(self, done_bytes: int, total_bytes: int) -> None:
+        self.tell(self.before_bytes + done_bytes, self.before_bytes + total_bytes)
+
+
 def _age(file: OpenFile) -> tuple[int, int]:
     status = os.fstat(file.fd)
     return status.st_size, status.st_mtime_ns
@@ -62,6 +78,7 @@ def convert(
     directory: Path,
     *,
     python: str,
+    base: Checkpoint | None = None,
     note: str = "",
     options: Options = Options(depth=4),
     on_progress: Progress = lambda done, total: None,
@@ -69,25 +86,37 @@ def convert(
 ) -> Manifest:
     """Fills an existing empty directory with the checkpoint of a source, all of it fsynced.
 
-    `python` is an interpreter that has torch, for PyTorch files. Blocks; asks `cancelled` every 50 ms. Raises
-    InvalidSource, StoreFull, TransferFailed, Unavailable (no torch) or Cancelled; the directory is then the caller's to
-    remove.
+    `python` is an interpreter that has torch, for PyTorch files and for adapters; these are merged into `base`. Blocks;
+    asks `cancelled` every 50 ms. Raises InvalidSource, StoreFull, TransferFailed, CorruptCheckpoint (the base),
+    Unavailable (no torch) or Cancelled; the directory is then the caller's to remove.
     """
     with writing(directory):
-        return _convert(files, directory, python, note, options, on_progress, cancelled)
+        return _convert(files, directory, python, base, note, options, on_progress, cancelled)
 
 
 def _convert(
     files: SourceFiles,
     directory: Path,
     python: str,
+    base: Checkpoint | None,
     note: str,
     options: Options,
     on_progress: Progress,
     cancelled: Callable[[], bool],
 ) -> Manifest:
     watch = _Watch.begin(files)
-    source = read_source(files, Converter(python=python, scratch=directory, cancelled=cancelled))
+    if not is_adapter(files):
+        source = read_source(files, Converter(python=python, scratch=directory, cancelled=cancelled))
+    elif base is not None:
+        # Before it is copied like any other, it is made: the base is read once more than is written in the end.
+        stages = _Stages(on_progress, after_bytes=base.manifest.data_bytes)
+        source = adapted_source(
+            files, base, python=python, scratch=directory, on_progress=stages.first, cancelled=cancelled
+        )
+        on_progress = stages.second
+    else:
+        hint = "import it where its base is, or merge it with peft (merge_and_unload) and drop the result"
+        raise InvalidSource("this is a LoRA adapter, not a whole model", hint=hint)
     with contextlib.closing(source):
         config = manifests.read_config(read_whole(files[CONFIG])) if CONFIG in source.side_files else {}
         header, origin = _arranged(source, cancelled)

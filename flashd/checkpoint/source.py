@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -46,7 +46,8 @@ NOT_WEIGHTS = (
     "adapter_model*",
 )  # fmt: skip
 _CONSOLIDATED = ("consolidated*.safetensors", "consolidated*.pth")  # as their makers publish Llama and Mistral
-_ADAPTER = "adapter_config.json"
+ADAPTER = "adapter_config.json"  # as PEFT saves fine-tunes that only add to a base
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\.\w+)")
 
 
@@ -72,23 +73,22 @@ Index = Mapping[str, str]  # tensor → file
 class Source:
     """Tensors by name, where their bytes are in `files`, and the small files beside them.
 
-    `spill` is the last of the files if it is one that we made: `close` closes it.
+    `made` is what `close` closes: files that are not those of the source.
     """
 
     files: tuple[OpenFile, ...]
-    spill: OpenFile | None
     tensors: tuple[SourceTensor, ...]
     aliases: Mapping[str, str]
     metadata: Mapping[str, str]
     side_files: Mapping[str, OpenFile]
+    made: ExitStack
 
     @property
     def size_bytes(self) -> int:
         return sum(tensor.extent.length for tensor in self.tensors)
 
     def close(self) -> None:
-        if self.spill is not None:
-            os.close(self.spill.fd)
+        self.made.close()
 
 
 class SourceFiles:
@@ -124,7 +124,7 @@ class SourceFiles:
                 return _read_index(files._files[name], name)
 
             weights, _ = _choose(names, open_index)
-            side_files = [name for name in names if _matches(name, (*SIDE_FILES, _ADAPTER))]
+            side_files = [name for name in names if matches(name, (*SIDE_FILES, ADAPTER))]
             for name in _checked_names([*weights, *side_files]):
                 if name in names and name not in files:
                     files._files[name] = _open(folder, path / name)
@@ -159,7 +159,7 @@ class SourceFiles:
         return iter(self._files)
 
     def matching(self, patterns: tuple[str, ...]) -> list[str]:
-        return [name for name in sorted(self._files) if _matches(name, patterns)]
+        return [name for name in sorted(self._files) if matches(name, patterns)]
 
     def close(self) -> None:
         for file in self._files.values():
@@ -186,22 +186,26 @@ def read_source(files: SourceFiles, converter: pickles.Converter) -> Source:
     tables: dict[str, Table] = {}
     metadata: dict[str, str] = {}
     for number, name in enumerate(names):
-        if not _matches(name, PICKLES):
+        if not matches(name, PICKLES):
             found = header.read(opened[number].fd, opened[number].path)
             tables[name] = _table(found, number, opened[number].path)
             metadata = {**found.metadata, **metadata}
     metadata.pop(header.ALIASES, None)
-    spill = None
-    if numbers := [number for number, name in enumerate(names) if name not in tables]:
-        unpacked, spill = converter.tables(opened, numbers)
-        tables |= {names[number]: table for number, table in zip(numbers, unpacked, strict=True)}
-    try:
+    with ExitStack() as made:
+        if numbers := [number for number, name in enumerate(names) if name not in tables]:
+            unpacked, spill = converter.tables(opened, numbers)
+            tables |= {names[number]: table for number, table in zip(numbers, unpacked, strict=True)}
+            if spill is not None:
+                made.callback(os.close, spill.fd)
+                opened.append(spill)
         tensors, aliases = _merged(tables, index)
-    except BaseException:
-        if spill is not None:
-            os.close(spill.fd)
-        raise
-    return Source((*opened, *([spill] if spill else ())), spill, tensors, aliases, metadata, side_files)
+        return Source(tuple(opened), tensors, aliases, metadata, side_files, made.pop_all())
+
+
+def is_adapter(files: SourceFiles) -> bool:
+    """Whether this is no whole model, but an adapter to one."""
+    names, _ = _choose(list(files), lambda name: _read_index(files[name], name))
+    return ADAPTER in files and set(names) <= set(_ADAPTER_WEIGHTS)
 
 
 def _table(found: header.Header, number: int, path: str) -> Table:
@@ -258,8 +262,8 @@ def has_weights(path: Path) -> bool:
     """Whether a folder or a file looks like a source at all, if only to be told why it is none."""
     if not path.is_dir():
         return _is_weights(path.name)
-    telling = {convention.index for convention in CONVENTIONS} | {_ADAPTER}
-    return any(_is_weights(name) or name in telling or _matches(name, _CONSOLIDATED) for name in _listing(path))
+    telling = {convention.index for convention in CONVENTIONS} | {ADAPTER}
+    return any(_is_weights(name) or name in telling or matches(name, _CONSOLIDATED) for name in _listing(path))
 
 
 def _listing(path: Path) -> list[str]:
@@ -286,12 +290,12 @@ def _checked_names(names: list[str]) -> list[str]:
     return names
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _is_weights(name: str) -> bool:
-    return _matches(name, WEIGHTS) and not _matches(name, NOT_WEIGHTS)
+    return matches(name, WEIGHTS) and not matches(name, NOT_WEIGHTS)
 
 
 def _open(folder: int | None, path: Path) -> OpenFile:
@@ -326,11 +330,13 @@ def _choose(names: Collection[str], read_index: Callable[[str], Index]) -> tuple
             return [convention.single], {}  # an index beside it was left by an earlier save
         if shards:
             return sorted(shards), index
-        if found := {n for n in names if _matches(n, convention.patterns) and not _matches(n, NOT_WEIGHTS)}:
+        if found := {n for n in names if matches(n, convention.patterns) and not matches(n, NOT_WEIGHTS)}:
             return sorted(found | _numbered(found)), {}
     for pattern in _CONSOLIDATED:
-        if found := {name for name in names if _matches(name, (pattern,))}:
+        if found := {name for name in names if matches(name, (pattern,))}:
             return sorted(found), {}
+    if ADAPTER in names:
+        return [next((name for name in _ADAPTER_WEIGHTS if name in names), _ADAPTER_WEIGHTS[0])], {}
     return [], {}
 
 
@@ -354,9 +360,6 @@ def _weights(files: SourceFiles) -> tuple[list[str], Index]:
         raise InvalidSource(what, hint="finish the download, or copy the missing files")
     if weights:
         return weights, index
-    if _ADAPTER in files:
-        hint = "merge it into its base model first (peft: merge_and_unload) and drop the result"
-        raise InvalidSource("this is a LoRA adapter, not a whole model", hint=hint)
     hint = "a source has *.safetensors, or PyTorch's *.bin, *.pt or *.pth"
     raise InvalidSource("there are no weights here", hint=hint)
 
@@ -374,7 +377,7 @@ def parse_index(raw: bytes, name: str) -> Index:
     for tensor in weight_map:
         header.check_name(tensor, name)
     for shard in set(weight_map.values()):
-        if "/" in shard or not shard.isprintable() or not _matches(shard, WEIGHTS):
+        if "/" in shard or not shard.isprintable() or not matches(shard, WEIGHTS):
             raise InvalidSource(f"{name} names {shard[:80]!r}, which is not a file of weights in the same folder")
     return weight_map
 

@@ -45,7 +45,7 @@ MAY_IMPORT = {
 TRAY = PACKAGE.parent / "tray" / "flashd_tray"
 TRAY_MAY_IMPORT = {"client", "bus", "errors", "units", "wire"}
 TRAY_ENVIRONMENT_READERS = {"preferences.py", "shell.py"}  # the desktop's variables: where choices lie, what panel
-TORCH_IMPORTERS = {"flashd.tensors", "flashd.checkpoint.unpickle"}
+TORCH_IMPORTERS = {"flashd.tensors", "flashd.checkpoint.unpickle", "flashd.checkpoint.merge"}
 ENGINE_WORKERS = ("flashd.engines.torch", "flashd.engines.vllm")
 
 
