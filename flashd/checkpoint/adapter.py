@@ -202,13 +202,14 @@ def _sorted_out(adapter: Iterable[SourceTensor]) -> tuple[dict[str, SourceTensor
             if part in parts[match["module"]]:
                 raise _refused(f"it has {part} of {match['module']} twice")
             parts[match["module"]][part] = tensor
-        elif "lora_" in name or "trainable_tokens" in name or ".original_module." in name:
+        elif ".original_module." in name:
+            continue  # what a saved module replaces: PEFT itself never reads it
+        elif "lora_" in name or "trainable_tokens" in name:
             raise _refused(f"its tensor {tensor.name!r} is of a kind that flashd does not know")
         else:
             plain = _WRAPPINGS.sub("", name)
-            if plain in whole:
-                raise _refused(f"it has {plain} twice")
-            whole[plain] = tensor
+            if plain not in whole or plain != name:  # PEFT saves an embedding by both names, of one tensor
+                whole[plain] = tensor
     if not whole and not parts:
         raise InvalidSource("the adapter holds no tensors")
     return whole, {name: factors for module, found in parts.items() for name, factors in _factors(module, found)}

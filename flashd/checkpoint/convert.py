@@ -118,16 +118,16 @@ def _convert(
         hint = "import it where its base is, or merge it with peft (merge_and_unload) and drop the result"
         raise InvalidSource("this is a LoRA adapter, not a whole model", hint=hint)
     with contextlib.closing(source):
-        config = manifests.read_config(read_whole(files[CONFIG])) if CONFIG in source.side_files else {}
+        config = manifests.read_config(read_whole(source.side_files[CONFIG])) if CONFIG in source.side_files else {}
         header, origin = _arranged(source, cancelled)
         header_bytes = serialise(header)
         digests = _copy_weights(source, header, origin, header_bytes, directory, options, on_progress, cancelled)
-    write_new(directory / DIGESTS, digests)
-    side_files = {}
-    for name, file in source.side_files.items():
-        raw = read_whole(file)
-        write_new(directory / name, raw)
-        side_files[name] = blake3(raw).hex()
+        write_new(directory / DIGESTS, digests)
+        side_files = {}
+        for name, file in source.side_files.items():
+            raw = read_whole(file)
+            write_new(directory / name, raw)
+            side_files[name] = blake3(raw).hex()
     watch.end(files)
     manifest = _manifest(header, header_bytes, digests, side_files, config, note)
     write_new(directory / MANIFEST, manifest.to_toml().encode())

@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from flashd.checkpoint import adapter, confined, header
 from flashd.checkpoint.adapter import Change, Plan
 from flashd.checkpoint.files import Checkpoint, verify
-from flashd.checkpoint.manifest import read_config
+from flashd.checkpoint.manifest import architecture_of, read_config
 from flashd.checkpoint.pickles import Converter, SourceTensor
 from flashd.checkpoint.source import ADAPTER, Source, SourceFiles, is_adapter, matches, read_source, read_whole
 from flashd.checkpoint.ties import find_ties
@@ -34,6 +34,8 @@ TOKENIZER_FILES = (
     "bpe.codes", "special_tokens_map.json", "added_tokens.json", "tekken.json", "chat_template.*",
 )  # fmt: skip
 _VOCABULARIES = ("tokenizer.json", "tokenizer*.model", "*.tiktoken", "spiece.model", "vocab.*", "tekken.json")
+_OUTPUT = "lm_head.weight"
+_INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 # The slowest machine we know multiplies at 1 GFLOP/s in float32, and moves 20 MB/s through Python.
 _CPU_S_PER_FLOP = 1 / 1e9
 _CPU_S_PER_BYTE = 1 / 20e6
@@ -78,11 +80,13 @@ def adapted_source(
         ]
         sides = {name: _opened(path, opening) for name, path in base.side_files().items()}
         base_config = read_config(read_whole(sides[CONFIG])) if CONFIG in sides else {}
+        aliases = header.aliases(found, str(base.weights_path))
+        implied = _implied_tie({tensor.name for tensor in tensors} | aliases.keys(), base_config)
         plan = adapter.make_plan(
             config,
             [replace(tensor, file=tensor.file + 1) for tensor in own.tensors],
             tensors,
-            header.aliases(found, str(base.weights_path)),
+            {**implied, **aliases},
             vocabulary=_vocabulary(base_config),
         )
         stored_bytes, changed_bytes = base.manifest.data_bytes, sum(change.size_bytes for change in plan.changes)
@@ -97,7 +101,7 @@ def adapted_source(
         source = Source(
             files=(*inputs, spill),
             tensors=(*plan.kept, *_where_merged(plan, len(inputs))),
-            aliases=plan.aliases,
+            aliases={alias: name for alias, name in plan.aliases.items() if alias not in implied},
             metadata=own.metadata,
             side_files=_side_files(sides, own.side_files),
             made=opening.pop_all(),
@@ -196,6 +200,16 @@ def _vocabulary(config: Mapping[str, Any]) -> int | None:
         if isinstance(section, dict) and type(size := section.get("vocab_size")) is int:
             return size
     return None
+
+
+def _implied_tie(names: Collection[str], config: Mapping[str, Any]) -> Mapping[str, str]:
+    """The output's name for the input's embedding, where a file holds one and transformers makes the other of it."""
+    sections = [section for section in (config.get("text_config"), config) if isinstance(section, dict)]
+    said = [section["tie_word_embeddings"] for section in sections if "tie_word_embeddings" in section]
+    has_head = "ForCausalLM" in architecture_of(config) or "ForConditionalGeneration" in architecture_of(config)
+    inputs = [name for name in names if name.endswith(_INPUT_EMBEDDINGS)]
+    is_tied = not any(name.endswith(_OUTPUT) for name in names) and (said[-1] if said else has_head)
+    return {_OUTPUT: inputs[0]} if is_tied and len(inputs) == 1 else {}
 
 
 def _with_config(source: Source, config: dict[str, Any], plan: Plan, cancelled: Callable[[], bool]) -> Source:

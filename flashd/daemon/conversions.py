@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flashd.checkpoint.convert import convert
+from flashd.checkpoint.merging import base_of
 from flashd.checkpoint.source import SourceFiles
 from flashd.daemon.jobs import Job
 from flashd.daemon.threads import in_thread
@@ -54,13 +56,20 @@ class Conversions:
         self, request: Request, on_progress: Callable[[int, int], None], cancelled: Callable[[], bool]
     ) -> Model:
         name = self._catalog.check_free(request.name, replace=request.replace)
-        with request.open_source() as files:
+        with contextlib.ExitStack() as stack:
+            files = stack.enter_context(request.open_source())
             need_bytes = sum(os.fstat(files[name].fd).st_size for name in files)
+            base = None
+            if (recorded := base_of(files)) is not None:
+                found = self._catalog.find_base(recorded, of=name)
+                base = stack.enter_context(self._catalog.reading(found.checkpoint_id))
+                need_bytes += 2 * base.manifest.data_bytes  # what is merged lies there twice for a while
             with self._catalog.draft(need_bytes) as draft:
                 manifest = convert(
                     files,
                     draft.directory,
                     python=self._python,
+                    base=base,
                     note=request.origin.location,
                     options=self._options,
                     on_progress=on_progress,

@@ -35,7 +35,7 @@ TOKENS = torch.arange(1, 13).reshape(1, -1)
 def make_base(folder: Path, *, dtype: torch.dtype = torch.float32, tied: bool = False, bias: bool = False) -> Path:
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=96, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, tie_word_embeddings=tied, attention_bias=bias,
     )  # fmt: skip
     Qwen3ForCausalLM(config).to(dtype).save_pretrained(folder)
@@ -86,11 +86,17 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def assert_close(found: torch.Tensor, wanted: torch.Tensor, name: str) -> None:
-    """Equal but for the order of additions in float32, which may tip the last bit of a rounded number."""
+    """Equal but for the order of additions in float32, which may tip the last bit of a rounded number.
+
+    Of an embedding PEFT rounds the product of the factors as well.
+    """
     assert found.dtype == wanted.dtype and found.shape == wanted.shape, name
     tolerance = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}[found.dtype]
-    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=1e-6, msg=lambda m: f"{name}: {m}")
-    assert (found != wanted).float().mean() < (1 if found.dtype is torch.float32 else 0.01), name
+    is_rounded_twice = "embed" in name and found.dtype is not torch.float32
+    absolute = 2e-3 if is_rounded_twice else 1e-6
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=absolute, msg=lambda m: f"{name}: {m}")
+    if found.dtype is not torch.float32 and not is_rounded_twice:
+        assert (found != wanted).float().mean() < 0.02, name
 
 
 CASES: dict[str, dict[str, Any]] = {
