@@ -115,7 +115,7 @@ def _convert(
         )
         on_progress = stages.second
     else:
-        hint = "import it where its base is, or merge it with peft (merge_and_unload) and drop the result"
+        hint = "give it to a flashd that has its base, name one (flash convert --base), or merge it with peft"
         raise InvalidSource("this is a LoRA adapter, not a whole model", hint=hint)
     with contextlib.closing(source):
         config = manifests.read_config(read_whole(source.side_files[CONFIG])) if CONFIG in source.side_files else {}

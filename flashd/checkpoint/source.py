@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from flashd.checkpoint import header, pickles
+from flashd.checkpoint import header, pickles, trainers
 from flashd.checkpoint.pickles import SourceTensor, Table
 from flashd.errors import InvalidSource, TransferFailed
 from flashd.streamer import Extent, OpenFile
@@ -40,11 +40,7 @@ MAX_FILES = 500  # of a source; the largest models in use have 200, and each cos
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
 WEIGHTS = ("*.safetensors", *PICKLES)
-# What trainers leave beside the weights.
-NOT_WEIGHTS = (
-    "training_args.bin", "optimizer*", "scheduler*", "rng_state*", "scaler*", "*.index.json", "consolidated*",
-    "adapter_model*",
-)  # fmt: skip
+NOT_WEIGHTS = (*trainers.NOT_WEIGHTS, "*.index.json", "consolidated*", "adapter_model*")
 _CONSOLIDATED = ("consolidated*.safetensors", "consolidated*.pth")  # as their makers publish Llama and Mistral
 ADAPTER = "adapter_config.json"  # as PEFT saves fine-tunes that only add to a base
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -124,6 +120,8 @@ class SourceFiles:
                 return _read_index(files._files[name], name)
 
             weights, _ = _choose(names, open_index)
+            if not weights:
+                trainers.check_whole(names)
             side_files = [name for name in names if matches(name, (*SIDE_FILES, ADAPTER))]
             for name in _checked_names([*weights, *side_files]):
                 if name in names and name not in files:
@@ -199,6 +197,8 @@ def read_source(files: SourceFiles, converter: pickles.Converter) -> Source:
                 made.callback(os.close, spill.fd)
                 opened.append(spill)
         tensors, aliases = _merged(tables, index)
+        if matches(names[0], ("*.pth",)):
+            trainers.check_names([tensor.name for tensor in tensors], names[0])
         return Source(tuple(opened), tensors, aliases, metadata, side_files, made.pop_all())
 
 
@@ -263,7 +263,9 @@ def has_weights(path: Path) -> bool:
     if not path.is_dir():
         return _is_weights(path.name)
     telling = {convention.index for convention in CONVENTIONS} | {ADAPTER}
-    return any(_is_weights(name) or name in telling or matches(name, _CONSOLIDATED) for name in _listing(path))
+    names = _listing(path)
+    are_weights = any(_is_weights(name) or name in telling or matches(name, _CONSOLIDATED) for name in names)
+    return are_weights or trainers.are_shards(names)
 
 
 def _listing(path: Path) -> list[str]:
@@ -330,7 +332,8 @@ def _choose(names: Collection[str], read_index: Callable[[str], Index]) -> tuple
             return [convention.single], {}  # an index beside it was left by an earlier save
         if shards:
             return sorted(shards), index
-        if found := {n for n in names if matches(n, convention.patterns) and not matches(n, NOT_WEIGHTS)}:
+        found = {n for n in names if matches(n, convention.patterns) and not matches(n, NOT_WEIGHTS)}
+        if found := trainers.latest_epoch(found):
             return sorted(found | _numbered(found)), {}
     for pattern in _CONSOLIDATED:
         if found := {name for name in names if matches(name, (pattern,))}:

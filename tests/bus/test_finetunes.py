@@ -124,14 +124,25 @@ async def test_the_shell_converts_an_adapter(remote: Remote, daemon: Daemon, tmp
     await remote.model("Tiny-base")
     make_adapter(tmp_path / "poet", "Someone/Tiny-base")
     flash = Path(sys.executable).with_name("flash")
-    command = [flash, "--bus", daemon.address, "convert", tmp_path / "poet"]
-    shown = subprocess.run(command, capture_output=True, text=True)
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([flash, "--bus", daemon.address, *arguments], check=False, capture_output=True, text=True)
+
+    shown = run("import", tmp_path / "poet")
     assert shown.returncode == 0, shown.stderr
     assert (await remote.model("poet"))["TensorCount"] == 2
     make_adapter(tmp_path / "orphan", "Someone/Else")
-    shown = subprocess.run([*command[:-1], tmp_path / "orphan"], capture_output=True, text=True)
+    shown = run("import", tmp_path / "orphan")
     assert shown.returncode == 7
     assert "flash pull Someone/Else" in shown.stderr
+    base = (await remote.model("Tiny-base"))["Checkpoint"]
+    folder = daemon.state / "store" / "checkpoints" / base
+    shown = run("convert", tmp_path / "poet", tmp_path / "out", "--base", folder)
+    assert shown.returncode == 0, shown.stderr
+    poet = (await remote.model("poet"))["Checkpoint"]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        daemon.state / "store" / "checkpoints" / poet / "model.safetensors"
+    ).read_bytes()
 
 
 # Trainers' folders
