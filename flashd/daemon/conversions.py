@@ -5,18 +5,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flashd.checkpoint.convert import convert
+from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.merging import base_of
 from flashd.checkpoint.source import SourceFiles
 from flashd.daemon.jobs import Job
 from flashd.daemon.threads import in_thread
-from flashd.errors import Cancelled
+from flashd.errors import Cancelled, CorruptCheckpoint
 from flashd.store.catalog import Catalog, Model, Origin
+from flashd.store.reflinks import share_blocks
 from flashd.streamer import Options
+from flashd.units import format_bytes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,4 +83,20 @@ class Conversions:
                 )
                 if cancelled():
                     raise Cancelled("the conversion was cancelled")
+                self._share(Checkpoint(draft.directory, manifest))
                 return draft.publish(name, manifest, request.origin, aliases=request.aliases, replace=request.replace)
+
+    def _share(self, new: Checkpoint) -> None:
+        """What the store has already takes no room twice, where the file system can share it."""
+        made = new.manifest
+        alike = [
+            model.checkpoint_id
+            for model in self._catalog.models()
+            if (model.size_bytes, model.tensor_count, model.dtype) == (made.data_bytes, made.tensor_count, made.dtype)
+        ]
+        others = []
+        for checkpoint_id in dict.fromkeys(alike):
+            with contextlib.suppress(CorruptCheckpoint):
+                others.append(self._catalog.checkpoint(checkpoint_id))
+        if shared_bytes := share_blocks(new, others):
+            log.info("%s of %s share their room with other checkpoints", format_bytes(shared_bytes), new.id[:12])
