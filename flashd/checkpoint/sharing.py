@@ -28,8 +28,11 @@ class Run:
     length: int
 
 
-def find_shared(wanted: Digests, size_bytes: int, others: Sequence[Digests]) -> list[Run]:
-    """All of a data region in order, each block from the first of the others that has it."""
+def find_shared(wanted: Digests, size_bytes: int, others: Sequence[Digests], *, least_bytes: int = 1) -> list[Run]:
+    """All of a data region in order, each block from the first of the others that has it.
+
+    What they have less than `least_bytes` of in a row does not count: each run costs something to begin.
+    """
     block_bytes = wanted.block_bytes
     found: dict[bytes, tuple[int, int]] = {}
     for number, other in enumerate(others):
@@ -47,7 +50,19 @@ def find_shared(wanted: Digests, size_bytes: int, others: Sequence[Digests]) -> 
             runs[-1] = Run(source, last.source_offset, last.offset, last.length + length)
         else:
             runs.append(Run(source, source_offset, offset, length))
-    return runs
+    return _joined(runs, least_bytes)
+
+
+def _joined(runs: Sequence[Run], least_bytes: int) -> list[Run]:
+    joined: list[Run] = []
+    for run in runs:
+        kept = run if run.length >= least_bytes else Run(None, run.offset, run.offset, run.length)
+        last = joined[-1] if joined else None
+        if last and last.source is None and kept.source is None:
+            joined[-1] = Run(None, last.offset, last.offset, last.length + kept.length)
+        else:
+            joined.append(kept)
+    return joined
 
 
 def _digests(digests: Digests) -> list[bytes]:

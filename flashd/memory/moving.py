@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.sharing import Run, find_shared
-from flashd.errors import CorruptCheckpoint, DeviceFailed
+from flashd.errors import CorruptCheckpoint, DeviceFailed, FlashdError
 from flashd.memory.arena import Arena, HostArena, View
+from flashd.memory.copying import Copies, Copy
 from flashd.memory.device import Device, Kind
 from flashd.streamer import (
     Digests,
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 _POLL_S = 0.02
 _SMALLEST_STAGING_BYTES = 16 * MiB
+_WORTH_COPYING_BYTES = 16 * MiB  # the disk is not made to begin anew for less
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,23 +118,40 @@ class StreamMover:
         target: Region,
         on_progress: Progress,
     ) -> None:
-        """By one transfer: an arena in host memory is a file like any other."""
-        start = checkpoint.extent.offset
-        transfer = load(
-            [store, *(OpenFile(arena.fd, "an arena in host memory") for arena in arenas)],
-            [
-                Read(0, start + run.source_offset, run.offset, run.length)
-                if run.source is None
-                else Read(1 + run.source, run.source_offset, run.offset, run.length)
-                for run in runs
-            ],
-            address=target.arena.address,
-            size_bytes=target.arena.mapped_bytes,
-            options=self._options,
-            digests=checkpoint.digests() if self._verify else None,
-            populate=True,
-        )
-        self._on_loaded(checkpoint, await _finished(transfer, on_progress))
+        """What others have is copied in threads of its own while the disk is read."""
+        start, size_bytes = checkpoint.extent.offset, checkpoint.extent.length
+        digests = checkpoint.digests() if self._verify else None
+        shared = [
+            Copy(arenas[run.source], run.source_offset, run.offset, run.length)
+            for run in runs
+            if run.source is not None
+        ]
+        copies = Copies(shared, target.arena, target.device.huge_pages)
+        read_bytes = 0
+        try:
+            for run in runs:
+                if run.source is not None:
+                    continue
+                is_last = run.offset + run.length == size_bytes
+                transfer = load(
+                    [store],
+                    [Read(0, start + run.source_offset, 0, run.length)],
+                    address=target.arena.address + run.offset,
+                    size_bytes=target.arena.mapped_bytes - run.offset if is_last else run.length,
+                    options=self._options,
+                    digests=digests.part(run.offset, run.length) if digests else None,
+                    populate=True,
+                )
+                tell = _beside(on_progress, copies, read_bytes, size_bytes)
+                self._on_loaded(checkpoint, await _finished(transfer, tell))
+                read_bytes += run.length
+        except BaseException:
+            copies.cancel()
+            with contextlib.suppress(FlashdError):
+                await copies.finish()
+            raise
+        await copies.finish()
+        on_progress(size_bytes, size_bytes)
 
     async def _load_device(
         self,
@@ -264,7 +283,7 @@ def _runs(checkpoint: Checkpoint, residents: Residents) -> Sequence[Run]:
             tables.append(Digests(0, b""))
     if not any(table.table for table in tables):
         return [Run(None, 0, 0, size_bytes)]
-    runs = find_shared(checkpoint.digests(), size_bytes, tables)
+    runs = find_shared(checkpoint.digests(), size_bytes, tables, least_bytes=_WORTH_COPYING_BYTES)
     if shared_bytes := sum(run.length for run in runs if run.source is not None):
         log.info(
             "%s of the %s of %s are in memory already",
@@ -276,6 +295,11 @@ def _runs(checkpoint: Checkpoint, residents: Residents) -> Sequence[Run]:
 def _shifted(tell: Progress, before_bytes: int, total_bytes: int) -> Progress:
     """Progress of one part of something larger."""
     return lambda done_bytes, _: tell(before_bytes + done_bytes, total_bytes)
+
+
+def _beside(tell: Progress, copies: Copies, before_bytes: int, total_bytes: int) -> Progress:
+    """Progress of one part of something larger, while something else goes on."""
+    return lambda done_bytes, _: tell(before_bytes + done_bytes + copies.done_bytes, total_bytes)
 
 
 @asynccontextmanager

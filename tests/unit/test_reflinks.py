@@ -16,7 +16,7 @@ from flashd.checkpoint.files import verify
 from flashd.store.reflinks import share_blocks
 from flashd.units import MiB
 
-LAYER_BYTES = 8 * MiB
+LAYER_BYTES = 16 * MiB
 
 
 @pytest.fixture(params=["btrfs", "xfs"])
@@ -28,7 +28,7 @@ def reflinking(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
     image, mounted = tmp_path / "image", tmp_path / "mounted"
     mounted.mkdir()
     with image.open("wb") as file:
-        file.truncate(512 * MiB)
+        file.truncate(1024 * MiB)
     subprocess.run([maker, "-q", image], check=True)
     if subprocess.run(["mount", "-o", "loop", image, mounted], check=False, capture_output=True).returncode:
         pytest.skip(f"{request.param} cannot be mounted here")

@@ -30,11 +30,11 @@ LAYERS = 6
 
 
 def tune(folder: Path, changed: Sequence[int], *, layers: int = LAYERS) -> Checkpoint:
-    """A checkpoint of layers of 8 MiB, of which some are not as the others' are."""
+    """A checkpoint of layers of 16 MiB, of which some are not as the others' are."""
     source = folder / "source"
     source.mkdir(parents=True)
     random = np.random.default_rng(0)
-    tensors = {f"layer.{n}.weight": random.standard_normal((2048, 1024), dtype=np.float32) for n in range(layers)}
+    tensors = {f"layer.{n}.weight": random.standard_normal((4096, 1024), dtype=np.float32) for n in range(layers)}
     for number in changed:
         tensors[f"layer.{number}.weight"] = tensors[f"layer.{number}.weight"] + np.float32(len(str(folder)))
     save_file({**tensors, "norm": np.arange(7, dtype=np.float32)}, source / "model.safetensors")
@@ -45,7 +45,7 @@ def spoil(found: Checkpoint, layers: Sequence[int]) -> None:
     """Makes layers unreadable on the disk: whoever loads them from there meets a wrong digest."""
     with found.weights_path.open("r+b") as file:
         for number in layers:
-            file.seek(found.extent.offset + number * 8 * MiB)
+            file.seek(found.extent.offset + number * 16 * MiB)
             file.write(b"spoiled!" * 1000)
 
 
