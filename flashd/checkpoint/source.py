@@ -14,7 +14,7 @@ import re
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -192,7 +192,7 @@ def read_source(files: SourceFiles, converter: pickles.Converter) -> Source:
     with ExitStack() as made:
         if numbers := [number for number, name in enumerate(names) if name not in tables]:
             unpacked, spill = converter.tables(opened, numbers)
-            tables |= {names[number]: table for number, table in zip(numbers, unpacked, strict=True)}
+            tables |= {names[number]: _unwrapped(table) for number, table in zip(numbers, unpacked, strict=True)}
             if spill is not None:
                 made.callback(os.close, spill.fd)
                 opened.append(spill)
@@ -215,6 +215,16 @@ def _table(found: header.Header, number: int, path: str) -> Table:
         for t in found.tensors
     )
     return Table(tensors, header.aliases(found, path))
+
+
+def _unwrapped(table: Table) -> Table:
+    """A state dict under the names of the model, though a wrapper of it was saved."""
+    wrapper = trainers.wrapper_of([*(tensor.name for tensor in table.tensors), *table.aliases])
+    if not wrapper:
+        return table
+    tensors = tuple(replace(tensor, name=tensor.name.removeprefix(wrapper)) for tensor in table.tensors)
+    plain = {alias.removeprefix(wrapper): name.removeprefix(wrapper) for alias, name in table.aliases.items()}
+    return Table(tensors, plain)
 
 
 def _merged(tables: Mapping[str, Table], index: Index) -> tuple[tuple[SourceTensor, ...], Mapping[str, str]]:

@@ -24,6 +24,7 @@ _SHARDED = (
     (("zero_to_fp32.py", "*_model_states.pt", "*_optim_states.pt"), "DeepSpeed", "python zero_to_fp32.py . model"),
     (("*.distcp", "pytorch_model_fsdp_*"), "FSDP", "accelerate merge-weights pytorch_model_fsdp_0 model"),
 )
+_WRAPPERS = ("_orig_mod.", "module.")
 # As Meta names them: "tok_embeddings.weight" is nothing that an engine of ours looks for.
 _METAS = {"tok_embeddings.weight", "layers.0.attention.wq.weight"}
 
@@ -66,6 +67,11 @@ def check_names(tensors: Collection[str], path: str) -> None:
     if set(tensors) >= _METAS:
         hint = "pull it in the layout of transformers, or convert it: transformers' convert_llama_weights_to_hf.py"
         raise InvalidSource(f"{path} has its tensors under Meta's names, which no engine here knows", hint=hint)
+
+
+def wrapper_of(names: Collection[str]) -> str:
+    """What torch.compile or data parallelism has put before every name; empty if nothing."""
+    return next((wrapper for wrapper in _WRAPPERS if names and all(name.startswith(wrapper) for name in names)), "")
 
 
 def _have(names: Collection[str], patterns: tuple[str, ...]) -> bool:

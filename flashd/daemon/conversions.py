@@ -91,7 +91,7 @@ class Conversions:
         made = new.manifest
         alike = [
             model.checkpoint_id
-            for model in self._catalog.models()
+            for model in sorted(self._catalog.models(), key=lambda model: model.created_at, reverse=True)
             if (model.size_bytes, model.tensor_count, model.dtype) == (made.data_bytes, made.tensor_count, made.dtype)
         ]
         others = []

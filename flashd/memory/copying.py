@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import itertools
 import os
 import threading
@@ -20,6 +21,7 @@ from flashd.memory.arena import Arena, HugePages
 from flashd.units import MiB
 
 _PART_BYTES = 16 * MiB
+_UNABLE = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM}
 _MOST_THREADS = 4  # a few fill the memory's bandwidth
 
 
@@ -83,11 +85,17 @@ class Copies:
         done = 0
         while done < part.length:
             start, offset, rest = part.source_offset + done, part.offset + done, part.length - done
+            count = 0
+            if not self._is_mapped:
+                try:
+                    count = os.copy_file_range(part.source.fd, self._target.fd, rest, start, offset)
+                except OSError as error:
+                    if error.errno not in _UNABLE:
+                        raise
+                    self._is_mapped = True  # huge pages that an earlier daemon was configured for, or an old kernel
             if self._is_mapped:
                 place = (ctypes.c_char * rest).from_address(self._target.address + offset)
                 count = os.preadv(part.source.fd, [place], start)
-            else:
-                count = os.copy_file_range(part.source.fd, self._target.fd, rest, start, offset)
             if not count:
                 raise TransferFailed("copy from arena to arena: it ends too early")
             done += count

@@ -28,7 +28,8 @@ def find_base(models: Mapping[str, Model], recorded: str, *, of: str) -> Model:
         hint = "write its name into adapter_config.json, as base_model_name_or_path"
         raise InvalidSource(f"{of} does not say which model is its base", hint=hint)
     for model in others.values():
-        if recorded == model.origin.location:
+        # A path that it was dropped at, or an id of the hub with the revision behind it.
+        if recorded in {model.origin.location, model.origin.location.rpartition("@")[0]}:
             return model
     for wanted in _readings(recorded):
         try:

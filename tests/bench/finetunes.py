@@ -49,7 +49,7 @@ PARTS = {
     "mlp.down_proj": (HIDDEN, INNER),
 }  # fmt: skip
 ADAPTERS = {"attention": ("self_attn.q_proj", "self_attn.v_proj"), "all_linear": tuple(PARTS)}
-DIFFERS = (10, 20, 50, 100)
+DIFFERS = (20, 50, 100)
 
 
 def make_sources(folder: Path, layers: int) -> Mapping[str, Path]:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,6 +109,26 @@ async def test_huge_pages_are_copied_from_as_well(tmp_path: Path) -> None:
     wanted = weights_of(tuned)
     spoil(tuned, [0, 5])
     residency = residency_of([Memory(HostDevice("host", 1 << 40, HugePages.SHMEM), 1 << 30)])
+    (await residency.acquire(base)).release()
+    with await residency.acquire(tuned) as hold:
+        assert bytes_of(hold) == wanted
+    await residency.stop()
+    residency.close()
+
+
+async def test_ordinary_pages_are_copied_from_huge_ones_of_a_daemon_before_us(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the kernel cannot copy from one to the other, they are read into place."""
+
+    def refuses(*arguments: int) -> int:
+        raise OSError(errno.EXDEV, "not on one file system")
+
+    monkeypatch.setattr(os, "copy_file_range", refuses)
+    base, tuned = tune(tmp_path / "base", []), tune(tmp_path / "tuned", [1])
+    wanted = weights_of(tuned)
+    spoil(tuned, [2, 3, 4, 5])
+    residency = residency_of(host_of(1 << 30))
     (await residency.acquire(base)).release()
     with await residency.acquire(tuned) as hold:
         assert bytes_of(hold) == wanted
