@@ -64,9 +64,7 @@ def adapted_source(
     base is not what was stored, Unavailable without torch, StoreFull or Cancelled."""
     config = adapter.parse_config(read_whole(files[ADAPTER]))
     if base.manifest.quantization:
-        what = (
-            f"the base is quantised ({base.manifest.quantization}), and an adapter cannot be merged into that exactly"
-        )
+        what = f"the base is quantised ({base.manifest.quantization}), and nothing can be merged into that exactly"
         raise InvalidSource(what, hint="pull the base as it was before quantisation")
     opening = contextlib.ExitStack()
     with opening:
@@ -102,7 +100,7 @@ def adapted_source(
             files=(*inputs, spill),
             tensors=(*plan.kept, *_where_merged(plan, len(inputs))),
             aliases={alias: name for alias, name in plan.aliases.items() if alias not in implied},
-            metadata=own.metadata,
+            metadata={key: value for key, value in found.metadata.items() if key != header.ALIASES},
             side_files=_side_files(sides, own.side_files),
             made=opening.pop_all(),
         )

@@ -114,7 +114,8 @@ class Arrivals:
                 continue
             except InvalidSource:
                 pass  # now there are several, and the conversion will say which
-            await self.settled(item)
+            if name in self._without_base:  # nobody else has seen to it meanwhile
+                await self.settled(item)
 
     def _forget(self, name: str) -> None:
         self._failed.pop(name, None)
