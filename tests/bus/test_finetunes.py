@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from safetensors.numpy import load_file, save_file
 from flashd import wire
 
 COLUMNS, ROWS, RANK = 60, 50, 2
+MERGED_S = 100.0
+pytestmark = pytest.mark.timeout(300)
 
 
 def make_adapter(folder: Path, base: str, *, seed: int = 1) -> np.ndarray:
@@ -40,8 +43,18 @@ def make_base(folder: Path) -> np.ndarray:
     return weight
 
 
+async def model_of(remote: Remote, name: str) -> dict[str, Any]:
+    """A model's properties, once it is there: merging imports torch first, and that takes what it takes."""
+
+    async def is_there() -> bool:
+        return wire.model_path(name) in await remote.objects()
+
+    await until(is_there, MERGED_S)
+    return await remote.model(name)
+
+
 async def stored(remote: Remote, daemon: Daemon, name: str) -> dict[str, np.ndarray]:
-    checkpoint = (await remote.model(name))["Checkpoint"]
+    checkpoint = (await model_of(remote, name))["Checkpoint"]
     return load_file(daemon.state / "store" / "checkpoints" / checkpoint / "model.safetensors")
 
 
@@ -69,7 +82,7 @@ async def test_an_adapter_waits_for_its_base_and_becomes_a_model_by_itself(remot
     np.testing.assert_allclose(merged["layer.1.weight"], weight + delta, rtol=1e-5, atol=1e-5)
     assert np.array_equal(merged["norm.weight"], np.ones(7, np.float32))
     assert await items(remote) == []
-    poet, base = await remote.model("poet"), await remote.model("Tiny/base")
+    poet, base = await model_of(remote, "poet"), await remote.model("Tiny/base")
     assert poet["Architecture"] == base["Architecture"] and poet["SizeBytes"] == base["SizeBytes"]
 
 
@@ -83,7 +96,7 @@ async def test_an_alias_names_the_base_and_the_base_may_go(remote: Remote, daemo
 
     await until(waits)
     await remote.call("SetAliases", "as", ["Tiny-base"], path=wire.model_path("mine"), interface=wire.MODEL)
-    await remote.model("poet")
+    await model_of(remote, "poet")
     await remote.call("Remove", path=wire.model_path("mine"), interface=wire.MODEL)
     (job,) = await remote.call("Verify", path=wire.model_path("poet"), interface=wire.MODEL)
     assert (await remote.finished(job))["State"] == "done"
@@ -99,8 +112,13 @@ async def test_an_import_without_its_base_says_what_to_pull(remote: Remote, tmp_
     assert "'Tiny/base'" in message and "flash pull Tiny/base" in hint
     make_base(tmp_path / "base")
     await import_model(remote, tmp_path / "base", "base")
-    await import_model(remote, tmp_path / "poet", "poet")
-    assert (await remote.model("poet"))["TensorCount"] == 2
+    job = await remote.import_folder(tmp_path / "poet", "poet")
+
+    async def has_ended() -> bool:
+        return await remote.get(job, wire.JOB, "State") not in {"collecting", "queued", "running"}
+
+    await until(has_ended, MERGED_S)
+    assert (await model_of(remote, "poet"))["TensorCount"] == 2
 
 
 async def test_an_adapter_that_is_saved_again_is_merged_into_its_base_and_not_into_itself(
@@ -108,13 +126,13 @@ async def test_an_adapter_that_is_saved_again_is_merged_into_its_base_and_not_in
 ) -> None:
     weight = make_base(daemon.models / "base")
     make_adapter(daemon.models / "out" / "base", "base", seed=1)
-    first = (await remote.model("out/base"))["Checkpoint"]
+    first = (await model_of(remote, "out/base"))["Checkpoint"]
     delta = make_adapter(daemon.models / "out" / "base", "base", seed=2)
 
     async def has_changed() -> bool:
-        return (await remote.model("out/base"))["Checkpoint"] != first
+        return (await model_of(remote, "out/base"))["Checkpoint"] != first
 
-    await until(has_changed)
+    await until(has_changed, MERGED_S)
     merged = await stored(remote, daemon, "out/base")
     np.testing.assert_allclose(merged["layer.1.weight"], weight + delta, rtol=1e-5, atol=1e-5)
 
@@ -130,7 +148,7 @@ async def test_the_shell_converts_an_adapter(remote: Remote, daemon: Daemon, tmp
 
     shown = run("import", tmp_path / "poet")
     assert shown.returncode == 0, shown.stderr
-    assert (await remote.model("poet"))["TensorCount"] == 2
+    assert (await model_of(remote, "poet"))["TensorCount"] == 2
     make_adapter(tmp_path / "orphan", "Someone/Else")
     shown = run("import", tmp_path / "orphan")
     assert shown.returncode == 7
@@ -139,7 +157,7 @@ async def test_the_shell_converts_an_adapter(remote: Remote, daemon: Daemon, tmp
     folder = daemon.state / "store" / "checkpoints" / base
     shown = run("convert", tmp_path / "poet", tmp_path / "out", "--base", folder)
     assert shown.returncode == 0, shown.stderr
-    poet = (await remote.model("poet"))["Checkpoint"]
+    poet = (await model_of(remote, "poet"))["Checkpoint"]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         daemon.state / "store" / "checkpoints" / poet / "model.safetensors"
     ).read_bytes()
