@@ -8,6 +8,7 @@
     ├── NotAuthorized                  5    the caller may not do this
     ├── Busy                           6    leased, pinned or in transition: try later
     ├── InvalidSource                  7    a dropped or imported source is malformed or hostile
+    │   └── BaseMissing                7    an adapter's base is not in the store yet
     ├── CorruptCheckpoint              8    stored bytes do not match their digests
     ├── StoreFull                      9    disk or quota cannot take it
     ├── OutOfMemory                   10    a pool's budget cannot take it
@@ -76,6 +77,16 @@ class Busy(FlashdError):
 
 class InvalidSource(FlashdError):
     exit_status = 7
+
+
+class BaseMissing(InvalidSource):
+    """`recorded` is what the adapter calls its base; it does not travel over the bus."""
+
+    exit_status = 7
+
+    def __init__(self, message: str, *, hint: str = "", recorded: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.recorded = recorded
 
 
 class CorruptCheckpoint(FlashdError):

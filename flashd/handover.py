@@ -28,6 +28,7 @@ from flashd import client, config
 from flashd.client import Client
 from flashd.errors import (
     AlreadyExists,
+    BaseMissing,
     Busy,
     Cancelled,
     FlashdError,
@@ -45,7 +46,7 @@ from flashd.units import format_bytes
 log = logging.getLogger(__name__)
 
 # Not the source's fault: the same files may be welcome later.
-_LATER = (Unavailable, NotAuthorized, Busy, StoreFull, OutOfMemory, Cancelled)
+_LATER = (Unavailable, NotAuthorized, Busy, StoreFull, OutOfMemory, Cancelled, BaseMissing)
 
 
 class Book:

@@ -125,6 +125,11 @@ class Digests:
     block_bytes: int
     table: bytes
 
+    def part(self, offset: int, length: int) -> Digests:
+        """Those of an extent of the region, which starts with a block."""
+        first, last = offset // self.block_bytes, -(-(offset + length) // self.block_bytes)
+        return Digests(self.block_bytes, self.table[first * _DIGEST_BYTES : last * _DIGEST_BYTES])
+
     def _check_count(self, size_bytes: int, path: str) -> None:
         blocks = -(-size_bytes // self.block_bytes) if self.block_bytes > 0 else 0
         if self.block_bytes <= 0 or len(self.table) != blocks * _DIGEST_BYTES:

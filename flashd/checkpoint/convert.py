@@ -18,20 +18,20 @@ from functools import partial
 from pathlib import Path
 
 from flashd.checkpoint import manifest as manifests
-from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, finish, sync_directory, write_new, writing
+from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, Checkpoint, finish, sync_directory, write_new, writing
 from flashd.checkpoint.header import ALIASES, MAX_HEADER_BYTES, Header, serialise
 from flashd.checkpoint.late import LateFiles, as_they_arrive, whole
 from flashd.checkpoint.layout import Shape, arrange, layout_digest
 from flashd.checkpoint.manifest import Manifest
+from flashd.checkpoint.merging import CONFIG, adapted_source
 from flashd.checkpoint.pickles import Converter, SourceTensor
-from flashd.checkpoint.source import Source, SourceFiles, read_source, read_whole
+from flashd.checkpoint.source import Source, SourceFiles, is_adapter, read_source, read_whole
 from flashd.checkpoint.ties import find_ties
 from flashd.errors import InvalidSource
 from flashd.streamer import OpenFile, Options, Piece, blake3, copy
 from flashd.units import MiB, format_bytes
 
 DIGEST_BLOCK_BYTES = 8 * MiB
-CONFIG = "config.json"
 
 Progress = Callable[[int, int], None]
 
@@ -54,6 +54,22 @@ class _Watch:
                 raise InvalidSource(f"{files[name].path} was written to while it was converted", hint=hint)
 
 
+@dataclass(slots=True)
+class _Stages:
+    """Progress of work in two parts as that of one; the second has about `after_bytes`."""
+
+    tell: Progress
+    after_bytes: int
+    before_bytes: int = 0
+
+    def first(self, done_bytes: int, total_bytes: int) -> None:
+        self.before_bytes = total_bytes
+        self.tell(done_bytes, total_bytes + self.after_bytes)
+
+    def second(self, done_bytes: int, total_bytes: int) -> None:
+        self.tell(self.before_bytes + done_bytes, self.before_bytes + total_bytes)
+
+
 def _age(file: OpenFile) -> tuple[int, int]:
     status = os.fstat(file.fd)
     return status.st_size, status.st_mtime_ns
@@ -64,6 +80,7 @@ def convert(
     directory: Path,
     *,
     python: str,
+    base: Checkpoint | None = None,
     note: str = "",
     options: Options = Options(depth=4),
     on_progress: Progress = lambda done, total: None,
@@ -72,18 +89,19 @@ def convert(
     """Fills an existing empty directory with the checkpoint of a source, all of it fsynced.
 
     What is there of LateFiles is copied at once, the rest as it arrives; until all of it has, this does not return.
-    `python` is an interpreter that has torch, for PyTorch files. Blocks; asks `cancelled` every 50 ms. Raises
-    InvalidSource, StoreFull, TransferFailed, Unavailable (no torch) or Cancelled; the directory is then the caller's to
-    remove.
+    `python` is an interpreter that has torch, for PyTorch files and for adapters; these are merged into `base`. Blocks;
+    asks `cancelled` every 50 ms. Raises InvalidSource, StoreFull, TransferFailed, CorruptCheckpoint (the base),
+    Unavailable (no torch) or Cancelled; the directory is then the caller's to remove.
     """
     with writing(directory):
-        return _convert(files, directory, python, note, options, on_progress, cancelled)
+        return _convert(files, directory, python, base, note, options, on_progress, cancelled)
 
 
 def _convert(
     files: SourceFiles,
     directory: Path,
     python: str,
+    base: Checkpoint | None,
     note: str,
     options: Options,
     on_progress: Progress,
@@ -92,31 +110,55 @@ def _convert(
     late = files if isinstance(files, LateFiles) else None
     if late:
         late.wait_for_headers(cancelled)
+        if is_adapter(files):
+            late.wait_for_all(cancelled)  # it is made into something else before anything is copied
     awaited = late.awaited if late else frozenset()
     watch = _Watch.begin(files, but=awaited)
-    source = read_source(files, Converter(python=python, scratch=directory, cancelled=cancelled))
+    source, on_progress = _opened(files, directory, python, base, on_progress, cancelled)
     with contextlib.closing(source):
-        config = manifests.read_config(read_whole(files[CONFIG])) if CONFIG in source.side_files else {}
+        config = manifests.read_config(read_whole(source.side_files[CONFIG])) if CONFIG in source.side_files else {}
         copy_weights = partial(_copy_weights, source, directory, options, on_progress, cancelled)
         header, origin = _arranged(source, {} if awaited else find_ties(source, cancelled))
-        digests = copy_weights(header, origin, late)
+        digests = copy_weights(header, origin, late if awaited else None)
         # Which tensors are the same can be seen only now. Few large models have any; those are copied once more.
         if awaited and (ties := find_ties(source, cancelled)):
             (directory / WEIGHTS).unlink()
             header, origin = _arranged(source, ties)
             digests = copy_weights(header, origin, None)
         header_bytes = serialise(header)
-    write_new(directory / DIGESTS, digests)
-    side_files = {}
-    for name, file in source.side_files.items():
-        raw = read_whole(file)
-        write_new(directory / name, raw)
-        side_files[name] = blake3(raw).hex()
+        write_new(directory / DIGESTS, digests)
+        side_files = {}
+        for name, file in source.side_files.items():
+            raw = read_whole(file)
+            write_new(directory / name, raw)
+            side_files[name] = blake3(raw).hex()
     watch.end(files)
     manifest = describe(header, header_bytes, digests, side_files, config, note)
     write_new(directory / MANIFEST, manifest.to_toml().encode())
     sync_directory(directory)
     return manifest
+
+
+def _opened(
+    files: SourceFiles,
+    directory: Path,
+    python: str,
+    base: Checkpoint | None,
+    on_progress: Progress,
+    cancelled: Callable[[], bool],
+) -> tuple[Source, Progress]:
+    """The tensors of a source, and whom to tell of their being copied."""
+    if not is_adapter(files):
+        return read_source(files, Converter(python=python, scratch=directory, cancelled=cancelled)), on_progress
+    if base is None:
+        hint = "give it to a flashd that has its base, name one (flash convert --base), or merge it with peft"
+        raise InvalidSource("this is a LoRA adapter, not a whole model", hint=hint)
+    # Before it is copied like any other, it is made: the base is read once more than is written in the end.
+    stages = _Stages(on_progress, after_bytes=base.manifest.data_bytes)
+    source = adapted_source(
+        files, base, python=python, scratch=directory, on_progress=stages.first, cancelled=cancelled
+    )
+    return source, stages.second
 
 
 def _arranged(source: Source, ties: Mapping[str, str]) -> tuple[Header, Mapping[str, SourceTensor]]:

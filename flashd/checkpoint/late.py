@@ -82,6 +82,12 @@ class LateFiles(SourceFiles):
         while not all(map(_has_header, awaited)):
             awaited = self.wait(awaited, cancelled)
 
+    def wait_for_all(self, cancelled: Callable[[], bool]) -> None:
+        """Until every file is here."""
+        awaited = self.awaited
+        while awaited:
+            awaited = self.wait(awaited, cancelled)
+
     def close(self) -> None:
         with self._changed:  # afterwards the number of a stand-in may be somebody else's
             self._is_closed = True

@@ -9,30 +9,21 @@ read ourselves.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashd.checkpoint import header
-from flashd.errors import Cancelled, FlashdError, InvalidSource, StoreFull, Unavailable
+from flashd.checkpoint import confined, header
+from flashd.errors import InvalidSource
 from flashd.streamer import Extent, OpenFile
-from flashd.units import GiB, MiB, format_bytes
+from flashd.units import GiB, format_bytes
 
-MAX_ANSWER_BYTES = 256 * MiB
-# torch alone maps 1 to 2 GB of address space, and its CUDA builds ten times that; of private memory it wants 0.25 GB.
-BASE_ADDRESS_SPACE_BYTES = 32 * GiB
-BASE_MEMORY_BYTES = 2 * GiB
 # The slowest machine we know unpickles at 200 MB/s.
 CPU_S_PER_BYTE = 1 / 20e6
-BASE_CPU_S = 120
-_POLL_S = 0.05
-_LAST_WORDS_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,75 +88,31 @@ class Converter:
         fds = [file.fd for file in files]
         sizes = [os.fstat(fd).st_size for fd in fds]
         limits = {
-            "address_space_bytes": BASE_ADDRESS_SPACE_BYTES + 2 * max(sizes),
-            "memory_bytes": BASE_MEMORY_BYTES + max(sizes),  # the mapping of a file counts, though it needs no memory
-            "cpu_s": BASE_CPU_S + int(sum(sizes) * CPU_S_PER_BYTE),
+            "address_space_bytes": confined.BASE_ADDRESS_SPACE_BYTES + 2 * max(sizes),
+            # The mapping of a file counts, though it needs no memory.
+            "memory_bytes": confined.BASE_MEMORY_BYTES + max(sizes),
+            "cpu_s": confined.BASE_CPU_S + int(sum(sizes) * CPU_S_PER_BYTE),
             "file_bytes": largest_unpacked_bytes(sum(sizes)),
             "open_files": max(*fds, spill) + 64,
         }
-        command = [self._python, "-m", "flashd.checkpoint.unpickle", str(spill), json.dumps(limits), *map(str, fds)]
-        with (
-            tempfile.TemporaryFile(dir=self._scratch) as answer,
-            tempfile.TemporaryFile(dir=self._scratch) as complaints,
-        ):
-            try:
-                child = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=answer,
-                    stderr=complaints,
-                    pass_fds=(*fds, spill),
-                    env={"OMP_NUM_THREADS": "1"},  # every thread of torch would count against its memory
-                )
-            except OSError as error:
-                raise Unavailable(f"cannot run {self._python}: {error.strerror}", hint=_TORCH_HINT) from None
-            try:
-                self._await(child)
-            finally:
-                child.kill()
-                child.wait()
-            said = _tail(answer.fileno(), MAX_ANSWER_BYTES).splitlines()
-            if child.returncode != 0:
-                current = files[min(len(said), len(files) - 1)]
-                last_words = _tail(complaints.fileno(), _LAST_WORDS_BYTES).decode(errors="replace")
-                raise self._explained(current.path, child.returncode, last_words)
+        outcome = confined.run(
+            self._python,
+            "flashd.checkpoint.unpickle",
+            [str(spill), json.dumps(limits), *map(str, fds)],
+            (*fds, spill),
+            what=f"{files[0].path} is a PyTorch file",
+            scratch=self._scratch,
+            cancelled=self._cancelled,
+        )
+        said = outcome.answer.splitlines()
+        if outcome.status != 0:
+            path = files[min(len(said), len(files) - 1)].path
+            hint = "if you trust it, load it with torch yourself and save it as safetensors"
+            what = f"{path} is not a file of tensors that can be read safely: {outcome.reason}"
+            raise InvalidSource(what, hint=hint)
         if len(said) != len(files):
             raise InvalidSource(f"{files[0].path} describes more tensors than make sense")
         return said
-
-    def _await(self, child: subprocess.Popen[bytes]) -> None:
-        while True:
-            try:
-                child.wait(_POLL_S)
-                return
-            except subprocess.TimeoutExpired:
-                if self._cancelled():
-                    raise Cancelled("the conversion was cancelled") from None
-
-    def _explained(self, path: str, status: int, complaint: str) -> FlashdError:
-        for module in ("torch", "flashd"):
-            if f"No module named '{module}'" in complaint:
-                what = f"{path} is a PyTorch file, and {self._python} has no {module}"
-                return Unavailable(what, hint=_TORCH_HINT)
-        if status in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            hint = "free some space, or remove a model"
-            return StoreFull(f"there is no space to unpack {path}: {os.strerror(status)}", hint=hint)
-        if status < 0:
-            reason = f"the converter was ended by signal {-status}, by its limits on time and memory or by a defect"
-        else:
-            # torch quotes what the pickle says, so this too is a stranger's text.
-            last = complaint.strip().splitlines()[-1:] or [f"exit status {status}"]
-            reason = "".join(c for c in last[0] if c.isprintable())[:500]
-        hint = "if you trust it, load it with torch yourself and save it as safetensors"
-        return InvalidSource(f"{path} is not a file of tensors that can be read safely: {reason}", hint=hint)
-
-
-_TORCH_HINT = "install flashd's torch extra, or set engines.torch.python to an interpreter that has it"
-
-
-def _tail(fd: int, limit_bytes: int) -> bytes:
-    size_bytes = os.fstat(fd).st_size
-    return os.pread(fd, min(size_bytes, limit_bytes), max(0, size_bytes - limit_bytes))
 
 
 def parse_table(answer: Any, source: Place, spill: Place, path: str) -> Table:

@@ -13,13 +13,13 @@ import os
 import re
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from flashd.checkpoint import header, pickles
+from flashd.checkpoint import header, pickles, trainers
 from flashd.checkpoint.pickles import SourceTensor, Table
 from flashd.errors import InvalidSource, TransferFailed
 from flashd.streamer import Extent, OpenFile
@@ -40,13 +40,10 @@ MAX_FILES = 500  # of a source; the largest models in use have 200, and each cos
 
 PICKLES = ("*.bin", "*.pt", "*.pth")
 WEIGHTS = ("*.safetensors", *PICKLES)
-# What trainers leave beside the weights.
-NOT_WEIGHTS = (
-    "training_args.bin", "optimizer*", "scheduler*", "rng_state*", "scaler*", "*.index.json", "consolidated*",
-    "adapter_model*",
-)  # fmt: skip
+NOT_WEIGHTS = (*trainers.NOT_WEIGHTS, "*.index.json", "consolidated*", "adapter_model*")
 _CONSOLIDATED = ("consolidated*.safetensors", "consolidated*.pth")  # as their makers publish Llama and Mistral
-_ADAPTER = "adapter_config.json"
+ADAPTER = "adapter_config.json"  # as PEFT saves fine-tunes that only add to a base
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\.\w+)")
 
 
@@ -72,23 +69,22 @@ Index = Mapping[str, str]  # tensor → file
 class Source:
     """Tensors by name, where their bytes are in `files`, and the small files beside them.
 
-    `spill` is the last of the files if it is one that we made: `close` closes it.
+    `made` is what `close` closes: files that are not those of the source.
     """
 
     files: tuple[OpenFile, ...]
-    spill: OpenFile | None
     tensors: tuple[SourceTensor, ...]
     aliases: Mapping[str, str]
     metadata: Mapping[str, str]
     side_files: Mapping[str, OpenFile]
+    made: ExitStack
 
     @property
     def size_bytes(self) -> int:
         return sum(tensor.extent.length for tensor in self.tensors)
 
     def close(self) -> None:
-        if self.spill is not None:
-            os.close(self.spill.fd)
+        self.made.close()
 
 
 class SourceFiles:
@@ -124,7 +120,9 @@ class SourceFiles:
                 return _read_index(files._files[name], name)
 
             weights, _ = _choose(names, open_index)
-            side_files = [name for name in names if _matches(name, (*SIDE_FILES, _ADAPTER))]
+            if not weights:
+                trainers.check_whole(names)
+            side_files = [name for name in names if matches(name, (*SIDE_FILES, ADAPTER))]
             for name in _checked_names([*weights, *side_files]):
                 if name in names and name not in files:
                     files._files[name] = _open(folder, path / name)
@@ -159,7 +157,7 @@ class SourceFiles:
         return iter(self._files)
 
     def matching(self, patterns: tuple[str, ...]) -> list[str]:
-        return [name for name in sorted(self._files) if _matches(name, patterns)]
+        return [name for name in sorted(self._files) if matches(name, patterns)]
 
     def close(self) -> None:
         for file in self._files.values():
@@ -186,22 +184,28 @@ def read_source(files: SourceFiles, converter: pickles.Converter) -> Source:
     tables: dict[str, Table] = {}
     metadata: dict[str, str] = {}
     for number, name in enumerate(names):
-        if not _matches(name, PICKLES):
+        if not matches(name, PICKLES):
             found = header.read(opened[number].fd, opened[number].path)
             tables[name] = _table(found, number, opened[number].path)
             metadata = {**found.metadata, **metadata}
     metadata.pop(header.ALIASES, None)
-    spill = None
-    if numbers := [number for number, name in enumerate(names) if name not in tables]:
-        unpacked, spill = converter.tables(opened, numbers)
-        tables |= {names[number]: table for number, table in zip(numbers, unpacked, strict=True)}
-    try:
+    with ExitStack() as made:
+        if numbers := [number for number, name in enumerate(names) if name not in tables]:
+            unpacked, spill = converter.tables(opened, numbers)
+            tables |= {names[number]: _unwrapped(table) for number, table in zip(numbers, unpacked, strict=True)}
+            if spill is not None:
+                made.callback(os.close, spill.fd)
+                opened.append(spill)
         tensors, aliases = _merged(tables, index)
-    except BaseException:
-        if spill is not None:
-            os.close(spill.fd)
-        raise
-    return Source((*opened, *([spill] if spill else ())), spill, tensors, aliases, metadata, side_files)
+        if matches(names[0], ("*.pth",)):
+            trainers.check_names([tensor.name for tensor in tensors], names[0])
+        return Source(tuple(opened), tensors, aliases, metadata, side_files, made.pop_all())
+
+
+def is_adapter(files: SourceFiles) -> bool:
+    """Whether this is no whole model, but an adapter to one."""
+    names, _ = _choose(list(files), lambda name: _read_index(files[name], name))
+    return ADAPTER in files and set(names) <= set(_ADAPTER_WEIGHTS)
 
 
 def _table(found: header.Header, number: int, path: str) -> Table:
@@ -211,6 +215,16 @@ def _table(found: header.Header, number: int, path: str) -> Table:
         for t in found.tensors
     )
     return Table(tensors, header.aliases(found, path))
+
+
+def _unwrapped(table: Table) -> Table:
+    """A state dict under the names of the model, though a wrapper of it was saved."""
+    wrapper = trainers.wrapper_of([*(tensor.name for tensor in table.tensors), *table.aliases])
+    if not wrapper:
+        return table
+    tensors = tuple(replace(tensor, name=tensor.name.removeprefix(wrapper)) for tensor in table.tensors)
+    plain = {alias.removeprefix(wrapper): name.removeprefix(wrapper) for alias, name in table.aliases.items()}
+    return Table(tensors, plain)
 
 
 def _merged(tables: Mapping[str, Table], index: Index) -> tuple[tuple[SourceTensor, ...], Mapping[str, str]]:
@@ -258,8 +272,10 @@ def has_weights(path: Path) -> bool:
     """Whether a folder or a file looks like a source at all, if only to be told why it is none."""
     if not path.is_dir():
         return _is_weights(path.name)
-    telling = {convention.index for convention in CONVENTIONS} | {_ADAPTER}
-    return any(_is_weights(name) or name in telling or _matches(name, _CONSOLIDATED) for name in _listing(path))
+    telling = {convention.index for convention in CONVENTIONS} | {ADAPTER}
+    names = _listing(path)
+    are_weights = any(_is_weights(name) or name in telling or matches(name, _CONSOLIDATED) for name in names)
+    return are_weights or trainers.are_shards(names)
 
 
 def _listing(path: Path) -> list[str]:
@@ -286,12 +302,12 @@ def _checked_names(names: list[str]) -> list[str]:
     return names
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _is_weights(name: str) -> bool:
-    return _matches(name, WEIGHTS) and not _matches(name, NOT_WEIGHTS)
+    return matches(name, WEIGHTS) and not matches(name, NOT_WEIGHTS)
 
 
 def _open(folder: int | None, path: Path) -> OpenFile:
@@ -326,11 +342,14 @@ def _choose(names: Collection[str], read_index: Callable[[str], Index]) -> tuple
             return [convention.single], {}  # an index beside it was left by an earlier save
         if shards:
             return sorted(shards), index
-        if found := {n for n in names if _matches(n, convention.patterns) and not _matches(n, NOT_WEIGHTS)}:
+        found = {n for n in names if matches(n, convention.patterns) and not matches(n, NOT_WEIGHTS)}
+        if found := trainers.latest_epoch(found):
             return sorted(found | _numbered(found)), {}
     for pattern in _CONSOLIDATED:
-        if found := {name for name in names if _matches(name, (pattern,))}:
+        if found := {name for name in names if matches(name, (pattern,))}:
             return sorted(found), {}
+    if ADAPTER in names:
+        return [next((name for name in _ADAPTER_WEIGHTS if name in names), _ADAPTER_WEIGHTS[0])], {}
     return [], {}
 
 
@@ -355,7 +374,7 @@ def needed_files(names: Collection[str], read_index: Callable[[str], Index]) -> 
         return read_index(name)
 
     weights, _ = _checked_choice(names, note_index)
-    others = [name for name in sorted(names) if _matches(name, SIDE_FILES)]
+    others = [name for name in sorted(names) if matches(name, SIDE_FILES)]
     _checked_names([*weights, *indexes, *others])
     return weights, [*indexes, *others]
 
@@ -373,9 +392,6 @@ def _checked_choice(names: Collection[str], read_index: Callable[[str], Index]) 
         raise InvalidSource(what, hint="finish the download, or copy the missing files")
     if weights:
         return weights, index
-    if _ADAPTER in names:
-        hint = "merge it into its base model first (peft: merge_and_unload) and drop the result"
-        raise InvalidSource("this is a LoRA adapter, not a whole model", hint=hint)
     hint = "a source has *.safetensors, or PyTorch's *.bin, *.pt or *.pth"
     raise InvalidSource("there are no weights here", hint=hint)
 
@@ -393,7 +409,7 @@ def parse_index(raw: bytes, name: str) -> Index:
     for tensor in weight_map:
         header.check_name(tensor, name)
     for shard in set(weight_map.values()):
-        if "/" in shard or not shard.isprintable() or not _matches(shard, WEIGHTS):
+        if "/" in shard or not shard.isprintable() or not matches(shard, WEIGHTS):
             raise InvalidSource(f"{name} names {shard[:80]!r}, which is not a file of weights in the same folder")
     return weight_map
 

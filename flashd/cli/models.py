@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from flashd.checkpoint.convert import convert as convert_source
+from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.source import SourceFiles
 from flashd.cli import output
 from flashd.cli.session import Json, ModelName, session
@@ -144,6 +145,7 @@ def convert(
     source: Annotated[Path, typer.Argument(exists=True, help="A folder, or one file of weights.")],
     destination: Annotated[Path, typer.Argument(help="The folder to make.")],
     python: Annotated[str, typer.Option(help="An interpreter with torch, for PyTorch files.")] = sys.executable,
+    base: Annotated[Path | None, typer.Option(help="A converted folder, to merge a LoRA adapter into.")] = None,
 ) -> None:
     """Converts a source to a checkpoint folder, without a daemon. Other tools can open the result."""
     if destination.exists():
@@ -158,7 +160,8 @@ def convert(
             SourceFiles.from_path(source.resolve()) as files,
             output.bytes_progress(f"converting {source.name}") as show,
         ):
-            manifest = convert_source(files, partial, python=python, note=str(source), on_progress=show)
+            found = Checkpoint.open(base) if base else None
+            manifest = convert_source(files, partial, python=python, base=found, note=str(source), on_progress=show)
         partial.rename(destination)
     finally:
         if partial.exists():

@@ -17,6 +17,7 @@ from flashd.daemon.conversions import Conversions, Request
 from flashd.daemon.dismissals import Dismissals
 from flashd.daemon.exports import Audience
 from flashd.daemon.jobs import Job, Jobs, JobState, Owner, Result
+from flashd.errors import BaseMissing, InvalidSource
 from flashd.store.catalog import Catalog, Model, Origin
 from flashd.store.inbox import Item
 
@@ -49,11 +50,13 @@ class Arrivals:
         self._waiting: Sequence[Item] = ()
         self._under_way: dict[str, Job] = {}
         self._failed: dict[str, str] = {}
+        self._without_base: dict[str, tuple[Item, BaseMissing]] = {}  # adapters, and what each waits for
 
     def shown(self) -> list[list[str]]:
         """(name, state, detail) of what is not a model yet, by name."""
         rows = {item.name: [item.name, str(item.state), item.detail] for item in self._waiting}
         rows |= {name: [name, "failed", detail] for name, detail in self._failed.items()}
+        rows |= {name: [name, "incomplete", str(error)] for name, (_, error) in self._without_base.items()}
         rows |= {name: [name, "converting", ""] for name in self._under_way}
         return [rows[name] for name in sorted(rows)]
 
@@ -71,12 +74,16 @@ class Arrivals:
     async def settled(self, item: Item) -> None:
         """Begins the conversion; one of an earlier state of the same source is dropped first."""
         await self._drop(item.name)
-        self._failed.pop(item.name, None)
+        self._forget(item.name)
         origin = Origin("inbox", str(item.path), item.fingerprint)
         request = Request(lambda: SourceFiles.from_path(item.path), item.name, origin, self._owner.uid, self._private)
 
         async def work(job: Job) -> Result:
-            model = await self._conversions.run(job, request)
+            try:
+                model = await self._conversions.run(job, request)
+            except BaseMissing as error:
+                self._without_base[item.name] = item, error
+                raise
             return {"model": Variant("o", wire.model_path(model.name))}
 
         self._under_way[item.name] = self._jobs.run("import", item.name, self._owner, work, audience=self.audience)
@@ -85,7 +92,7 @@ class Arrivals:
     async def removed(self, item: Item) -> None:
         self._dismissals.drop(str(item.path))
         await self._drop(item.name)
-        self._failed.pop(item.name, None)
+        self._forget(item.name)
         self._on_change()
         model = self._catalog.get(item.name)
         if model is not None and model.origin.kind == "inbox":
@@ -99,9 +106,25 @@ class Arrivals:
         """To be told of finished jobs."""
         if self._under_way.get(job.subject) is job:
             del self._under_way[job.subject]
-            if job.state is not JobState.DONE:
+            if job.state is not JobState.DONE and job.subject not in self._without_base:
                 self._failed[job.subject] = str(job.error)
             self._on_change()
+
+    async def look_for_bases(self) -> None:
+        """To be called when there is a new model, or a new name for one: adapters may wait for it."""
+        for name, (item, missing) in list(self._without_base.items()):
+            try:
+                self._catalog.find_base(missing.recorded, of=name, owner_uid=self._owner.uid)
+            except BaseMissing:
+                continue
+            except InvalidSource:
+                pass  # now there are several, and the conversion will say which
+            if name in self._without_base:  # nobody else has seen to it meanwhile
+                await self.settled(item)
+
+    def _forget(self, name: str) -> None:
+        self._failed.pop(name, None)
+        self._without_base.pop(name, None)
 
     async def _drop(self, name: str) -> None:
         job = self._under_way.get(name)

@@ -367,6 +367,7 @@ class Service:
         log.info("%s is a model: %s", model.name, format_bytes(model.size_bytes), extra=about)
         self._presence.model_published(model)
         self._models.collect_soon()
+        self._background.start(self._arrivals.look_for_bases())
 
     def _warm_up(self) -> None:
         """As soon as there is a model, or about to be one, somebody may want it to answer."""
@@ -376,6 +377,7 @@ class Service:
 
     def _model_changed(self, name: str) -> None:
         self._presence.model_changed(name)
+        self._background.start(self._arrivals.look_for_bases())  # it may have been given the name of one
 
     def _audience_changed(self, name: str) -> None:
         self._presence.audience_changed(name)

@@ -6,16 +6,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flashd.checkpoint.files import Checkpoint
-from flashd.errors import DeviceFailed
+from flashd.checkpoint.sharing import Run, find_shared
+from flashd.errors import CorruptCheckpoint, DeviceFailed, FlashdError
 from flashd.memory.arena import Arena, HostArena, View
+from flashd.memory.copying import Copies, Copy
 from flashd.memory.device import Device, Kind
 from flashd.streamer import (
+    Digests,
     Extent,
     OpenFile,
     Options,
@@ -30,13 +33,14 @@ from flashd.streamer import (
     upload,
     write_device,
 )
-from flashd.units import MiB
+from flashd.units import MiB, format_bytes
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 _POLL_S = 0.02
 _SMALLEST_STAGING_BYTES = 16 * MiB
+_WORTH_COPYING_BYTES = 16 * MiB  # the disk is not made to begin anew for less
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +56,16 @@ class Region:
         return self.device.kind in {Kind.CUDA, Kind.SIMULATED}
 
 
+Residents = Sequence[tuple[Checkpoint, Region]]
+
+
 class Mover(Protocol):
     """Fills arenas. Cancelling a coroutine ends its transfer before it returns."""
 
-    async def load(self, checkpoint: Checkpoint, target: Region, on_progress: Progress) -> None:
-        """From the store."""
+    async def load(
+        self, checkpoint: Checkpoint, target: Region, on_progress: Progress, *, residents: Residents = ()
+    ) -> None:
+        """From the store, but for what one of these checkpoints in host memory has as well."""
 
     async def copy(self, checkpoint: Checkpoint, source: Region, target: Region, on_progress: Progress) -> None:
         """From another tier."""
@@ -86,34 +95,101 @@ class StreamMover:
         """Makes the staging memory of a device, which takes a while, before anybody waits for it."""
         await self._staging_of(device)
 
-    async def load(self, checkpoint: Checkpoint, target: Region, on_progress: Progress) -> None:
-        extent = checkpoint.extent
-        if not extent.length:
+    async def load(
+        self, checkpoint: Checkpoint, target: Region, on_progress: Progress, *, residents: Residents = ()
+    ) -> None:
+        if not checkpoint.extent.length:
             return
-        digests = checkpoint.digests() if self._verify else None
-        staging = await self._staging_of(target.device) if target.is_device else None
+        runs = await asyncio.to_thread(_runs, checkpoint, residents)
+        arenas = [region.arena for _, region in residents]
         with checkpoint.weights_path.open("rb") as file:
-            source = OpenFile(file.fileno(), str(checkpoint.weights_path))
-            if staging:
-                transfer = load_device(
-                    source,
-                    extent,
-                    target=target.arena.address,
-                    staging=staging,
-                    options=self._options,
-                    digests=digests,
-                )
+            store = OpenFile(file.fileno(), str(checkpoint.weights_path))
+            if target.is_device:
+                await self._load_device(checkpoint, store, arenas, runs, target, on_progress)
             else:
+                await self._load_host(checkpoint, store, arenas, runs, target, on_progress)
+
+    async def _load_host(
+        self,
+        checkpoint: Checkpoint,
+        store: OpenFile,
+        arenas: Sequence[Arena],
+        runs: Sequence[Run],
+        target: Region,
+        on_progress: Progress,
+    ) -> None:
+        """What others have is copied in threads of its own while the disk is read."""
+        start, size_bytes = checkpoint.extent.offset, checkpoint.extent.length
+        digests = checkpoint.digests() if self._verify else None
+        shared = [
+            Copy(arenas[run.source], run.source_offset, run.offset, run.length)
+            for run in runs
+            if run.source is not None
+        ]
+        copies = Copies(shared, target.arena, target.device.huge_pages)
+        read_bytes = 0
+        try:
+            for run in runs:
+                if run.source is not None:
+                    continue
+                is_last = run.offset + run.length == size_bytes
                 transfer = load(
-                    [source],
-                    [Read(0, extent.offset, 0, extent.length)],
-                    address=target.arena.address,
-                    size_bytes=target.arena.mapped_bytes,
+                    [store],
+                    [Read(0, start + run.source_offset, 0, run.length)],
+                    address=target.arena.address + run.offset,
+                    size_bytes=target.arena.mapped_bytes - run.offset if is_last else run.length,
                     options=self._options,
-                    digests=digests,
+                    digests=digests.part(run.offset, run.length) if digests else None,
                     populate=True,
                 )
-            self._on_loaded(checkpoint, await _finished(transfer, on_progress))
+                tell = _beside(on_progress, copies, read_bytes, size_bytes)
+                self._on_loaded(checkpoint, await _finished(transfer, tell))
+                read_bytes += run.length
+        except BaseException:
+            copies.cancel()
+            with contextlib.suppress(FlashdError):
+                await copies.finish()
+            raise
+        await copies.finish()
+        on_progress(size_bytes, size_bytes)
+
+    async def _load_device(
+        self,
+        checkpoint: Checkpoint,
+        store: OpenFile,
+        arenas: Sequence[Arena],
+        runs: Sequence[Run],
+        target: Region,
+        on_progress: Progress,
+    ) -> None:
+        """By one transfer after the other. What comes from host memory was compared with digests on its way there."""
+        start, size_bytes = checkpoint.extent.offset, checkpoint.extent.length
+        staging = await self._staging_of(target.device)
+        digests = checkpoint.digests() if self._verify else None
+        for run in runs:
+            tell = _shifted(on_progress, run.offset, size_bytes)
+            address = target.arena.address + run.offset
+            if run.source is None:
+                transfer = load_device(
+                    store,
+                    Extent(start + run.source_offset, run.length),
+                    target=address,
+                    staging=staging,
+                    options=self._options,
+                    digests=digests.part(run.offset, run.length) if digests else None,
+                )
+                self._on_loaded(checkpoint, await _finished(transfer, tell))
+                continue
+            async with _viewed(arenas[run.source]) as view:
+                transfer = upload(
+                    address=view.address + run.source_offset,
+                    size_bytes=run.length,
+                    target=address,
+                    is_registered=view.is_registered,
+                    staging=staging,
+                    options=self._options,
+                )
+                await _finished(transfer, tell)
 
     async def copy(self, checkpoint: Checkpoint, source: Region, target: Region, on_progress: Progress) -> None:
         size_bytes = checkpoint.manifest.data_bytes
@@ -194,6 +270,36 @@ class StreamMover:
         except Exception:
             self._staging.pop(device.name, None)  # the next one tries again
             raise
+
+
+def _runs(checkpoint: Checkpoint, residents: Residents) -> Sequence[Run]:
+    size_bytes = checkpoint.manifest.data_bytes
+    tables = []
+    for resident, _ in residents:
+        try:
+            tables.append(resident.digests())
+        except CorruptCheckpoint as error:  # perhaps it was deleted, and is still in use
+            log.info("nothing is copied from %s: %s", resident.id[:12], error.message)
+            tables.append(Digests(0, b""))
+    if not any(table.table for table in tables):
+        return [Run(None, 0, 0, size_bytes)]
+    runs = find_shared(checkpoint.digests(), size_bytes, tables, least_bytes=_WORTH_COPYING_BYTES)
+    if shared_bytes := sum(run.length for run in runs if run.source is not None):
+        log.info(
+            "%s of the %s of %s are in memory already",
+            *(format_bytes(shared_bytes), format_bytes(size_bytes), checkpoint.id[:12]),
+        )
+    return runs
+
+
+def _shifted(tell: Progress, before_bytes: int, total_bytes: int) -> Progress:
+    """Progress of one part of something larger."""
+    return lambda done_bytes, _: tell(before_bytes + done_bytes, total_bytes)
+
+
+def _beside(tell: Progress, copies: Copies, before_bytes: int, total_bytes: int) -> Progress:
+    """Progress of one part of something larger, while something else goes on."""
+    return lambda done_bytes, _: tell(before_bytes + done_bytes + copies.done_bytes, total_bytes)
 
 
 @asynccontextmanager

@@ -12,7 +12,8 @@ import asyncio
 import itertools
 import logging
 from asyncio import to_thread
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -64,6 +65,7 @@ class Resident:
     waiters: list[Progress]
     holds: int = 0
     used_at: int = 0  # a count, not a time: larger is later
+    readers: set[asyncio.Future[None]] = field(default_factory=set)  # loads that copy from it, and how to wait for them
 
     @property
     def is_free(self) -> bool:
@@ -185,6 +187,20 @@ class Place:
                 return None  # whoever asked for that load hears of it
         resident = self._residents.get(checkpoint.id)
         return self._hold(resident, Tier.STORED, is_use=is_use) if resident else None
+
+    @contextmanager
+    def reading(self) -> Iterator[Sequence[tuple[Checkpoint, Region]]]:
+        """All that is here, to copy from. It may be evicted meanwhile, but its memory stays, and counts, until then."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        residents = list(self._residents.values())
+        for resident in residents:
+            resident.readers.add(done)
+        try:
+            yield [(resident.checkpoint, Region(self.device, resident.arena)) for resident in residents]
+        finally:
+            done.set_result(None)
+            for resident in residents:
+                resident.readers.discard(done)
 
     async def claim(self, size_bytes: int) -> Reservation:
         """Room for what is no checkpoint of ours, or none yet, made as for a load. Raises OutOfMemory."""
@@ -382,6 +398,8 @@ class Place:
         except OSError as error:
             log.warning("%s may be kept beyond us: %s", resident.checkpoint.id[:12], error)
         finally:
+            while resident.readers:
+                await asyncio.wait(resident.readers)
             await _close(resident.arena)
             resident.reservation.release()
             self._on_change(resident.checkpoint.id)

@@ -41,7 +41,7 @@ from flashd.errors import (
     StoreFull,
     TransferFailed,
 )
-from flashd.store import footprint, lookup, retention
+from flashd.store import footprint, lineage, lookup, retention
 from flashd.store.footprint import Footprint
 from flashd.store.images import Images
 from flashd.store.names import check_name
@@ -105,6 +105,7 @@ class Catalog:
         self._checkpoints, self._partial = root / "checkpoints", root / "partial"
         self._records = Records(root / "models")
         self._drafts: Mapping[Path, int] = {}  # and what each has reserved
+        self._read: list[str] = []  # checkpoints that others are made of
         with _opening(root):
             for folder in (self._checkpoints, root / "models", root / "images", self._partial):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -147,6 +148,25 @@ class Catalog:
     def checkpoint_of(self, form: str) -> str:
         """The id of the checkpoint that this is, or is an image of."""
         return self.images.made_of().get(form, form)
+
+    @contextlib.contextmanager
+    def reading(self, checkpoint_id: str) -> Iterator[Checkpoint]:
+        """A checkpoint that is not deleted meanwhile. Raises CorruptCheckpoint if it cannot be opened."""
+        with self._mutex:
+            self._read.append(checkpoint_id)
+        try:
+            yield self.checkpoint(checkpoint_id)
+        finally:
+            with self._mutex:
+                self._read.remove(checkpoint_id)
+
+    def find_base(self, recorded: str, *, of: str, owner_uid: int) -> Model:
+        """The model that an adapter called `of` names as its base, of those that its owner may see.
+
+        Raises BaseMissing or InvalidSource.
+        """
+        seen = {name: m for name, m in self._models.items() if not m.private or m.owner_uid == owner_uid}
+        return lineage.find_base(seen, recorded, of=of)
 
     def size_bytes(self) -> int:
         """What all checkpoints take on disk; hard links counted once."""
@@ -231,7 +251,7 @@ class Catalog:
         with self._mutex:
             kept = {name: self._with_kept_versions(model, in_use) for name, model in self._models.items()}
             needed = {version for model in kept.values() for version in model.versions()}
-            garbage = sorted(self._stored.keys() - needed - self._guarded - set(in_use))
+            garbage = sorted(self._stored.keys() - needed - self._guarded - set(in_use) - set(self._read))
             trimmed = [name for name, model in kept.items() if model != self._models[name]]
             self._models = kept
             before_bytes = self.size_bytes()

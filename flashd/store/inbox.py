@@ -26,6 +26,7 @@ from watchdog.events import FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver, ObservedWatch
 
+from flashd.checkpoint import trainers
 from flashd.checkpoint.source import has_weights, missing_shards
 from flashd.errors import FlashdError
 
@@ -44,8 +45,8 @@ class ItemState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A source in the inbox. `name` is its path within the folder, as a model's name; `fingerprint` changes with any
-    of its files."""
+    """A source in the inbox. `name` is its path within the folder, as a model's name, or that of the training whose
+    last checkpoint it is; `fingerprint` changes with any of its files."""
 
     name: str
     path: Path
@@ -148,10 +149,13 @@ class Inbox:
         now = asyncio.get_running_loop().time()
         before = self._unsettled()
         seen = {item.path: item for item in found}
+        names = {item.name for item in found}
         for path in self._items.keys() - seen.keys():
             gone = self._items.pop(path)
             self._since.pop(path, None)
-            if self._handled.pop(path, None) is not None and any(
+            if gone.name in names:  # a training went on: its next checkpoint is the same model
+                self._handled.pop(path, None)
+            elif self._handled.pop(path, None) is not None and any(
                 path.is_relative_to(f) and f.exists() for f in self._folders
             ):
                 await self._handler.removed(gone)
@@ -199,19 +203,37 @@ def _scan(folders: Sequence[Path]) -> list[Item]:
     items = []
     for folder in folders:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            for path in _candidates(folder):
+            for path, source in _candidates(folder):
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # gone while we looked
-                    items.append(_examined(folder, path))
+                    items.append(_examined(folder, path, source))
     return items
 
 
-def _candidates(folder: Path) -> Iterator[Path]:
-    """Folders and files of weights, and those one level down: Qwen/Qwen3-0.6B. Hidden ones are nobody's model."""
+def _candidates(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Folders and files of weights, and those one level down: Qwen/Qwen3-0.6B. Hidden ones are nobody's model.
+
+    Each with the folder that its source is in: of a training under way, that of the latest checkpoint.
+    """
     for entry in _visible(folder):
-        if entry.is_dir(follow_symlinks=False) and not _is_source(Path(entry.path)):
-            yield from (Path(inner.path) for inner in _visible(Path(entry.path)) if _is_source(Path(inner.path)))
-        elif _is_source(Path(entry.path)):
-            yield Path(entry.path)
+        path = Path(entry.path)
+        source = _source_of(path)
+        if source is not None:
+            yield path, source
+        if source != path and entry.is_dir(follow_symlinks=False):
+            for inner in _visible(path):
+                is_trainers = trainers.step_of(inner.name) is not None or trainers.is_being_saved(inner.name)
+                if not is_trainers and (found := _source_of(Path(inner.path))) is not None:
+                    yield Path(inner.path), found
+
+
+def _source_of(path: Path) -> Path | None:
+    """Where the weights of a model are that is called as this path: here, or in the last checkpoint of a training."""
+    if _is_source(path):
+        return path
+    if not path.is_dir() or path.is_symlink():
+        return None
+    steps = {step: Path(e.path) for e in _visible(path) if (step := trainers.step_of(e.name)) is not None}
+    return next((steps[step] for step in sorted(steps, reverse=True) if _is_source(steps[step])), None)
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
@@ -229,11 +251,11 @@ def _is_source(path: Path) -> bool:
         return False
 
 
-def _examined(folder: Path, path: Path) -> Item:
+def _examined(folder: Path, named: Path, path: Path) -> Item:
     files = list(_files(path))
     lines = [f"{name} {status.st_size} {status.st_mtime_ns} {status.st_ino}" for name, status in files]
     fingerprint = hashlib.sha256("\n".join(sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()
-    name = str(path.relative_to(folder))
+    name = str(named.relative_to(folder))
     if not path.is_dir():
         name = name.rsplit(".", 1)[0]
     unfinished = [file for file, _ in files if file.lower().endswith(UNFINISHED)]

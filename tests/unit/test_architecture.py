@@ -53,7 +53,10 @@ MAY_IMPORT = {
 TRAY = PACKAGE.parent / "tray" / "flashd_tray"
 TRAY_MAY_IMPORT = {"client", "bus", "errors", "units", "wire"}
 TRAY_ENVIRONMENT_READERS = {"preferences.py", "shell.py"}  # the desktop's variables: where choices lie, what panel
-TORCH_IMPORTERS = {"flashd.tensors", "flashd.state_dicts", "flashd.checkpoint.unpickle", "flashd.compat.modules"}
+TORCH_IMPORTERS = {
+    *("flashd.tensors", "flashd.state_dicts", "flashd.checkpoint.unpickle", "flashd.checkpoint.merge"),
+    "flashd.compat.modules",
+}
 ENGINE_WORKERS = ("flashd.engines.torch", "flashd.engines.vllm")
 
 

@@ -30,7 +30,7 @@ from flashd.errors import AlreadyExists, Busy, CorruptCheckpoint, InvalidArgumen
 from flashd.memory.arena import HUGE_PAGE_BYTES, Arena, HostArena, HugePages, probe_huge_pages
 from flashd.memory.device import HostDevice, Kind, Tier, simulated_device, total_memory_bytes
 from flashd.memory.lease import LeaseBook
-from flashd.memory.moving import Progress, Region, StreamMover
+from flashd.memory.moving import Progress, Region, Residents, StreamMover
 from flashd.memory.place import Hold
 from flashd.memory.pool import Reservation
 from flashd.memory.residency import Memory, Residency
@@ -70,7 +70,9 @@ class FakeMover:
         self.copied: list[tuple[str, str, str]] = []
         self.error: Exception | None = None
 
-    async def load(self, checkpoint: Checkpoint, target: Region, on_progress: Progress) -> None:
+    async def load(
+        self, checkpoint: Checkpoint, target: Region, on_progress: Progress, *, residents: Residents = ()
+    ) -> None:
         self.started.append(checkpoint.id)
         on_progress(0, checkpoint.manifest.data_bytes)
         await self.gate.wait()
@@ -229,7 +231,9 @@ async def test_who_comes_while_a_load_is_given_up_gets_another_one() -> None:
     started = []
 
     class SlowToEnd(FakeMover):
-        async def load(self, checkpoint: Checkpoint, target: Region, on_progress: Progress) -> None:
+        async def load(
+            self, checkpoint: Checkpoint, target: Region, on_progress: Progress, *, residents: Residents = ()
+        ) -> None:
             started.append(checkpoint.id)
             if len(started) == 1:
                 try:

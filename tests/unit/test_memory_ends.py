@@ -31,7 +31,7 @@ from flashd.daemon.service_manager import FdStore, ServiceManager
 from flashd.errors import Busy, DeviceFailed, InvalidArgument, OutOfMemory
 from flashd.memory.arena import HUGE_PAGE_BYTES, Arena, HostArena, HugePages
 from flashd.memory.device import CudaDevice, HostDevice, Tier
-from flashd.memory.moving import Progress, Region, StreamMover
+from flashd.memory.moving import Progress, Region, Residents, StreamMover
 from flashd.memory.residency import Memory, Residency
 from flashd.streamer import Options
 from flashd.units import MiB
@@ -254,7 +254,9 @@ async def test_a_load_to_the_host_never_loads_to_a_device() -> None:
     reading: list[str] = []
 
     class SlowToEnd(FakeMover):
-        async def load(self, checkpoint: Checkpoint, target: Region, on_progress: Progress) -> None:
+        async def load(
+            self, checkpoint: Checkpoint, target: Region, on_progress: Progress, *, residents: Residents = ()
+        ) -> None:
             reading.append(target.device.name)
             if reading == ["sim:0"]:
                 try:
@@ -296,7 +298,9 @@ async def test_a_device_that_fails_is_no_reason_not_to_load_to_the_host() -> Non
     failing = asyncio.Event()
     load = mover.load
 
-    async def fails_on_the_device(checkpoint: Checkpoint, target: Region, on_progress: Progress) -> None:
+    async def fails_on_the_device(
+        checkpoint: Checkpoint, target: Region, on_progress: Progress, *, residents: Residents = ()
+    ) -> None:
         if target.is_device:
             mover.started.append("sim:0")
             await failing.wait()

@@ -26,7 +26,7 @@ from flashd.engines.engine import TRANSITIONS, Binding, EngineState, EngineStats
 from flashd.errors import Busy, EngineFailed, FlashdError, NotFound, OutOfMemory, TransferFailed, Unsupported
 from flashd.memory.arena import HostArena, HugePages
 from flashd.memory.device import HostDevice, Tier, simulated_device
-from flashd.memory.moving import Progress, Region
+from flashd.memory.moving import Progress, Region, Residents
 from flashd.memory.residency import Memory, Residency
 from flashd.supply import Supplier, Target
 from flashd.swap import How, Policy, Swapper, SwapState
@@ -296,7 +296,9 @@ class World:
             return error
         return None
 
-    async def load(self, checkpoint: Checkpoint, target: Region, on_progress: Progress) -> None:
+    async def load(
+        self, checkpoint: Checkpoint, target: Region, on_progress: Progress, *, residents: Residents = ()
+    ) -> None:
         if not self.loads:
             raise TransferFailed("the disk is gone")
         await self.script.step("load")

@@ -15,6 +15,9 @@ from flashd.engines.torch.model import Model
 from flashd.engines.torch.requests import BadRequest, GenerationRequest, Sampling
 
 Emit = Callable[[str], None]
+_NO_TOKENIZER = (
+    "this model came without a tokenizer, so it cannot read text: copy its base's tokenizer beside the weights"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class Ended:
 def prompt_tokens(model: Model, request: GenerationRequest) -> list[int]:
     """Raises BadRequest where the model cannot take the prompt."""
     if model.tokenizer is None:
-        raise BadRequest("this model came without a tokenizer, so it cannot read text")
+        raise BadRequest(_NO_TOKENIZER)
     if isinstance(request.prompt, list):
         tokens = request.prompt
         if max(tokens) >= model.module.get_input_embeddings().num_embeddings:
@@ -75,7 +78,7 @@ def generate(model: Model, request: GenerationRequest, tokens: list[int], emit: 
 def embed(model: Model, texts: list[str]) -> tuple[list[list[float]], int]:
     """One vector a text: the mean of the last hidden states of its tokens, of length 1. Also the tokens read."""
     if model.tokenizer is None:
-        raise BadRequest("this model came without a tokenizer, so it cannot read text")
+        raise BadRequest(_NO_TOKENIZER)
     vectors, count = [], 0
     backbone = getattr(model.module, model.module.base_model_prefix, model.module)
     for text in texts:
