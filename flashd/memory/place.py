@@ -189,10 +189,11 @@ class Place:
         return self._hold(resident, Tier.STORED, is_use=is_use) if resident else None
 
     @contextmanager
-    def reading(self) -> Iterator[Sequence[tuple[Checkpoint, Region]]]:
-        """All that is here, to copy from. It may be evicted meanwhile, but its memory stays, and counts, until then."""
+    def reading(self, layout: str) -> Iterator[Sequence[tuple[Checkpoint, Region]]]:
+        """What is here of this layout, to copy from. It may be evicted meanwhile, but its memory counts until then."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        residents = list(self._residents.values())
+        # Others would have little in common, and whoever evicts one should not wait for nothing.
+        residents = [found for found in self._residents.values() if found.checkpoint.manifest.layout == layout]
         for resident in residents:
             resident.readers.add(done)
         try:

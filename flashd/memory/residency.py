@@ -199,7 +199,7 @@ class Residency:
             assert load is not None
             self._reading.add((place, checkpoint.id))  # until it is there, not only until it is read
             load.add_done_callback(lambda _: self._reading.discard((place, checkpoint.id)))
-            with self.host.reading() as residents:
+            with self.host.reading(checkpoint.manifest.layout) as residents:
                 await self._mover.load(checkpoint, target, on_progress, residents=residents)
         if place is self.host:
             self._on_host_resident(arena)

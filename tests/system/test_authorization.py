@@ -49,7 +49,8 @@ def member(machine: Machine, *command: str) -> Result:
 
 
 def seated(machine: Machine, *command: str) -> Result:
-    return machine.run_at_seat("dave", *command, check=False)
+    # systemd's programs speak to the journal if systemd itself is their parent.
+    return machine.run_at_seat("dave", "env", "SYSTEMD_LOG_TARGET=console", *command, check=False)
 
 
 def root(machine: Machine, *command: str) -> Result:

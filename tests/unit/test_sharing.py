@@ -31,12 +31,12 @@ from flashd.units import MiB
 LAYERS = 6
 
 
-def tune(folder: Path, changed: Sequence[int], *, layers: int = LAYERS) -> Checkpoint:
+def tune(folder: Path, changed: Sequence[int]) -> Checkpoint:
     """A checkpoint of layers of 16 MiB, of which some are not as the others' are."""
     source = folder / "source"
     source.mkdir(parents=True)
     random = np.random.default_rng(0)
-    tensors = {f"layer.{n}.weight": random.standard_normal((4096, 1024), dtype=np.float32) for n in range(layers)}
+    tensors = {f"layer.{n}.weight": random.standard_normal((4096, 1024), dtype=np.float32) for n in range(LAYERS)}
     for number in changed:
         tensors[f"layer.{number}.weight"] = tensors[f"layer.{number}.weight"] + np.float32(len(str(folder)))
     save_file({**tensors, "norm": np.arange(7, dtype=np.float32)}, source / "model.safetensors")
@@ -90,14 +90,14 @@ async def test_what_differs_does_come_from_the_disk_and_is_verified(device: str,
     residency.close()
 
 
-async def test_blocks_may_lie_elsewhere_and_in_several_checkpoints(tmp_path: Path) -> None:
-    base, long = tune(tmp_path / "base", [0]), tune(tmp_path / "a" / "long", [1], layers=LAYERS + 2)
+async def test_blocks_may_lie_in_several_checkpoints(tmp_path: Path) -> None:
+    base, other = tune(tmp_path / "base", [0]), tune(tmp_path / "a" / "other", [1])
     tuned = tune(tmp_path / "tuned", [])
     wanted = weights_of(tuned)
     spoil(tuned, range(LAYERS))
     residency = residency_of(host_of(1 << 30))
-    for other in (base, long):
-        (await residency.acquire(other)).release()
+    for resident in (base, other):
+        (await residency.acquire(resident)).release()
     with await residency.acquire(tuned) as hold:
         assert bytes_of(hold) == wanted
     await residency.stop()
