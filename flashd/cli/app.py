@@ -12,7 +12,7 @@ import typer
 
 import flashd
 from flashd import errors
-from flashd.cli import bench, doctor, machine, models, output, serving
+from flashd.cli import bench, doctor, engines, machine, models, output, serving
 from flashd.cli.session import Session
 
 
@@ -54,6 +54,7 @@ def _options(
 serving.register(app)
 models.register(app)
 machine.register(app)
+engines.register(app)
 doctor.register(app)
 bench.register(app)
 

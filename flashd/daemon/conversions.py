@@ -32,7 +32,7 @@ class Conversions:
     """The queue of conversions. Two at a time would only make the disk seek."""
 
     def __init__(
-        self, catalog: Catalog, *, options: Options, python: str, on_published: Callable[[Model], None]
+        self, catalog: Catalog, *, options: Options, python: Callable[[], str], on_published: Callable[[Model], None]
     ) -> None:
         self._catalog = catalog
         self._options = options
@@ -60,7 +60,7 @@ class Conversions:
                 manifest = convert(
                     files,
                     draft.directory,
-                    python=self._python,
+                    python=self._python(),
                     note=request.origin.location,
                     options=self._options,
                     on_progress=on_progress,

@@ -11,6 +11,7 @@ from flashd.daemon.arrivals import Arrivals
 from flashd.daemon.authorization import Authority
 from flashd.daemon.engine_stats import EngineStatsBook
 from flashd.daemon.imports import Imports
+from flashd.daemon.installations import Installations
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.models import Models
 from flashd.daemon.serving import Serving
@@ -30,6 +31,7 @@ class Parts:
     catalog: Catalog
     jobs: Jobs
     imports: Imports
+    installations: Installations
     arrivals: Arrivals
     models: Models
     residency: Residency
