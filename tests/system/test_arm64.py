@@ -73,7 +73,7 @@ def root(emulated: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
 
 
 def _give_tests(root: Path) -> None:
-    """The tests of this checkout, and what they need beside flashd, for arm64: pip here fetches it without emulation."""
+    """The tests of this checkout, and for arm64 what they need beside flashd: pip fetches it without emulation."""
     site = root / TESTS[1:] / "site"
     version = next((root / "usr/lib/flashd/lib").glob("python3*")).name.removeprefix("python")
     platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in (36, 28, 27, 26, 17)]
