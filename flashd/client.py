@@ -106,6 +106,19 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True)
+class Environment:
+    """A Python environment that engines can run in; `current` if new ones do, `fits` if they could."""
+
+    kind: str
+    number: int
+    version: str
+    current: bool
+    fits: bool
+    size_bytes: int
+    created_at: int
+
+
+@dataclass(frozen=True, slots=True)
 class InboxItem:
     """A source that is not a model yet; state is settling, incomplete, converting or failed."""
 
@@ -340,13 +353,8 @@ class Client:
         if private is not None:
             options["private"] = Variant("b", private)
         with SourceFiles.from_path(Path(path).resolve()) as files:
-            names = list(files)
-            batches = [names[i : i + wire.FILES_PER_MESSAGE] for i in range(0, len(names), wire.FILES_PER_MESSAGE)]
             job_path = ""
-            for index, batch in enumerate(batches or [[]]):
-                fds = [files[file].fd for file in batch]
-                table = {file: number for number, file in enumerate(batch)}
-                more = index + 1 < len(batches)
+            for table, fds, more in _batches({file: files[file].fd for file in files}):
                 if not job_path:
                     (job_path,) = self._manager("Import", "sa{sh}ba{sv}", name, table, more, options, fds=fds)
                 else:
@@ -538,6 +546,30 @@ class Client:
         """Ends its process; whatever it answers is cut short."""
         self._call(engine.path, wire.ENGINE, "Stop")
 
+    def environments(self) -> list[Environment]:
+        """The Python environments that were installed for engines, by kind, the newest last."""
+        return [Environment(*found) for found in self._manager("ListEnvironments")[0]]
+
+    def begin_install(self, kind: str, wheels: Sequence[Path]) -> Job:
+        """Makes an environment for engines of a kind of exactly these wheels, which are opened here and handed over."""
+        with contextlib.ExitStack() as stack:
+            fds = {wheel.name: stack.enter_context(wheel.open("rb")).fileno() for wheel in wheels}
+            job_path = ""
+            for table, batch, more in _batches(fds):
+                if not job_path:
+                    (job_path,) = self._manager("InstallEnvironment", "sa{sh}b", kind, table, more, fds=batch)
+                else:
+                    self._manager("AddWheels", "oa{sh}b", job_path, table, more, fds=batch)
+        return self._job(job_path)
+
+    def use_environment(self, kind: str, number: int) -> None:
+        """Has new engines of a kind run in another environment; 0 for none but flashd's own."""
+        self._manager("UseEnvironment", "su", kind, number)
+
+    def remove_environment(self, kind: str, number: int) -> None:
+        """Raises Busy while engines run, or would run, in it."""
+        self._manager("RemoveEnvironment", "su", kind, number)
+
     def devices(self) -> list[Device]:
         return self._objects(wire.DEVICE, _device)
 
@@ -669,6 +701,15 @@ class Client:
     def _publish(self, event: Event | None) -> None:
         for events in list(self._subscribers):
             events.put(event)
+
+
+def _batches(fds: Mapping[str, int]) -> Iterator[tuple[dict[str, int], list[int], bool]]:
+    """Descriptors by name in messages as large as a bus takes: (name to index, descriptors, whether more follow)."""
+    names = list(fds)
+    for start in range(0, max(len(names), 1), wire.FILES_PER_MESSAGE):
+        batch = names[start : start + wire.FILES_PER_MESSAGE]
+        more = start + wire.FILES_PER_MESSAGE < len(names)
+        yield {name: index for index, name in enumerate(batch)}, [fds[name] for name in batch], more
 
 
 async def _when_closed(connection: Connection, then: Callable[[], None]) -> asyncio.Task[None]:

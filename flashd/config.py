@@ -105,7 +105,10 @@ class StreamerConfig:
 class TorchConfig:
     """[engines.torch]: the engine on PyTorch and transformers."""
 
-    python: str = _setting("", "Interpreter that has torch and transformers. Default: the daemon's own.")
+    python: str = _setting(
+        "",
+        "Interpreter that has torch and transformers. Default: what flash engine install made, else the daemon's own.",
+    )
     threads: int = _setting(0, "Threads of one engine; 0 for as many as there are cores.")
     max_tokens_default: int = _setting(512, "Tokens generated for a request that does not say how many.")
 
@@ -114,7 +117,9 @@ class TorchConfig:
 class VllmConfig:
     """[engines.vllm]: vLLM, in an environment of its own."""
 
-    python: str = _setting("", "Interpreter of an environment with vLLM and flashd. Default: the daemon's own.")
+    python: str = _setting(
+        "", "Interpreter that has vLLM and flashd. Default: what flash engine install made, else the daemon's own."
+    )
     arguments: tuple[str, ...] = _setting((), "What every engine is told besides, as to vllm serve.")
     kv_cache_bytes: int = _setting(2 * GiB, "KV cache of each engine; 0: as vLLM sees fit, most of the memory.")
 
@@ -327,14 +332,10 @@ def with_value(config: Config, key: str, value: Any) -> Config:
     return changed
 
 
-def torch_python(config: Config) -> str:
-    """The interpreter that engines and the converter of PyTorch files run in."""
-    return config.engines.torch.python or sys.executable
-
-
-def vllm_python(config: Config) -> str:
-    """The interpreter that vLLM engines run in."""
-    return config.engines.vllm.python or sys.executable
+def engine_python(config: Config, kind: str, installed: str) -> str:
+    """The interpreter that engines of a kind run in: the one configured, else the one installed, else our own."""
+    configured = {"torch": config.engines.torch.python, "vllm": config.engines.vllm.python}[kind]
+    return configured or installed or sys.executable
 
 
 def show_gpu(ordinal: str) -> None:

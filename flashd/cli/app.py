@@ -12,7 +12,7 @@ import typer
 
 import flashd
 from flashd import errors
-from flashd.cli import bench, doctor, familiar, machine, models, output, report, serving
+from flashd.cli import bench, doctor, engines, familiar, machine, models, output, report, serving
 from flashd.cli.session import Session
 
 
@@ -55,6 +55,7 @@ serving.register(app)
 models.register(app)
 familiar.register(app)
 machine.register(app)
+engines.register(app)
 doctor.register(app)
 report.register(app)
 bench.register(app)

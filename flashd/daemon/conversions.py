@@ -45,7 +45,7 @@ class Conversions:
     """The queue of conversions. Two at a time would only make the disk seek."""
 
     def __init__(
-        self, catalog: Catalog, *, options: Options, python: str, on_published: Callable[[Model], None]
+        self, catalog: Catalog, *, options: Options, python: Callable[[], str], on_published: Callable[[Model], None]
     ) -> None:
         self._catalog = catalog
         self._options = options
@@ -91,7 +91,7 @@ class Conversions:
                 manifest = convert(
                     files,
                     draft.directory,
-                    python=self._python,
+                    python=self._python(),
                     base=base,
                     note=request.origin.location,
                     options=self._options,

@@ -180,6 +180,22 @@ class ManagerObject(Exported):
     async def set_config(self, caller: Caller, key: str, value: str) -> bool:
         return self._parts.settings.change(key, value)
 
+    async def install_environment(self, caller: Caller, kind: str, wheels: dict[str, int], more: bool) -> str:
+        return wire.job_path(self._parts.installations.begin(caller, kind, wheels, more=more).number)
+
+    async def add_wheels(self, caller: Caller, job: str, wheels: dict[str, int], more: bool) -> None:
+        found = self._parts.jobs.get(_number(job, wire.job_path))
+        self._parts.installations.add(caller, found, wheels, more=more)
+
+    async def use_environment(self, caller: Caller, kind: str, number: int) -> None:
+        await self._parts.installations.use(kind, number)
+
+    async def remove_environment(self, caller: Caller, kind: str, number: int) -> None:
+        await self._parts.installations.remove(kind, number)
+
+    async def list_environments(self, caller: Caller) -> list[list[Any]]:
+        return await self._parts.installations.listed()
+
     async def stop(self, caller: Caller) -> None:
         self._parts.stop()
 

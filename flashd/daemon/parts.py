@@ -12,6 +12,7 @@ from flashd.daemon.authorization import Authority
 from flashd.daemon.driver_usage import DriverUsage
 from flashd.daemon.engine_stats import EngineStatsBook
 from flashd.daemon.imports import Imports
+from flashd.daemon.installations import Installations
 from flashd.daemon.jobs import Jobs
 from flashd.daemon.models import Models
 from flashd.daemon.ownership import Ownership
@@ -35,6 +36,7 @@ class Parts:
     jobs: Jobs
     imports: Imports
     pulls: Pulls
+    installations: Installations
     arrivals: Arrivals
     models: Models
     residency: Residency

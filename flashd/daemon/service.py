@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from flashd import config as configuration
 from flashd import cuda, wire
@@ -26,6 +26,7 @@ from flashd.daemon.engine_stats import EngineStatsBook
 from flashd.daemon.errands import Errands
 from flashd.daemon.exports import EVERYBODY, Caller, ObjectTree
 from flashd.daemon.imports import Imports
+from flashd.daemon.installations import Installations
 from flashd.daemon.jobs import Job, Jobs, Owner
 from flashd.daemon.journal import fields
 from flashd.daemon.limits import Limits, Scarce
@@ -43,6 +44,7 @@ from flashd.daemon.threads import Background
 from flashd.daemon.watchdog import Watchdog
 from flashd.engines import process
 from flashd.engines.engine import EngineFactory
+from flashd.engines.environments import Environments
 from flashd.engines.vllm.factory import VllmFactory
 from flashd.engines.vllm.factory import environment as vllm_environment
 from flashd.errors import Busy, FlashdError, InvalidArgument, Unavailable
@@ -128,8 +130,10 @@ class Service:
             on_forget=self._job_forgotten,
             check_room=functools.partial(self._limits.check, Scarce.JOBS),
         )
+        self._environments = Environments(settings.paths.state / "environments")
+        self._installations = Installations(self._environments, self._jobs, on_change=self._environment_changed)
         conversions = Conversions(
-            catalog, options=options, python=configuration.torch_python(config), on_published=self._model_published
+            catalog, options=options, python=lambda: self._python("torch"), on_published=self._model_published
         )
         self._imports = Imports(catalog, self._jobs, conversions, self._limits, self._ownership)
         self._errands = Errands(address, self._background, is_shared=address == "system")
@@ -161,7 +165,7 @@ class Service:
             keeper=self._fd_store,
         )
         self._leases = LeaseBook(on_end=self._lease_ended)
-        self._factories = engine_factories(config, runtime, settings, self._residency)
+        self._factories = engine_factories(config, runtime, settings, self._residency, self._python)
         supplier = Supplier(self._residency, self._factories, catalog.images, on_made=self._image_made)
         self._swapper = Swapper(
             supplier,
@@ -213,6 +217,7 @@ class Service:
             jobs=self._jobs,
             imports=self._imports,
             pulls=self._pulls,
+            installations=self._installations,
             arrivals=self._arrivals,
             models=self._models,
             residency=self._residency,
@@ -247,6 +252,7 @@ class Service:
         self._engine_stats.start()
         self._inbox.start()
         self._models.collect_soon()
+        self._background.start(self._installations.clean_up())
         self._background.start(self._prewarm())
 
     async def ended(self) -> None:
@@ -346,6 +352,7 @@ class Service:
         self._callers.pop(peer, None)
         self._imports.peer_left(peer)
         self._pulls.peer_left(peer)
+        self._installations.peer_left(peer)
         self._serving.peer_left(peer)
 
     def _job_changed(self, job: Job) -> None:
@@ -356,6 +363,7 @@ class Service:
             self._imports.ended(job)
             self._pulls.ended(job)
             self._errands.ended(job)
+            self._installations.ended(job)
             self._arrivals.ended(job)
             self._serving.ended(job)
 
@@ -394,6 +402,15 @@ class Service:
         if self._arrivals.shown():
             self._warm_up()
         self._presence.manager_changed()
+
+    def _python(self, kind: str) -> str:
+        return configuration.engine_python(self._settings.current, kind, self._environments.interpreter(kind))
+
+    async def _environment_changed(self, kind: str) -> None:
+        """Engines that run stay as they are; the next one is of the new environment."""
+        await self._factories[kind].run_in(self._python(kind))
+        if self._is_warm and kind == self._settings.current.engines.default:
+            self._factories[kind].begin()
 
     def _is_pinned(self, checkpoint_id: str) -> bool:
         return self._models.is_pinned(checkpoint_id)
@@ -481,12 +498,12 @@ def _logged(what: str) -> Iterator[None]:
 
 
 def engine_factories(
-    config: Config, runtime: RuntimeFolder, settings: Settings, residency: Residency
+    config: Config, runtime: RuntimeFolder, settings: Settings, residency: Residency, python: Callable[[str], str]
 ) -> dict[str, EngineFactory]:
-    """Whatever makes engines, by the kind they are of."""
+    """Whatever makes engines, by the kind they are of; `python` names the interpreter of a kind."""
     paths, engines = settings.paths, config.engines
     ours = process.Settings(
-        python=configuration.torch_python(config),
+        python=python("torch"),
         runtime=runtime.path,
         logs=paths.state / "logs",
         threads=engines.torch.threads,
@@ -495,7 +512,7 @@ def engine_factories(
     )
     vllm = dataclasses.replace(
         ours,
-        python=configuration.vllm_python(config),
+        python=python("vllm"),
         environment=configuration.child_environment(vllm_environment(paths.state / "compiled")),
         options={"arguments": list(engines.vllm.arguments), "kv_cache_bytes": engines.vllm.kv_cache_bytes},
     )

@@ -156,5 +156,8 @@ class EngineFactory(Protocol):
 
     def create(self) -> Engine: ...
 
+    async def run_in(self, python: str) -> None:
+        """Has engines that are created from now on run in this interpreter."""
+
     async def close(self) -> None:
         """Ends whatever the factory keeps running to start engines quickly."""

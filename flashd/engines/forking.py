@@ -14,9 +14,11 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NoReturn
 
 from flashd import sandbox
+from flashd.engines import environments
 from flashd.engines.control import Channel, Frame, close_all
 
 Work = Callable[[Channel], int]  # a worker's whole life; returns its exit status
@@ -28,6 +30,7 @@ def serve(control_fd: int, work: Work, build: Mapping[str, str]) -> None:
     Returns when the daemon has hung up; its engines end with us (PR_SET_PDEATHSIG).
     """
     channel = Channel(socket.socket(fileno=control_fd))
+    environments.hold(Path(sys.prefix))
     wake_up, woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.set_wakeup_fd(woken, warn_on_full_buffer=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import os
 import shutil
@@ -216,8 +217,11 @@ class ZygoteFactory:
     def __init__(self, kind: str, module: str, settings: Settings, *, remedy: str) -> None:
         """`remedy` tells what to do where the interpreter lacks what the zygote imports."""
         self.kind = kind
+        self._module = module
+        self._remedy = remedy
         self._settings = settings
-        self._zygote = Zygote(settings.python, module, settings.logs, environment=settings.environment, remedy=remedy)
+        self._zygote = self._new_zygote()
+        self._former: list[Zygote] = []  # of interpreters that engines still run in
 
     def begin(self) -> None:
         """Starts importing in the background, so that the first engine starts as fast as the others."""
@@ -239,10 +243,26 @@ class ZygoteFactory:
     def create(self) -> EngineProcess:
         return EngineProcess(next(self._settings.numbers), self.kind, self._zygote, self._settings)
 
+    async def run_in(self, python: str) -> None:
+        """Engines made from now on run in this interpreter; those that there are stay what they are."""
+        idle = [zygote for zygote in self._former if not zygote.has_workers]
+        self._former = [zygote for zygote in self._former if zygote.has_workers]
+        if python != self._settings.python:
+            (self._former if self._zygote.has_workers else idle).append(self._zygote)
+            self._settings = dataclasses.replace(self._settings, python=python)
+            self._zygote = self._new_zygote()
+        for zygote in idle:
+            await zygote.close()
+
     async def close(self) -> None:
-        await self._zygote.close()
+        for zygote in (self._zygote, *self._former):
+            await zygote.close()
+
+    def _new_zygote(self) -> Zygote:
+        chosen = self._settings
+        return Zygote(chosen.python, self._module, chosen.logs, environment=chosen.environment, remedy=self._remedy)
 
 
 def torch_factory(settings: Settings) -> ZygoteFactory:
-    remedy = "install flashd's torch extra, or set engines.torch.python to an interpreter that has it"
+    remedy = "flash engine install torch, or set engines.torch.python to an interpreter that has torch and flashd"
     return ZygoteFactory("torch", "flashd.engines.torch.zygote", settings, remedy=remedy)

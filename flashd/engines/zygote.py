@@ -68,6 +68,11 @@ class Zygote:
         self._exits.setdefault(pid, asyncio.get_running_loop().create_future())
         return pid
 
+    @property
+    def has_workers(self) -> bool:
+        """Whether anything that it forked still runs."""
+        return any(not ended.done() for ended in self._exits.values())
+
     async def wait(self, pid: int) -> int:
         """Returns the exit status of a worker, negative for a signal, when it has ended."""
         future = self._exits.setdefault(pid, asyncio.get_running_loop().create_future())

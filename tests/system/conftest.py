@@ -122,37 +122,52 @@ def tools() -> None:
         pytest.skip(f"needs {', '.join(missing)}: tests/system/run installs what is needed")
 
 
-@pytest.fixture(scope="session")
-def packages(tools: None) -> Path:
-    """The folder of what packaging/build-deb makes."""
-    folder = CACHE / f"package-{_build()}"
+def built(suite: str = "", root: Path | None = None) -> Path:
+    """The folder of what packaging/build-deb makes, for this machine's release or for that of another root."""
+    name = f"package{suite and '-' + suite}"
+    folder = CACHE / f"{name}-{_build()}"
     if not folder.exists():
-        for old in CACHE.glob("package-*"):
+        for old in CACHE.glob(f"{name}-{'[0-9a-f]' * 16}"):
             shutil.rmtree(old)
-        made = CACHE / "package.partial"
+        made = CACHE / f"{name}.partial"
         shutil.rmtree(made, ignore_errors=True)
-        done = subprocess.run([ROOT / "packaging" / "build-deb", made], capture_output=True, text=True, check=False)
+        where = ("--root", root) if root else ()
+        command = [ROOT / "packaging" / "build-deb", *where, made]
+        # What is thrown away after the tests need not be small, and compressing takes minutes where it is emulated.
+        quick = {"DPKG_DEB_COMPRESSOR_TYPE": "gzip", "DPKG_DEB_COMPRESSOR_LEVEL": "1"} if root else {}
+        done = subprocess.run(command, env={**os.environ, **quick}, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         made.rename(folder)
     return folder
 
 
-@pytest.fixture(scope="session")
-def package(packages: Path) -> Path:
+def daemon_of(packages: Path) -> Path:
     (found,) = packages.glob("flashd_*.deb")
     return found
 
 
-def rooted(*packages: str) -> Path:
+@pytest.fixture(scope="session")
+def packages(tools: None) -> Path:
+    return built()
+
+
+@pytest.fixture(scope="session")
+def package(packages: Path) -> Path:
+    return daemon_of(packages)
+
+
+def rooted(*packages: str, suite: str = "bookworm", architecture: str = "") -> Path:
     """A root folder for machines that have these packages, made once. It lies outside the checkout, which may be on an
     overlay."""
-    key = hashlib.sha256(MACHINE.read_bytes() + " ".join(packages).encode()).hexdigest()[:12]
-    folder = Path("/var/cache/flashd-tests") / f"base-{key}"
+    key = hashlib.sha256(MACHINE.read_bytes() + f"{suite} {architecture} {packages}".encode()).hexdigest()[:12]
+    folder = Path("/var/cache/flashd-tests") / f"base-{suite}{architecture and '-' + architecture}-{key}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = folder.with_suffix(".partial")
         shutil.rmtree(made, ignore_errors=True)
-        done = subprocess.run([MACHINE, "base", made, *packages], capture_output=True, text=True, check=False)
+        told = {**os.environ, "MACHINE_SUITE": suite, "MACHINE_ARCHITECTURE": architecture}
+        command = [MACHINE, "base", made, *packages]
+        done = subprocess.run(command, env=told, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         made.rename(folder)
     return folder

@@ -25,10 +25,7 @@ _PARALLEL = ("-tp", "-pp", "--tensor-parallel-size", "--pipeline-parallel-size",
 _INCIDENTAL = (VOLATILE - {"torch_dtype", "dtype"}) | {"is_local", "local_files_only", "name_or_path"}
 _SETTINGS = {"config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}
 
-REMEDY = (
-    "set engines.vllm.python to the interpreter of an environment that has vLLM and flashd "
-    "(python -m venv; pip install vllm flashd)"
-)
+REMEDY = "flash engine install vllm, or set engines.vllm.python to an interpreter that has vLLM and flashd"
 
 
 def environment(caches: Path) -> Mapping[str, str]:

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""arm64, since the machine it is made for is one: the package built, installed and tested in a Debian for arm64.
+
+qemu-user-static runs its programs, so it has this machine's kernel, and no io_uring: what loads there loads by threads.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, built, daemon_of, rooted
+
+BUILD = ("build-essential", "debhelper", "python3-dev", "python3-venv")
+BINFMT = Path("/proc/sys/fs/binfmt_misc")
+PYTHON = "/usr/lib/flashd/bin/python3"
+TESTS = "/opt/tests"  # pytest and its kind
+TOOLS = ("pytest", "pytest-asyncio", "pytest-timeout", "hypothesis", "numpy", "safetensors")
+# What is about this checkout, its tools or its environment, and so the same on every machine.
+ELSEWHERE = ("architecture", "style", "packaging", "manual", "tray")
+
+pytestmark = pytest.mark.timeout(1800)
+
+
+@pytest.fixture(scope="module")
+def emulated(tools: None) -> Iterator[None]:
+    """The kernel hands programs for arm64 to qemu, as long as this lasts, unless it does so anyway."""
+    format_ = Path("/usr/lib/binfmt.d/qemu-aarch64.conf")
+    if not format_.exists():
+        pytest.skip("needs qemu-user-static: tests/system/run installs it")
+    mounted = not (BINFMT / "register").exists()
+    if mounted:
+        subprocess.run(["mount", "-t", "binfmt_misc", "none", BINFMT], check=True)
+    entry = BINFMT / "qemu-aarch64"
+    registered = not entry.exists()
+    if registered:
+        (BINFMT / "register").write_text(format_.read_text().strip())
+    yield
+    if registered:
+        entry.write_text("-1")
+    if mounted:
+        subprocess.run(["umount", BINFMT], check=True)
+
+
+@pytest.fixture(scope="module")
+def root(emulated: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Debian for arm64 with the package installed, and with what the tests need."""
+    base = rooted(*BUILD, suite="bookworm", architecture="arm64")
+    package = daemon_of(built("arm64", base))
+    layers = tmp_path_factory.mktemp("arm64")
+    subprocess.run(["mount", "-t", "tmpfs", "flashd-arm64", layers], check=True)
+    root = layers / "root"
+    for name in ("root", "upper", "work"):
+        (layers / name).mkdir()
+    overlay = f"lowerdir={base},upperdir={layers}/upper,workdir={layers}/work"
+    try:
+        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", overlay, root], check=True)
+        for folder in ("/proc", "/dev"):
+            subprocess.run(["mount", "--rbind", folder, root / folder[1:]], check=True)
+            subprocess.run(["mount", "--make-rslave", root / folder[1:]], check=True)
+        shutil.copy(package, root / "root" / "flashd.deb")
+        inside(root, "dpkg", "-i", "/root/flashd.deb")
+        _give_tests(root)
+        yield root
+    finally:
+        subprocess.run(["umount", "--recursive", "--lazy", root], check=False)
+        subprocess.run(["umount", layers], check=False)
+
+
+def _give_tests(root: Path) -> None:
+    """The tests of this checkout, and for arm64 what they need beside flashd: pip fetches it without emulation."""
+    site = root / TESTS[1:] / "site"
+    version = next((root / "usr/lib/flashd/lib").glob("python3*")).name.removeprefix("python")
+    platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in (36, 28, 27, 26, 17)]
+    platforms.append("--platform=manylinux2014_aarch64")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", site, "--only-binary=:all:"]
+    subprocess.run([*pip, *platforms, f"--python-version={version}", *TOOLS], check=True)
+    for part in ("tests", "packaging/tour", "pyproject.toml"):
+        source, target = ROOT / part, root / TESTS[1:] / part
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("results", "__pycache__"))
+        else:
+            shutil.copy(source, target)
+
+
+def inside(root: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "HOME": "/root", "PYTHONPATH": f"{TESTS}/site",
+    }  # fmt: skip
+    done = subprocess.run(["chroot", root, *command], env=environment, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, f"{command}: {done.stdout[-4000:]}{done.stderr[-4000:]}"
+    return done
+
+
+def test_it_is_a_package_for_arm64(root: Path) -> None:
+    assert inside(root, "dpkg-query", "-W", "-f", "${Architecture} ${Status}", "flashd").stdout == (
+        "arm64 install ok installed"
+    )
+    assert inside(root, PYTHON, "-c", "import platform; print(platform.machine())").stdout.strip() == "aarch64"
+    assert inside(root, "flash", "--version").stdout.startswith("flash ")
+    # The machine itself would have these; what an emulator lacks is no fault of the package.
+    modules = list((root / "usr/lib/flashd").rglob("_native*.so"))
+    assert [module.read_bytes()[18:20] for module in modules] == [b"\xb7\x00"], "EM_AARCH64, by elf(5)"
+
+
+def test_what_loads_there_loads_by_threads_and_says_why(root: Path) -> None:
+    code = (
+        "import mmap, os, tempfile; from flashd.streamer import *; from native.contents import Memory; "
+        "size = 3_000_001; raw = os.urandom(size); file = tempfile.TemporaryFile(dir='/opt'); file.write(raw); "
+        "file.flush(); into = Memory(size); "
+        "result = load([OpenFile(file.fileno(), 'x')], [Read(0, 0, 0, size)], address=into.address, size_bytes=size, "
+        "options=Options(block_bytes=1 << 20)).wait(); assert into[:size] == raw; "
+        "print(result.backend, '|', result.fallback)"
+    )
+    said = inside(root, "env", f"PYTHONPATH={TESTS}/site:{TESTS}/tests", PYTHON, "-c", code).stdout
+    backend, _, fallback = said.partition("|")
+    assert backend.strip().endswith("threads")
+    assert "io_uring" in fallback
+
+
+@pytest.mark.parametrize("kind", ["native", "unit"])
+def test_the_tests_pass_there(root: Path, kind: str) -> None:
+    ignored = [f"--ignore={TESTS}/tests/unit/test_{name}.py" for name in ELSEWHERE]
+    ignored.append(f"--ignore={TESTS}/tests/native/test_sanitize.py")  # it needs a compiler's sanitizers, emulated
+    options = ["-q", "-p", "no:cacheprovider", "--override-ini=timeout=600", f"--rootdir={TESTS}"]
+    command = [PYTHON, "-P", "-m", "pytest", *options, *ignored, f"{TESTS}/tests/{kind}"]
+    done = inside(root, *command, check=False)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert os.fspath(ROOT) not in done.stdout
