@@ -374,7 +374,7 @@ def needed_files(names: Collection[str], read_index: Callable[[str], Index]) -> 
         return read_index(name)
 
     weights, _ = _checked_choice(names, note_index)
-    others = [name for name in sorted(names) if matches(name, SIDE_FILES)]
+    others = [name for name in sorted(names) if matches(name, (*SIDE_FILES, ADAPTER))]
     _checked_names([*weights, *indexes, *others])
     return weights, [*indexes, *others]
 

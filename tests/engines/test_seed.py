@@ -19,10 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import typer.main
 from small_models import ADA, BOB, QUESTION
-
-from flashd.cli.app import app
 
 pytestmark = pytest.mark.timeout(600)
 COMMIT = "0" * 40
@@ -155,7 +152,6 @@ def test_the_listings_are_those_of_the_post() -> None:
             compile(listing, heading, "exec")
 
 
-@pytest.mark.xfail("pull" not in vars(typer.main.get_command(app))["commands"], reason="no flash pull yet", strict=True)
 def test_the_command_line(home: Home) -> None:
     answers = [home.call("bash", "-c", line) for line in listings()["Quick Start: CLI Usage"].splitlines() if line]
     assert [done.returncode for done in answers] == [0] * 6, [done.stderr for done in answers]
