@@ -431,10 +431,11 @@ def test_a_pull_can_be_cancelled(
     wait_until(lambda: job()["done_bytes"] > 9 * MiB)  # it is told a few times a second
     assert (job()["kind"], job()["subject"], job()["phase"]) == ("pull", NAME, "downloading")
     assert job()["done_bytes"] < job()["total_bytes"]
+    number = job()["number"]
     second = flash("pull", NAME)
     assert second.returncode == errors.Busy.exit_status and "is being pulled already" in second.stderr
     if how == "cancel":
-        assert flash("cancel", str(job()["number"])).returncode == 0
+        assert flash("cancel", str(number)).returncode == 0
     else:
         pull.send_signal(signal.SIGINT)
     _, words = pull.communicate(timeout=10)
