@@ -392,8 +392,15 @@ def _checked_choice(names: Collection[str], read_index: Callable[[str], Index]) 
         raise InvalidSource(what, hint="finish the download, or copy the missing files")
     if weights:
         return weights, index
+    _check_not_gguf(names)
     hint = "a source has *.safetensors, or PyTorch's *.bin, *.pt or *.pth"
     raise InvalidSource("there are no weights here", hint=hint)
+
+
+def _check_not_gguf(names: Collection[str]) -> None:
+    if any(matches(name, ("*.gguf",)) for name in names):
+        hint = "take the same model as safetensors, as its maker publishes it: flash pull OWNER/NAME"
+        raise InvalidSource("GGUF files are made for llama.cpp, and no engine here can read them", hint=hint)
 
 
 def _read_index(file: OpenFile, name: str) -> Index:
