@@ -122,6 +122,7 @@ class SourceFiles:
             weights, _ = _choose(names, open_index)
             if not weights:
                 trainers.check_whole(names)
+                _check_not_gguf(names)  # which would not be opened
             side_files = [name for name in names if matches(name, (*SIDE_FILES, ADAPTER))]
             for name in _checked_names([*weights, *side_files]):
                 if name in names and name not in files:
