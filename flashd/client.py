@@ -794,8 +794,8 @@ def _model(path: str, found: Properties) -> Model:
         last_used_at=found["LastUsedAt"],
         use_count=found["UseCount"],
         source=found["Source"],
-        owner_uid=found["OwnerUid"],
-        private=found["Private"],
+        owner_uid=found.get("OwnerUid", 0),
+        private=found.get("Private", False),
         path=path,
     )
 

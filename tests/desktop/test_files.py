@@ -125,14 +125,14 @@ async def test_what_cannot_be_opened_is_said(
 async def test_open_with_flashd_starts_what_it_needs(
     desktop: Desktop, installed: Path, notifications: NotificationDaemon, panel: Panel
 ) -> None:
-    """Neither tray nor daemon runs; and a GGUF file, which flashd cannot convert yet, is refused with a reason."""
+    """Neither tray nor daemon runs; and a GGUF file is refused with a reason."""
     file = desktop.home / "m.gguf"
     file.write_bytes(b"GGUF\x03\0\0\0" + bytes(100))
     desktop.start(["gio", "launch", installed / "applications" / "flashd-tray.desktop", file])
     await until(panel.items, what="the tray was started")
     await until(lambda: notifications.shown, what="a notification with the reason")
     assert notifications.shown[0]["title"] == "m could not be converted"
-    assert "weights" in notifications.shown[0]["body"]
+    assert "GGUF" in notifications.shown[0]["body"]
     await until(lambda: panel.says("Converting m failed"))
     with flashd.connect(desktop.address) as client:
         client.stop()
