@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import make_source
 from running import Daemon
 
 from flashd.client import Client, connect
@@ -240,7 +241,5 @@ def wait_for(condition: object, timeout_s: float = 30.0) -> None:
 
 
 def make_model(tmp_path: Path, client: Client) -> None:
-    from conftest import make_source
-
     config = {"architectures": ["TinyForCausalLM"], "model_type": "tiny"}
     client.import_(make_source(tmp_path / "source", config=config), "tiny")

@@ -62,7 +62,7 @@ def test_a_private_model_answers_its_owner_alone(ready: Machine) -> None:
     ready.run("chown", "-R", "erin:", "/home/erin/secret")
     ready.run_as("erin", "flash", "import", "--private", "/home/erin/secret", "secret")
     assert SAYS in ready.run_as("erin", "flash", "run", "secret", "Who are you?").out
-    assert ready.show("flashd", "StatusText") == "2 models, a private one answers"
+    ready.until(lambda: ready.show("flashd", "StatusText") == "2 models, a private one answers")
     assert ready.run_as("fred", "flash", "run", "secret", "Who are you?", check=False).status == 3
     asked = ready.run_as("fred", "python3", "-c", CONNECT, check=False)
     assert "PermissionError" in asked.err
