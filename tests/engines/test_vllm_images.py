@@ -173,5 +173,10 @@ def test_a_parameter_that_is_replaced_instead_of_filled_is_noticed() -> None:
     weights = ImageWeights(model, HostMemory())
     weights.renew()
     model.blocks[0].qkv.data = torch.zeros(24, 16, dtype=torch.bfloat16)
-    with pytest.raises(CorruptCheckpoint, match="replaced"):
+    with pytest.raises(CorruptCheckpoint, match=r"replaced.*qkv"):
+        weights.finish()
+    model = Model()
+    weights = ImageWeights(model, HostMemory())
+    model.blocks[0].scale = torch.ones(())
+    with pytest.raises(CorruptCheckpoint, match=r"replaced.*scale"):
         weights.finish()

@@ -83,6 +83,7 @@ class Extension:
                 self._reload(given)
                 weights.finish()
                 torch.cuda.synchronize()
+                torch.cuda.empty_cache()  # what layers were assembled in
                 _hand_on(weights)
             return weights.header.data_bytes
         finally:

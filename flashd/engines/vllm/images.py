@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -75,14 +75,6 @@ class GpuMemory:
         return device_bytes_tensor(window, window.address, size_bytes, self._ordinal)
 
 
-@dataclass(frozen=True, slots=True)
-class _Fixed:
-    """A tensor of the process, and where it views weights."""
-
-    tensor: torch.Tensor
-    address: int
-
-
 class ImageWeights:
     """The weights of one model, at addresses that stay."""
 
@@ -106,7 +98,8 @@ class ImageWeights:
         else:
             self._window.show(fd, self.mapped_bytes, is_writable=False)
         self._base = memory.tensor(self._window, self.mapped_bytes)
-        self._fixed = self._move(model, copies=fd is None)
+        self._model = weakref.ref(model)
+        self._homes = self._move(model, copies=fd is None)
         if fd is None:
             self.finish()
         else:
@@ -139,9 +132,12 @@ class ImageWeights:
 
         Raises CorruptCheckpoint if something does not view it any more: filling it was not done in place.
         """
-        moved = [place for place in self._fixed if place.tensor.data_ptr() != place.address]
+        model = self._model()
+        assert model is not None
+        moved = self._homes.items() - {(name, tensor.data_ptr()) for name, tensor in _tensors(model)}
         if moved:
-            raise CorruptCheckpoint(f"{len(moved)} tensors of the model were replaced while it was loaded")
+            names = ", ".join(sorted(name for name, _ in moved)[:5])
+            raise CorruptCheckpoint(f"{len(moved)} tensors of the model were replaced while it was loaded: {names}")
         for name, buffer in self._buffers.items():
             self._view(name, buffer).copy_(buffer)
         self._window.protect()
@@ -161,18 +157,18 @@ class ImageWeights:
         self._window.show(fd, self.mapped_bytes, is_writable=True)
         self._made = fd
 
-    def _move(self, model: nn.Module, *, copies: bool) -> list[_Fixed]:
+    def _move(self, model: nn.Module, *, copies: bool) -> dict[str, int]:
+        """Returns where each tensor of the model that views weights finds them from now on."""
         names = {_address(tensor): name for name, tensor in _weights(model)}
         if copies:
             for name, tensor in _weights(model):
                 extent = self._places[name]
                 self._base[extent.offset : extent.end].copy_(_bytes_of(tensor))
-        fixed = []
         for tensor in _viewers(names):
-            view = self._view(names[_address(tensor)], tensor)
-            tensor.data = view
-            fixed.append(_Fixed(tensor, tensor.data_ptr()))
-        return fixed
+            tensor.data = self._view(names[_address(tensor)], tensor)
+        return {
+            name: tensor.data_ptr() for name, tensor in _tensors(model) if _address(tensor) == self._base.data_ptr()
+        }
 
     def _view(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """Where a tensor that views the storage of this name finds its elements in the image."""
@@ -198,13 +194,20 @@ def _shape(name: str, tensor: torch.Tensor, size_bytes: int) -> Shape:
 def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """One tensor for each storage that holds weights, by the first name it has."""
     seen: set[int] = set()
+    for name, tensor in _tensors(model):
+        if _address(tensor) not in seen:
+            seen.add(_address(tensor))
+            yield name, tensor
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, and plain tensors that modules keep; one that is shared comes by all its names."""
     for path, module in model.named_modules():
         plain = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
         for name, tensor in {**module._parameters, **plain}.items():
             if tensor is None or tensor.device.type == "meta" or not tensor.untyped_storage().nbytes():
                 continue
-            if _is_on(tensor, model) and _address(tensor) not in seen:
-                seen.add(_address(tensor))
+            if _is_on(tensor, model):
                 yield f"{path}.{name}" if path else name, tensor
 
 

@@ -213,6 +213,9 @@ class _Worker:
             yield from ("--max-num-seqs", _MOST_SEQUENCES)
         if kv_cache_bytes := self._options["kv_cache_bytes"]:
             yield from ("--kv-cache-memory-bytes", str(kv_cache_bytes))
+            if not versions.is_cpu():
+                # Decides no size then, and yet vLLM refuses to start unless so much is free: other models are resident.
+                yield from ("--gpu-memory-utilization", "0.01")
         yield from self._options["arguments"]
         yield from ("--model", str(Path(_MODEL).resolve()), "--served-model-name", *names)
         yield from ("--load-format", LOAD_FORMAT, "--worker-extension-cls", _EXTENSION)
