@@ -133,8 +133,10 @@ class Asking:
 
 
 def measured(client: flashd.Client, models: Sequence[Path], runs: int, answers: dict[str, list[int]]) -> Figures:
+    """The first model's image gets to the disk before there are others: they may leave no room for theirs."""
     figures = Figures({model.name: answers[str(model)] for model in models})
     names = [model.name for model in models]
+    client.import_(models[0], names[0])
 
     def first_token(name: str, row: str, how: str) -> None:
         started = time.perf_counter()
@@ -157,8 +159,10 @@ def measured(client: flashd.Client, models: Sequence[Path], runs: int, answers: 
             client.stop_engine(engine)
 
     first_token(names[0], "first_swap_first_token", "start")
-    for name in names[1:]:
-        first_token(name, "first_rebind_first_token", "rebind")
+    settle(client)
+    for model in models[1:]:
+        client.import_(model, model.name)
+        first_token(model.name, "first_rebind_first_token", "rebind")
     for turn in range(runs):
         first_token(names[turn % len(names)], "resident_rebind_first_token", "rebind")
         started = time.perf_counter()
@@ -169,22 +173,19 @@ def measured(client: flashd.Client, models: Sequence[Path], runs: int, answers: 
         first_token(names[turn % len(names)], "resident_wake_first_token", "wake")
     client.park()
     figures.ms["parked_device_bytes"].append(parked_bytes(client))
-    settle(client)
-    for turn in range(4):
-        name = names[turn % len(names)]
-        client.evict(name)
-        client.load(name, "host")
+    for _ in range(4):
+        client.evict(names[0])
+        client.load(names[0], "host")
         time.sleep(3)  # it becomes known to the GPU meanwhile
-        first_token(name, "host_wake_first_token", "wake")
+        first_token(names[0], "host_wake_first_token", "wake")
         client.park()
-    for turn in range(3):
-        name = names[turn % len(names)]
-        client.evict(name)
-        first_token(name, "stored_swap_first_token", "wake")
+    for _ in range(4):
+        client.evict(names[0])
+        first_token(names[0], "stored_swap_first_token", "wake")
         client.park()
-    for turn in range(2):
+    for _ in range(3):
         stop_engines()
-        first_token(names[turn % len(names)], "new_architecture_first_token", "start")
+        first_token(names[0], "new_architecture_first_token", "start")
     return figures
 
 
@@ -227,6 +228,9 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--argument", action="append", default=[], help="for vLLM, of flashd's engines")
     parser.add_argument("--length", type=int, default=4096, help="most tokens of a request")
+    parser.add_argument(
+        "--folder", type=Path, help="on whose disk the store is to be; beside the first model unless given"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     models = [model.resolve() for model in options.models]
@@ -235,12 +239,10 @@ def main() -> None:
     if device is None:
         alone |= {"enforce_cpu": True, "enforce_eager": True}
     arguments = ["--seed", "0", "--max-model-len", str(options.length), *options.argument]
-    with tempfile.TemporaryDirectory(dir=models[0].parent, prefix=".vllm-") as made:
+    with tempfile.TemporaryDirectory(dir=options.folder or models[0].parent, prefix=".vllm-") as made:
         folder = Path(made)
         found = plain(options.python, models, options.runs, alone, folder / "caches")
         with own_daemon(folder, settings(options.python, arguments)) as client:
-            for model in models:
-                client.import_(model, model.name)
             figures = measured(client, models, options.runs, found["answers"])
         copy_ms, read_ms = limits(folder)
     rows = rows_of(figures, found, copy_ms, read_ms)
