@@ -339,8 +339,9 @@ def engine_python(config: Config, kind: str, installed: str) -> str:
 
 
 def show_gpu(ordinal: str) -> None:
-    """Has this process and its children use one GPU, and see no other."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ordinal
+    """Has this process and its children use one GPU of those that it sees, and see no other."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(ordinal)] if visible else ordinal
 
 
 def child_environment(changes: Mapping[str, str]) -> Mapping[str, str]:
