@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,20 +45,20 @@ KV_CACHE = 2 << 30
 PLAIN = """
 import json, sys, time
 started = time.perf_counter()
-models, runs, kv_cache, prompt, tokens = json.loads(sys.argv[1])
+model, runs, kv_cache, prompt, tokens = json.loads(sys.argv[1])
 arguments = json.loads(sys.argv[2])
 from vllm import LLM, SamplingParams
 
 def main():
     greedy = SamplingParams(temperature=0, max_tokens=tokens, seed=0)
     one = SamplingParams(temperature=0, max_tokens=1)
-    sleeps = "enforce_cpu" not in arguments
+    sleeps = "enforce_cpu" not in arguments and runs > 0
     options = {k: v for k, v in arguments.items() if k != "enforce_cpu"}
-    llm = LLM(models[0], enable_sleep_mode=sleeps, kv_cache_memory_bytes=kv_cache, **options)
+    llm = LLM(model, enable_sleep_mode=sleeps, kv_cache_memory_bytes=kv_cache, **options)
     ask = lambda how: list(llm.generate([prompt], how, use_tqdm=False)[0].outputs[0].token_ids)
     ask(one)
-    found = {"cold": time.perf_counter() - started, "first_token": [], "sleep1": [], "sleep2": [], "answers": {}}
-    found["answers"][models[0]] = ask(greedy)
+    found = {"cold": time.perf_counter() - started, "first_token": [], "sleep1": [], "sleep2": []}
+    found["answer"] = ask(greedy)
     for _ in range(runs):
         t = time.perf_counter(); ask(one); found["first_token"].append(time.perf_counter() - t)
     for level, name in ((1, "sleep1"), (2, "sleep2")) if sleeps else ():
@@ -70,15 +71,8 @@ def main():
                 llm.reset_prefix_cache()
             ask(one)
             found[name].append(time.perf_counter() - t)
-            assert ask(greedy) == found["answers"][models[0]]
+            assert ask(greedy) == found["answer"]
         found[name] = found[name][1:]  # the first makes what the others use
-    for model in models[1:]:
-        if sleeps:
-            llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
-            llm.reset_prefix_cache()
-        else:  # a processor's packed weights would stay the old ones
-            llm = LLM(model, kv_cache_memory_bytes=kv_cache, **options)
-        found["answers"][model] = ask(greedy)
     print("FOUND " + json.dumps(found), flush=True)
 
 if __name__ == "__main__":
@@ -94,20 +88,37 @@ class Figures:
     ms: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
-def plain(python: str, models: Sequence[Path], runs: int, options: dict[str, Any], caches: Path) -> dict[str, Any]:
-    job = json.dumps([[str(model) for model in models], runs, KV_CACHE, PROMPT, TOKENS])
+def plain(python: str, model: Path, runs: int, options: dict[str, Any], caches: Path, gpu: str = "") -> dict[str, Any]:
+    """`gpu` is the number of the one to use, or empty: the first."""
+    job = json.dumps([str(model), runs, KV_CACHE, PROMPT, TOKENS])
+    surroundings = {**environment(caches), **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
     with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
         script.write(PLAIN)
         script.flush()
         done = subprocess.run(
             [python, script.name, job, json.dumps(options)],
-            capture_output=True, text=True, check=False, env=child_environment(environment(caches)), timeout=500,
+            capture_output=True, text=True, check=False, env=child_environment(surroundings), timeout=500,
         )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     if not lines:
         sys.exit(f"plain vLLM failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     found: dict[str, Any] = json.loads(lines[0].removeprefix("FOUND "))
     return found
+
+
+def references(
+    python: str, models: Sequence[Path], options: dict[str, Any], folder: Path, gpu: str
+) -> dict[str, list[int]]:
+    """What fresh engines of plain vLLM answer that are as flashd's are: kernels are chosen by the most requests and
+    tokens of a batch, and other kernels round otherwise."""
+    alike = {**options, "max_num_seqs": 32, "max_num_batched_tokens": 8192}
+    if "enforce_cpu" not in options:
+        alike["gpu_memory_utilization"] = 0.01  # decides nothing beside a KV cache of a given size
+    with ThreadPoolExecutor() as pool:
+        answers = pool.map(
+            lambda model: plain(python, model, 0, alike, folder / f"caches-{model.name}", gpu)["answer"], models
+        )
+        return dict(zip([model.name for model in models], answers, strict=True))
 
 
 def settings(python: str, arguments: Sequence[str]) -> str:
@@ -134,7 +145,7 @@ class Asking:
 
 def measured(client: flashd.Client, models: Sequence[Path], runs: int, answers: dict[str, list[int]]) -> Figures:
     """The first model's image gets to the disk before there are others: they may leave no room for theirs."""
-    figures = Figures({model.name: answers[str(model)] for model in models})
+    figures = Figures(answers)
     names = [model.name for model in models]
     client.import_(models[0], names[0])
 
@@ -231,6 +242,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="on whose disk the store is to be; beside the first model unless given"
     )
+    parser.add_argument("--reference-gpu", default="", help="one that nothing is measured on: answers are found there")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     models = [model.resolve() for model in options.models]
@@ -241,9 +253,13 @@ def main() -> None:
     arguments = ["--seed", "0", "--max-model-len", str(options.length), *options.argument]
     with tempfile.TemporaryDirectory(dir=options.folder or models[0].parent, prefix=".vllm-") as made:
         folder = Path(made)
-        found = plain(options.python, models, options.runs, alone, folder / "caches")
+        with ThreadPoolExecutor() as pool:
+            answers = pool.submit(references, options.python, models, alone, folder, options.reference_gpu)
+            if not options.reference_gpu:
+                answers.result()
+            found = plain(options.python, models[0], options.runs, alone, folder / "caches")
         with own_daemon(folder, settings(options.python, arguments)) as client:
-            figures = measured(client, models, options.runs, found["answers"])
+            figures = measured(client, models, options.runs, answers.result())
         copy_ms, read_ms = limits(folder)
     rows = rows_of(figures, found, copy_ms, read_ms)
     size_gb = sum(file.stat().st_size for file in models[0].glob("*.safetensors")) / 1e9

@@ -27,6 +27,9 @@ small_models.make_finetune(folder / "ada", folder / "bob")
 """
 KV_BYTES = 256 * MiB
 CONFIG = f"""
+[engines]
+default = "vllm"
+
 [engines.vllm]
 python = "{sys.executable}"
 kv_cache = "256MiB"
@@ -64,7 +67,7 @@ def answers(client: flashd.Client) -> list[list[int]]:
 
 
 def swap(client: flashd.Client, name: str, how: str, tier: str) -> None:
-    outcome = client.swap(name, engine="vllm")
+    outcome = client.swap(name)
     assert (outcome.how, outcome.from_tier) == (how, tier), name
 
 
