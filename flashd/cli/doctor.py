@@ -7,7 +7,6 @@ import ctypes
 import mmap
 import os
 import platform
-import resource
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -30,6 +29,7 @@ from flashd.units import GiB, MiB, format_bytes
 _PROBE_BYTES, _SMALL_PROBE_BYTES = 256 * MiB, 8 * MiB
 _EXPECTED_GB_PER_S = 1.0
 _NVIDIA = "0x10de"
+_PROC = Path("/proc")
 _DISPLAYS = ("0x0300", "0x0302")  # PCI classes: VGA, 3D
 # Of memory that a GPU shares, what files take is lost to it: its driver does not ask the kernel for that back.
 _MOST_CACHED = 0.25
@@ -139,7 +139,11 @@ def _speed(result: streamer.TransferResult, *, is_rotating: bool) -> Finding:
     found = f"reads {result.gb_per_s:.2f} GB/s"
     if result.gb_per_s >= _EXPECTED_GB_PER_S:
         return Finding("disk speed", Verdict.GOOD, found)
-    why = "it turns: set store.path to another" if is_rotating else "is it busy, encrypted, remote, or too hot?"
+    why = (
+        "it turns, or says so: set store.path to another"
+        if is_rotating
+        else "is it busy, encrypted, remote, or too hot?"
+    )
     return Finding("disk speed", Verdict.SLOW, found, f"NVMe disks read {_EXPECTED_GB_PER_S} GB/s and more; {why}")
 
 
@@ -174,10 +178,13 @@ def _huge_pages() -> Finding:
 
 
 def _memory_lock() -> Finding:
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if soft == resource.RLIM_INFINITY or os.geteuid() == 0:
+    """Of the machine's daemon where one runs: what a unit asks for is not always what it gets. Else of ours."""
+    pid = installation.unit_properties().get("MainPID", "0")
+    limits = (_PROC / (pid if pid != "0" else "self") / "limits").read_text()
+    soft = limits.partition("Max locked memory")[2].split()[0]  # proc(5)
+    if soft == "unlimited" or (pid == "0" and os.geteuid() == 0):
         return Finding("locked memory", Verdict.GOOD, "not limited")
-    found = f"limited to {format_bytes(soft)}"
+    found = f"limited to {format_bytes(int(soft))}"
     return Finding(
         "locked memory", Verdict.SLOW, found, "raise LimitMEMLOCK: buffers can then be registered with io_uring"
     )

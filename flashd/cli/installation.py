@@ -35,7 +35,7 @@ def examine(toml: str) -> Iterator[Finding]:
 
 def unit_properties() -> Mapping[str, str]:
     """What the service manager says of the machine's daemon; nothing where there is no systemd."""
-    names = "LoadState,ActiveState,SubState,Result,NRestarts,StatusText,LimitMEMLOCK"
+    names = "LoadState,ActiveState,SubState,Result,NRestarts,StatusText,MainPID,LimitMEMLOCK"
     said = output_of(["systemctl", "show", "-p", names, UNIT])
     return dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
 

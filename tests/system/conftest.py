@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -21,6 +22,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MACHINE = Path(__file__).parent / "machine"
 CACHE = ROOT / "build" / "system"
+ROOTS = Path("/var/cache/flashd-tests")  # outside the checkout, which may be on an overlay
 # What a package is made of: it is built anew only when some of it has changed.
 SOURCES = ("flashd", "native", "packaging", "systemd", "pyproject.toml", "README.md", "LICENSE")
 TOOLS = {"mmdebstrap": "mmdebstrap", "systemd-nspawn": "systemd-container", "dh": "debhelper", "nsenter": "util-linux"}
@@ -157,20 +159,28 @@ def package(packages: Path) -> Path:
 
 
 def rooted(*packages: str, suite: str = "bookworm", architecture: str = "") -> Path:
-    """A root folder for machines that have these packages, made once. It lies outside the checkout, which may be on an
-    overlay."""
+    """A root folder for machines that have these packages, made once."""
     key = hashlib.sha256(MACHINE.read_bytes() + f"{suite} {architecture} {packages}".encode()).hexdigest()[:12]
-    folder = Path("/var/cache/flashd-tests") / f"base-{suite}{architecture and '-' + architecture}-{key}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = folder.with_suffix(".partial")
-        shutil.rmtree(made, ignore_errors=True)
-        told = {**os.environ, "MACHINE_SUITE": suite, "MACHINE_ARCHITECTURE": architecture}
-        command = [MACHINE, "base", made, *packages]
-        done = subprocess.run(command, env=told, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        made.rename(folder)
+    folder = ROOTS / f"base-{suite}{architecture and '-' + architecture}-{key}"
+    with _alone(folder):
+        if not folder.exists():
+            made = folder.with_suffix(".partial")
+            shutil.rmtree(made, ignore_errors=True)
+            told = {**os.environ, "MACHINE_SUITE": suite, "MACHINE_ARCHITECTURE": architecture}
+            command = [MACHINE, "base", made, *packages]
+            done = subprocess.run(command, env=told, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            made.rename(folder)
     return folder
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Other checkouts on this machine share the roots, and none of them makes one twice."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")
