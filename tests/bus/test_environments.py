@@ -226,6 +226,16 @@ def test_two_at_once_wait_for_each_other(client: Client, tmp_path: Path) -> None
     assert [e.current for e in client.environments()] == [False, True]
 
 
+def test_it_tells_how_far_it_is(client: Client, tmp_path: Path) -> None:
+    """In bytes that are unpacked: what a framework of gigabytes has most of."""
+    wheels = torch_wheels(tmp_path, code=f"padding = {'x' * 3_000_000!r}")
+    seen: list[tuple[int, int]] = []
+    client.begin_install("torch", wheels).wait(lambda job: seen.append((job.done_bytes, job.total_bytes)))
+    done, total = seen[-1]
+    assert done == total > 3_000_000
+    assert seen == sorted(seen)
+
+
 def test_a_folder_that_lacks_something_says_what_to_fetch(daemon: Daemon, tmp_path: Path) -> None:
     make_wheel(tmp_path / "wheels", "torch")
     done = flash(daemon, "engine", "install", "torch", "--wheels", tmp_path / "wheels")

@@ -85,6 +85,8 @@ async def test_a_private_model_exists_for_its_owner_root_and_the_group_only(peop
     assert await listed(people.bob) == {"open"}
     (lease, *_) = await people.alice.call("Lease", "sa{sv}", "secret", {})
     assert (await people.carol.all(lease, wire.LEASE))["OwnerUid"] == ALICE
+    (of_the_group, *_) = await people.carol.call("Lease", "sa{sv}", "secret", {})
+    await people.carol.call("Release", path=of_the_group, interface=wire.LEASE)
     (load,) = await people.alice.call("Load", "ssa{sv}", "secret", "host", {})
     await people.alice.finished(load)
     bob = people.bob

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -26,6 +27,7 @@ ROOTS = Path("/var/cache/flashd-tests")  # outside the checkout, which may be on
 # What a package is made of: it is built anew only when some of it has changed.
 SOURCES = ("flashd", "native", "packaging", "systemd", "pyproject.toml", "README.md", "LICENSE")
 TOOLS = {"mmdebstrap": "mmdebstrap", "systemd-nspawn": "systemd-container", "dh": "debhelper", "nsenter": "util-linux"}
+NEWER = "later"  # what the version of a package ends in that is to replace ours
 _TIMEOUT_S = 900  # the first test of all builds the package
 _names = itertools.count(1)
 
@@ -135,8 +137,8 @@ def built(suite: str = "", root: Path | None = None) -> Path:
         shutil.rmtree(made, ignore_errors=True)
         where = ("--root", root) if root else ()
         command = [ROOT / "packaging" / "build-deb", *where, made]
-        # What is thrown away after the tests need not be small, and compressing takes minutes where it is emulated.
-        quick = {"DPKG_DEB_COMPRESSOR_TYPE": "gzip", "DPKG_DEB_COMPRESSOR_LEVEL": "1"} if root else {}
+        # What is thrown away after the tests need not be small, and compressing well takes minutes where it is emulated.
+        quick = {"DPKG_DEB_COMPRESSOR_TYPE": "gzip", "DPKG_DEB_COMPRESSOR_LEVEL": "1"}
         done = subprocess.run(command, env={**os.environ, **quick}, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         made.rename(folder)
@@ -156,6 +158,19 @@ def packages(tools: None) -> Path:
 @pytest.fixture(scope="session")
 def package(packages: Path) -> Path:
     return daemon_of(packages)
+
+
+@pytest.fixture(scope="session")
+def newer(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package of a later version, which has nothing else that is new."""
+    folder = tmp_path_factory.mktemp("newer")
+    tree, made = folder / "tree", folder / "newer.deb"
+    subprocess.run(["dpkg-deb", "--raw-extract", package, tree], check=True)
+    control = tree / "DEBIAN" / "control"
+    control.write_text(re.sub(r"(?m)^Version: .*$", rf"\g<0>+{NEWER}", control.read_text()))
+    subprocess.run(["dpkg-deb", "--build", "-Zgzip", "-z1", tree, made], check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(tree)
+    return made
 
 
 def rooted(*packages: str, suite: str = "bookworm", architecture: str = "") -> Path:

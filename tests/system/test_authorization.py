@@ -13,20 +13,31 @@ READS = ("busctl", "call", *OBJECT, "org.flashd1.Manager", "ListModels")
 USES = ("busctl", "call", *OBJECT, "org.flashd1.Manager", "Load", "ssa{sv}", "one", "host", "0")
 MANAGES = ("busctl", "call", *OBJECT, "org.flashd1.Manager", "Collect")
 ADMINISTERS = ("busctl", "call", *OBJECT, "org.flashd1.Manager", "SetConfig", "ss", "memory.host_budget", "3GB")
+INSTALLS = ("busctl", "call", *OBJECT, "org.flashd1.Manager", "UseEnvironment", "su", "torch", "0")
 GDBUS = ("gdbus", "call", "--system", "-d", OBJECT[0], "-o", OBJECT[1], "-m")
 BY_GDBUS = {
     (*GDBUS, "org.flashd1.Manager.ListModels"): READS,
     (*GDBUS, "org.flashd1.Manager.Load", "one", "host", "{}"): USES,
     (*GDBUS, "org.flashd1.Manager.Collect"): MANAGES,
     (*GDBUS, "org.flashd1.Manager.SetConfig", "memory.host_budget", "3GB"): ADMINISTERS,
+    (*GDBUS, "org.flashd1.Manager.UseEnvironment", "torch", "0"): INSTALLS,
 }
 BY_FLASH = {
     ("flash", "list"): READS,
     ("flash", "load", "one"): USES,
     ("flash", "scrub"): MANAGES,
     ("flash", "config", "memory.host_budget", "3GB"): ADMINISTERS,
+    ("flash", "engine", "use", "torch", "0"): INSTALLS,
 }
-CALLS = {READS: READS, USES: USES, MANAGES: MANAGES, ADMINISTERS: ADMINISTERS, **BY_GDBUS, **BY_FLASH}
+CALLS = {
+    READS: READS,
+    USES: USES,
+    MANAGES: MANAGES,
+    ADMINISTERS: ADMINISTERS,
+    INSTALLS: INSTALLS,
+    **BY_GDBUS,
+    **BY_FLASH,
+}
 
 Run = Callable[..., Result]
 

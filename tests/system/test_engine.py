@@ -1,48 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real engine below the real unit, with all that the unit forbids. Its framework is this checkout's own."""
+"""A real engine below the real unit, with all that the unit forbids, in the environment that one command installed."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Machine, booted
+from repacked import repack
+
+from flashd.cli.wheels import requirements
 
 SAYS = "I am Ada, the first model you dropped into the folder."
 MAKE = "import sys, pathlib, small_models; small_models.make_base(pathlib.Path(sys.argv[1]))"
 CONNECT = "import socket; socket.socket(socket.AF_UNIX).connect('/run/flashd/openai.sock')"
-FRAMEWORK, ENGINES = "/opt/framework", "/opt/engines"
+WHEELS = "/opt/wheels"
 
 
 @pytest.fixture(scope="module")
-def ready(base: Path, package: Path) -> Iterator[Machine]:
-    """A machine with an interpreter that has torch, and with ada imported."""
+def ready(base: Path, package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A machine with ada imported, and with a folder of PyTorch's wheels; it has no network."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     if not (base / "usr" / "bin" / version).exists():
         pytest.skip(f"needs a machine with {version}, for which this checkout's torch was built")
-    with booted(base, bind=f"{sysconfig.get_path('platlib')}:{FRAMEWORK}") as machine:
-        site = machine.root / ENGINES.lstrip("/") / "lib" / version / "site-packages"
-        site.mkdir(parents=True)
-        (site / "all.pth").write_text(f"/usr/lib/flashd/lib/{version}/site-packages\n{FRAMEWORK}\n")
-        (site.parents[2] / "bin").mkdir()
-        (site.parents[2] / "bin" / "python3").symlink_to(f"/usr/bin/{version}")
-        (site.parents[2] / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
-
+    wheels = tmp_path_factory.mktemp("wheels")
+    repack(requirements("torch"), wheels)
+    with booted(base, bind=f"{wheels}:{WHEELS}") as machine:
         shutil.copy(package, machine.root / "root" / "flashd.deb")
         machine.run("dpkg", "-i", "/root/flashd.deb")
-        (machine.root / "etc/flashd/flashd.toml").write_text(f'[engines.torch]\npython = "{ENGINES}/bin/python3"\n')
         tour = {**os.environ, "PYTHONPATH": str(ROOT / "packaging" / "tour"), "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, "-c", MAKE, machine.root / "root" / "ada"], env=tour, check=True)
         machine.run("useradd", "-m", "-G", "flashd", "erin")
         machine.run("useradd", "-m", "dave")
         machine.run("flash", "import", "/root/ada", "ada")
         yield machine
+    shutil.rmtree(wheels)
+
+
+def test_one_command_installs_what_engines_run_in_from_a_folder(ready: Machine) -> None:
+    refused = ready.run("flash", "swap", "ada", check=False)
+    assert refused.status != 0
+    assert "flash engine install torch" in refused.err
+    done = ready.run("flash", "engine", "install", "torch", "--wheels", WHEELS)
+    assert "is environment 1: new engines run in it" in done.err
+    (made,) = json.loads(ready.run_as("dave", "flash", "engine", "list", "--json").out)
+    assert (made["kind"], made["number"], made["current"], made["fits"]) == ("torch", 1, True, True)
+    environments = ready.root / "var/lib/flashd/environments/torch"
+    assert {path.name for path in environments.iterdir()} == {"1", "current"}
+    assert ready.run_as("erin", "flash", "engine", "use", "torch", "0", check=False).status == 5
 
 
 def test_a_member_swaps_and_asks(ready: Machine) -> None:

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import Machine
+from conftest import NEWER, Machine
 
 HOME = "usr/lib/flashd"
 
@@ -70,7 +70,7 @@ def resident(machine: Machine) -> bool:
 
 
 @pytest.mark.parametrize("how", ["restart", "kill", "upgrade"])
-def test_warm_models_outlive_the_daemon(machine: Machine, how: str) -> None:
+def test_warm_models_outlive_the_daemon(machine: Machine, newer: Path, how: str) -> None:
     machine.run("flash", "load", "dropped")
     assert resident(machine)
     before = machine.show("flashd", "MainPID")
@@ -79,7 +79,9 @@ def test_warm_models_outlive_the_daemon(machine: Machine, how: str) -> None:
     elif how == "kill":
         machine.run("systemctl", "kill", "-s", "KILL", "flashd")
     else:
-        machine.run("dpkg", "-i", "/root/flashd.deb")
+        shutil.copy(newer, machine.root / "root" / "newer.deb")
+        machine.run("dpkg", "-i", "/root/newer.deb")
+        assert machine.run("dpkg-query", "-W", "-f", "${Version}", "flashd").out.endswith(NEWER)
     machine.until(lambda: machine.show("flashd", "MainPID") not in {before, "0"})
     machine.until(lambda: machine.show("flashd", "ActiveState") == "active")
     assert resident(machine)
@@ -127,10 +129,10 @@ def test_what_the_interface_files_say_is_installed_and_served(machine: Machine) 
 def test_manual_and_completion_are_installed(machine: Machine) -> None:
     share = machine.root / "usr/share"
     for page in ("man1/flash.1", "man8/flashd.8", "man5/flashd.toml.5", "man5/org.flashd1.5", "man1/flashd-inbox.1"):
-        # dpkg may be told to leave manuals out, and minimal images do so.
-        excluded = list((machine.root / "etc/dpkg/dpkg.cfg.d").glob("*"))
-        assert (share / "man" / f"{page}.gz").exists() or excluded
-    assert "_FLASH_COMPLETE" in (share / "bash-completion/completions/flash").read_text()
+        assert (share / "man" / f"{page}.gz").exists(), page
+    for script in ("bash-completion/completions/flash", "zsh/vendor-completions/_flash",
+                   "fish/vendor_completions.d/flash.fish"):  # fmt: skip
+        assert "_FLASH_COMPLETE" in (share / script).read_text()
     completed = machine.run(
         "flash", env=("_FLASH_COMPLETE=complete_bash", "COMP_WORDS=flash show dr", "COMP_CWORD=2")
     ).out
@@ -155,14 +157,30 @@ def test_removing_it_keeps_models_and_settings(machine: Machine) -> None:
     assert 'host_budget = "3GB"' in machine.run("flash", "config").out
 
 
-def test_purging_takes_models_only_if_somebody_says_so(machine: Machine) -> None:
-    quiet = ("DEBIAN_FRONTEND=noninteractive",)
-    machine.run("dpkg", "-P", "flashd", env=quiet)
+def test_purging_asks_before_it_takes_models(machine: Machine) -> None:
+    kept = machine.run("sh", "-c", "echo no | dpkg -P flashd", env=("DEBIAN_FRONTEND=teletype",))
+    assert "Remove all models and the store as well?" in kept.out
     assert (machine.root / "var/lib/flashd/store").exists()
     assert not (machine.root / "etc/flashd").exists()
     machine.run("dpkg", "-i", "/root/flashd.deb")
     assert set(machine.models()) == {"dropped", "imported"}
+    gone = machine.run("sh", "-c", "echo yes | dpkg -P flashd", env=("DEBIAN_FRONTEND=teletype",))
+    assert "Remove all models and the store as well?" in gone.out
+    assert not (machine.root / "var/lib/flashd").exists()
+    assert not (machine.root / HOME).exists()
+
+
+def test_purging_keeps_models_where_nobody_can_be_asked(machine: Machine) -> None:
+    quiet = ("DEBIAN_FRONTEND=noninteractive",)
+    machine.run("dpkg", "-i", "/root/flashd.deb")
+    machine.run("systemctl", "start", "flashd")
+    machine.make_source("/root/third", seed=3)
+    machine.run("flash", "import", "/root/third", "third")
+    machine.run("dpkg", "-P", "flashd", env=quiet)
+    assert (machine.root / "var/lib/flashd/store").exists()
+    machine.run("dpkg", "-i", "/root/flashd.deb")
+    assert set(machine.models()) == {"third"}
+    # ... unless the answer was given beforehand.
     machine.run("sh", "-ec", "echo flashd flashd/remove-models boolean true | debconf-set-selections", env=quiet)
     machine.run("dpkg", "-P", "flashd", env=quiet)
     assert not (machine.root / "var/lib/flashd").exists()
-    assert not (machine.root / HOME).exists()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +14,14 @@ from conftest import Machine
 
 HANGS = Path(__file__).parents[1] / "bus" / "hangs.c"
 GDBUS = ("gdbus", "call", "--system", "-d", "org.flashd1", "-o", "/org/flashd1", "-m")
+
+
+HOLDS = """
+import time, flashd
+with flashd.connect() as client, client.lease("open"):
+    while True:
+        time.sleep(1)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +65,25 @@ def test_nobody_takes_anothers_name(people: Machine) -> None:
     people.make_source("/var/lib/flashd/models/open", seed=4, owner="fred")
     people.until(lambda: "another user has a model" in people.run_as("fred", "flash", "list").err)
     people.run("rm", "-r", "/var/lib/flashd/models/open")
+
+
+def test_a_lease_of_somebody_elses_is_an_administrators_to_end(people: Machine) -> None:
+    options = ("--unit=holder", "-p", "User=erin", "-p", "Type=exec")
+    people.run("systemd-run", "-q", *options, "/usr/lib/flashd/bin/python3", "-c", HOLDS)
+    leases: list[str] = []
+
+    def found() -> bool:
+        leases[:] = re.findall(r"/org/flashd1/lease/\w+", people.run("busctl", "tree", "--list", "org.flashd1").out)
+        return bool(leases)
+
+    people.until(found)
+    release = ("busctl", "call", "org.flashd1", leases[0], "org.flashd1.Lease", "Release")
+    refused = people.run_as("fred", *release, check=False)
+    assert refused.status == 1 and "belongs to user" in refused.err
+    assert found(), "it is still held"
+    people.run(*release)
+    people.until(lambda: not found())
+    people.run("systemctl", "stop", "holder")
 
 
 def test_who_is_refused_reads_why_and_what_to_do_in_gdbus_too(people: Machine) -> None:
@@ -103,10 +131,16 @@ def test_doctor_knows_the_machine(people: Machine) -> None:
 
 
 def test_a_report_has_the_journal_and_nobodys_names(people: Machine) -> None:
+    token = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWx"
+    people.run("flash", "config", "engines.vllm.arguments", '["--api-key", "swordfish"]')
+    people.make_source(f"/home/erin/{token}", seed=5, owner="erin")
+    people.run("truncate", "-s", "50", f"/home/erin/{token}/model.safetensors")
+    assert people.run_as("erin", "flash", "import", f"/home/erin/{token}", token, check=False).status != 0
+    assert token in people.journal(), "there it may stand"
     text = people.run("flash", "report", "-").out
     assert "ActiveState=active" in text
     assert "model-1" in text and "is a model" in text
-    for secret in ("codename", "open/", "erin", "fred", "dave", "/home", "/root"):
+    for secret in ("codename", "open/", "erin", "fred", "dave", "/home", "/root", token, "swordfish"):
         assert secret not in text, secret
 
 
