@@ -11,8 +11,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +23,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MACHINE = Path(__file__).parent / "machine"
+HERE = Path(__file__).parent
+MACHINE = HERE / "machine"
 CACHE = ROOT / "build" / "system"
 ROOTS = Path("/var/cache/flashd-tests")  # outside the checkout, which may be on an overlay
 # What a package is made of: it is built anew only when some of it has changed.
@@ -30,12 +33,39 @@ TOOLS = {"mmdebstrap": "mmdebstrap", "systemd-nspawn": "systemd-container", "dh"
 NEWER = "later"  # what the version of a package ends in that is to replace ours
 _TIMEOUT_S = 900  # the first test of all builds the package
 _names = itertools.count(1)
+# Modules whose machines take minutes to make, in the order in which they are made: each has a function `prepare`. It
+# fails for itself; the tests make what is not there, and say why they cannot.
+MADE_AHEAD = {"test_desktop_rights": 1, "test_ubuntu": 2, "test_arm64": 3}
+_MAKE_AHEAD = "import importlib, sys; [importlib.import_module(name).prepare() for name in sys.argv[1:]]"
+_MAKER = pytest.StashKey[subprocess.Popen[bytes]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.timeout(_TIMEOUT_S))
+    """Those whose machines take long to make come last of ours."""
+    ours = [number for number, item in enumerate(items) if item.path.is_relative_to(HERE)]
+    for item in (items[number] for number in ours):
+        item.add_marker(pytest.mark.timeout(_TIMEOUT_S))
+    ordered = sorted((items[number] for number in ours), key=lambda item: MADE_AHEAD.get(item.path.stem, 0))
+    for number, item in zip(ours, ordered, strict=True):
+        items[number] = item
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begins to make those machines, with what the other tests leave of the processors."""
+    wanted = sorted({item.path.stem for item in session.items} & MADE_AHEAD.keys(), key=MADE_AHEAD.__getitem__)
+    if wanted and not session.config.option.collectonly and not _missing():
+        command = ["nice", "-n", "19", sys.executable, "-c", _MAKE_AHEAD, *wanted]
+        session.config.stash[_MAKER] = subprocess.Popen(
+            command, cwd=HERE, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    maker = session.config.stash.get(_MAKER, None)
+    if maker is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(maker.pid, signal.SIGTERM)
+        maker.wait()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,27 +147,34 @@ def _build() -> str:
     return digest.hexdigest()[:16]
 
 
+def _missing() -> str:
+    """What there must be before a machine can be; empty if it is there."""
+    if os.geteuid() != 0:
+        return "root, to boot machines"
+    missing = [package for program, package in TOOLS.items() if shutil.which(program) is None]
+    return f"{', '.join(missing)}: tests/system/run installs what is needed" if missing else ""
+
+
 @pytest.fixture(scope="session")
 def tools() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to boot machines")
-    missing = [package for program, package in TOOLS.items() if shutil.which(program) is None]
-    if missing:
-        pytest.skip(f"needs {', '.join(missing)}: tests/system/run installs what is needed")
+    if missing := _missing():
+        pytest.skip(f"needs {missing}")
 
 
 def built(suite: str = "", root: Path | None = None) -> Path:
     """The folder of what packaging/build-deb makes, for this machine's release or for that of another root."""
     name = f"package{suite and '-' + suite}"
     folder = CACHE / f"{name}-{_build()}"
-    if not folder.exists():
+    with _alone(CACHE / name):
+        if folder.exists():
+            return folder
         for old in CACHE.glob(f"{name}-{'[0-9a-f]' * 16}"):
             shutil.rmtree(old)
         made = CACHE / f"{name}.partial"
         shutil.rmtree(made, ignore_errors=True)
         where = ("--root", root) if root else ()
         command = [ROOT / "packaging" / "build-deb", *where, made]
-        # What is thrown away after the tests need not be small, and compressing well takes minutes where it is emulated.
+        # What is thrown away after the tests need not be small, and compressing takes minutes where it is emulated.
         quick = {"DPKG_DEB_COMPRESSOR_TYPE": "gzip", "DPKG_DEB_COMPRESSOR_LEVEL": "1"}
         done = subprocess.run(command, env={**os.environ, **quick}, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -191,7 +228,7 @@ def rooted(*packages: str, suite: str = "bookworm", architecture: str = "") -> P
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Other checkouts on this machine share the roots, and none of them makes one twice."""
+    """Whoever else makes this folder has made it before, or waits: other checkouts, and what is made ahead."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, built, daemon_of, rooted
 
 BUILD = ("build-essential", "debhelper", "python3-dev", "python3-venv")
-BINFMT = Path("/proc/sys/fs/binfmt_misc")
+BINFMT, FORMAT = Path("/proc/sys/fs/binfmt_misc"), Path("/usr/lib/binfmt.d/qemu-aarch64.conf")
 PYTHON = "/usr/lib/flashd/bin/python3"
 TESTS = "/opt/tests"  # pytest and its kind
 TOOLS = ("pytest", "pytest-asyncio", "pytest-timeout", "hypothesis", "numpy", "safetensors")
@@ -31,31 +31,27 @@ LACKING = {
 pytestmark = pytest.mark.timeout(1800)
 
 
-@pytest.fixture(scope="module")
-def emulated(tools: None) -> Iterator[None]:
-    """The kernel hands programs for arm64 to qemu, as long as this lasts, unless it does so anyway."""
-    format_ = Path("/usr/lib/binfmt.d/qemu-aarch64.conf")
-    if not format_.exists():
-        pytest.skip("needs qemu-user-static: tests/system/run installs it")
-    mounted = not (BINFMT / "register").exists()
-    if mounted:
+def emulate() -> None:
+    """Has the kernel hand programs for arm64 to qemu, until the next boot, as binfmt-support would for good."""
+    if not (BINFMT / "register").exists():
         subprocess.run(["mount", "-t", "binfmt_misc", "none", BINFMT], check=True)
-    entry = BINFMT / "qemu-aarch64"
-    registered = not entry.exists()
-    if registered:
-        (BINFMT / "register").write_text(format_.read_text().strip())
-    yield
-    if registered:
-        entry.write_text("-1")
-    if mounted:
-        subprocess.run(["umount", BINFMT], check=True)
+    if not (BINFMT / "qemu-aarch64").exists():
+        (BINFMT / "register").write_text(FORMAT.read_text().strip())
+
+
+def prepare() -> tuple[Path, Path]:
+    """A root, and the package that was built in it."""
+    emulate()
+    base = rooted(*BUILD, suite="bookworm", architecture="arm64")
+    return base, daemon_of(built("arm64", base))
 
 
 @pytest.fixture(scope="module")
-def root(emulated: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def root(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A Debian for arm64 with the package installed, and with what the tests need."""
-    base = rooted(*BUILD, suite="bookworm", architecture="arm64")
-    package = daemon_of(built("arm64", base))
+    if not FORMAT.exists() or shutil.which("arch-test") is None:
+        pytest.skip("needs qemu-user-static, arch-test: tests/system/run installs them")
+    base, package = prepare()
     layers = tmp_path_factory.mktemp("arm64")
     subprocess.run(["mount", "-t", "tmpfs", "flashd-arm64", layers], check=True)
     root = layers / "root"

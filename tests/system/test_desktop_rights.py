@@ -101,9 +101,14 @@ class Person:
         assert (width, height) == (1000, 700)
 
 
+def prepare() -> Path:
+    """A root with a desktop in it."""
+    return rooted(*PACKAGES)
+
+
 @pytest.fixture(scope="module")
 def gerd(tools: None, packages: Path) -> Iterator[Person]:
-    with booted(rooted(*PACKAGES)) as machine:
+    with booted(prepare()) as machine:
         for deb in packages.glob("*.deb"):
             shutil.copy(deb, machine.root / "root")
         machine.run("sh", "-c", "dpkg -i /root/flashd_*.deb /root/flashd-tray_*.deb")

@@ -158,14 +158,16 @@ def test_removing_it_keeps_models_and_settings(machine: Machine) -> None:
 
 
 def test_purging_asks_before_it_takes_models(machine: Machine) -> None:
-    kept = machine.run("sh", "-c", "echo no | dpkg -P flashd", env=("DEBIAN_FRONTEND=teletype",))
-    assert "Remove all models and the store as well?" in kept.out
+    def purge(answer: str) -> None:
+        done = machine.run("sh", "-c", f"echo {answer} | dpkg -P flashd 2>&1", env=("DEBIAN_FRONTEND=teletype",))
+        assert "Remove all models and the store as well?" in done.out
+
+    purge("no")
     assert (machine.root / "var/lib/flashd/store").exists()
     assert not (machine.root / "etc/flashd").exists()
     machine.run("dpkg", "-i", "/root/flashd.deb")
     assert set(machine.models()) == {"dropped", "imported"}
-    gone = machine.run("sh", "-c", "echo yes | dpkg -P flashd", env=("DEBIAN_FRONTEND=teletype",))
-    assert "Remove all models and the store as well?" in gone.out
+    purge("yes")
     assert not (machine.root / "var/lib/flashd").exists()
     assert not (machine.root / HOME).exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from conftest import Machine, booted, built, daemon_of, rooted
@@ -13,10 +14,15 @@ from conftest import Machine, booted, built, daemon_of, rooted
 BUILD = ("build-essential", "debhelper", "python3-dev", "python3-venv")
 
 
+def prepare() -> tuple[Path, Path]:
+    """A root to boot, and the package that was built in it."""
+    base = rooted("libglib2.0-bin", *BUILD, suite="noble")
+    return base, daemon_of(built("noble", base))
+
+
 @pytest.fixture(scope="module")
 def ubuntu(tools: None) -> Iterator[Machine]:
-    base = rooted("libglib2.0-bin", *BUILD, suite="noble")
-    package = daemon_of(built("noble", base))
+    base, package = prepare()
     with booted(base) as machine:
         shutil.copy(package, machine.root / "root" / "flashd.deb")
         yield machine
