@@ -9,9 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import NEWER, Machine
+from conftest import NEWER, ROOT, Machine
 
 HOME = "usr/lib/flashd"
+UNIT = ROOT / "systemd" / "flashd.service"
 
 
 def test_it_is_ready_in_the_moment_it_is_installed(bare_machine: Machine) -> None:
@@ -43,6 +44,10 @@ def test_the_daemon_is_nobody_special_and_well_shut_in(machine: Machine) -> None
     assert float(found[1]) <= 1.5, exposure
     verified = machine.run("systemd-analyze", "--man=no", "verify", "flashd.service")
     assert verified.err == ""
+    comments = "".join(line for line in UNIT.read_text().splitlines() if line.startswith("#"))
+    relaxed = re.findall(r"^✗ (?:\w+=~@?)?(\w+)", exposure, re.MULTILINE)
+    assert {"PrivateDevices", "privileged", "net"} <= set(relaxed), exposure
+    assert [name for name in relaxed if not re.search(rf"\b{name}\b", comments)] == [], "is not explained"
 
 
 def test_a_service_manager_learns_how_it_is(machine: Machine) -> None:
@@ -88,21 +93,6 @@ def test_warm_models_outlive_the_daemon(machine: Machine, newer: Path, how: str)
     machine.run("flash", "verify", "dropped")
 
 
-def test_a_daemon_that_is_stuck_is_started_again(machine: Machine) -> None:
-    drop_in = machine.root / "etc/systemd/system/flashd.service.d"
-    drop_in.mkdir(parents=True)
-    (drop_in / "watchdog.conf").write_text("[Service]\nWatchdogSec=2\n")
-    machine.run("systemctl", "daemon-reload")
-    machine.run("systemctl", "restart", "flashd")
-    before = machine.show("flashd", "MainPID")
-    machine.run("systemctl", "kill", "-s", "STOP", "flashd")
-    machine.until(lambda: machine.show("flashd", "MainPID") not in {before, "0"})
-    machine.until(lambda: machine.show("flashd", "ActiveState") == "active")
-    assert "Watchdog timeout" in machine.run("journalctl", "--no-pager", "-u", "flashd").out
-    shutil.rmtree(drop_in)
-    machine.run("systemctl", "daemon-reload")
-
-
 def test_the_first_call_starts_it_and_stopping_it_does_not(machine: Machine) -> None:
     machine.run("systemctl", "stop", "flashd")
     assert set(machine.models()) == {"dropped", "imported"}
@@ -137,6 +127,14 @@ def test_manual_and_completion_are_installed(machine: Machine) -> None:
         "flash", env=("_FLASH_COMPLETE=complete_bash", "COMP_WORDS=flash show dr", "COMP_CWORD=2")
     ).out
     assert "dropped" in completed
+
+
+def test_the_trays_package_has_what_a_desktop_looks_for(packages: Path) -> None:
+    (tray,) = packages.glob("flashd-tray_*.deb")
+    listed = subprocess.run(["dpkg-deb", "--contents", tray], capture_output=True, text=True, check=True).stdout
+    for path in ("usr/share/metainfo/org.flashd1.Tray.metainfo.xml", "usr/share/applications/flashd-tray.desktop",
+                 "usr/share/man/man1/flashd-tray.1.gz", "etc/xdg/autostart/flashd-tray.desktop"):  # fmt: skip
+        assert f" ./{path}\n" in listed, path
 
 
 def test_lintian_has_nothing_to_say(package: Path) -> None:
