@@ -27,6 +27,7 @@ LACKING = {
     "copy": "TestCopy::test_the_page_cache_is_left_as_it_was",
     "load": "test_fresh_memory_is_populated_by_helpers test_memory_that_the_kernel_does_not_have",
 }  # fmt: skip
+UNITS = ("floor", "memory", "memory_ends", "images")
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -124,13 +125,14 @@ def test_what_loads_there_loads_by_threads_and_says_why(root: Path) -> None:
     assert "io_uring" in fallback
 
 
-def test_the_streamers_tests_pass_there(root: Path) -> None:
-    """With threads. The rest is Python, which is the same there."""
+def test_the_tests_of_what_is_made_for_a_processor_pass_there(root: Path) -> None:
+    """The streamer's, with threads, and those of the layers right above it. The rest is Python, which is the same."""
     options = ["-q", "-p", "no:cacheprovider", "--override-ini=timeout=600", f"--rootdir={TESTS}", "-k", "not io_uring"]
     for module, tests in LACKING.items():
         path = f"tests/native/test_{module}.py"  # from the root directory, as pytest names its tests
         options += [f"--deselect={path}::{test}" for test in tests.split()] or [f"--ignore={TESTS}/{path}"]
-    done = inside(root, PYTHON, "-P", "-m", "pytest", *options, f"{TESTS}/tests/native", check=False)
+    units = [f"{TESTS}/tests/unit/test_{module}.py" for module in UNITS]
+    done = inside(root, PYTHON, "-P", "-m", "pytest", *options, f"{TESTS}/tests/native", *units, check=False)
     assert done.returncode == 0, done.stdout[-6000:]
     assert " passed" in done.stdout
     assert os.fspath(ROOT) not in done.stdout
