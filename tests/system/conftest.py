@@ -53,8 +53,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Begins to make those machines, with what the other tests leave of the processors."""
-    wanted = sorted({item.path.stem for item in session.items} & MADE_AHEAD.keys(), key=MADE_AHEAD.__getitem__)
-    if wanted and not session.config.option.collectonly and not _missing():
+    modules = {item.path.stem for item in session.items}
+    wanted = sorted(modules & MADE_AHEAD.keys(), key=MADE_AHEAD.__getitem__)
+    if wanted and len(modules) > 1 and not session.config.option.collectonly and not _missing():
         command = ["nice", "-n", "19", sys.executable, "-c", _MAKE_AHEAD, *wanted]
         session.config.stash[_MAKER] = subprocess.Popen(
             command, cwd=HERE, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
