@@ -22,6 +22,8 @@ class Options:
         populate_threads: int,
         digest_threads: int,
         copy_threads: int,
+        piece: int,
+        pieces: int,
         page_cache: bool,
     ) -> None: ...
 

@@ -73,6 +73,8 @@ class Options:
     populate_threads: int = 0
     digest_threads: int = 2
     copy_threads: int = 0  # for memory that no device can copy by itself; 0: one a processor, sixteen at most
+    piece_bytes: int = MiB  # what such a thread sends to a device at once
+    pieces: int = 4  # and how many of them are on their way while it fills the next; all must fit into a cache
     page_cache: bool = True  # take what the page cache has; otherwise O_DIRECT passes it by
     on_start: Callable[[Transfer], None] | None = None  # hears of every transfer that begins, in the thread that asked
 
@@ -86,6 +88,8 @@ class Options:
             raise InvalidArgument(f"{self.depth} requests cannot be in flight", hint=f"use 1 to {_DEEPEST}")
         if min(self.populate_threads, self.copy_threads) < 0 or self.digest_threads < 1:
             raise InvalidArgument("a transfer needs at least one thread for each of its tasks")
+        if self.piece_bytes < ALIGNMENT or self.pieces < 1:
+            raise InvalidArgument(f"{self.pieces} pieces of {self.piece_bytes} bytes cannot be on their way")
         return _native.Options(
             self.block_bytes,
             self.depth,
@@ -94,6 +98,8 @@ class Options:
             self.populate_threads,
             self.digest_threads,
             self.copy_threads,
+            self.piece_bytes,
+            self.pieces,
             self.page_cache,
         )
 

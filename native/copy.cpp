@@ -42,24 +42,24 @@ std::unique_ptr<Transfer> copy(std::vector<File> sources, std::vector<Piece> pie
         to->preallocate(align_up(size));
         const size_t blocks = (total + block - 1) / block;
         std::string digests(blocks * digest_bytes, '\0');
-        parallel_for(transfer, blocks, options.depth, transfer.result.cpu_seconds, [&] {
-            auto assembled = std::make_shared<Buffer>(align_up(block));
-            auto window = std::make_shared<Buffer>(align_up(block) + 2 * alignment);
-            return [&, assembled, window](size_t index) {
-                const uint64_t start = index * block;
+        parallel_for(transfer, blocks, options.depth, transfer.result.cpu_seconds, [&](const Next& next) {
+            const Buffer assembled(align_up(block));
+            Buffer window(align_up(block) + 2 * alignment);
+            while (const auto index = next()) {
+                const uint64_t start = *index * block;
                 const uint64_t length = std::min(block, total - start);
                 for (const Piece& piece : within(pieces, start, length)) {
                     transfer.stop_if_cancelled();
-                    read_piece((*from)[piece.file], piece, assembled->data() + (piece.target_offset - start), *window);
+                    read_piece((*from)[piece.file], piece, assembled.data() + (piece.target_offset - start), window);
                 }
-                const Digest found = digest({assembled->data(), length});
-                std::memcpy(digests.data() + index * digest_bytes, found.data(), digest_bytes);
+                const Digest found = digest({assembled.data(), length});
+                std::memcpy(digests.data() + *index * digest_bytes, found.data(), digest_bytes);
                 // The tail is padded to a block for O_DIRECT; the truncate below takes the padding away again.
-                std::memset(assembled->data() + length, 0, align_up(length) - length);
+                std::memset(assembled.data() + length, 0, align_up(length) - length);
                 const uint64_t padded = align_up(length);
-                execute_one(Direction::write, *to, {0, region + start, assembled->data(), padded, padded});
+                execute_one(Direction::write, *to, {0, region + start, assembled.data(), padded, padded});
                 transfer.advance(length);
-            };
+            }
         });
         to->truncate(size);
         to->sync();

@@ -9,6 +9,7 @@
 #include <exception>
 #include <functional>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -60,6 +61,66 @@ class Stream {
   private:
     Device device_;
     Driver::Stream stream_ = nullptr;
+};
+
+class Event {
+  public:
+    explicit Event(const Device& device) : device_(device) {
+        device_.check(device_.driver->create_event(&event_, no_timing), "create event");
+    }
+    ~Event() { device_.driver->destroy_event(event_); }
+    Event(const Event&) = delete;
+    Event& operator=(const Event&) = delete;
+
+    Driver::Event get() const { return event_; }
+
+  private:
+    Device device_;
+    Driver::Event event_ = nullptr;
+};
+
+// One thread's copies, in turn in each of a few places, on a stream of their own. What has arrived is the transfer's
+// progress.
+class Rotation {
+  public:
+    Rotation(Transfer& transfer, const Device& device, size_t places) : transfer_(transfer), lengths_(places) {
+        device.enter();
+        for (size_t i = 0; i < places; ++i) events_.emplace_back(device);
+        stream_.emplace(device);
+    }
+
+    // The place whose turn it is, once the device has done with it.
+    size_t place() {
+        if (under_way_ == lengths_.size()) await_oldest();
+        return next_;
+    }
+
+    // Starts a copy in that place.
+    void copy(Driver::Address to, Driver::Address from, uint64_t length) {
+        stream_->copy(to, from, length, events_[next_].get());
+        lengths_[next_] = length;
+        next_ = (next_ + 1) % lengths_.size();
+        ++under_way_;
+    }
+
+    void finish() {
+        while (under_way_ > 0) await_oldest();
+    }
+
+  private:
+    void await_oldest() {
+        const size_t oldest = (next_ + lengths_.size() - under_way_) % lengths_.size();
+        stream_->wait(events_[oldest].get());
+        transfer_.advance(lengths_[oldest]);
+        --under_way_;
+    }
+
+    Transfer& transfer_;
+    std::vector<uint64_t> lengths_;
+    size_t next_ = 0;
+    size_t under_way_ = 0;
+    std::deque<Event> events_;
+    std::optional<Stream> stream_;  // ends, and is waited for, before the events do
 };
 
 // A block on its way, and where it belongs.
@@ -149,14 +210,13 @@ class Sender {
           stream_(share.staging().device()),
           finishers_(threads, [this](const Parcel& parcel) { finish_one(parcel); }) {}
 
-    // Any thread may call. `start` is where in the block the part to be copied begins; with the last part the block
-    // is the sender's.
-    void send(Staging::Block* block, uint64_t offset, uint64_t length, uint64_t start = 0, bool is_last = true) {
+    // Any thread may call. The block is the sender's from then on.
+    void send(Staging::Block* block, uint64_t offset, uint64_t length) {
         stream_.device().enter();
         const std::lock_guard lock(mutex_);
         finishers_.check();
-        stream_.copy(target_ + offset + start, address_of(block->memory + start), length, block->event);
-        if (is_last) finishers_.send({block, offset, start + length});
+        stream_.copy(target_ + offset, address_of(block->memory), length, block->event);
+        finishers_.send({block, offset, length});
     }
 
     double finish() {
@@ -200,39 +260,88 @@ void note(Transfer& transfer, const Staging& staging) { transfer.result.staging 
 
 namespace {
 
-// Each block in pieces that stay in the processor's cache until they are hashed and the device has fetched them.
-constexpr uint64_t cached_piece = 2 << 20;
+// Fills a place in the staging memory with the part of a block that begins at `offset`.
+using Fill = std::function<void(uint64_t offset, std::span<std::byte> piece)>;
+
+// One thread's way to the device, through a block of staging memory.
+//
+// The memory's bandwidth is the limit here, and what the processor has in its cache costs none of it: so a thread fills
+// the same few small places again and again, and the device fetches each from the cache.
+class Lane {
+  public:
+    Lane(Transfer& transfer, StagingShare& share, const Options& options)
+        : transfer_(transfer),
+          share_(share),
+          piece_(std::clamp<uint64_t>(align_down(options.piece), alignment, share.staging().block())),
+          block_(share.take(true, transfer.cancelled())),
+          rotation_(transfer, share.staging().device(),
+                    std::clamp<size_t>(options.pieces, 1, share.staging().block() / piece_)) {}
+
+    // Returns when the last pieces are still on their way.
+    void send(Driver::Address target, uint64_t length, const Fill& fill) {
+        for (uint64_t done = 0; done < length; done += piece_) {
+            transfer_.stop_if_cancelled();
+            const uint64_t part = std::min(piece_, length - done);
+            std::byte* memory = block_->memory + rotation_.place() * piece_;
+            fill(done, {memory, part});
+            rotation_.copy(target + done, address_of(memory), part);
+        }
+    }
+
+    // So that others have their share of the blocks.
+    void take_turns() {
+        if (!share_.is_wanted()) return;
+        finish();
+        block_ = share_.take(true, transfer_.cancelled());
+    }
+
+    // If it is never called, the share gives the block back, when nothing is on its way any more.
+    void finish() {
+        rotation_.finish();
+        share_.give_back(block_);
+    }
+
+  private:
+    Transfer& transfer_;
+    StagingShare& share_;
+    uint64_t piece_;
+    Staging::Block* block_;
+    Rotation rotation_;
+};
+
+// By several threads, block by block.
+void send_blocks(Transfer& transfer, const std::shared_ptr<Staging>& staging, uint64_t length, unsigned threads,
+                 const Options& options, const std::function<void(Lane&, size_t index, uint64_t length)>& send) {
+    const uint64_t block = staging->block();
+    StagingShare share(staging);
+    parallel_for(transfer, (length + block - 1) / block, threads, transfer.result.cpu_seconds, [&](const Next& next) {
+        Lane lane(transfer, share, options);
+        while (const auto index = next()) {
+            lane.take_turns();
+            send(lane, *index, std::min(block, length - *index * block));
+        }
+        lane.finish();
+    });
+    note(transfer, *staging);
+}
 
 void load_from_page_cache(Transfer& transfer, File& file, uint64_t start, uint64_t length, Driver::Address target,
                           const DigestTable& digests, const std::shared_ptr<Staging>& staging, const Options& options) {
     const uint64_t block = staging->block();
-    StagingShare share(staging);
-    Sender sender(share, target, 1, [](const Parcel&) {});
-    parallel_for(transfer, (length + block - 1) / block, options.depth, transfer.result.cpu_seconds, [&] {
-        return [&](size_t index) {
-            const uint64_t offset = index * block;
-            const uint64_t whole = std::min(block, length - offset);
-            Loan loan(share, transfer.cancelled());
-            Hasher hasher;
-            for (uint64_t done = 0; done < whole; done += cached_piece) {
-                const uint64_t part = std::min(cached_piece, whole - done);
-                std::byte* memory = loan->memory + done;
-                execute_one(Direction::read, file, {0, start + offset + done, memory, part, part});
-                if (!digests.empty()) hasher.update({memory, part});
-                const bool is_last = done + part == whole;
-                if (is_last && !digests.empty()) digests.check(index, hasher.finish(), file.path(), start + offset);
-                sender.send(loan.get(), offset, part, done, is_last);
-            }
-            loan.handed_on();
-            transfer.advance(whole);
-        };
+    const unsigned threads = copy_threads(options);
+    send_blocks(transfer, staging, length, threads, options, [&](Lane& lane, size_t index, uint64_t whole) {
+        const uint64_t offset = index * block;
+        Hasher hasher;
+        lane.send(target + offset, whole, [&](uint64_t done, std::span<std::byte> piece) {
+            execute_one(Direction::read, file, {0, start + offset + done, piece.data(), piece.size(), piece.size()});
+            if (!digests.empty()) hasher.update(piece);
+        });
+        if (!digests.empty()) digests.check(index, hasher.finish(), file.path(), start + offset);
     });
-    transfer.result.cpu_seconds += sender.finish();
     transfer.result.backend = Backend::threads;
     transfer.result.block = block;
-    transfer.result.depth = options.depth;
+    transfer.result.depth = threads;
     transfer.fell_back(file.direct_refused());
-    note(transfer, *staging);
 }
 
 }  // namespace
@@ -248,9 +357,9 @@ std::unique_ptr<Transfer> load_device(File file, uint64_t start, uint64_t length
             load_from_page_cache(transfer, *shared, start, length, target, digests, staging, chosen);
             return;
         }
-        // The staging memory is there anyway, and a deeper queue keeps some disks busier.
-        chosen.depth =
-            std::max<unsigned>(chosen.depth, static_cast<unsigned>(staging->memory().size() / block * 3 / 4));
+        // Reads never wait for copies: a quarter of the blocks is for what is on its way to the device.
+        const auto blocks = static_cast<unsigned>(staging->memory().size() / block);
+        chosen.depth = std::clamp(blocks * 3 / 4, 1U, chosen.depth);
         StagingShare share(staging);
         const auto inspect = [&](const Parcel& parcel) {
             if (digests.empty() || transfer.cancelled()) return;
@@ -335,58 +444,24 @@ enum class Way { to_device, from_device };
 // Few large copies in flight, with no processor in between.
 void move_registered(Transfer& transfer, const Device& device, Driver::Address to, Driver::Address from,
                      uint64_t length) {
-    struct Events {
-        explicit Events(const Device& device_) : device(device_) {}
-        void create() {
-            for (auto& event : made) device.check(device.driver->create_event(&event, no_timing), "create event");
-        }
-        ~Events() {
-            for (auto* event : made)
-                if (event != nullptr) device.driver->destroy_event(event);
-        }
-        const Device& device;
-        std::array<Driver::Event, large_copies> made{};
-    };
-    device.enter();
-    Events events(device);
-    events.create();
-    Stream stream(device);  // ends, and is waited for, before the events do
-    std::deque<std::pair<Driver::Event, uint64_t>> under_way;
-    const auto await_one = [&] {
-        stream.wait(under_way.front().first);
-        transfer.advance(under_way.front().second);
-        under_way.pop_front();
-    };
-    size_t next = 0;
+    Rotation rotation(transfer, device, large_copies);
     for (uint64_t done = 0; done < length; done += large_copy) {
-        if (under_way.size() == large_copies) await_one();
+        rotation.place();
         transfer.stop_if_cancelled();
-        const uint64_t part = std::min(large_copy, length - done);
-        auto* event = events.made[next++ % large_copies];
-        stream.copy(to + done, from + done, part, event);
-        under_way.emplace_back(event, part);
+        rotation.copy(to + done, from + done, std::min(large_copy, length - done));
     }
-    while (!under_way.empty()) await_one();
+    rotation.finish();
 }
 
 void upload_staged(Transfer& transfer, std::span<std::byte> memory, Driver::Address target,
                    const std::shared_ptr<Staging>& staging, const Options& options) {
     const uint64_t block = staging->block();
-    StagingShare share(staging);
-    Sender sender(share, target, 1, [](const Parcel&) {});
-    const size_t blocks = (memory.size() + block - 1) / block;
-    parallel_for(transfer, blocks, copy_threads(options), transfer.result.cpu_seconds, [&] {
-        return [&](size_t index) {
-            const auto part = memory.subspan(index * block, std::min(block, memory.size() - index * block));
-            Loan loan(share, transfer.cancelled());
-            std::memcpy(loan->memory, part.data(), part.size());
-            sender.send(loan.get(), index * block, part.size());
-            loan.handed_on();
-            transfer.advance(part.size());
-        };
-    });
-    transfer.result.cpu_seconds += sender.finish();
-    note(transfer, *staging);
+    const auto send = [&](Lane& lane, size_t index, uint64_t whole) {
+        lane.send(target + index * block, whole, [&](uint64_t done, std::span<std::byte> piece) {
+            std::memcpy(piece.data(), memory.data() + index * block + done, piece.size());
+        });
+    };
+    send_blocks(transfer, staging, memory.size(), copy_threads(options), options, send);
 }
 
 void download_staged(Transfer& transfer, Driver::Address source, std::span<std::byte> memory,
@@ -396,19 +471,19 @@ void download_staged(Transfer& transfer, Driver::Address source, std::span<std::
     Stream stream(staging->device());
     std::mutex mutex;
     const size_t blocks = (memory.size() + block - 1) / block;
-    parallel_for(transfer, blocks, copy_threads(options), transfer.result.cpu_seconds, [&] {
+    parallel_for(transfer, blocks, copy_threads(options), transfer.result.cpu_seconds, [&](const Next& next) {
         stream.device().enter();
-        return [&](size_t index) {
-            const auto part = memory.subspan(index * block, std::min(block, memory.size() - index * block));
+        while (const auto index = next()) {
+            const auto part = memory.subspan(*index * block, std::min(block, memory.size() - *index * block));
             const Loan loan(share, transfer.cancelled());
             {
                 const std::lock_guard lock(mutex);
-                stream.copy(address_of(loan->memory), source + index * block, part.size(), loan->event);
+                stream.copy(address_of(loan->memory), source + *index * block, part.size(), loan->event);
             }
             stream.wait(loan->event);
             std::memcpy(part.data(), loan->memory, part.size());
             transfer.advance(part.size());
-        };
+        }
     });
     note(transfer, *staging);
 }

@@ -210,9 +210,9 @@ class UringQueue {
 void execute_with_threads(Transfer& transfer, Direction direction, std::span<File> files,
                           std::span<const Request> requests, unsigned threads, const Hooks& hooks) {
     std::mutex mutex;
-    parallel_for(transfer, requests.size(), threads, transfer.result.cpu_seconds, [&] {
-        return [&](size_t index) {
-            Request request = requests[index];
+    parallel_for(transfer, requests.size(), threads, transfer.result.cpu_seconds, [&](const Next& next) {
+        while (const auto index = next()) {
+            Request request = requests[*index];
             hooks.before(request, true);
             try {
                 transfer.stop_if_cancelled();
@@ -224,7 +224,7 @@ void execute_with_threads(Transfer& transfer, Direction direction, std::span<Fil
                 hooks.dropped(request);
                 throw;
             }
-        };
+        }
     });
 }
 

@@ -72,15 +72,16 @@ std::unique_ptr<Transfer> verify(File file, uint64_t start, uint64_t length, Dig
     auto shared = std::make_shared<File>(std::move(file));
     return std::make_unique<Transfer>(length, [=, digests = std::move(digests)](Transfer& transfer) {
         const uint64_t block = digests.block();
-        parallel_for(transfer, (length + block - 1) / block, options.depth, transfer.result.cpu_seconds, [&] {
-            auto buffer = std::make_shared<Buffer>(align_up(block));
-            return [&, buffer](size_t index) {
-                const uint64_t offset = index * block;
+        const size_t blocks = (length + block - 1) / block;
+        parallel_for(transfer, blocks, options.depth, transfer.result.cpu_seconds, [&](const Next& next) {
+            const Buffer buffer(align_up(block));
+            while (const auto index = next()) {
+                const uint64_t offset = *index * block;
                 const uint64_t size = std::min(block, length - offset);
-                execute_one(Direction::read, *shared, {0, start + offset, buffer->data(), size, align_up(size)});
-                digests.check(index, {buffer->data(), size}, shared->path(), start + offset);
+                execute_one(Direction::read, *shared, {0, start + offset, buffer.data(), size, align_up(size)});
+                digests.check(*index, {buffer.data(), size}, shared->path(), start + offset);
                 transfer.advance(size);
-            };
+            }
         });
         transfer.result.direct = shared->has_direct();
         transfer.result.block = block;

@@ -106,7 +106,7 @@ NB_MODULE(_native, m) {
         .def(
             "__init__",
             [](Options* self, uint64_t block, unsigned depth, Backend backend, bool direct, unsigned populate_threads,
-               unsigned digest_threads, unsigned copy_threads, bool page_cache) {
+               unsigned digest_threads, unsigned copy_threads, uint64_t piece, unsigned pieces, bool page_cache) {
                 new (self) Options{.block = block,
                                    .depth = depth,
                                    .backend = backend,
@@ -114,10 +114,12 @@ NB_MODULE(_native, m) {
                                    .populate_threads = populate_threads,
                                    .digest_threads = digest_threads,
                                    .copy_threads = copy_threads,
+                                   .piece = piece,
+                                   .pieces = pieces,
                                    .page_cache = page_cache};
             },
             "block"_a, "depth"_a, "backend"_a, "direct"_a, "populate_threads"_a, "digest_threads"_a, "copy_threads"_a,
-            "page_cache"_a);
+            "piece"_a, "pieces"_a, "page_cache"_a);
 
     nb::class_<Result>(m, "Result")
         .def_ro("size", &Result::size)

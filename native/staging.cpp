@@ -53,9 +53,13 @@ StagingShare::~StagingShare() {
     staging_->changed_.notify_all();
 }
 
-bool StagingShare::may_take() const {
-    const size_t fair = std::max<size_t>(1, staging_->blocks_.size() / staging_->sharers_);
-    return !staging_->free_.empty() && taken_.size() < fair;
+size_t StagingShare::fair() const { return std::max<size_t>(1, staging_->blocks_.size() / staging_->sharers_); }
+
+bool StagingShare::may_take() const { return !staging_->free_.empty() && taken_.size() < fair(); }
+
+bool StagingShare::is_wanted() const {
+    const std::lock_guard lock(staging_->mutex_);
+    return staging_->free_.empty() && taken_.size() > fair();
 }
 
 Staging::Block* StagingShare::take(bool may_wait, const std::atomic<bool>& cancelled) {

@@ -61,10 +61,13 @@ class StagingShare {
     // A block, or nullptr if there is none now and the caller may not wait. Throws Error (cancelled).
     Staging::Block* take(bool may_wait, const std::atomic<bool>& cancelled);
     void give_back(Staging::Block* block);
+    // Whether others wait for blocks of which this share has more than its part.
+    bool is_wanted() const;
     // Which block this memory is.
     Staging::Block* block_at(const std::byte* memory) const;
 
   private:
+    size_t fair() const;
     bool may_take() const;
 
     std::shared_ptr<Staging> staging_;

@@ -69,16 +69,19 @@ void Transfer::fell_back(const std::string& reason) {
 }
 
 void parallel_for(Transfer& transfer, size_t count, unsigned threads, double& cpu_seconds,
-                  const std::function<std::function<void(size_t)>()>& make_worker) {
-    std::atomic<size_t> next{0};
+                  const std::function<void(const Next&)>& work) {
+    std::atomic<size_t> taken{0};
     std::atomic<bool> failed{false};
     std::mutex mutex;
     std::exception_ptr first_error;
-    std::vector<std::jthread> pool;
+    const Next next = [&]() -> std::optional<size_t> {
+        if (failed || transfer.cancelled()) return std::nullopt;
+        const size_t index = taken++;
+        return index < count ? std::optional(index) : std::nullopt;
+    };
     const auto run = [&] {
         try {
-            const auto work = make_worker();
-            for (size_t index; !failed && !transfer.cancelled() && (index = next++) < count;) work(index);
+            work(next);
         } catch (...) {
             const std::lock_guard lock(mutex);
             if (!failed.exchange(true)) first_error = std::current_exception();
@@ -86,6 +89,7 @@ void parallel_for(Transfer& transfer, size_t count, unsigned threads, double& cp
         const std::lock_guard lock(mutex);
         cpu_seconds += thread_cpu_seconds();
     };
+    std::vector<std::jthread> pool;
     for (size_t i = 0; i < std::min<size_t>(threads, count); ++i) pool.emplace_back(run);
     pool.clear();
     if (first_error) std::rethrow_exception(first_error);

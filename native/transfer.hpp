@@ -8,6 +8,7 @@
 #include <exception>
 #include <functional>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 
@@ -23,6 +24,8 @@ struct Options {
     unsigned populate_threads = 0;  // 0: as many as there are processors, four at most
     unsigned digest_threads = 2;
     unsigned copy_threads = 0;  // 0: as many as there are processors, sixteen at most
+    uint64_t piece = 1 << 20;   // what such a thread sends to a device at once
+    unsigned pieces = 4;        // and how many of them are on their way while it fills the next
     // Take what the page cache has; otherwise O_DIRECT passes it by.
     bool page_cache = true;
 };
@@ -83,9 +86,12 @@ class Transfer {
     std::thread thread_;
 };
 
-// Calls `work(index)` for every index below `count` on `threads` threads; the first error ends them all and is thrown.
-// `cpu_seconds` grows by what the threads used.
+// What is to be done next; nothing once all is taken, another thread has failed, or the transfer is cancelled.
+using Next = std::function<std::optional<size_t>()>;
+
+// Runs `work` on `threads` threads, each of which asks for the next index below `count` until there is none; the first
+// error ends them all and is thrown. `cpu_seconds` grows by what the threads used.
 void parallel_for(Transfer& transfer, size_t count, unsigned threads, double& cpu_seconds,
-                  const std::function<std::function<void(size_t)>()>& make_worker);
+                  const std::function<void(const Next&)>& work);
 
 }  // namespace flashd

@@ -56,7 +56,7 @@ def test_a_load_is_exact(
 ) -> None:
     contents = some_bytes(OFFSET + length)
     device = memory(length + 1)
-    options = Options(backend=backend, depth=8, page_cache=page_cache)
+    options = Options(backend=backend, depth=8, page_cache=page_cache, piece_bytes=12 * KiB, pieces=3)
     digests = digests_of(contents[OFFSET:], BLOCK)
     extent = Extent(OFFSET, length)
     with load_device(
@@ -138,6 +138,78 @@ def test_a_truncated_file_and_a_cancel_leave_the_staging_memory_whole(
     del transfer
     assert device[: len(contents)] == contents
     assert open_descriptors() == before
+
+
+@pytest.mark.parametrize(("piece_bytes", "pieces"), [(4 * KiB, 1), (4 * KiB, 16), (20 * KiB, 2), (1024 * KiB, 9)])
+@pytest.mark.parametrize("copy_threads", [1, 7])
+def test_pieces_of_any_size_arrive(
+    piece_bytes: int,
+    pieces: int,
+    copy_threads: int,
+    staging: Staging,
+    memory: MakeMemory,
+    opened: Callable[..., OpenFile],
+) -> None:
+    """More threads than blocks, more pieces than fit into one, pieces larger than one."""
+    contents = some_bytes(13 * BLOCK + 4321)
+    size_bytes = len(contents)
+    options = Options(copy_threads=copy_threads, piece_bytes=piece_bytes, pieces=pieces)
+    loaded, uploaded = memory(size_bytes), memory(size_bytes)
+    with load_device(
+        opened(contents), Extent(0, size_bytes), target=loaded.address, staging=staging, options=options,
+        digests=digests_of(contents, BLOCK),
+    ) as transfer:  # fmt: skip
+        assert "page cache" in transfer.wait(60).fallback
+    assert loaded[:] == contents and transfer.done_bytes == size_bytes
+    with upload(
+        address=loaded.address, size_bytes=size_bytes, target=uploaded.address, is_registered=False, staging=staging,
+        options=options,
+    ) as transfer:  # fmt: skip
+        transfer.wait(60)
+    assert uploaded[:] == contents and transfer.done_bytes == size_bytes
+
+
+@pytest.mark.parametrize("wrong", [{"piece_bytes": 0}, {"piece_bytes": 4095}, {"pieces": 0}])
+def test_pieces_that_cannot_be_are_refused(wrong: dict[str, int], staging: Staging, memory: MakeMemory) -> None:
+    with pytest.raises(InvalidArgument, match="on their way"):
+        upload(
+            address=memory(1).address, size_bytes=1, target=memory(1).address, is_registered=False, staging=staging,
+            options=Options(**wrong),  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+def test_a_disk_is_read_at_the_depth_asked_for_as_far_as_staging_memory_goes(
+    staging: Staging, memory: MakeMemory, opened: Callable[..., OpenFile]
+) -> None:
+    contents = some_bytes(8 * BLOCK)
+    for depth, found in ((1, 1), (2, 2), (12, 3)):
+        with load_device(
+            opened(contents), Extent(0, len(contents)), target=memory(len(contents)).address, staging=staging,
+            options=Options(depth=depth, page_cache=False),
+        ) as transfer:  # fmt: skip
+            assert transfer.wait(60).depth == found, "a block is left for what is on its way to the device"
+
+
+@pytest.mark.parametrize("number_of", [2, 9])
+def test_loads_from_the_page_cache_hand_blocks_to_each_other(
+    number_of: int, staging: Staging, memory: MakeMemory, opened: Callable[..., OpenFile]
+) -> None:
+    """Each thread keeps its block until others want it; here there are more transfers than blocks."""
+    contents = some_bytes(60 * BLOCK)
+    file = opened(contents)
+    devices = [memory(len(contents)) for _ in range(number_of)]
+    transfers = [
+        load_device(
+            file, Extent(0, len(contents)), target=device.address, staging=staging,
+            options=Options(copy_threads=4, piece_bytes=16 * KiB),
+        )
+        for device in devices
+    ]  # fmt: skip
+    for transfer in transfers:
+        with transfer:
+            transfer.wait(60)
+    assert all(device[:] == contents for device in devices)
+    assert staging.peak_bytes <= staging.size_bytes
 
 
 def test_many_transfers_share_the_staging_memory_and_none_starves(
