@@ -80,14 +80,14 @@ def run(
 
     Raises InvalidArgument for files that are too small to measure, or whose data is not aligned.
     """
-    subject = _subject(path)
+    subject = subject_of(path)
     figures: defaultdict[str, list[float]] = defaultdict(list)
     peer = _peer(subject)
     with ExitStack() as stack:
         file = stack.enter_context(_opened(subject.path))
         ready = stack.enter_context(Ready(subject.extent.length, device))
         link = stack.enter_context(Link(device, subject.extent.length)) if device else None
-        ram_file = stack.enter_context(_in_memory(subject)) if device else None
+        ram_file = stack.enter_context(in_memory(subject)) if device else None
         finalists = _sweep(subject, ready)
         device_steps = _device_steps(file, ram_file, subject, link, ready, figures) if link else []
 
@@ -203,7 +203,8 @@ class Ready:
     def __init__(self, size_bytes: int, device: Device | None = None) -> None:
         self._gpu = device.gpu if device else None
         self.size_bytes = -(-size_bytes // ALIGNMENT) * ALIGNMENT
-        self._mapping = mmap.mmap(-1, self.size_bytes + _HUGE_PAGE)
+        # Shared memory, the module's default, would not get huge pages on most machines.
+        self._mapping = mmap.mmap(-1, self.size_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._mapping.madvise(mmap.MADV_HUGEPAGE)
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
         self.address = -(-start // _HUGE_PAGE) * _HUGE_PAGE
@@ -221,7 +222,7 @@ class Ready:
 
 
 @contextmanager
-def _in_memory(subject: Subject) -> Iterator[OpenFile | None]:
+def in_memory(subject: Subject) -> Iterator[OpenFile | None]:
     """The file in a file system that is memory; None where there is no room for it."""
     free_bytes = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
     if free_bytes < 2 * subject.extent.end:
@@ -256,7 +257,7 @@ def _opened(path: Path) -> Iterator[OpenFile]:
         yield OpenFile(file.fileno(), str(path))
 
 
-def _subject(path: Path) -> Subject:
+def subject_of(path: Path) -> Subject:
     if path.is_dir():
         if not (path / MANIFEST).exists():
             hint = "flash convert makes one; flash show tells where the store has it"
@@ -319,7 +320,7 @@ def _load(
 
 def peak_of_one_load(path: Path) -> int:
     """The most memory that this process has had, after loading into an arena as the daemon does."""
-    subject = _subject(path)
+    subject = subject_of(path)
     with _opened(subject.path) as file, HostArena(subject.extent.length, "bench", probe_huge_pages()) as arena:
         _load(file, subject, arena.address, arena.mapped_bytes, digests=subject.digests, populate=True)
         status = Path("/proc/self/status").read_text(encoding="ascii")
