@@ -343,8 +343,9 @@ def _separate(base: torch.Tensor, layout: Header) -> dict[str, torch.Tensor]:
 
     storage = base.untyped_storage()
 
-    def raw_of(extent: Extent) -> torch.Tensor:
+    def place(extent: Extent, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         part = storage[extent.offset : extent.end] if extent.length else torch.UntypedStorage(0, device=base.device)
-        return torch.empty(0, dtype=torch.uint8, device=base.device).set_(part)
+        raw = torch.empty(0, dtype=torch.uint8, device=base.device).set_(part)
+        return raw.view(dtype).view(shape)
 
-    return tensors.named_tensors(layout, raw_of)
+    return tensors.named_tensors(layout, place)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import mmap
+import operator
 import os
 import warnings
 import weakref
@@ -52,20 +54,30 @@ def torch_tensors(base: torch.Tensor, layout: Header) -> dict[str, torch.Tensor]
     They keep the region alive and are for reading: the mapping is read-only, so writing to one ends the process
     (SIGSEGV), or, on a GPU, the use of its context. Raises Unsupported for dtypes that torch has not (F4, F6).
     """
-    return named_tensors(layout, lambda extent: base[extent.offset : extent.end])
+    typed = functools.cache(lambda dtype: base[: len(base) // dtype.itemsize * dtype.itemsize].view(dtype))
+
+    def place(extent: Extent, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """One call of torch's a tensor: a model has hundreds, and a lease of it is to cost milliseconds."""
+        if extent.offset % dtype.itemsize:
+            return base[extent.offset : extent.end].view(dtype).view(shape)  # torch says what is wrong with it
+        whole: torch.Tensor = typed(dtype)
+        strides = tuple(itertools.accumulate(shape[:0:-1], operator.mul, initial=1))[::-1] if shape else ()
+        return whole.as_strided(shape, strides, whole.storage_offset() + extent.offset // dtype.itemsize)
+
+    return named_tensors(layout, place)
 
 
-def named_tensors(layout: Header, raw_of: Callable[[Extent], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors by name over what `raw_of` says the bytes of an extent are; otherwise like `torch_tensors`."""
+def named_tensors(
+    layout: Header, place: Callable[[Extent, torch.dtype, tuple[int, ...]], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Tensors by name, each where `place` says that its extent is; otherwise like `torch_tensors`."""
     dtypes = stood_in_for(layout)
     tensors = {}
     for info in layout.tensors:
-        raw = raw_of(info.extent)
+        dtype, shape = _dtype(info.dtype), info.shape
         if original := dtypes.get(info.name):
-            suffix = len(STAND_INS[original].shape_suffix)
-            tensors[info.name] = raw.view(_named(original)).view(info.shape[: len(info.shape) - suffix])
-        else:
-            tensors[info.name] = raw.view(_dtype(info.dtype)).view(info.shape)
+            dtype, shape = _named(original), shape[: len(shape) - len(STAND_INS[original].shape_suffix)]
+        tensors[info.name] = place(info.extent, dtype, shape)
     tensors |= {alias: tensors[name] for alias, name in aliases(layout).items()}
     return tensors
 
