@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,21 @@ def used_with_context(client: flashd.Client) -> int:
     return used_bytes()
 
 
+def weights_of(machine: Machine) -> Path:
+    """The file of the only model there is."""
+    (weights,) = (machine.daemon.state / "store").rglob("model.safetensors")
+    return weights
+
+
+def cache(path: Path, *, is_wanted: bool) -> None:
+    """Puts a file into the page cache, or out of it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while is_wanted and file.read(16 * MiB):
+            pass
+
+
 def held(machine: Machine) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", _HOLDER, machine.daemon.address], stdout=subprocess.PIPE, text=True)
 
@@ -50,6 +66,29 @@ def test_the_card_is_shown_with_its_attributes(machine: Machine) -> None:
     assert card.integrated is gpu.is_integrated and card.reads_host_pages is gpu.reads_host_pages
     assert card.budget_bytes < card.total_bytes == gpu.total_bytes
     assert card.driver_used_bytes > 0
+
+
+def test_what_others_use_of_the_card_is_seen_by_the_driver_and_not_by_our_ledger(machine: Machine) -> None:
+    with machine.connect() as client:
+        machine.add(client, "a", SIZE)
+
+        def card() -> flashd.Device:
+            return next(device for device in client.devices() if device.name == "cuda:0")
+
+        until(lambda: card().driver_used_bytes > 0)
+        before = card()
+        other = cuda.allocate(0, GiB)
+        try:
+            until(lambda: card().driver_used_bytes >= before.driver_used_bytes + GiB)
+            assert card().used_bytes == before.used_bytes == 0
+            client.load("a", "device")
+            assert SIZE <= card().used_bytes < SIZE + 2 * MiB
+            until(lambda: card().driver_used_bytes >= before.driver_used_bytes + GiB + SIZE)
+        finally:
+            os.close(other)
+        client.evict("a")
+        until(lambda: card().driver_used_bytes < before.driver_used_bytes + GiB)
+        assert card().used_bytes == 0
 
 
 def test_a_lease_is_the_weights_on_the_card_and_nothing_is_copied(machine: Machine) -> None:
@@ -101,13 +140,16 @@ def test_up_and_down_the_tiers(machine: Machine) -> None:
         assert all(device.used_bytes == 0 for device in client.devices())
 
 
-@pytest.mark.parametrize("kind", ["nvme to host", "nvme to device", "host to device", "device to host"])
+@pytest.mark.parametrize(
+    "kind", ["nvme to host", "nvme to device", "page cache to device", "host to device", "device to host"]
+)
 def test_a_daemon_killed_during_a_transfer_leaves_nothing(machine: Machine, kind: str) -> None:
     source, _, target = kind.partition(" to ")
     with machine.connect() as client:
         machine.add(client, "a", 1 * GiB)
         before = used_with_context(client)
-        if source != "nvme":
+        cache(weights_of(machine), is_wanted=source == "page cache")
+        if source in {"host", "device"}:
             client.load("a", source)
         client._manager("Load", "ssa{sv}", "a", target, {})
         time.sleep(0.05)
@@ -115,7 +157,7 @@ def test_a_daemon_killed_during_a_transfer_leaves_nothing(machine: Machine, kind
     machine.start()
     with machine.connect() as client:
         kept = client.model("a").devices
-        assert set(kept) <= {"host", "cuda:0"} and (source == "nvme" or kept)
+        assert set(kept) <= {"host", "cuda:0"} and (kept or source not in {"host", "device"})
         client.evict("a")
         assert all(device.used_bytes == 0 for device in client.devices())
         client.load("a", target)
@@ -169,15 +211,17 @@ def test_a_card_that_is_full_is_said_to_be_and_what_was_there_stays(machine: Mac
         client.evict("b")
 
 
-def test_a_corrupt_block_is_found_on_the_way_to_the_card(machine: Machine) -> None:
+@pytest.mark.parametrize("source", ["nvme", "page cache"])
+def test_a_corrupt_block_is_found_on_the_way_to_the_card(machine: Machine, source: str) -> None:
     with machine.connect() as client:
         machine.add(client, "a", SIZE)
         before = used_with_context(client)
-        (weights,) = (machine.daemon.state / "store").rglob("model.safetensors")
+        weights = weights_of(machine)
         weights.chmod(0o600)
         with weights.open("r+b") as file:
             file.seek(100 * MiB)
             file.write(b"\xff\x00\xff")
+        cache(weights, is_wanted=source == "page cache")
         for _ in range(3):
             with pytest.raises(errors.CorruptCheckpoint, match="does not match its digest"):
                 client.load("a", "device")

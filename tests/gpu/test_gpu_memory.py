@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from machine import check_freed, used_bytes
 from native.contents import digests_of
 
 from flashd import cuda, tensors
@@ -170,6 +171,79 @@ def test_transfers_are_exact_in_every_direction(staging: Staging, tmp_path: Path
             transfer.wait()
     assert (tmp_path / "y").read_bytes() == contents
     arena.close()
+
+
+_MOVER = """
+import sys
+from pathlib import Path
+from flashd import cuda
+from flashd.memory.arena import CudaArena, HostArena, HugePages
+from flashd.streamer import Extent, OpenFile, Options, Staging, download, load_device, upload, write_device
+from flashd.units import MiB
+
+size_bytes = 512 * MiB
+kind, path = sys.argv[1:]
+file = Path(path).open("r+b")
+source = OpenFile(file.fileno(), path)
+staging = Staging("cuda", cuda.context(0), size_bytes=256 * MiB)
+arena = CudaArena.allocate(0, size_bytes, size_bytes)
+host = HostArena(size_bytes, "x", HugePages.NONE)
+between = dict(size_bytes=size_bytes, staging=staging)
+
+
+def begin():
+    match kind:
+        case "nvme to device" | "page cache to device":
+            options = Options(page_cache=kind.startswith("page cache"))
+            return load_device(source, Extent(0, size_bytes), target=arena.address, staging=staging, options=options)
+        case "device to nvme":
+            return write_device(source, source=arena.address, **between)
+        case "host to device":
+            return upload(address=host.address, target=arena.address, is_registered=False, **between)
+        case "registered host to device":
+            with host.viewed() as view:
+                return upload(address=view.address, target=arena.address, is_registered=True, **between)
+        case "device to host":
+            return download(source=arena.address, address=host.address, is_registered=False, **between)
+
+
+if kind == "registered host to device":
+    host.seal()
+    host.register(0)
+while True:
+    with begin() as transfer:
+        while not (transfer.done_bytes or transfer.finished):
+            pass
+        print("moving", flush=True)
+        transfer.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "nvme to device",
+        "page cache to device",
+        "device to nvme",
+        "host to device",
+        "registered host to device",
+        "device to host",
+    ],
+)
+def test_whoever_is_killed_during_a_transfer_leaves_nothing_on_the_card(kind: str, tmp_path: Path) -> None:
+    """The streamer by itself; test_gpu_daemon has the daemon."""
+    path = tmp_path / "x"
+    with path.open("wb") as file:
+        for _ in range(512):
+            file.write(bytes(MiB))
+    before = used_bytes()
+    command = [sys.executable, "-c", _MOVER, kind, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as mover:
+        assert mover.stdout is not None
+        assert [mover.stdout.readline() for _ in range(2)] == ["moving\n"] * 2
+        assert used_bytes() >= before + 512 * MiB
+        mover.kill()
+    check_freed(before)
 
 
 def test_whatever_ends_a_transfer_nothing_is_left_of_it(staging: Staging, tmp_path: Path) -> None:
