@@ -178,11 +178,12 @@ def _huge_pages() -> Finding:
 
 
 def _memory_lock() -> Finding:
-    """Of the machine's daemon where one runs: what a unit asks for is not always what it gets. Else of ours."""
+    """Of the machine's daemon where one runs and lets us look: units do not always get what they ask for. Else ours."""
     pid = installation.unit_properties().get("MainPID", "0")
-    limits = (_PROC / (pid if pid != "0" else "self") / "limits").read_text()
+    is_ours = not (_PROC / pid / "limits").exists()
+    limits = (_PROC / ("self" if is_ours else pid) / "limits").read_text()
     soft = limits.partition("Max locked memory")[2].split()[0]  # proc(5)
-    if soft == "unlimited" or (pid == "0" and os.geteuid() == 0):
+    if soft == "unlimited" or (is_ours and os.geteuid() == 0):
         return Finding("locked memory", Verdict.GOOD, "not limited")
     found = f"limited to {format_bytes(int(soft))}"
     return Finding(
