@@ -27,7 +27,7 @@ LACKING = {
     "copy": "TestCopy::test_the_page_cache_is_left_as_it_was",
     "load": "test_fresh_memory_is_populated_by_helpers test_memory_that_the_kernel_does_not_have",
 }  # fmt: skip
-UNITS = ("floor", "memory", "memory_ends", "images")
+UNITS = ("memory", "memory_ends", "images")
 
 pytestmark = pytest.mark.timeout(1800)
 
