@@ -16,6 +16,7 @@ from machine import Machine, check_freed, until, used_bytes
 
 import flashd
 from flashd import cuda, errors
+from flashd.client import Device
 from flashd.units import GiB, MiB
 
 SIZE = 300 * MiB
@@ -72,7 +73,7 @@ def test_what_others_use_of_the_card_is_seen_by_the_driver_and_not_by_our_ledger
     with machine.connect() as client:
         machine.add(client, "a", SIZE)
 
-        def card() -> flashd.Device:
+        def card() -> Device:
             return next(device for device in client.devices() if device.name == "cuda:0")
 
         until(lambda: card().driver_used_bytes > 0)
