@@ -17,7 +17,17 @@ from flashd.errors import FlashdError
 
 if TYPE_CHECKING:
     from flashd.client import Client, Engine, Job, Lease, Model, Status, SwapOutcome
-    from flashd.compat.session import load_model, register_model
+    from flashd.compat import flash
+    from flashd.compat.session import (
+        activate_vllm_integration,
+        cleanup_gpu,
+        configure,
+        get_model_info,
+        list_models,
+        load_model,
+        register_model,
+        shutdown_server,
+    )
     from flashd.state_dicts import load_dict, load_dict_non_blocking, save_dict
 
 __version__ = "0.1.0"
@@ -31,23 +41,40 @@ __all__ = [
     "Status",
     "SwapOutcome",
     "__version__",
+    "activate_vllm_integration",
+    "cleanup_gpu",
+    "configure",
     "connect",
     "errors",
+    "flash",
+    "get_model_info",
+    "list_models",
     "load_dict",
     "load_dict_non_blocking",
     "load_model",
     "register_model",
     "save_dict",
+    "shutdown_server",
 ]
 _STATE_DICTS = {"load_dict", "load_dict_non_blocking", "save_dict"}
-_MODELS = {"load_model", "register_model"}
+# flashtensors' interface, which is here under the same names: flashd/compat.
+_FAMILIAR = {
+    "activate_vllm_integration", "cleanup_gpu", "configure", "get_model_info", "list_models", "load_model",
+    "register_model", "shutdown_server",
+}  # fmt: skip
 
 
-def connect(address: str | None = None) -> Client:
+def connect(
+    address: str | None = None,
+    *,
+    server_host: str | None = None,  # noqa: ARG001
+    server_port: int | None = None,  # noqa: ARG001
+) -> Client:
     """A client of the daemon at `address` (`session`, `system` or a D-Bus address).
 
     By default: $FLASHD_BUS_ADDRESS if it is set, else the first of the private bus that `flash start` made, the session
-    bus and the system bus that has a flashd. Raises Unavailable if none has.
+    bus and the system bus that has a flashd. Raises Unavailable if none has. `server_host` and `server_port` are
+    flashtensors', and mean nothing: flashd listens on no network.
     """
     from flashd import client
 
@@ -60,10 +87,14 @@ def __getattr__(name: str) -> Any:
         from flashd import state_dicts
 
         return getattr(state_dicts, name)
-    if name in _MODELS:
-        from flashd.compat.session import session
+    if name in _FAMILIAR:
+        from flashd.compat import session
 
         return getattr(session, name)
+    if name == "flash":
+        from flashd.compat import flash
+
+        return flash
     if name in __all__:
         from flashd import client
 

@@ -42,14 +42,14 @@ _STAGING_BYTES = 64 * MiB
 _SAME_WIDTH = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
 
 
-def save_dict(state_dict: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
-    """Saves tensors as the checkpoint folder `path`, in place of one that is there; needs no daemon.
+def save_dict(state_dict: Mapping[str, torch.Tensor], model_path: str | os.PathLike[str]) -> None:
+    """Saves tensors as the checkpoint folder `model_path`, in place of one that is there; needs no daemon.
 
     Tensors may be anywhere and of any strides and dtype. What several names share is stored once. Raises Unsupported
-    for what is no dense tensor with bytes of its own (sparse, quantised by torch, meta), AlreadyExists if `path` is
-    there and no checkpoint, StoreFull or TransferFailed; nothing has changed then.
+    for what is no dense tensor with bytes of its own (sparse, quantised by torch, meta), AlreadyExists if something is
+    there that is no checkpoint, StoreFull or TransferFailed; nothing has changed then.
     """
-    destination = Path(path).resolve()  # what a link points to is replaced, and not the link
+    destination = Path(model_path).resolve()  # what a link points to is replaced, and not the link
     plain = {name: _checked(name, tensor, destination) for name, tensor in state_dict.items()}
     aliases = _aliases(plain)
     kept = {name: tensor for name, tensor in plain.items() if name not in aliases}
@@ -67,26 +67,34 @@ def save_dict(state_dict: Mapping[str, torch.Tensor], path: str | os.PathLike[st
     saving.save(shapes, lambda name: _content(kept[name]), destination, aliases=aliases, metadata=metadata)
 
 
-def load_dict(path: str | os.PathLike[str], device_map: DeviceMap = None) -> dict[str, torch.Tensor]:
+def load_dict(
+    model_path: str | os.PathLike[str],
+    device_map: DeviceMap = None,
+    storage_path: str | os.PathLike[str] | None = None,
+) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint folder by name, on the processor or where `device_map` says.
 
-    `device_map` maps prefixes of names to devices, as accelerate's does (`{"": 0}`), or is one device for all. A number
-    is an accelerator; on a machine without any it means the processor. Every block is compared with its digest. The
-    tensors are the caller's own: they may be written to.
+    A relative `model_path` counts from `storage_path`, if that is given. `device_map` maps prefixes of names to
+    devices, as accelerate's does (`{"": 0}`), or is one device for all. A number is an accelerator; on a machine
+    without any it means the processor. Every block is compared with its digest. The tensors are the caller's own: they
+    may be written to.
 
     Raises NotFound, CorruptCheckpoint, InvalidArgument for a map that leaves tensors out, DeviceFailed for a device
     that is not here, OutOfMemory, TransferFailed.
     """
-    loading, found = load_dict_non_blocking(path, device_map)
+    loading, found = load_dict_non_blocking(model_path, device_map, storage_path)
     loading.wait()
     return found
 
 
 def load_dict_non_blocking(
-    path: str | os.PathLike[str], device_map: DeviceMap = None
+    model_path: str | os.PathLike[str],
+    device_map: DeviceMap = None,
+    storage_path: str | os.PathLike[str] | None = None,
 ) -> tuple[Loading, dict[str, torch.Tensor]]:
-    """Like `load_dict`, without waiting: the tensors have their contents when the first of the two says so."""
-    directory = Path(path)
+    """Like `load_dict`, without waiting: the tensors have their contents when the first of the two says so, whose
+    `wait()` confirms it. It is what flashtensors calls the replica."""
+    directory = Path(storage_path or "", model_path)
     if not (directory / MANIFEST).is_file():
         hint = "save_dict makes one of tensors, and flash convert of any model"
         raise NotFound(f"{directory} is no checkpoint", hint=hint)
@@ -290,7 +298,8 @@ def _to_host(checkpoint: Checkpoint) -> tuple[Loading, torch.Tensor]:
     size_bytes = checkpoint.extent.length
     if not size_bytes:
         return Loading.done(), torch.empty(0, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size_bytes)
+    with tensors.mapping_of(size_bytes):
+        memory = mmap.mmap(-1, size_bytes)
     with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     base = tensors.bytes_tensor(memoryview(memory))

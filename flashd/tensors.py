@@ -15,13 +15,14 @@ import operator
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flashd import cuda
 from flashd.checkpoint.header import ALIASES, Header
-from flashd.errors import DeviceFailed, InvalidArgument, Unsupported
+from flashd.errors import DeviceFailed, InvalidArgument, OutOfMemory, Unsupported
+from flashd.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -122,14 +123,27 @@ def bytes_tensor(region: memoryview) -> torch.Tensor:
 
 def private_bytes_tensor(fd: int, size_bytes: int) -> torch.Tensor:
     """One tensor of bytes over an arena in host memory, mapped privately: whoever writes to it changes their own copy
-    of that page. The descriptor stays the caller's. Raises InvalidArgument if the arena is shorter than that."""
+    of that page. The descriptor stays the caller's. Raises InvalidArgument if the arena is shorter than that, and
+    OutOfMemory."""
     import torch
 
     if not size_bytes:
         return torch.empty(0, dtype=torch.uint8)
     if os.fstat(fd).st_size < size_bytes:  # a page beyond the end of a file is a SIGBUS
         raise InvalidArgument(f"the arena has {os.fstat(fd).st_size} bytes, and its layout says {size_bytes}")
-    return bytes_tensor(memoryview(mmap.mmap(fd, size_bytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)))
+    with mapping_of(size_bytes):
+        mapping = mmap.mmap(fd, size_bytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+    return bytes_tensor(memoryview(mapping))
+
+
+@contextlib.contextmanager
+def mapping_of(size_bytes: int) -> Iterator[None]:
+    """Raises OutOfMemory if the kernel maps nothing so large."""
+    try:
+        yield
+    except OSError as error:
+        hint = "this process may not take more (ulimit -v), or the machine has no more"
+        raise OutOfMemory(f"{format_bytes(size_bytes)} of memory: {error.strerror}", hint=hint) from None
 
 
 def device_bytes_tensor(

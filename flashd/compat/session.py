@@ -28,6 +28,10 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _GENERATES_TEXT = "ForCausalLM"
 
 
+class NoServer(Unavailable, ConnectionError):
+    """No daemon runs. Programs that were written for flashtensors expect a ConnectionError then."""
+
+
 class Metrics(TypedDict):
     """Seconds, and bytes. Download, conversion and registration overlap, and all count as `download_time`; what the
     daemon has already takes none."""
@@ -50,9 +54,14 @@ class Registration(TypedDict):
 
 
 class ModelInfo(TypedDict):
-    """What `get_model_info` says of a model. Sizes in bytes, times in seconds since the epoch (0 for never)."""
+    """What `get_model_info` says of a model. Sizes in bytes, times in seconds since the epoch (0 for never).
+
+    `backend` is `auto`, which any of them can be chosen in place of, and `ranks` 1: one checkpoint serves them all.
+    """
 
     model_id: str
+    backend: Backend
+    ranks: int
     path: str
     size: int
     dtype: str
@@ -109,8 +118,11 @@ class Session:
             settings.tell_differences(client, meant)
 
     def connect(self, server_host: str | None = None, server_port: int | None = None) -> None:  # noqa: ARG002
-        """Raises Unavailable unless a daemon runs; starts none. Host and port mean nothing: it is on D-Bus."""
-        clients.connect().close()
+        """Starts no daemon; raises NoServer unless one runs. Host and port mean nothing: it is on D-Bus."""
+        try:
+            clients.connect().close()
+        except Unavailable as error:
+            raise NoServer(error.message, hint=error.hint) from None
 
     def shutdown_server(self) -> None:
         """Ends the daemon if this program started it. One that ran before is other programs' too, and goes on."""
@@ -274,6 +286,8 @@ def _folder(client: Client, model: Model) -> Path:
 def _info(client: Client, model: Model) -> ModelInfo:
     return ModelInfo(
         model_id=model.name,
+        backend="auto",
+        ranks=1,
         path=str(_folder(client, model)),
         size=model.size_bytes,
         dtype=_DTYPES.get(model.dtype, model.dtype),
@@ -287,6 +301,13 @@ def _info(client: Client, model: Model) -> ModelInfo:
 
 
 # Functions of a module need something to be functions of: this program's only session. It connects when it is used.
-session = Session()
-register_model = session.register_model
-load_model = session.load_model
+_session = Session()
+configure = _session.configure
+connect = _session.connect
+shutdown_server = _session.shutdown_server
+activate_vllm_integration = _session.activate_vllm_integration
+cleanup_gpu = _session.cleanup_gpu
+register_model = _session.register_model
+load_model = _session.load_model
+get_model_info = _session.get_model_info
+list_models = _session.list_models

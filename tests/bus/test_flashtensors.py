@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import subprocess
@@ -150,11 +151,29 @@ def test_the_model_of_saved_tensors_is_leased_bit_for_bit(warm: tuple[Path, dict
 
 
 def test_the_same_names_from_flashd() -> None:
-    code = (
-        "import json, sys, flashd, flashtensors; eager = 'torch' in sys.modules or 'flashd.client' in sys.modules;"
-        "names = ['save_dict', 'load_dict', 'load_dict_non_blocking', 'register_model', 'load_model'];"
-        "print(json.dumps([eager, all(callable(getattr(flashd, name)) for name in names),"
-        " flashd.load_model == flashtensors.load_model]))"
-    )
+    """The same functions, but that flashd.connect returns the client that it made."""
+    offered = set(ft.__all__) - {"connect"}
+    assert len(offered) == 13 and offered <= set(flashd.__all__)
+    assert all(getattr(flashd, name) == getattr(ft, name) for name in offered)
+    with flashd.connect(server_host="0.0.0.0", server_port=8073) as client:
+        assert client.models() == []
+    with pytest.raises(TypeError):
+        flashd.connect(server="0.0.0.0")  # type: ignore[call-arg]
+
+
+def test_importing_flashd_imports_nothing_of_it_yet() -> None:
+    code = "import json, sys, flashd; print(json.dumps([name in sys.modules for name in ('torch', 'flashd.client')]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)[1:] == [True, True]
+    assert json.loads(done.stdout) == [False, False]
+
+
+def test_every_function_is_typed_documented_and_said_what_it_maps_to() -> None:
+    page = (Path(flashd.__file__).parent / "compat" / "flashtensors" / "README.md").read_text()
+    functions = {name: getattr(ft, name) for name in ft.__all__ if name not in {"__version__", "flash"}}
+    assert len(functions) == 12
+    for name, function in functions.items():
+        assert inspect.getdoc(function), name
+        signature = inspect.signature(function)
+        annotations = [signature.return_annotation, *(of.annotation for of in signature.parameters.values())]
+        assert inspect.Signature.empty not in annotations, name
+        assert f"{name}(" in page, name

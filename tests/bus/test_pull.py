@@ -173,6 +173,17 @@ def test_what_has_arrived_is_converted_while_the_rest_is_on_its_way(
     assert flash("verify", NAME).returncode == 0
 
 
+def test_shards_arrive_side_by_side(flash: Puller, hub: Hub, published: dict[str, bytes]) -> None:
+    shards = [name for name in published if name.endswith(".safetensors")]
+    released = threading.Event()
+    hub.holds = dict.fromkeys(shards, released)
+    pull = flash.begin("pull", NAME)
+    wait_until(lambda: hub.answering == len(shards) == 4)  # the hub keeps each waiting for the others
+    released.set()
+    _, words = pull.communicate(timeout=60)
+    assert pull.returncode == 0, words
+
+
 def test_the_same_commit_is_not_pulled_twice_and_a_moved_branch_is_a_new_version(
     flash: Puller, hub: Hub, published: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -285,6 +296,17 @@ def test_a_private_repository_needs_a_token_that_nobody_else_sees(
     assert "secretsecret" not in daemon.log.read_text()
     held = [path for path in daemon.state.rglob("*") if path.is_file() and b"secretsecret" in path.read_bytes()]
     assert not held
+
+
+def test_a_program_from_flashtensors_hands_over_its_token(flash: Puller, hub: Hub, published: dict[str, bytes]) -> None:
+    hub.repository(NAME).token = "hf_secretsecret"
+    code = f"import flashtensors as ft; print(ft.register_model({NAME!r}, backend='vllm', hf_token='hf_secretsecret'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=flash.environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'status': 'success'" in done.stdout and "secretsecret" not in done.stdout + done.stderr
+    assert show(flash, NAME)["source"].startswith(f"{NAME}@")
 
 
 def test_a_gated_repository_says_what_to_do(

@@ -15,6 +15,7 @@ import flashtensors as ft
 import torch
 import transformers
 from transformers import (
+    AutoFeatureExtractor,
     BertConfig,
     BertModel,
     CLIPVisionConfig,
@@ -24,6 +25,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     WhisperConfig,
+    WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
 )
 
@@ -81,7 +83,17 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
         "training": mine.training,
         "untouched": torch.equal(next(again.parameters()), next(plain.parameters())),
         "auto": type(ft.load_model(name)).__name__,
+        "processor": processor_of(name),
     }
+
+
+def processor_of(name: str) -> str:
+    """What makes a model's inputs lies where its information says, beside the weights."""
+    info = ft.get_model_info(name)
+    assert info is not None
+    if not (Path(info["path"]) / "preprocessor_config.json").exists():
+        return ""
+    return type(AutoFeatureExtractor.from_pretrained(info["path"])).__name__
 
 
 def main() -> None:
@@ -90,6 +102,8 @@ def main() -> None:
     found = {}
     for name, model in models().items():
         model.save_pretrained(root / name)
+        if name == "whisper":
+            WhisperFeatureExtractor(feature_size=8).save_pretrained(root / name)
         ft.register_model(str(root / name))
         found[name] = compared(name, root / name)
     print(json.dumps(found))

@@ -101,6 +101,35 @@ def test_two_who_swap_away_from_each_other_both_get_their_own_answers(client: Cl
     assert found == {"ada": [ADA.introduction] * 6, "bob": [BOB.introduction] * 6}
 
 
+def test_everything_that_flashtensors_quick_start_uses(client: Client, made: Path, expected: dict[str, Any]) -> None:
+    """Its README's: the same calls and arguments, and what is read of what they return."""
+    ft.shutdown_server()
+    ft.configure(
+        storage_path="/tmp/models", mem_pool_size=1024**3 * 30, chunk_size=1024**2 * 32, num_threads=4,
+        gpu_memory_utilization=0.8, server_host="0.0.0.0", server_port=8073,
+    )  # fmt: skip
+    ft.activate_vllm_integration()
+    model_id = str(made / "ada")
+    result = ft.register_model(
+        model_id=model_id, backend="transformers", torch_dtype="bfloat16", force=False, hf_token=None
+    )
+    assert result["status"] == "success" and result["backend"] == "transformers"
+    assert set(result["metrics"]) == {"total_time", "download_time", "transform_time", "register_time", "model_size"}
+    llm = ft.load_model(model_id=model_id, backend="auto", dtype="bfloat16", gpu_memory_utilization=0.8)
+    prompt = expected["prompt"]
+    for output in llm.generate([prompt, prompt], SimpleNamespace(temperature=0.0, top_p=0.95, max_tokens=24)):
+        assert (output.prompt, output.outputs[0].text) == (prompt, expected["ada"])
+    ft.cleanup_gpu()
+    info = ft.get_model_info(model_id)
+    assert info is not None and info["size"] > 0
+    assert (info["model_id"], info["backend"], info["ranks"]) == ("ada", "auto", 1)
+    assert ft.list_models()["ada"] == info
+    assert ft.load_model(model_id, backend=info["backend"]).model == "ada", "what it says can be said"
+    with pytest.raises(ConnectionError), pytest.MonkeyPatch.context() as patched:
+        patched.setenv("FLASHD_BUS_ADDRESS", "unix:path=/nonexistent")
+        ft.connect(server_host="localhost", server_port=8073)
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "error"),
     [
@@ -147,6 +176,8 @@ def test_any_model_of_transformers_in_this_process(client: Client, bus: str, tmp
     assert {name: report.pop("class") for name, report in found.items()} == classes
     for name, report in found.items():
         auto = "LanguageModel" if name == "moe" else classes[name]
-        dtypes = ["torch.float32", "torch.bfloat16"]
-        assert report == {"equal": True, "dtypes": dtypes, "training": False, "untouched": True, "auto": auto}, name
+        assert report == {
+            "equal": True, "dtypes": ["torch.float32", "torch.bfloat16"], "training": False, "untouched": True,
+            "auto": auto, "processor": "WhisperFeatureExtractor" if name == "whisper" else "",
+        }, name  # fmt: skip
     assert [model.leases for model in client.models() if model.name in classes and not model.active] == [0, 0, 0]

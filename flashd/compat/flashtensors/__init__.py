@@ -17,17 +17,17 @@ from __future__ import annotations
 from flashd import __version__
 from flashd.compat import flash
 from flashd.compat.flash import load_dict, load_dict_non_blocking, save_dict
-from flashd.compat.session import session
-
-configure = session.configure
-connect = session.connect
-shutdown_server = session.shutdown_server
-activate_vllm_integration = session.activate_vllm_integration
-cleanup_gpu = session.cleanup_gpu
-register_model = session.register_model
-load_model = session.load_model
-get_model_info = session.get_model_info
-list_models = session.list_models
+from flashd.compat.session import (
+    activate_vllm_integration,
+    cleanup_gpu,
+    configure,
+    connect,
+    get_model_info,
+    list_models,
+    load_model,
+    register_model,
+    shutdown_server,
+)
 
 __all__ = [
     "__version__",
