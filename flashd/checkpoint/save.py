@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
+import glob
 import mmap
 import os
 import secrets
@@ -52,15 +54,36 @@ def save(
     header = compose(shapes, aliases, metadata)
     with writing(destination.parent):
         destination.parent.mkdir(parents=True, exist_ok=True)
-        partial = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.partial")
-        partial.mkdir()
-        try:
+        with _partial(destination) as partial:
             manifest = _fill(partial, header, content)
             _publish(partial, destination)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         sync_directory(destination.parent)
     return manifest
+
+
+@contextlib.contextmanager
+def _partial(destination: Path) -> Iterator[Path]:
+    """A folder beside it, for as long as we fill it. Those that killed processes have left there are removed."""
+    with contextlib.ExitStack() as held:
+        with _locked(destination.parent, fcntl.LOCK_EX):  # nobody takes one for left that is being made
+            for path in destination.parent.glob(f".{glob.escape(destination.name)}.*.partial"):
+                with contextlib.suppress(OSError), _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    shutil.rmtree(path)
+            partial = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.partial")
+            partial.mkdir()
+            held.callback(shutil.rmtree, partial, ignore_errors=True)
+            held.enter_context(_locked(partial, fcntl.LOCK_EX))
+        yield partial
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, how: int) -> Iterator[None]:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, how)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _check_replaceable(destination: Path) -> None:
