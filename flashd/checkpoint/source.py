@@ -42,6 +42,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth")
 WEIGHTS = ("*.safetensors", *PICKLES)
 NOT_WEIGHTS = (*trainers.NOT_WEIGHTS, "*.index.json", "consolidated*", "adapter_model*")
 _CONSOLIDATED = ("consolidated*.safetensors", "consolidated*.pth")  # as their makers publish Llama and Mistral
+_GGUF = ("*.gguf",)  # not ours to read, but worth a word
 ADAPTER = "adapter_config.json"  # as PEFT saves fine-tunes that only add to a base
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\.\w+)")
@@ -272,10 +273,11 @@ def missing_shards(path: Path) -> list[str]:
 def has_weights(path: Path) -> bool:
     """Whether a folder or a file looks like a source at all, if only to be told why it is none."""
     if not path.is_dir():
-        return _is_weights(path.name)
+        return _is_weights(path.name) or matches(path.name, _GGUF)
     telling = {convention.index for convention in CONVENTIONS} | {ADAPTER}
     names = _listing(path)
-    are_weights = any(_is_weights(name) or name in telling or matches(name, _CONSOLIDATED) for name in names)
+    known = (*_CONSOLIDATED, *_GGUF)
+    are_weights = any(_is_weights(name) or name in telling or matches(name, known) for name in names)
     return are_weights or trainers.are_shards(names)
 
 
@@ -399,7 +401,7 @@ def _checked_choice(names: Collection[str], read_index: Callable[[str], Index]) 
 
 
 def _check_not_gguf(names: Collection[str]) -> None:
-    if any(matches(name, ("*.gguf",)) for name in names):
+    if any(matches(name, _GGUF) for name in names):
         hint = "take the same model as safetensors, as its maker publishes it: flash pull OWNER/NAME"
         raise InvalidSource("GGUF files are made for llama.cpp, and no engine here can read them", hint=hint)
 

@@ -65,6 +65,22 @@ async def test_what_cannot_be_converted_is_shown_and_tried_again_when_it_changes
     assert await remote.get(wire.ROOT_PATH, wire.MANAGER, "InboxItems") == []
 
 
+async def test_gguf_that_is_dropped_is_told_what_to_take_instead(remote: Remote, daemon: Daemon) -> None:
+    (daemon.models / "folder").mkdir()
+    for name in ("folder/Q4.gguf", "tuned.gguf"):
+        (daemon.models / name).write_bytes(b"GGUF" + bytes(100))
+
+    async def failed() -> dict[str, str]:
+        found = await remote.get(wire.ROOT_PATH, wire.MANAGER, "InboxItems")
+        return {name: detail for name, state, detail in found if state == "failed"}
+
+    async def both() -> bool:
+        return (await failed()).keys() == {"folder", "tuned"}
+
+    await until(both)
+    assert all("GGUF" in detail and "safetensors" in detail for detail in (await failed()).values())
+
+
 async def test_a_saved_again_source_is_a_new_version_and_the_old_one_stays_while_leased(
     remote: Remote, daemon: Daemon
 ) -> None:
