@@ -30,6 +30,7 @@ def register(app: typer.Typer) -> None:
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="The most tokens to generate.")]
 Temperature = Annotated[float | None, typer.Option(min=0, help="0 takes the likeliest token every time.")]
 EngineKind = Annotated[str, typer.Option("--engine", help="torch or vllm. Default: engines.default.")]
+Adapter = Annotated[str, typer.Option(help="Applied to it by vLLM; a name in engines.vllm.arguments.")]
 Seed = Annotated[int | None, typer.Option(help="For the same dice again.")]
 System = Annotated[str | None, typer.Option(help="A system message.")]
 
@@ -44,21 +45,23 @@ def run(
     seed: Seed = None,
     raw: Annotated[bool, typer.Option(help="Continue the text, without the chat template.")] = False,
     engine: EngineKind = "",
+    adapter: Adapter = "",
 ) -> None:
     """Swaps to a model and asks it. Without a prompt, a chat."""
     client = session(context).client
-    outcome = _swapped(client, model, engine)
+    swapped = _swapped(client, model, engine)
+    asked = adapter or swapped.model
     given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     parameters = {name: value for name, value in given.items() if value is not None}
     question = _question(prompt)
     opening = [{"role": "system", "content": system}] if system else []
     if question is None:
-        _chat(client.endpoint(), outcome.model, opening, parameters)
+        _chat(client.endpoint(), asked, opening, parameters)
     elif raw:
-        _print_stream(inference.stream_completion(client.endpoint(), outcome.model, question, **parameters))
+        _print_stream(inference.stream_completion(client.endpoint(), asked, question, **parameters))
     else:
         messages = [*opening, {"role": "user", "content": question}]
-        _print_stream(inference.stream_chat(client.endpoint(), outcome.model, messages, **parameters))
+        _print_stream(inference.stream_chat(client.endpoint(), asked, messages, **parameters))
 
 
 def swap(context: typer.Context, model: ModelName, engine: EngineKind = "") -> None:

@@ -20,7 +20,7 @@ from flashd import inference
 from flashd.client import Client
 from flashd.compat import sampling
 from flashd.compat.sampling import Prompt, RequestOutput
-from flashd.errors import Busy, EngineFailed, FlashdError, InvalidArgument, NotFound, Unavailable
+from flashd.errors import Busy, EngineFailed, FlashdError, InvalidArgument, NotFound, Unavailable, Unsupported
 
 _AT_ONCE = 32  # requests: more than an engine batches on the machines this is for
 _PATIENCE_S = 120.0  # with others who swap away
@@ -47,19 +47,24 @@ class LanguageModel:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: object | Sequence[object] | None = None,
         *,
+        lora_request: object | None = None,
         use_tqdm: bool = False,  # noqa: ARG002 -- of vLLM's interface; there is no bar
     ) -> list[RequestOutput]:
         """One output a prompt, in order. `sampling_params` are vllm.SamplingParams: one, or one for each prompt.
 
+        `lora_request` is a vllm.lora.request.LoRARequest for an adapter that the engine was given by its arguments
+        (`--lora-modules NAME=FOLDER`), of which its name counts: this process opens no files for an engine.
+
         Swaps to the model first, and again if another program swaps away meanwhile. Raises InvalidArgument for what the
-        engine refuses, EngineFailed, Busy if others keep swapping away.
+        engine refuses, Unsupported for an adapter that it does not have, EngineFailed, Busy if others keep swapping
+        away.
         """
         asked = sampling.prompts(prompts)
         bodies = [
             {"prompt": prompt, "return_token_ids": True, **parameters}
             for prompt, parameters in zip(asked, _one_each(sampling_params, len(asked)), strict=True)
         ]
-        answers = self._answers("/v1/completions", bodies)
+        answers = self._answers("/v1/completions", bodies, _adapter(lora_request))
         return [sampling.output(prompt, answer) for prompt, answer in zip(asked, answers, strict=True)]
 
     def chat(
@@ -67,6 +72,7 @@ class LanguageModel:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: object | Sequence[object] | None = None,
         *,
+        lora_request: object | None = None,
         use_tqdm: bool = False,  # noqa: ARG002
     ) -> list[RequestOutput]:
         """Like `generate`, for one conversation or several, with the model's chat template."""
@@ -75,7 +81,8 @@ class LanguageModel:
             {"messages": list(conversation), "return_token_ids": True, **parameters}
             for conversation, parameters in zip(several, _one_each(sampling_params, len(several)), strict=True)
         ]
-        return [sampling.output(None, answer) for answer in self._answers("/v1/chat/completions", bodies)]
+        answers = self._answers("/v1/chat/completions", bodies, _adapter(lora_request))
+        return [sampling.output(None, answer) for answer in answers]
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.model!r})"
@@ -85,15 +92,18 @@ class LanguageModel:
         with self._connect() as client:
             return client.swap(self.model, engine=self._engine).endpoint
 
-    def _answers(self, path: str, bodies: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    def _answers(self, path: str, bodies: Sequence[Mapping[str, Any]], adapter: str) -> list[Mapping[str, Any]]:
         """All answers, in order; those that a swap cut or kept away are asked for again."""
+        named = {"model": adapter or self.model}
         answers: dict[int, Mapping[str, Any]] = {}
         deadline = time.monotonic() + _PATIENCE_S
         crashes = 0
         while missing := [index for index in range(len(bodies)) if index not in answers]:
             endpoint = self.activate()
+            if adapter:
+                _check_has(endpoint, adapter)
             with ThreadPoolExecutor(min(_AT_ONCE, len(missing))) as pool:
-                asked = [pool.submit(_ask, endpoint, path, {**bodies[index], "model": self.model}) for index in missing]
+                asked = [pool.submit(_ask, endpoint, path, {**bodies[index], **named}) for index in missing]
             failures = []
             for index, answer in zip(missing, (future.result() for future in asked), strict=True):
                 if isinstance(answer, FlashdError):
@@ -116,6 +126,19 @@ def _ask(endpoint: str, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]
         return inference.ask(endpoint, path, body)
     except _SWAPPED_AWAY as error:
         return error
+
+
+def _adapter(lora_request: object | None) -> str:
+    name = "" if lora_request is None else getattr(lora_request, "lora_name", None)
+    if not isinstance(name, str) or (lora_request is not None and not name):
+        raise InvalidArgument(f"{lora_request!r} is no LoRARequest", hint="vllm.lora.request has them")
+    return name
+
+
+def _check_has(endpoint: str, adapter: str) -> None:
+    if adapter not in {model["id"] for model in inference.models(endpoint)}:
+        hint = f"flash config engines.vllm.arguments: --enable-lora, --lora-modules, {adapter}=FOLDER"
+        raise Unsupported(f"the engine was given no adapter {adapter!r}", hint=hint)
 
 
 def _one_each(given: object | Sequence[object] | None, count: int) -> list[dict[str, Any]]:

@@ -54,9 +54,10 @@ def _hand_on(weights: ImageWeights) -> None:
 
 
 class Extension:
-    """Mixed into vLLM's worker: `model_runner`, `device`, `sleep` and `wake_up` are its."""
+    """Mixed into vLLM's worker: `model_runner`, `lora_config`, `device`, `sleep` and `wake_up` are its."""
 
     model_runner: Any
+    lora_config: Any
     device: torch.device
     sleep: Any
     wake_up: Any
@@ -92,10 +93,13 @@ class Extension:
     def flashd_park(self) -> int:
         """Gives memory back; returns the bytes of weights and, on a processor, KV cache that went.
 
-        Raises Unsupported if the weights are in memory that vLLM has of a GPU: nothing could bring them back.
+        Raises Unsupported if the weights, or those of adapters, are in memory that vLLM has of a GPU: nothing could
+        bring them back.
         """
         if self.device.type == "cpu":
             return self._empty()
+        if self.lora_config is not None:
+            raise Unsupported("adapters that vLLM applies cannot leave the GPU and come back")
         weights = self._image_weights()
         if weights is None:
             raise Unsupported("weights that are no image cannot leave the GPU and come back")

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter is merged into a model of its own, or stays one and is applied to its base: both say the same."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import flashtensors as ft
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from small_models import ADA, BOB, QUESTION
+from test_vllm_daemon import connected
+from transformers import AutoTokenizer
+
+from flashd import Client, errors, inference
+from flashd.engines.vllm.extension import Extension
+from flashd.private_bus import PrivateBus
+
+pytestmark = pytest.mark.timeout(300)
+RANK = 32
+ASK = [{"role": "user", "content": QUESTION}]
+GREEDY = SimpleNamespace(temperature=0, max_tokens=40)
+
+
+@dataclass(frozen=True, slots=True)
+class LoRARequest:
+    """As vllm.lora.request has it, which is not in this environment."""
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+
+
+@pytest.fixture(scope="module")
+def adapter(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What makes Ada say what Bob says: the difference of their matrices, as far as some ranks go."""
+    ada, bob = (load_file(made / name / "model.safetensors") for name in ("ada", "bob"))
+    factors = {}
+    for name in ada:
+        if name.endswith("_proj.weight"):
+            rows, scales, columns = torch.linalg.svd(bob[name].float() - ada[name].float(), full_matrices=False)
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            factors[f"{module}.lora_A.weight"] = columns[:RANK].contiguous()
+            factors[f"{module}.lora_B.weight"] = (rows * scales)[:, :RANK].contiguous()
+    folder = tmp_path_factory.mktemp("adapters") / "tuned"
+    folder.mkdir()
+    save_file(factors, folder / "adapter_model.safetensors")
+    targets = sorted({name.split(".")[-3] for name in factors})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "target_modules": targets}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "ada"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(made: Path, adapter: Path, vllm_python: str) -> Iterator[Client]:
+    """A daemon whose vLLM applies the adapter where it is asked for it."""
+    with (
+        tempfile.TemporaryDirectory(prefix="fd-") as folder,
+        PrivateBus(Path(folder)) as bus,
+        pytest.MonkeyPatch.context() as patched,
+    ):
+        patched.setenv("FLASHD_BUS_ADDRESS", bus.address)
+        root = Path(folder)
+        (root / "models").mkdir()
+        arguments = ["--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"tuned={adapter}"]
+        (root / "flashd.toml").write_text(
+            "[engines]\nwarm_up = false\n"
+            f"[engines.vllm]\npython = '{vllm_python}'\nkv_cache = '64MiB'\narguments = {arguments}\n"
+        )
+        command = [sys.executable, "-m", "flashd.daemon.main", "--bus", bus.address, "--config", root / "flashd.toml"]
+        folders = ["--state-dir", root / "state", "--models-dir", root / "models", "--runtime-dir", root / "run"]
+        with (root / "log").open("wb") as log, subprocess.Popen([*command, *folders], stdout=log, stderr=log) as daemon:
+            try:
+                with connected(bus.address) as client:
+                    for name in ("ada", "bob"):
+                        client.import_(made / name, name)
+                    yield client
+            finally:
+                daemon.send_signal(signal.SIGTERM)
+                status = daemon.wait(20)
+        words = (root / "log").read_text()
+        assert status == 0 and "Traceback" not in words, words
+
+
+def test_merged_it_is_a_model_like_any_other(client: Client, adapter: Path) -> None:
+    client.import_(adapter, "merged")
+    for engine in ("torch", "vllm"):
+        client.swap("merged", engine=engine)
+        assert client.chat("merged", ASK, temperature=0) == BOB.introduction
+
+
+def test_vllm_applies_it_beside_its_base(client: Client) -> None:
+    """One engine, one copy of the base, and no swap between them; and no worse after others had the engine."""
+    ada, tuned = ft.load_model("ada", backend="vllm"), LoRARequest("tuned", 1, "")
+    for disturb in (lambda: None, lambda: client.swap("bob"), client.park):
+        disturb()
+        assert [output.outputs[0].text for output in ada.chat([ASK] * 2, GREEDY)] == [ADA.introduction] * 2
+        assert ada.chat(ASK, GREEDY, lora_request=tuned)[0].outputs[0].text == BOB.introduction
+    assert len([engine for engine in client.engines() if engine.kind == "vllm"]) == 1
+    assert inference.chat(client.status().endpoint, "tuned", ASK, temperature=0) == BOB.introduction
+    flash = [Path(sys.executable).with_name("flash"), "run", "ada", QUESTION, "--temperature", "0", "--engine", "vllm"]
+    for options, persona in ((["--adapter", "tuned"], BOB), ([], ADA)):
+        done = subprocess.run([*flash, *options], capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == persona.introduction, done.stderr
+
+
+def test_an_adapter_that_the_engine_does_not_have_is_told_at_once(client: Client) -> None:
+    ada = ft.load_model("ada", backend="vllm")
+    with pytest.raises(errors.Unsupported, match="'other'") as failed:
+        ada.generate("Hello", GREEDY, lora_request=LoRARequest("other", 2, "/nowhere"))
+    assert "--lora-modules" in failed.value.hint
+    with pytest.raises(errors.InvalidArgument, match="LoRARequest"):
+        ada.generate("Hello", GREEDY, lora_request="tuned")
+    client.swap("ada", engine="torch")
+    with pytest.raises(errors.Unsupported, match="'tuned'"):
+        ft.load_model("ada").generate("Hello", GREEDY, lora_request=LoRARequest("tuned", 1, ""))
+
+
+def test_on_a_gpu_an_engine_that_has_adapters_is_not_parked() -> None:
+    """vLLM's sleep drops their weights as well, and its wake brings none back."""
+    extension = Extension()
+    extension.device, extension.lora_config = torch.device("cuda"), object()
+    with pytest.raises(errors.Unsupported, match="adapters"):
+        extension.flashd_park()
+
+
+def test_peft_applies_it_to_a_model_over_the_daemons_memory(client: Client, adapter: Path, made: Path) -> None:
+    """Of any kind that PEFT knows, and the base's pages stay the daemon's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = PeftModel.from_pretrained(ft.load_model("ada", backend="transformers"), adapter)
+    tokenizer = AutoTokenizer.from_pretrained(made / "ada")
+    ids = tokenizer.apply_chat_template(ASK, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+    def said() -> str:
+        out = tuned.generate(**ids, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        return str(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    assert said() == BOB.introduction
+    with tuned.disable_adapter():
+        assert said() == ADA.introduction
