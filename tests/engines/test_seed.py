@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every listing of the post that flashd began with runs as it is printed there.
 
-`seed_listings.txt` has them word for word. Three things are not as printed: the page they were published on had lost
-its indentation; /data is a folder of the test's; and the models' names mean small models, because that is what the
-Hugging Face cache of the test has under them. There is no network.
+seed.py has taken them from its text. What is not as printed: the page had lost its indentation; /data is a folder of
+the test's; and names mean what they are to mean here: those of models small ones, because that is what the Hugging Face
+cache of the test has under them, and the repository on GitHub this checkout.
 """
 
 from __future__ import annotations
@@ -19,9 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import seed
 from small_models import ADA, BOB, QUESTION
 
 pytestmark = pytest.mark.timeout(600)
+ROOT = Path(__file__).parents[2]
+INSTALLATION = "Installation on DGX Spark"
+COMMAND_LINE = "Quick Start: CLI Usage"
+PYTHON = "Python Integration with vLLM"
+FINE_TUNES = "Loading Custom Fine-Tuned Models"
+SERVING = "Multi-Model Serving Architecture"
 COMMIT = "0" * 40
 MEANT = {
     "Qwen/Qwen3-14B": "ada",
@@ -31,26 +38,6 @@ MEANT = {
     "meta-llama/Llama-3.1-8B-Instruct": "llama",
     "mistralai/Mistral-7B-Instruct-v0.3": "llama",
 }
-
-
-def listings() -> dict[str, str]:
-    """The listings by the heading they stand under."""
-    found = {}
-    for part in (Path(__file__).parent / "seed_listings.txt").read_text().split("== ")[1:]:
-        heading, _, listing = part.partition("\n")
-        found[heading] = _indented(listing)
-    return found
-
-
-def _indented(listing: str) -> str:
-    """A loop's body is one line, a function's all that follows: that is all the structure these listings have."""
-    lines = []
-    loop = function = False
-    for line in listing.splitlines():
-        lines.append(("    " if loop or function else "") + line)
-        loop = line.startswith("for ") and line.endswith(":")
-        function = function or line.startswith("def ")
-    return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +68,7 @@ class Home:
 
     def run(self, heading: str, *, before: str = "", after: str = "") -> str:
         """Runs a listing of Python, after and before code of the test's own; what it printed."""
-        listing = listings()[heading].replace("/data/", f"{self.root}/data/")
+        listing = seed.indented(seed.listings()[heading]).replace("/data/", f"{self.root}/data/")
         script = self.root / "listing.py"
         script.write_text(before + listing + after)
         done = self.call(self.python, script)
@@ -143,17 +130,39 @@ def _until_stopped(home: Home) -> Iterator[Home]:
     assert "Traceback" not in home.log(), home.log()
 
 
-def test_the_listings_are_those_of_the_post() -> None:
-    """Four, with nothing left out."""
-    found = listings()
-    assert len(found) == 4 and sum(len(listing.splitlines()) for listing in found.values()) == 63
-    for heading, listing in found.items():
-        if not heading.endswith("CLI Usage"):
-            compile(listing, heading, "exec")
+def test_no_listing_of_the_post_is_left_out() -> None:
+    """Each has its test below; `seed.py TEXT` compares them with the post itself."""
+    found = seed.listings()
+    assert list(found) == [INSTALLATION, COMMAND_LINE, PYTHON, FINE_TUNES, SERVING]
+    assert sum(len(listing.splitlines()) for listing in found.values()) == 61
+    post = "\n\n".join(f"{heading}\n\nSomething is said:\n\n{listing}" for heading, listing in found.items())
+    assert list(seed.extract(post)) == list(found.items())
+
+
+def test_the_installation(tmp_path: Path) -> None:
+    """What comes is this checkout's last commit, and what it needs."""
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    settings = tmp_path / "gitconfig"
+    settings.write_text(f'[url "{ROOT}"]\n\tinsteadOf = https://github.com/leoheuler/flashtensors.git\n')
+    path = f"{environment / 'bin'}:{os.environ['PATH']}"
+    variables = {**os.environ, "PATH": path, "GIT_CONFIG_GLOBAL": str(settings), "GIT_ALLOW_PROTOCOL": "file:https"}
+
+    def run(line: str) -> str:
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run(seed.listings()[INSTALLATION])
+    shown = run("python -c 'import flashtensors; print(flashtensors.__file__, callable(flashtensors.flash.save_dict))'")
+    assert shown.startswith(str(environment)) and shown.endswith("True\n")
+    assert "pull" in run("flash --help")
 
 
 def test_the_command_line(home: Home) -> None:
-    answers = [home.call("bash", "-c", line) for line in listings()["Quick Start: CLI Usage"].splitlines() if line]
+    answers = [home.call("bash", "-c", line) for line in seed.listings()[COMMAND_LINE].splitlines() if line]
     assert [done.returncode for done in answers] == [0] * 6, [done.stderr for done in answers]
     assert answers[-1].stdout.strip(), "it says something about quantum entanglement"
     assert home.models()["Qwen/Qwen3-14B"]["active"]
@@ -165,7 +174,7 @@ def test_python_with_vllm(vllm_home: Home) -> None:
         f"greedy = SamplingParams(temperature=0, max_tokens=64)\n"
         f"print('greedily:', llm.chat([{{'role': 'user', 'content': {QUESTION!r}}}], greedy)[0].outputs[0].text)\n"
     )
-    printed = vllm_home.run("Python Integration with vLLM", after=after).splitlines()
+    printed = vllm_home.run(PYTHON, after=after).splitlines()
     assert printed[0].startswith("Loaded 32B model in ")
     assert "".join(printed[1:-1]).strip(), "it says something about the architecture"
     assert printed[-1] == f"greedily: {BOB.introduction}"
@@ -198,7 +207,7 @@ assert loaded_weights["head.weight"] is loaded_weights["embed.weight"]
 YourFineTunedModel().load_state_dict(loaded_weights)
 print('exact on', loaded_weights["norm.weight"].device)
 """
-    printed = home.run("Loading Custom Fine-Tuned Models", before=before, after=after)
+    printed = home.run(FINE_TUNES, before=before, after=after)
     assert printed.startswith("exact on "), printed
     assert (home.root / "data/models/my-custom-model/model.safetensors").is_file()
 
@@ -218,7 +227,7 @@ for kind in ("fast", "coding", "general", "creative", "fast"):
     requested({{"model_type": kind}})
 requested({{}})
 """
-    printed = vllm_home.run("Multi-Model Serving Architecture", after=after).splitlines()
+    printed = vllm_home.run(SERVING, after=after).splitlines()
     fast = f"Qwen/Qwen3-0.6B\t{ADA.introduction}"
     general = f"Qwen/Qwen3-14B\t{ADA.introduction}"
     assert printed[:3] == [fast, f"Qwen/Qwen3-Coder-32B\t{BOB.introduction}", general]
