@@ -24,7 +24,7 @@ from PIL import Image, ImageChops
 from safetensors.numpy import save_file
 
 from flashd.bus import DBUS, DBUS_PATH, PROPERTIES, Connection, Received, Reply, plain
-from flashd.errors import Internal
+from flashd.errors import FlashdError, Internal
 
 ROOT = Path(__file__).parents[2]
 TRAY = ROOT / "build" / "tray" / "bin" / "flashd-tray"
@@ -36,6 +36,7 @@ NOTIFICATIONS = "org.freedesktop.Notifications"
 PROGRAMS = ("Xvfb", "xfce4-panel", "openbox", "xdotool", "import", "xfconf-query", "gio", "dbus-daemon")
 WIDTH, HEIGHT = 1000, 700
 PANEL_HEIGHT = 32
+PATIENCE_S = 60.0  # more than anything takes on two slow and busy cores: only what is broken is waited for so long
 
 PANEL = """<?xml version="1.0" encoding="UTF-8"?>
 <channel name="xfce4-panel" version="1.0">
@@ -88,6 +89,7 @@ class Desktop:
     def __enter__(self) -> Desktop:
         (self.home / "run").mkdir(mode=0o700)
         self.set_up_panel()
+        self.set_up_gtk()
         display, _ = self._printed(
             ["Xvfb", "-displayfd", "1", "-screen", "0", f"{WIDTH}x{HEIGHT}x24", "-nolisten", "tcp"]
         )
@@ -96,7 +98,7 @@ class Desktop:
             ["dbus-daemon", "--session", "--nofork", "--nopidfile", "--print-address=1"]
         )
         self.start(["openbox"])
-        self.panel = self.start(["xfce4-panel", "--disable-wm-check"])
+        self.start_panel()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -111,6 +113,12 @@ class Desktop:
         folder = self.home / "config" / "xfce4" / "xfconf" / "xfce-perchannel-xml"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "xfce4-panel.xml").write_text(PANEL)
+
+    def set_up_gtk(self) -> None:
+        """Pictures show what is there, and not how it fades in."""
+        folder = self.home / "config" / "gtk-3.0"
+        folder.mkdir(parents=True)
+        (folder / "settings.ini").write_text("[Settings]\ngtk-enable-animations=0\ngtk-cursor-blink=0\n")
 
     def start(self, command: list[str | Path], **environment: str) -> subprocess.Popen[bytes]:
         """A program of this session; its words go to a file named after it."""
@@ -127,19 +135,18 @@ class Desktop:
 
     def run(self, *command: str | Path, **environment: str) -> str:
         done = subprocess.run(
-            command, env=self.environment | environment, capture_output=True, text=True, check=True, timeout=30
+            command, env=self.environment | environment, capture_output=True, text=True, check=True, timeout=PATIENCE_S
         )
         return done.stdout.strip()
 
-    def restart_panel(self) -> None:
-        end(self.panel)
+    def start_panel(self) -> None:
         self.panel = self.start(["xfce4-panel", "--disable-wm-check"])
 
-    def picture(self, name: str = "") -> Image.Image:
-        """The whole screen; kept among the artefacts under a name."""
+    def picture(self, name: str = "", *, window: str = "root") -> Image.Image:
+        """The whole screen, or a window without its frame; kept among the artefacts under a name."""
         path = SHOTS / f"{name}.png" if name else self.home / "screen.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.run("import", "-window", "root", path)
+        self.run("import", "-window", window, path)
         with Image.open(path) as image:
             return image.convert("RGB")
 
@@ -148,11 +155,19 @@ class Desktop:
 
     def windows(self, title: str) -> list[str]:
         """Visible windows whose title is this one."""
+        return self._asked("search", "--onlyvisible", "--name", f"^{title}$").split()
+
+    def active_window(self) -> str:
+        """The one that has the keyboard; nothing where none has."""
+        return self._asked("getactivewindow")
+
+    def _asked(self, *words: str) -> str:
+        """What xdotool says; it fails where there is nothing to tell."""
         done = subprocess.run(
-            ["xdotool", "search", "--onlyvisible", "--name", f"^{title}$"],
-            env=self.environment, capture_output=True, text=True, timeout=10, check=False,
+            ["xdotool", *words],
+            env=self.environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
-        return done.stdout.split()
+        return done.stdout.strip()
 
     def _printed(self, command: list[str]) -> tuple[str, subprocess.Popen[bytes]]:
         """Starts a program that prints one line when it is ready: that line, and the program."""
@@ -169,7 +184,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(timeout=15)
+            process.wait(timeout=PATIENCE_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -195,22 +210,33 @@ class Line:
 
 @dataclass(slots=True)
 class Panel:
-    """The tray as the panel sees it: the first item that registered."""
+    """The tray as the panel sees it: the first item that registered.
+
+    What is asked of a panel or a tray that is not there raises FlashdError or AssertionError; `until` asks again.
+    """
 
     connection: Connection
 
     async def items(self) -> list[str]:
-        try:
-            found: list[str] = await self._get(
-                WATCHER, "/StatusNotifierWatcher", WATCHER, "RegisteredStatusNotifierItems"
-            )
-        except Exception:  # noqa: BLE001 -- the panel is on its way
-            return []
+        found: list[str] = await self._get(WATCHER, "/StatusNotifierWatcher", WATCHER, "RegisteredStatusNotifierItems")
         return found
 
     async def is_ready(self) -> bool:
         reply = await self.connection.call(DBUS, DBUS_PATH, DBUS, "NameHasOwner", "s", (WATCHER,))
         return bool(reply.body[0])
+
+    async def is_gone(self) -> bool:
+        return not await self.is_ready()
+
+    async def leave(self, desktop: Desktop) -> None:
+        """Its tray is a process of its own, which may go on answering for a moment when the panel has ended."""
+        end(desktop.panel)
+        await until(self.is_gone, what="nobody stands in for the panel that ended")
+
+    async def restart(self, desktop: Desktop) -> None:
+        await self.leave(desktop)
+        desktop.start_panel()
+        await until(self.is_ready, what="the new panel")
 
     async def property(self, name: str) -> Any:
         destination, path = await self._item()
@@ -259,8 +285,9 @@ class Panel:
         return not await self.items()
 
     async def _item(self) -> tuple[str, str]:
-        item = (await self.items())[0]
-        destination, _, path = item.partition("/")
+        items = await self.items()
+        assert items, "there is no icon in the panel"
+        destination, _, path = items[0].partition("/")
         return destination, "/" + path
 
     async def _get(self, destination: str, path: str, interface: str, name: str) -> Any:
@@ -330,7 +357,18 @@ class Daemon:
     def stop(self, number: int = signal.SIGTERM) -> None:
         assert self.process is not None
         self.process.send_signal(number)
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=PATIENCE_S)
+
+
+def icon_corner(picture: Image.Image) -> Image.Image:
+    """Where the panel shows its only icon."""
+    return picture.crop((WIDTH - PANEL_HEIGHT, 0, WIDTH, PANEL_HEIGHT - 2))
+
+
+def icon_is_drawn(desktop: Desktop, shot: str = "") -> bool:
+    """And stands out from the panel."""
+    low, high = icon_corner(desktop.picture(shot)).convert("L").getextrema()
+    return high - low > 60
 
 
 def menu_rows(before: Image.Image, after: Image.Image) -> list[tuple[int, int]]:
@@ -341,6 +379,11 @@ def menu_rows(before: Image.Image, after: Image.Image) -> list[tuple[int, int]]:
     top = max(top, PANEL_HEIGHT + 1)  # the icon in the panel is highlighted as well
     # A column left of submenu arrows; the frame of the menu and its separators are of one shade over all its width.
     strip = after.convert("L").crop((left + 4, top + 2, right - 4, bottom - 2))
+    return [((left + right) // 2, top + 2 + (first + last) // 2) for first, last in rows_of_text(strip)]
+
+
+def rows_of_text(strip: Image.Image) -> list[tuple[int, int]]:
+    """From where to where each line of text goes, in a picture of grey tones with one background."""
     inked = []
     for y in range(strip.height):
         low, high = strip.crop((0, y, strip.width, y + 1)).getextrema()
@@ -352,19 +395,27 @@ def menu_rows(before: Image.Image, after: Image.Image) -> list[tuple[int, int]]:
         elif not ink and start is not None:
             rows.append((start, y))
             start = None
-    return [((left + right) // 2, top + 2 + (first + last) // 2) for first, last in rows if last - first >= 5]
+    return [(first, last) for first, last in rows if last - first >= 5]
 
 
-async def until(condition: Callable[[], Any], timeout_s: float = 30.0, what: str = "") -> Any:
-    """What the condition, a coroutine function or not, returned when it held; fails after a while."""
-    deadline = time.monotonic() + timeout_s
+async def until(condition: Callable[[], Any], what: str = "") -> Any:
+    """What the condition, a coroutine function or not, returned when it held; fails after a while.
+
+    While what it asks is not there (a menu that is about to change, a panel on its way) it does not hold.
+    """
+    deadline = time.monotonic() + PATIENCE_S
     while True:
-        holds = condition()
-        if asyncio.iscoroutine(holds):
-            holds = await holds
-        if holds:
-            return holds
-        assert time.monotonic() < deadline, f"it did not come to pass: {what}"
+        why: Exception | None = None
+        try:
+            holds = condition()
+            if asyncio.iscoroutine(holds):
+                holds = await holds
+            if holds:
+                return holds
+        except (AssertionError, FlashdError) as error:
+            why = error
+        if time.monotonic() >= deadline:
+            raise AssertionError(f"it did not come to pass: {what}") from why
         await asyncio.sleep(0.05)
 
 

@@ -15,6 +15,15 @@ from box import TRAY, Daemon, Desktop, NotificationDaemon, Panel, end, missing_p
 
 from flashd.bus import connect
 
+_TIMEOUT_S = 300  # for all of a test; `until` gives up long before
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.timeout(_TIMEOUT_S))
+
+
 MAKE_MODELS = """
 import sys, pathlib, small_models
 folder = pathlib.Path(sys.argv[1])

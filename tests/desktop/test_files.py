@@ -7,9 +7,11 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
-from box import ROOT, TRAY, Daemon, Desktop, NotificationDaemon, Panel, make_unsupported, until
+from box import PATIENCE_S, ROOT, TRAY, Daemon, Desktop, NotificationDaemon, Panel, make_unsupported, until
+from PIL import Image
 
 import flashd
 
@@ -42,6 +44,14 @@ def test_valid(command: list[str | Path]) -> None:
     assert "warning" not in done.stdout
 
 
+def test_appstream_shows_the_pictures_there_are() -> None:
+    images = ElementTree.parse(FILES / "org.flashd1.Tray.metainfo.xml").findall(".//image")
+    assert images
+    for image in images:
+        with Image.open(FILES / "screenshots" / str(image.text).rpartition("/")[2]) as picture:
+            assert picture.size == (int(image.get("width", 0)), int(image.get("height", 0)))
+
+
 def test_installs_for_the_whole_machine(tmp_path: Path) -> None:
     subprocess.run([FILES / "install", "--system"], env=os.environ | {"DESTDIR": str(tmp_path)}, check=True)
     found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
@@ -69,7 +79,7 @@ async def test_runs_as_the_package_installs_it(desktop: Desktop, panel: Panel, t
     await until(panel.items, what="the icon")
     await until(lambda: panel.says("flashd is not running"))
     await panel.choose("Quit")
-    assert tray.wait(timeout=10) == 0
+    assert tray.wait(timeout=PATIENCE_S) == 0
     assert desktop.words("flashd-tray") == ""
 
 
@@ -119,7 +129,7 @@ async def test_what_cannot_be_opened_is_said(
     second = desktop.start([TRAY, desktop.home / "nowhere.safetensors"])
     await until(lambda: notifications.shown, what="a notification")
     assert notifications.shown[0]["title"] == "nowhere.safetensors could not be converted"
-    assert second.wait(timeout=10) == 0
+    assert second.wait(timeout=PATIENCE_S) == 0
 
 
 async def test_open_with_flashd_starts_what_it_needs(

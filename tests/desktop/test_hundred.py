@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 from collections.abc import AsyncIterator
 
 import pytest
-from box import HEIGHT, PANEL_HEIGHT, TRAY, WIDTH, Daemon, Desktop, Panel, make_unsupported, until
+from box import HEIGHT, PANEL_HEIGHT, TRAY, Daemon, Desktop, Panel, icon_is_drawn, make_unsupported, rows_of_text, until
 
 import flashd
 
@@ -47,11 +46,17 @@ async def test_typing_finds_a_model(desktop: Desktop, hundred: Panel) -> None:
     await hundred.choose("Find a model")
     (window,) = await until(lambda: desktop.windows("flashd: find a model"))
     desktop.run("xdotool", "windowfocus", "--sync", window, "type", "--delay", "20", "lab 7")
-    await asyncio.sleep(0.5)  # the entry waits a moment for more letters
+    await until(lambda: rows_found(desktop, window) == 5, what="lab/tune-70 to 78 and no others")
     desktop.picture("finder")
     desktop.run("xdotool", "key", "Return")
     await until(lambda: hundred.says("Swapping to lab/tune-70 failed"), what="the first that matches")
     assert not desktop.windows("flashd: find a model")
+
+
+def rows_found(desktop: Desktop, window: str) -> int:
+    """How many lines of text stand in the finder's list, which is all of its window but the entry at the top."""
+    shown = desktop.picture(window=window).convert("L")
+    return len(rows_of_text(shown.crop((12, 50, shown.width - 12, shown.height - 12))))
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -59,16 +64,9 @@ async def test_the_icon_is_seen_on_the_panel(desktop: Desktop, panel: Panel, dar
     if dark:
         await until(panel.is_ready)
         desktop.run("xfconf-query", "-c", "xfce4-panel", "-p", "/panels/dark-mode", "-n", "-t", "bool", "-s", "true")
-        desktop.restart_panel()
-        await until(panel.is_ready)
+        await panel.restart(desktop)
     desktop.start([TRAY])
-    await until(panel.items)
-    corner = (WIDTH - PANEL_HEIGHT, 0, WIDTH, PANEL_HEIGHT - 2)
-
-    def contrast() -> int:
-        low, high = desktop.picture(f"icon-{'dark' if dark else 'light'}").convert("L").crop(corner).getextrema()
-        return high - low
-
-    await until(lambda: contrast() > 60, what="an icon that stands out")
+    shot = f"icon-{'dark' if dark else 'light'}"
+    await until(lambda: icon_is_drawn(desktop, shot), what="an icon that stands out")
     background = desktop.picture().getpixel((20, 16))
     assert (max(background) < 100) is dark

@@ -10,6 +10,7 @@ from pathlib import Path
 from box import Daemon, Desktop, NotificationDaemon, Panel, make_unsupported, until
 
 import flashd
+from flashd.bus import connect
 
 
 async def test_a_dropped_model_is_announced_and_can_be_switched_to(
@@ -28,7 +29,7 @@ async def test_a_dropped_model_is_announced_and_can_be_switched_to(
     assert shown["body"].startswith("6.49 MB. Converted in")
     assert shown["actions"] == ["swap", "Switch"]
     notifications.click(shown["number"], "swap")
-    await until(lambda: panel.says("ada answers"), 60, "the click switched")
+    await until(lambda: panel.says("ada answers"), "the click switched")
 
 
 async def test_a_failed_conversion_is_told_with_its_reason(
@@ -56,8 +57,12 @@ async def test_refused_memory_is_told(
     daemon.start()
     await until(lambda: panel.has("large"))
     await panel.choose("large")
-    await until(lambda: any(shown["title"] == "No swap to large" for shown in notifications.shown))
-    assert notifications.shown[-1]["body"].startswith("It does not fit into memory: ")
+
+    def told() -> list[str]:
+        return [shown["body"] for shown in notifications.shown if shown["title"] == "No swap to large"]
+
+    (body,) = await until(told, what="that it was refused")
+    assert body.startswith("It does not fit into memory: ")
 
 
 async def test_what_was_switched_off_is_not_told(
@@ -85,3 +90,22 @@ async def test_what_is_told_cannot_carry_markup(
         client.begin_import(source, "it + (he)")
     await until(lambda: notifications.shown)
     assert "<" not in notifications.shown[0]["body"]
+
+
+async def test_a_desktop_without_notifications_is_no_reason_to_fail(
+    desktop: Desktop, daemon: Daemon, tray: subprocess.Popen[bytes], panel: Panel
+) -> None:
+    """The menu says the same; and the first notice after such a daemon has come is shown."""
+    make_unsupported(daemon.models / "unheard")
+    await until(lambda: panel.has("✓ unheard is ready"), what="the menu tells of it")
+    connection = await connect(desktop.address)
+    late = NotificationDaemon(connection)
+    await late.start()
+    source = desktop.home / "source"
+    make_unsupported(source)
+    (source / "model.safetensors").write_bytes(b"\xff" * 4096)
+    with flashd.connect(desktop.address) as client:
+        client.begin_import(source, "heard")
+    await until(lambda: late.shown, what="a notification")
+    assert [shown["title"] for shown in late.shown] == ["heard could not be converted"]
+    await connection.close()

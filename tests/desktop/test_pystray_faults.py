@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from box import TRAY, Daemon, Desktop, Panel, make_unsupported, until
+from box import PATIENCE_S, TRAY, Daemon, Desktop, Panel, make_unsupported, until
 
 # Put before everything else by the interpreter itself (site): the machine as it is where a package is not installed.
 WITHOUT_INDICATOR = """
@@ -37,7 +37,7 @@ def refusal(desktop: Desktop, *arguments: str, **environment: str) -> str:
         env=desktop.environment | environment,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 13, done.stderr
@@ -79,7 +79,7 @@ async def test_quits_without_a_notification_daemon(tray: subprocess.Popen[bytes]
     """And leaves nothing in the panel; the fixture sees that nothing was complained about."""
     await until(lambda: panel.has("Quit"))
     await panel.choose("Quit")
-    assert tray.wait(timeout=10) == 0
+    assert tray.wait(timeout=PATIENCE_S) == 0
     await until(panel.is_empty, what="the icon goes")
 
 
@@ -88,7 +88,7 @@ async def test_signals_end_it_properly(tray: subprocess.Popen[bytes], panel: Pan
     folder = Path(await panel.property("IconThemePath"))
     assert folder.exists()
     tray.send_signal(number)
-    assert tray.wait(timeout=10) == 0
+    assert tray.wait(timeout=PATIENCE_S) == 0
     assert not folder.exists()
     await until(panel.is_empty, what="the icon goes")
 

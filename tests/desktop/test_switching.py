@@ -7,8 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from box import HEIGHT, TRAY, WIDTH, Daemon, Desktop, Line, Panel, menu_rows, until
-from PIL import Image, ImageChops
+from box import TRAY, WIDTH, Daemon, Desktop, Line, Panel, icon_is_drawn, menu_rows, until
 
 import flashd
 
@@ -51,20 +50,23 @@ async def test_switch_by_menu_and_by_mouse(
     assert await checked(panel) == []
 
     await panel.choose("ada")
-    await until(lambda: answers(panel, "ada"), 60, "ada answers")
+    await until(lambda: answers(panel, "ada"), "ada answers")
     assert ask(desktop, "ada") == SAYS["ada"]
-    desktop.picture("serving-light")
+    await until(lambda: icon_is_drawn(desktop, "serving-light"), what="an icon to click at")
 
     before = desktop.picture()
-    desktop.click(WIDTH - 16, 16)
-    await until(lambda: menu_is_open(before, desktop), what="the menu opens")
-    after = desktop.picture("menu-light")
-    rows = menu_rows(before, after)
     shown = top_level(await panel.lines())
-    assert len(rows) == len(shown), (rows, shown)
+    desktop.click(WIDTH - 16, 16)
+
+    def rows_on_screen() -> list[tuple[int, int]]:
+        rows = menu_rows(before, desktop.picture("menu-light"))
+        assert len(rows) == len(shown), (rows, shown)
+        return rows
+
+    rows = await until(rows_on_screen, what="the menu opens, with every line of it")
     (place,) = [row for row, label in zip(rows, shown, strict=True) if label.startswith("bob")]
     desktop.click(*place)
-    await until(lambda: answers(panel, "bob"), 60, "bob answers")
+    await until(lambda: answers(panel, "bob"), "bob answers")
     assert ask(desktop, "bob") == SAYS["bob"]
 
 
@@ -86,7 +88,7 @@ async def test_what_can_be_done_with_the_model_that_answers(
     await until(lambda: panel.says("No model is active"), what="it was cancelled")
 
     await panel.choose("ada")
-    await until(lambda: answers(panel, "ada"), 60, "ada answers")
+    await until(lambda: answers(panel, "ada"), "ada answers")
     assert await panel.property("IconName") == "flashd-tray-serving"
 
     await panel.choose("Copy endpoint")
@@ -101,11 +103,6 @@ async def test_what_can_be_done_with_the_model_that_answers(
     await panel.choose("Park ada")
     await until(lambda: panel.says("No model is active"), what="it is parked")
     assert not (await panel.line("Chat")).enabled
-
-
-def menu_is_open(before: Image.Image, desktop: Desktop) -> bool:
-    box = ImageChops.difference(before, desktop.picture()).getbbox()
-    return box is not None and box[3] - box[1] > HEIGHT / 5
 
 
 def top_level(lines: list[Line]) -> list[str]:
