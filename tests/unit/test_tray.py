@@ -210,6 +210,18 @@ def test_a_hundred_models_are_grouped_and_can_be_searched() -> None:
     assert "find" not in described(snapshot(*models[:DIRECT_MODELS]))
 
 
+def test_where_no_models_are_it_says_why_and_what_to_do() -> None:
+    def said(shown: Snapshot) -> list[tuple[str, Verb | None]]:
+        return [(e.label, e.action.verb if e.action else None) for e in menu.instead_of_models(shown, ENGLISH)]
+
+    assert said(Snapshot()) == [("flashd is not running", None), ("Start flashd", Verb.START)]
+    assert said(snapshot()) == [
+        ("No models yet: put one into the models folder", None),
+        ("Open models folder", Verb.OPEN_FOLDER),
+    ]
+    assert said(snapshot(model())) == []
+
+
 def test_no_models_says_what_to_do() -> None:
     assert "No models yet: put one into the models folder" in labels(snapshot())
 
@@ -302,9 +314,7 @@ def test_preferences_are_shown() -> None:
 
 
 def test_denials_and_refusals_are_explained() -> None:
-    assert menu.explain(NotAuthorized.bus_name(), "no right", "ask root", ENGLISH) == (
-        "You may not do this: no right\nask root"
-    )
+    assert menu.explain(NotAuthorized.bus_name(), "no right", "ask root", ENGLISH) == "no right\nask root"
     assert menu.explain(OutOfMemory.bus_name(), "8 GB short", "", ENGLISH) == "It does not fit into memory: 8 GB short"
     assert menu.explain(EngineFailed.bus_name(), "it died", "", ENGLISH) == "it died"
 
@@ -353,7 +363,7 @@ def test_models_dropped_together_make_one_notice() -> None:
         (failed("scrub", ""), "Something failed in flashd: config.json is missing\nadd it"),
         (
             failed("swap", error=NotAuthorized),
-            "Not permitted: You may not do this: config.json is missing\nadd it",
+            "Not permitted: config.json is missing\nadd it",
         ),
     ],
 )
@@ -474,6 +484,19 @@ def test_the_icon_fills_its_square(size: int) -> None:
         left, top, right, bottom = draw(state, size=size).getbbox()
         assert bottom - top >= 0.85 * size, state
         assert right - left >= 0.5 * size, state
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_level_edges_are_sharp_at_every_size(size: int) -> None:
+    """Those of the bolt's two wings, and of the ring where it touches the square: full or clear."""
+
+    def column(state: State, x: float) -> list[int]:
+        alpha = draw(state, 1.0, size).getchannel("A")
+        return [alpha.getpixel((int(x * size), y)) for y in range(size)]
+
+    upwards, downwards = column(State.SERVING, 0.3)[::-1], column(State.SERVING, 0.7)
+    assert next(filter(None, upwards)) == next(filter(None, downwards)) == 255
+    assert column(State.SWAPPING, 0.5)[0] == column(State.SWAPPING, 0.5)[-1] == 255
 
 
 def test_a_theme_writes_each_icon_once(tmp_path: Path) -> None:

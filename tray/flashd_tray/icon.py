@@ -34,7 +34,8 @@ COLOURS = {
     State.FAILED: RED,
 }
 
-# In a square of side 1. The bolt fills its height; inside a ring it is made smaller.
+# In a square of side 1. The bolt fills its height; inside a ring it is made smaller. Its two level edges stand on whole
+# pixels at every size: between them they would be a blur.
 _BOLT = ((0.60, 0.02), (0.17, 0.57), (0.46, 0.57), (0.38, 0.98), (0.83, 0.40), (0.53, 0.40))
 _RING_SCALE = 0.62
 
@@ -49,13 +50,12 @@ def draw(state: State, progress: float | None = None, size: int = 64) -> Image.I
     match state:
         case State.SWAPPING | State.CONVERTING:
             _bolt(pen, side, colour, scale=_RING_SCALE)
-            _ring(pen, side, colour, stroke, progress)
+            _ring(pen, size, colour, progress)
         case State.IDLE:
             _hollow_bolt(pen, side, colour, stroke)
         case State.AWAY:
-            _hollow_bolt(pen, side, colour, stroke)
-            pen.line([(0.08 * side, 0.08 * side), (0.92 * side, 0.92 * side)], fill=(0, 0, 0, 0), width=3 * stroke)
-            pen.line([(0.08 * side, 0.08 * side), (0.92 * side, 0.92 * side)], fill=colour, width=stroke)
+            _hollow_bolt(pen, side, colour, stroke, shift=-0.14)
+            _cross(pen, size, colour)
         case State.FAILED:
             _bolt(pen, side, colour, shift=-0.14)
             _badge(pen, size, colour)
@@ -68,19 +68,27 @@ def _bolt(pen: ImageDraw.ImageDraw, side: int, colour: Colour, *, scale: float =
     pen.polygon([(x + shift * side, y) for x, y in _points(side, scale)], fill=colour)
 
 
-def _hollow_bolt(pen: ImageDraw.ImageDraw, side: int, colour: Colour, stroke: int) -> None:
-    points = _points(side, 0.92)
+def _hollow_bolt(pen: ImageDraw.ImageDraw, side: int, colour: Colour, stroke: int, *, shift: float = 0.0) -> None:
+    points = [(x + shift * side, y) for x, y in _points(side, 0.92)]
     pen.line([*points, points[0], points[1]], fill=colour, width=stroke, joint="curve")
 
 
 def _points(side: int, scale: float) -> list[tuple[float, float]]:
     offset = (1 - scale) / 2
-    return [((offset + scale * x) * side, (offset + scale * y) * side) for x, y in _BOLT]
+    placed = [((offset + scale * x) * side, (offset + scale * y) * side) for x, y in _BOLT]
+    (top, left, inner, bottom, right, outer) = placed
+    lower = round(left[1] / _FINER) * _FINER - 1  # the pen's last row is filled as well
+    upper = round(right[1] / _FINER) * _FINER
+    return [top, (left[0], lower), (inner[0], lower), bottom, (right[0], upper), (outer[0], upper)]
 
 
-def _ring(pen: ImageDraw.ImageDraw, side: int, colour: Colour, stroke: int, progress: float | None) -> None:
-    """An arc as long as what is done, on a faint circle; three short arcs where nobody knows how much there is."""
-    box = (stroke // 2, stroke // 2, side - 1 - stroke // 2, side - 1 - stroke // 2)
+def _ring(pen: ImageDraw.ImageDraw, size: int, colour: Colour, progress: float | None) -> None:
+    """An arc as long as what is done, on a faint circle; three short arcs where nobody knows how much there is.
+
+    Its width is whole pixels, from the edge of the square inwards.
+    """
+    stroke = max(2, round(size * 0.09)) * _FINER
+    box = (0, 0, size * _FINER - 1, size * _FINER - 1)
     pen.arc(box, 0, 360, fill=(*colour, 90), width=stroke)
     if progress is None:
         for start in (-90, 30, 150):
@@ -100,6 +108,14 @@ def _badge(pen: ImageDraw.ImageDraw, size: int, colour: Colour) -> None:
     block(left - gap, top - gap, size, size, (0, 0, 0, 0))
     block(left, top, size, size - width - gap, colour)
     block(left, size - width, size, size, colour)
+
+
+def _cross(pen: ImageDraw.ImageDraw, size: int, colour: Colour) -> None:
+    """A cross in the lower right corner, where a bolt that was shifted leaves room."""
+    edge, stroke = round(size * 0.34), size * 0.085
+    low, high = (size - edge + stroke / 2) * _FINER, (size - stroke / 2) * _FINER
+    for start, end in (((low, low), (high, high)), ((low, high), (high, low))):
+        pen.line([start, end], fill=colour, width=round(stroke * _FINER))
 
 
 class Theme:
