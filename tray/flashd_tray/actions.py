@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from flashd.client import Client
-from flashd.errors import FlashdError, InvalidArgument, NotFound, Unavailable
+from flashd.errors import FlashdError, InvalidArgument, NotAuthorized, NotFound, Unavailable
 from flashd_tray import programs
 from flashd_tray.menu import Action, Verb, explain
 from flashd_tray.preferences import Preferences, Topic
@@ -79,7 +79,7 @@ class Actions:
                     client.begin_import(path, name_for(path))
             except FlashdError as error:
                 title = self._words("{model} could not be converted", model=path.name)
-                self._desktop.show_error(title, self._why(error))
+                self._desktop.show_error(self._title(error, title), self._why(error))
 
     def _connected(self) -> Client:
         try:
@@ -93,9 +93,15 @@ class Actions:
         try:
             self._do(action)
         except FlashdError as error:
-            self._desktop.show_error(self._words("That did not work"), self._why(error))
+            title = self._words("That did not work")
+            if action.verb is Verb.SWAP:
+                title = self._words("No swap to {model}", model=action.subject)
+            self._desktop.show_error(self._title(error, title), self._why(error))
         except Exception:
             log.exception("defect in %s", action.verb)
+
+    def _title(self, error: FlashdError, otherwise: str) -> str:
+        return self._words("Not permitted") if isinstance(error, NotAuthorized) else otherwise
 
     def _why(self, error: FlashdError) -> str:
         return explain(error.bus_name(), error.message, error.hint, self._words)

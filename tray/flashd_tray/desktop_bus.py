@@ -19,7 +19,7 @@ from xml.sax.saxutils import escape
 from dbus_next import Variant
 
 from flashd import bus
-from flashd.bus import Connection, Received, Reply
+from flashd.bus import Connection, Received, Reply, plain
 from flashd.errors import AlreadyExists, FlashdError, InvalidArgument
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class DesktopBus:
         self._ids: dict[str, int] = {}  # of the notification that each key replaces
         self._under_way: set[Future[None]] = set()
         self._clicks: dict[tuple[int, str], Callable[[], None]] = {}
-        self._on_activate: Callable[[], None] = lambda: None
+        self._on_activate: Callable[[str], None] = lambda _startup_id: None
         try:
             self._connection: Connection = self._run(bus.connect(address))
         except BaseException:
@@ -54,14 +54,18 @@ class DesktopBus:
             raise
         self._connection.listen(self._on_signal)
 
-    def claim(self, on_activate: Callable[[], None]) -> bool:
-        """Becomes the tray of this session. False if there is one: then it was asked to show itself."""
+    def claim(self, on_activate: Callable[[str], None], startup_id: str = "") -> bool:
+        """Becomes the tray of this session. False if there is one: then it was asked to show itself.
+
+        `startup_id` is what the desktop calls the click: without it, it may not let a window come to the front.
+        """
         self._on_activate = on_activate
         self._connection.serve(self._serve)
         try:
             self._run(self._connection.own(NAME))
         except AlreadyExists:
-            self._run(self._call(NAME, PATH, APPLICATION, "Activate", "a{sv}", [{}]))
+            platform = {"desktop-startup-id": Variant("s", startup_id)} if startup_id else {}
+            self._run(self._call(NAME, PATH, APPLICATION, "Activate", "a{sv}", [platform]))
             return False
         return True
 
@@ -129,7 +133,7 @@ class DesktopBus:
     async def _serve(self, call: Received) -> Reply:
         if (call.interface, call.member) != (APPLICATION, "Activate"):
             raise InvalidArgument(f"{NAME} has no method {call.interface}.{call.member}")
-        self._on_activate()
+        self._on_activate(str(plain(call.body[0]).get("desktop-startup-id", "")))
         return Reply()
 
     def _on_signal(self, signal: Received) -> None:

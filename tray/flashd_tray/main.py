@@ -22,7 +22,6 @@ from flashd_tray import menu, programs, shell, windows
 from flashd_tray.actions import Actions
 from flashd_tray.desktop_bus import DesktopBus
 from flashd_tray.icon import Theme
-from flashd_tray.menu import Action
 from flashd_tray.notices import Notice, Notices
 from flashd_tray.preferences import PreferencesFile, Topic, config_home, system_autostart
 from flashd_tray.snapshot import Snapshot, State
@@ -50,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with DesktopBus() as desktop_bus, tempfile.TemporaryDirectory(prefix="flashd-tray-") as folder:
             tray = Tray(options.bus, desktop_bus, Path(folder), words)
-            if desktop_bus.claim(tray.raise_):
+            if desktop_bus.claim(tray.raise_, shell.startup_id()):
                 tray.run(options.paths)
             elif options.paths:
                 tray.actions.import_paths(options.paths)
@@ -71,7 +70,6 @@ class Tray:
         self._snapshot = Snapshot()
         self._dismissed: frozenset[int] = frozenset()
         self._notices = Notices(words)
-        self._finder = windows.Finder(lambda name: self.actions.do(Action(menu.Verb.SWAP, name)), words)
         self._icon: Any = None
 
         def connect() -> Client:
@@ -90,10 +88,12 @@ class Tray:
             on_started=self._watcher.knock,
             words=words,
         )
+        self._finder = windows.Finder(self.actions.do, words)
 
     def run(self, paths: Sequence[Path]) -> None:
         """Returns when somebody quits, or the session ends."""
         self._icon = shell.load().Indicator("flashd", self._theme.folder, self.actions.do)
+        self._later(lambda: windows.use_icon(self._theme.file(State.SERVING)))
         self._watcher.start()
         if paths:
             threading.Thread(target=self.actions.import_paths, args=(paths,), daemon=True).start()
@@ -102,9 +102,9 @@ class Tray:
         finally:
             self._watcher.stop()
 
-    def raise_(self) -> None:
+    def raise_(self, startup_id: str) -> None:
         """A second tray was started: this one shows that it is there, with a window, as panels open no menus for us."""
-        self.find()
+        self._later(lambda: self._finder.show(self._snapshot, startup_id))
 
     # -- what actions need of the desktop ------------------------------------------------------------------------------
 
@@ -126,7 +126,7 @@ class Tray:
         self._later(lambda: windows.show_about(daemon_version, icon, self._words))
 
     def find(self) -> None:
-        self._later(lambda: self._finder.show(self._snapshot.models))
+        self._later(lambda: self._finder.show(self._snapshot))
 
     def quit(self) -> None:
         self._later(self._icon.stop)
@@ -155,7 +155,7 @@ class Tray:
         described = menu.describe(snapshot, self._preferences.read(), self._words)
         icon = self._theme.icon(snapshot.state, snapshot.progress)
         self._icon.show(icon, menu.tooltip(snapshot, self._words), described)
-        self._later(lambda: self._finder.update(snapshot.models))
+        self._later(lambda: self._finder.update(snapshot))
 
     def _tell(self, notice: Notice) -> None:
         actions = {}

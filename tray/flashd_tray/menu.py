@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from flashd.client import Device, Model
-from flashd.errors import Cancelled, NotAuthorized, OutOfMemory
+from flashd.errors import Cancelled, OutOfMemory
 from flashd_tray.preferences import Preferences, Topic
 from flashd_tray.snapshot import MAKES_A_MODEL, JobView, Snapshot, State
 from flashd_tray.words import Words
@@ -162,7 +162,7 @@ def _memory_lines(snapshot: Snapshot, _: Words) -> list[str]:
 
 def _models(snapshot: Snapshot, _: Words) -> Menu:
     if not snapshot.models:
-        return (Entry("no-models", _("No models yet: put one into the models folder")),)
+        return (_no_models(_),)
     ranked = most_used_first(snapshot.models)
     if len(ranked) <= DIRECT_MODELS + DIRECT_SLACK:
         return tuple(_radio(model, _) for model in ranked)
@@ -200,6 +200,17 @@ def _grouped(models: Sequence[Model], _: Words) -> Menu:
     )
 
 
+def instead_of_models(snapshot: Snapshot, _: Words) -> Menu:
+    """What is said, and offered, where there is no model to show."""
+    if snapshot.status is None:
+        return _while_away(_)
+    return () if snapshot.models else (_no_models(_), _open_folder(_))
+
+
+def _no_models(_: Words) -> Entry:
+    return Entry("no-models", _("No models yet: put one into the models folder"))
+
+
 def _radio(model: Model, _: Words) -> Entry:
     return Entry(
         f"model:{model.name}",
@@ -212,8 +223,13 @@ def _radio(model: Model, _: Words) -> Entry:
 
 def model_label(model: Model, _: Words) -> str:
     """Name, size and where its bytes are now."""
+    return f"{model.name} · {model_details(model, _)}"
+
+
+def model_details(model: Model, _: Words) -> str:
+    """Size and where its bytes are now."""
     tiers = {"device": _("in GPU"), "host": _("warm"), "stored": _("on disk")}
-    parts = [model.name, _.size(model.size_bytes), tiers.get(model.residency, model.residency)]
+    parts = [_.size(model.size_bytes), tiers.get(model.residency, model.residency)]
     if model.pinned:
         parts.append(_("pinned"))
     return " · ".join(parts)
@@ -249,9 +265,13 @@ def _tools(snapshot: Snapshot, _: Words) -> Menu:
     return (
         Entry("chat", _("Chat…"), action=Action(Verb.CHAT) if serving else None),
         Entry("copy-endpoint", _("Copy endpoint"), action=Action(Verb.COPY_ENDPOINT) if serving else None),
-        Entry("open-folder", _("Open models folder"), action=Action(Verb.OPEN_FOLDER)),
+        _open_folder(_),
         *((Entry("recent", _("Recent"), children=recent),) if recent else ()),
     )
+
+
+def _open_folder(_: Words) -> Entry:
+    return Entry("open-folder", _("Open models folder"), action=Action(Verb.OPEN_FOLDER))
 
 
 def _recent(snapshot: Snapshot, _: Words) -> Menu:
@@ -320,10 +340,8 @@ def _end(preferences: Preferences, _: Words) -> Menu:
 
 
 def explain(error_name: str, message: str, hint: str, _: Words) -> str:
-    """What a person should read of an error: what happened, in our words where it is common, and the remedy."""
-    if error_name == NotAuthorized.bus_name():
-        message = _("You may not do this: {why}", why=message)
-    elif error_name == OutOfMemory.bus_name():
+    """What a person should read of an error below its title: what happened, and the remedy."""
+    if error_name == OutOfMemory.bus_name():
         message = _("It does not fit into memory: {why}", why=message)
     return f"{message}\n{hint}" if hint else message
 

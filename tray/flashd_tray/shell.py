@@ -44,3 +44,8 @@ def load() -> ModuleType:
             hint = "is it running, and may this user use it? DISPLAY and WAYLAND_DISPLAY say where it should be"
             raise Unavailable("the desktop cannot be reached", hint=hint) from None
         raise Unavailable(f"the tray's library cannot be used: {error}", hint=_HOW_TO_GET_THEM) from None
+
+
+def startup_id() -> str:
+    """What the desktop calls the click that started us (Startup Notification; XDG Activation where that is)."""
+    return os.environ.get("XDG_ACTIVATION_TOKEN") or os.environ.get("DESKTOP_STARTUP_ID", "")

@@ -6,16 +6,26 @@ All functions here belong in the main loop. GTK 3, because the indicator library
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import flashd
 from flashd.client import Model
-from flashd_tray.menu import model_label, most_used_first
+from flashd_tray.menu import (
+    SERVING_MARK,
+    Action,
+    Verb,
+    instead_of_models,
+    model_details,
+    model_label,
+    most_used_first,
+)
+from flashd_tray.snapshot import Snapshot
 from flashd_tray.words import Words
 
 WIDTH, HEIGHT = 460, 420
+_IN_THE_MIDDLE = 2  # Pango.EllipsizeMode: names of fine-tunes differ at their ends
 
 
 def gtk() -> Any:
@@ -25,6 +35,11 @@ def gtk() -> Any:
     from gi.repository import Gtk
 
     return Gtk
+
+
+def use_icon(icon: Path) -> None:
+    """Of all our windows, whether or not a theme of this desktop has one for us."""
+    gtk().Window.set_default_icon_from_file(str(icon))
 
 
 def copy(text: str) -> None:
@@ -40,9 +55,10 @@ def copy(text: str) -> None:
 
 
 def show_error(title: str, text: str, _: Words) -> None:
-    """What went wrong, in words that can be selected and copied."""
+    """What went wrong, and apart from it what can be done, in words that can be selected and copied."""
     Gtk = gtk()
-    dialog = Gtk.MessageDialog(message_type=Gtk.MessageType.ERROR, text=title, secondary_text=text)
+    apart = text.replace("\n", "\n\n", 1)
+    dialog = Gtk.MessageDialog(message_type=Gtk.MessageType.ERROR, text=title, secondary_text=apart)
     dialog.set_title("flashd")
     dialog.add_button(_("Copy"), Gtk.ResponseType.APPLY)
     dialog.add_button(_("Close"), Gtk.ResponseType.CLOSE)
@@ -76,32 +92,35 @@ def show_about(daemon_version: str, icon: Path, _: Words) -> None:
 
 
 class Finder:
-    """One window with a search entry and the models that match; Return or a double click swaps to one."""
+    """One window with a search entry and the models that match; Return or a double click swaps to one.
 
-    def __init__(self, on_chosen: Callable[[str], None], words: Words) -> None:
-        self._on_chosen = on_chosen
+    Where there are none it says why, and offers what can be done about it.
+    """
+
+    def __init__(self, on_action: Callable[[Action], None], words: Words) -> None:
+        self._on_action = on_action
         self._words = words
         self._window: Any = None
-        self._models: list[Model] = []
+        self._snapshot = Snapshot()
 
-    def show(self, models: Sequence[Model]) -> None:
-        """Opens the window, or brings it to the front."""
-        self.update(models)
+    def show(self, snapshot: Snapshot, startup_id: str = "") -> None:
+        """Opens the window, or brings it to the front, in the name of the click that the desktop gave this id."""
+        self.update(snapshot)
         if self._window is None:
             self._build()
+        if startup_id:
+            self._window.set_startup_id(startup_id)
         self._window.present()
 
-    def update(self, models: Sequence[Model]) -> None:
+    def update(self, snapshot: Snapshot) -> None:
         """What the window shows from now on, if it is open."""
-        changed = most_used_first(models)
-        if changed != self._models:
-            self._models = changed
-            if self._window is not None:
-                self._fill()
+        before, self._snapshot = self._snapshot, snapshot
+        if self._window is not None and _shown(before) != _shown(snapshot):
+            self._fill()
 
     def _build(self) -> None:
         Gtk, _ = gtk(), self._words
-        self._window = Gtk.Window(title=_("flashd: find a model"), icon_name="flashd")
+        self._window = Gtk.Window(title=_("flashd: find a model"))
         self._window.set_default_size(WIDTH, HEIGHT)
         self._search = Gtk.SearchEntry(placeholder_text=_("Part of a name"))
         self._search.get_accessible().set_name(_("Part of a name"))
@@ -109,35 +128,75 @@ class Finder:
         self._list.get_accessible().set_name(_("Models"))
         self._list.set_filter_func(self._matches)
         self._list.set_placeholder(Gtk.Label(label=_("No model has that in its name"), visible=True, margin=24))
-        scrolled = Gtk.ScrolledWindow(vexpand=True)
-        scrolled.add(self._list)
-        box = Gtk.Box(orientation=Gtk.Orientation.VERTICAL, spacing=6, margin=6)
-        box.add(self._search)
-        box.add(scrolled)
+        self._scrolled = Gtk.ScrolledWindow(vexpand=True, shadow_type=Gtk.ShadowType.IN)
+        self._scrolled.add(self._list)
+        vertical, centre = Gtk.Orientation.VERTICAL, Gtk.Align.CENTER
+        self._instead = Gtk.Box(orientation=vertical, spacing=12, margin=24, vexpand=True, valign=centre)
+        box = Gtk.Box(orientation=vertical, spacing=6, margin=6)
+        for part in (self._search, self._scrolled, self._instead):
+            box.add(part)
         self._window.add(box)
-        self._search.connect("search-changed", lambda _entry: self._list.invalidate_filter())
+        self._search.connect("search-changed", lambda _entry: self._narrow())
         self._search.connect("activate", lambda _entry: self._choose(self._first()))
         self._search.connect("stop-search", lambda _entry: self._window.destroy())
         self._list.connect("row-activated", lambda _list, row: self._choose(row))
         self._window.connect("destroy", lambda _window: self._forget())
-        self._fill()
         box.show_all()
+        self._fill()
 
     def _fill(self) -> None:
         Gtk = gtk()
-        for row in self._list.get_children():
-            self._list.remove(row)
-        for model in self._models:
-            label = Gtk.Label(label=model_label(model, self._words), xalign=0.0, margin=6, ellipsize=3)
-            row = Gtk.ListBoxRow()
-            row.add(label)
-            row.model_name = model.name
-            row.sought = " ".join((model.name, *model.aliases, model.architecture)).casefold()
+        selected = self._list.get_selected_row()
+        for shown in (*self._list.get_children(), *self._instead.get_children()):
+            shown.get_parent().remove(shown)
+        for model in most_used_first(self._snapshot.models):
+            row = self._row(model)
             self._list.add(row)
+            if selected is not None and model.name == selected.model_name:
+                self._list.select_row(row)
+        for entry in instead_of_models(self._snapshot, self._words):
+            self._instead.add(self._button(entry.label, entry.action) if entry.action else self._sentence(entry.label))
         self._list.show_all()
+        self._instead.show_all()
+        some = bool(self._snapshot.models)
+        self._scrolled.set_visible(some)
+        self._instead.set_visible(not some)
+        if self._search.get_sensitive() != some:
+            self._search.set_sensitive(some)
+            (self._search if some else self._instead).child_focus(Gtk.DirectionType.TAB_FORWARD)
+
+    def _row(self, model: Model) -> Any:
+        """A mark at the one that answers, the name, and at the other end what the menu says of it."""
+        Gtk, _ = gtk(), self._words
+        mark = Gtk.Label(label=SERVING_MARK if model.active else "", width_chars=2)
+        name = Gtk.Label(label=model.name, xalign=0.0, hexpand=True, ellipsize=_IN_THE_MIDDLE)
+        details = Gtk.Label(label=model_details(model, _))
+        details.get_style_context().add_class("dim-label")
+        box = Gtk.Box(spacing=6, margin=6)
+        for widget in (mark, name, details):
+            box.add(widget)
+        row = Gtk.ListBoxRow()
+        row.add(box)
+        row.get_accessible().set_name(_("{model} answers", model=model.name) if model.active else model_label(model, _))
+        row.model_name = model.name
+        row.sought = " ".join((model.name, *model.aliases, model.architecture)).casefold()
+        return row
+
+    def _sentence(self, text: str) -> Any:
+        return gtk().Label(label=text, wrap=True, justify=gtk().Justification.CENTER)
+
+    def _button(self, label: str, action: Action) -> Any:
+        button = gtk().Button(label=label, halign=gtk().Align.CENTER)
+        button.connect("clicked", lambda _button: self._on_action(action))
+        return button
 
     def _matches(self, row: Any) -> bool:
         return all(part in row.sought for part in self._search.get_text().casefold().split())
+
+    def _narrow(self) -> None:
+        """Shows what matches, and which of it Return would choose."""
+        self._list.invalidate_filter()
+        self._list.select_row(self._first())
 
     def _first(self) -> Any:
         selected = self._list.get_selected_row()
@@ -147,9 +206,13 @@ class Finder:
 
     def _choose(self, row: Any) -> None:
         if row is not None:
-            name = row.model_name
             self._window.destroy()
-            self._on_chosen(name)
+            self._on_action(Action(Verb.SWAP, row.model_name))
 
     def _forget(self) -> None:
         self._window = None
+
+
+def _shown(snapshot: Snapshot) -> tuple[bool, tuple[Model, ...]]:
+    """What of a snapshot the window shows: most of them only move a percentage."""
+    return snapshot.status is None, snapshot.models
