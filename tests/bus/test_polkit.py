@@ -192,6 +192,15 @@ def test_the_policies_are_valid() -> None:
             subprocess.run(["xmllint", "--noout", "--nonet", "--dtdvalid", dtd, file], check=True)
 
 
+@pytest.mark.parametrize("part", ["description", "message"])
+def test_people_are_asked_in_their_language(part: str) -> None:
+    lang = "{http://www.w3.org/XML/1998/namespace}lang"
+    for action in ElementTree.parse(POLICY).findall("action"):
+        said = {words.get(lang): words.text for words in action.findall(part)}
+        assert set(said) == {None, "de", "zh_CN"}
+        assert len(set(said.values())) == 3
+
+
 def test_the_policy_of_the_bus_lets_every_interface_through() -> None:
     policy = ElementTree.parse(POLICY.parents[1] / "dbus" / "org.flashd1.conf")
     allowed = {rule.get("send_interface") for rule in policy.iter("allow")}
