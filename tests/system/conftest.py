@@ -28,7 +28,7 @@ MACHINE = HERE / "machine"
 CACHE = ROOT / "build" / "system"
 ROOTS = Path("/var/cache/flashd-tests")  # outside the checkout, which may be on an overlay
 # What a package is made of: it is built anew only when some of it has changed.
-SOURCES = ("flashd", "native", "packaging", "systemd", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("flashd", "tray", "native", "packaging", "systemd", "pyproject.toml", "README.md", "LICENSE")
 TOOLS = {"mmdebstrap": "mmdebstrap", "systemd-nspawn": "systemd-container", "dh": "debhelper", "nsenter": "util-linux"}
 NEWER = "later"  # what the version of a package ends in that is to replace ours
 _TIMEOUT_S = 900  # the first test of all builds the package

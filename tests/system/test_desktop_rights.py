@@ -7,13 +7,16 @@ started by its autostart entry.
 
 from __future__ import annotations
 
+import io
 import shutil
 import struct
+import subprocess
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Machine, Result, booted, rooted
+from conftest import ROOT, Machine, Result, booted, daemon_of, rooted
 
 SHOTS = ROOT / "build" / "desktop-shots"
 PACKAGES = (
@@ -132,6 +135,31 @@ def gerd(tools: None, packages: Path) -> Iterator[Person]:
         assert "Traceback" not in words, words
 
 
+def files(package: Path) -> set[str]:
+    listed = subprocess.run(["dpkg-deb", "--fsys-tarfile", package], capture_output=True, check=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(listed)) as archive:
+        return {member.name.removeprefix("./") for member in archive if member.isfile()}
+
+
+def test_the_packages_carry_all_of_it(packages: Path) -> None:
+    (tray,), daemon = packages.glob("flashd-tray_*_all.deb"), daemon_of(packages)
+    assert files(tray) - {name for name in files(tray) if name.startswith("usr/share/doc/")} == {
+        "etc/xdg/autostart/flashd-tray.desktop",
+        "usr/bin/flashd-tray",
+        "usr/share/applications/flashd-tray.desktop",
+        "usr/share/icons/hicolor/scalable/apps/flashd.svg",
+        "usr/share/icons/hicolor/symbolic/apps/flashd-symbolic.svg",
+        "usr/share/lintian/overrides/flashd-tray",
+        "usr/share/man/man1/flashd-tray.1.gz",
+        "usr/share/metainfo/org.flashd1.Tray.metainfo.xml",
+        "usr/share/mime/packages/flashd.xml",
+    }
+    code = ROOT / "tray" / "flashd_tray"
+    wanted = {str(path.relative_to(code)) for kind in ("*.py", "*.mo") for path in code.rglob(kind)}
+    carried = {name.partition("/flashd_tray/")[2] for name in files(daemon)}
+    assert wanted <= carried, wanted - carried
+
+
 def test_a_denied_click_is_explained(gerd: Person) -> None:
     gerd.run("choose", "one")
     gerd.machine.until(lambda: gerd.sees("Authentication"))
@@ -163,3 +191,11 @@ def test_an_administrator_s_password_lets_it_happen(gerd: Person) -> None:
     # There is no engine in this machine, so the swap that may begin fails.
     gerd.machine.until(lambda: "swap" in gerd.machine.run("flash", "jobs").out)
     gerd.machine.until(lambda: not gerd.sees("Authentication"))
+
+
+def test_a_click_starts_the_machine_s_daemon(gerd: Person) -> None:
+    gerd.machine.run("systemctl", "stop", "flashd")
+    gerd.machine.until(lambda: "Start flashd" in gerd.menu())
+    gerd.run("choose", "Start flashd")
+    gerd.machine.until(lambda: "one · 1.2 MB · on disk" in gerd.menu())
+    assert gerd.machine.show("flashd", "ActiveState") == "active"
