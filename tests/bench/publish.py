@@ -52,6 +52,8 @@ CPU_ROWS = [
     ("daemon", "ready.1000_models", "daemon ready, with 1,000 models", "our limit"),
     ("daemon", "idle.1000_models", "daemon's memory, idle, with 1,000 models", "our limit"),
     ("daemon", "listing_in_python.1000_models", "listing 1,000 models from Python", "our limit"),
+    ("tray", "tray.icon", "the tray's icon is in the panel, with 100 models", "our limit"),
+    ("tray", "tray.memory", "the tray's share of memory (Pss), with 100 models", "our limit"),
 ]
 LOADERS = ["flashd", "safetensors", "fastsafetensors", "runai-model-streamer", "instanttensor"]
 
@@ -88,9 +90,17 @@ def table(reports: dict[str, dict[str, Any]], wanted: list[tuple[str, str, str, 
 
 
 def described(reports: dict[str, dict[str, Any]]) -> str:
-    commands = ", ".join(f"`{report['command']}`" for _, report in sorted(reports.items()))
-    dates = sorted({report["date"][:10] for report in reports.values()})
-    return f"{next(iter(reports.values()))['device']}; {', '.join(dates)}; {commands}."
+    """Which machine each benchmark ran on, and when."""
+    by_device: dict[str, list[dict[str, Any]]] = {}
+    for _, report in sorted(reports.items()):
+        by_device.setdefault(report["device"], []).append(report)
+    return "\n\n".join(_ran_on(device, those) for device, those in by_device.items())
+
+
+def _ran_on(device: str, reports: list[dict[str, Any]]) -> str:
+    commands = ", ".join(f"`{report['command']}`" for report in reports)
+    dates = sorted({report["date"][:10] for report in reports})
+    return f"{device}; {', '.join(dates)}; {commands}."
 
 
 def figures() -> str:
