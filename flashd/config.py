@@ -6,7 +6,7 @@ Settings come, each overriding the one before, from: the defaults below; `flashd
 wrong type: a typing error never silently means the default.
 
 A field that ends in `_bytes` is a size: its key has no suffix, and its value is written as people write sizes
-(`host_budget = "64GB"`).
+(`host_budget = "64GB"`). What one model has different stands in a section of its own, `[models."NAME"]`.
 """
 
 from __future__ import annotations
@@ -130,12 +130,41 @@ class EnginesConfig:
 
     default: Literal["torch", "vllm"] = _setting("torch", "Kind of engine for a swap that does not say.")
     warm_up: bool = _setting(True, "Import the framework before the first swap; costs its memory from then on.")
+    warm_new: bool = _setting(
+        True, "Load a new model, and make its image, while nothing else is to do and where memory is free.", live=True
+    )
     max_parked: int = _setting(2, "Engines kept parked; the one parked longest ago is stopped first.")
     drain_timeout_s: float = _setting(10.0, "Requests in flight may take so long to finish before a swap cuts them.")
     start_timeout_s: float = _setting(120.0, "An engine that does not answer after so long has failed.")
-    idle_timeout_s: float = _setting(0.0, "Park the active engine after so long without requests; 0: never.", live=True)
+    idle_timeout_s: float = _setting(
+        0.0, "Park the active model after so long without requests, until the next one wakes it; 0: never.", live=True
+    )
+    on_idle: Literal["park", "evict"] = _setting(
+        "park", "Whether a model that was idle for so long is only parked, or also evicted from memory.", live=True
+    )
+    prewarm: str = _setting(
+        "", "Model that is made active when the daemon starts, unless another one is. Default: none."
+    )
     torch: TorchConfig = field(default_factory=TorchConfig)
     vllm: VllmConfig = field(default_factory=VllmConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """[models.NAME]: what one model has different from the others; "default" is what [engines] says."""
+
+    engine: Literal["default", "torch", "vllm"] = _setting(
+        "default", "Kind of engine for the model NAME, for a swap that does not say.", live=True
+    )
+    idle_timeout_s: float | Literal["default"] = _setting(
+        "default", "The same as engines.idle_timeout_s, for this model; 0: it stays active.", live=True
+    )
+    arguments: tuple[str, ...] = _setting(
+        (), "What its vLLM engine is told besides engines.vllm.arguments, when a swap starts one for it.", live=True
+    )
+    kv_cache_bytes: int | Literal["default"] = _setting(
+        "default", "KV cache of its vLLM engine, as engines.vllm.kv_cache.", live=True
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +197,13 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     streamer: StreamerConfig = field(default_factory=StreamerConfig)
     engines: EnginesConfig = field(default_factory=EnginesConfig)
+    models: Mapping[str, ModelConfig] = field(default_factory=dict)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     bus: BusConfig = field(default_factory=BusConfig)
+
+    def model(self, *names: str) -> ModelConfig:
+        """What a model that has these names has different; the first of them that is configured counts."""
+        return next((self.models[name] for name in names if name in self.models), ModelConfig())
 
 
 class Scope(enum.Enum):
@@ -290,7 +324,7 @@ def set_value(paths: Paths, key: str, text: str) -> Setting:
         value = text
     target = paths.drop_ins / DROP_IN
     document = _read(target)
-    _insert(document, key.split("."), value)
+    _insert(document, _parts(key), value)
     _merged(Config(), document, "", key)
     _publish(target, tomli_w.dumps(document))
     return setting
@@ -312,18 +346,27 @@ def settings() -> Iterator[Setting]:
 
 
 def find(key: str) -> Setting:
+    """A setting by its key; that of one model has its name in place of NAME."""
     known = {setting.key: setting for setting in settings()}
-    if key not in known:
-        raise InvalidArgument(f"there is no setting {key!r}", hint=_nearest(key, known))
-    return known[key]
+    section, *names = _parts(key)
+    general = f"models.NAME.{names[1]}" if section == "models" and all(names) else key
+    if general not in known:
+        raise InvalidArgument(f"there is no setting {key!r}", hint=_nearest(general, known))
+    return known[general]
 
 
 def value_of(config: Config, key: str) -> Any:
     """The value of a setting, as TOML has it."""
-    value: Any = _table(config)
-    for part in find(key).key.split("."):
-        value = value[part]
-    return value
+    return value_in(_table(config), key)
+
+
+def value_in(document: Mapping[str, Any], key: str) -> Any:
+    """The same of a configuration that was dumped."""
+    default = find(key).default
+    *sections, last = _parts(key)
+    for section in sections:
+        document = document.get(section, {})
+    return document.get(last, default)
 
 
 def with_value(config: Config, key: str, value: Any) -> Config:
@@ -378,11 +421,22 @@ def _key(name: str) -> str:
     return name.removesuffix("_bytes")
 
 
+def _parts(key: str) -> list[str]:
+    """models.Qwen/Qwen3-0.6B.engine has three: names of models may have dots, settings have none."""
+    section, _, rest = key.partition(".")
+    if section != "models":
+        return key.split(".")
+    name, _, last = rest.rpartition(".")
+    return [section, name.strip('"'), last]
+
+
 def _settings(section: Any, prefix: str) -> Iterator[Setting]:
     for item in dataclasses.fields(section):
         value = getattr(section, item.name)
         if dataclasses.is_dataclass(value):
             yield from _settings(value, f"{prefix}{item.name}.")
+        elif isinstance(value, Mapping):
+            yield from _settings(ModelConfig(), f"{prefix}{item.name}.NAME.")
         else:
             yield Setting(
                 prefix + _key(item.name), _plain(item.name, value), item.metadata["doc"], item.metadata["live"]
@@ -400,18 +454,34 @@ def _merged(section: Any, table: Mapping[str, Any], prefix: str, where: str) -> 
             raise InvalidArgument(f"{where}: there is no setting {prefix}{key}", hint=_nearest(prefix + key, known))
         name, old = names[key], getattr(section, names[key])
         if dataclasses.is_dataclass(old):
-            if not isinstance(value, dict):
-                raise InvalidArgument(
-                    f"{where}: {prefix}{key} is a section, not a value", hint=f"write [{prefix}{key}]"
+            changes[name] = _merged(old, _as_section(value, prefix + key, where), f"{prefix}{key}.", where)
+        elif isinstance(old, Mapping):
+            changes[name] = dict(old) | {
+                model: _merged(
+                    old.get(model, ModelConfig()),
+                    _as_section(table, f'{prefix}{key}."{model}"', where),
+                    f"{prefix}{key}.{model}.",
+                    where,
                 )
-            changes[name] = _merged(old, value, f"{prefix}{key}.", where)
+                for model, table in _as_section(value, prefix + key, where).items()
+            }
         else:
             changes[name] = _checked(name, value, hints[name], f"{where}: {prefix}{key}")
     return dataclasses.replace(section, **changes)
 
 
+def _as_section(value: Any, key: str, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidArgument(f"{where}: {key} is a section, not a value", hint=f"write [{key}]")
+    return value
+
+
 def _checked(name: str, value: Any, wanted: Any, where: str) -> Any:
     """A TOML value as the type of its field."""
+    if typing.get_origin(wanted) in {typing.Union, types.UnionType}:  # or a word in its place
+        wanted, words = typing.get_args(wanted)
+        if value in typing.get_args(words):
+            return value
     if name.endswith("_bytes") and isinstance(value, str | int) and not isinstance(value, bool):
         value = parse_bytes(value)
     if typing.get_origin(wanted) is Literal:
@@ -460,9 +530,11 @@ def _plain(name: str, value: Any) -> Any:
         return _table(value)
     if isinstance(value, tuple):
         return [_plain(name, item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _table(item) for key, item in value.items()}
     if isinstance(value, Path):
         return str(value)
-    return _size(value) if name.endswith("_bytes") else value
+    return _size(value) if name.endswith("_bytes") and isinstance(value, int) else value
 
 
 def _size(size_bytes: int) -> str | int:
@@ -475,7 +547,7 @@ def _size(size_bytes: int) -> str | int:
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
     table: dict[str, Any] = {}
-    _insert(table, key.split("."), value)
+    _insert(table, _parts(key), value)
     return table
 
 

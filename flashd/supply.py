@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from flashd.checkpoint.files import Checkpoint
-from flashd.engines.engine import Binding, EngineFactory, GpuPlan, Made
+from flashd.engines.engine import NO_OPTIONS, Binding, EngineFactory, EngineOptions, GpuPlan, Made
 from flashd.errors import CorruptCheckpoint, FlashdError
 from flashd.memory.device import HOST, Tier
 from flashd.memory.moving import Progress
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The model that a swap wants, and the kind of engine. `names` are what requests may call it.
+    """The model that a swap wants, the kind of engine, and what that is told. `names` are what requests may call it.
 
     One that is `private_to` a user has engines of its own: nobody else's connection leads to them.
     """
@@ -42,12 +42,13 @@ class Target:
     checkpoint: Checkpoint
     engine_kind: str
     private_to: int | None = None
+    options: EngineOptions = NO_OPTIONS
 
     def is_same(self, other: Target) -> bool:
         return self._identity() == other._identity()
 
     def _identity(self) -> tuple[object, ...]:
-        return (self.model_name, self.names, self.checkpoint.id, self.engine_kind, self.private_to)
+        return (self.model_name, self.names, self.checkpoint.id, self.engine_kind, self.private_to, self.options)
 
 
 class Images(Protocol):
@@ -125,7 +126,7 @@ class Supplier:
 
     async def provide(self, target: Target, on_progress: Progress = lambda done, total: None) -> Supply:
         """Raises OutOfMemory and whatever a load raises; then nothing is held. Cancelling it is safe."""
-        plan = await self._factories[target.engine_kind].gpu_plan(target.checkpoint)
+        plan = await self._plan(target)
         if plan is None:
             return Supply(None, await self._residency.acquire(target.checkpoint, on_progress))
         place = self._residency.place(plan.device)
@@ -144,17 +145,28 @@ class Supplier:
             on_error.pop_all()
             return supply
 
-    async def form(self, checkpoint: Checkpoint, engine_kind: str) -> Checkpoint:
-        """What to bring into memory now for a swap later: its image if there is one for engines of this kind."""
+    async def form(self, target: Target) -> Checkpoint:
+        """What to bring into memory now for a swap later: its image if there is one for such an engine."""
         with contextlib.suppress(FlashdError):  # no such engine can be started; whoever swaps is told
-            plan = await self._factories[engine_kind].gpu_plan(checkpoint)
+            plan = await self._plan(target)
             if plan is not None and (image := await self._image(plan)) is not None:
                 return image
-        return checkpoint
+        return target.checkpoint
 
     async def fits_without(self, target: Target, old: Supply) -> bool:
         """Whether there would be room for a model if what another engine was given were given up."""
-        plan = await self._factories[target.engine_kind].gpu_plan(target.checkpoint)
+        return all(
+            size_bytes <= place.pool.budget_bytes - place.fixed_bytes() + old.given_up_bytes(place)
+            for place, size_bytes in (await self._needed_bytes(target)).items()
+        )
+
+    async def fits_beside(self, target: Target) -> bool:
+        """Whether there is room for a model without anything making way."""
+        needed_bytes = await self._needed_bytes(target)
+        return all(size_bytes <= place.pool.free_bytes for place, size_bytes in needed_bytes.items())
+
+    async def _needed_bytes(self, target: Target) -> dict[Place, int]:
+        plan = await self._plan(target)
         needed_bytes: dict[Place, int] = {}
 
         def need(place: Place, size_bytes: int) -> None:
@@ -167,10 +179,7 @@ class Supplier:
         if plan is not None:
             place = self._residency.place(plan.device)
             need(place, plan.working_bytes + (place.missing_bytes(image) if image else plan.weights_bytes))
-        return all(
-            size_bytes <= place.pool.budget_bytes - place.fixed_bytes() + old.given_up_bytes(place)
-            for place, size_bytes in needed_bytes.items()
-        )
+        return needed_bytes
 
     async def binding(self, target: Target, supply: Supply) -> Binding:
         """What an engine is told of it."""
@@ -214,6 +223,9 @@ class Supplier:
             return
         supply.became(hold, made.layout)
         self._on_made(image, place)
+
+    async def _plan(self, target: Target) -> GpuPlan | None:
+        return await self._factories[target.engine_kind].gpu_plan(target.checkpoint, target.options)
 
     async def _image(self, plan: GpuPlan) -> Checkpoint | None:
         """The image of a plan, if some memory or the disk has it."""

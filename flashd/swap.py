@@ -175,10 +175,35 @@ class Swapper:
                 self._enter(SwapState.IDLE)
             return replace(outcome, phases=dict(self._phases))
 
-    async def park(self) -> None:
-        """Parks the active engine; no model is active then. Raises NotFound if none was."""
+    async def prepare(self, target: Target) -> bool:
+        """Has a parked engine make the image of a model that has none yet, in memory that is free, so that the first
+        swap to it maps one.
+
+        False if there is nothing to make, no room, or no such engine. Whoever answers is not touched. A cancel is
+        obeyed between orders to the engine, for which swaps wait too. Raises what a swap raises.
+        """
         async with self._turn:
-            if self._active is None:
+            sleeping = [seat for seat in await self._takers(target) if seat.engine.state is EngineState.PARKED]
+            if self._closed or not sleeping or not await self._supplier.fits_beside(target):
+                return False
+            seat, supply = sleeping[0], await self._supplier.provide(target)
+            try:
+                binding = await self._supplier.binding(target, supply)
+                if not binding.wants_image:
+                    return False
+                await self._order(seat.engine, self._given(target, supply, seat.engine.wake(binding)))
+            finally:
+                if seat.engine.state is EngineState.SERVING:
+                    seat.supply, seat.target, seat.is_shut = supply, target, False
+                else:
+                    supply.release()
+                await _to_the_end(self._tidy())
+            return supply.is_image
+
+    async def park(self, target: Target | None = None) -> None:
+        """Parks the active engine, if it has `target`; no model is active then. Raises NotFound if none was."""
+        async with self._turn:
+            if self._active is None or (target is not None and not self._active.target.is_same(target)):
                 raise NotFound("no model is active", hint="there is nothing to park")
             self._activate(None)
             await _to_the_end(self._tidy())
@@ -243,21 +268,15 @@ class Swapper:
 
     async def _switch(self, target: Target, supply: Supply) -> tuple[How, Engine]:
         """Gives the weights to an engine and makes it the active one: the one that is, a parked one, or a new one."""
-        factory = self._factories[target.engine_kind]
-        key = await asyncio.to_thread(factory.rebind_key, target.checkpoint)
         binding = await self._supplier.binding(target, supply)
-        for seat in self.seats if key else []:
-            if seat.engine.kind != factory.kind or seat.target.private_to != target.private_to:
-                continue
-            if factory.rebind_key(seat.target.checkpoint) != key:
-                continue
+        for seat in await self._takers(target):
             if seat is self._active and seat.engine.state is EngineState.SERVING:
                 await self._drain(seat)
                 await _to_the_end(self._rebind(seat, target, supply, binding))
                 return How.REBIND, seat.engine
             if seat.engine.state is EngineState.PARKED and await self._woken(seat, target, supply, binding):
                 return How.WAKE, seat.engine
-        engine = factory.create()
+        engine = self._factories[target.engine_kind].create(target.options)
         engine.on_exit = lambda last_words: self._report_exit(engine, last_words)
         try:
             await self._given(target, supply, engine.start(binding))
@@ -266,6 +285,18 @@ class Swapper:
             await _to_the_end(engine.stop())
             raise
         return How.START, engine
+
+    async def _takers(self, target: Target) -> list[Seat]:
+        """The engines that can take a model, the active one first."""
+        factory = self._factories[target.engine_kind]
+        key = await asyncio.to_thread(factory.rebind_key, target.checkpoint, target.options)
+        return [
+            seat
+            for seat in self.seats
+            if key
+            and (seat.engine.kind, seat.target.private_to) == (factory.kind, target.private_to)
+            and factory.rebind_key(seat.target.checkpoint, seat.target.options) == key
+        ]
 
     async def _rebind(self, seat: Seat, target: Target, supply: Supply, binding: Binding) -> None:
         await self._order(seat.engine, self._given(target, supply, seat.engine.rebind(binding)))

@@ -134,7 +134,7 @@ def top(
 
 def config(
     context: typer.Context,
-    key: Annotated[str | None, typer.Argument(help="For example memory.host_budget.")] = None,
+    key: Annotated[str | None, typer.Argument(help="For example memory.host_budget, or models.NAME.engine.")] = None,
     value: Annotated[str | None, typer.Argument(help="For example 64GB.")] = None,
     explain: Annotated[bool, typer.Option(help="All settings, what they mean, and their defaults.")] = False,
     as_json: Json = False,
@@ -159,10 +159,7 @@ def config(
 def _value(current: Session, key: str) -> str:
     import tomllib
 
-    found: object = tomllib.loads(current.client.config())
-    for part in configuration.find(key).key.split("."):
-        found = found[part] if isinstance(found, dict) else None
-    return str(found)
+    return str(configuration.value_in(tomllib.loads(current.client.config()), key))
 
 
 def _summary(client: Client) -> str:

@@ -30,7 +30,7 @@ from flashd.memory.device import memory_fields
 
 _JOURNAL_LINES = 300
 # Free text that people write: who knows what stands in it.
-_FREE = ("arguments",)
+_FREE = ("arguments", "prewarm")
 # What an engine said last is in these, and it may have said what it was asked.
 _ENGINES_WORDS = {cls.bus_name() for cls in (EngineFailed, Unsupported, Internal)}
 _ENGINES_LOGGERS = ("flashd.engines", "flashd.swap")
@@ -132,7 +132,9 @@ def _or_why_not(part: Callable[[Client], str], client: Client) -> str:
 
 def _configuration(client: Client) -> str:
     """Without what people write freely, and without where things lie."""
-    return "\n".join(_settings(tomllib.loads(client.config()), ""))
+    found = tomllib.loads(client.config())
+    models = {str(number): table for number, table in enumerate(found.get("models", {}).values(), start=1)}
+    return "\n".join(_settings(found | {"models": models}, ""))
 
 
 def _settings(table: dict[str, Any], prefix: str) -> Iterator[str]:

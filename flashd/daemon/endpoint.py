@@ -2,6 +2,7 @@
 """Where do sockets lie, and how does one address always lead to the active model?
 
     RUNTIME/openai.sock     a symbolic link to the active engine's socket, absent while no model is active
+    RUNTIME/doorman.sock    where it leads while a model rests (flashd/daemon/doorman.py)
     RUNTIME/engines/        the engines' own sockets
     RUNTIME/lock            held by the one daemon that owns this folder
 
@@ -62,6 +63,10 @@ class RuntimeFolder:
     @property
     def endpoint(self) -> Path:
         return self.path / "openai.sock"
+
+    @property
+    def doorman(self) -> Path:
+        return self.path / "doorman.sock"
 
     def close(self) -> None:
         self._clean()

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from flashd.engines.engine import EngineState, EngineStats
 from flashd.errors import FlashdError
-from flashd.swap import Swapper
+from flashd.supply import Target
+from flashd.swap import Swapper, SwapState
 
 _ASK_EVERY_S = 2.0
 _NOTHING = EngineStats(active_requests=0, memory_bytes=0, seen_requests=0)
@@ -23,11 +24,11 @@ class EngineStatsBook:
         self,
         swapper: Swapper,
         *,
-        idle_timeout_s: Callable[[], float],
+        idle_timeout_s: Callable[[Target], float],
         on_change: Callable[[int], None],
-        on_idle: Callable[[], None],
+        on_idle: Callable[[Target], None],
     ) -> None:
-        """`on_change` hears the number of an engine; `on_idle` is called when the active one was idle for so long."""
+        """`on_change` hears the number of an engine, `on_idle` of the active model when it was idle for so long."""
         self._swapper = swapper
         self._idle_timeout_s = idle_timeout_s
         self._on_change = on_change
@@ -58,13 +59,15 @@ class EngineStatsBook:
             active = self._swapper.active
             before = self.of(active.engine.number).seen_requests if active else 0
             await self._ask_all()
-            limit_s = self._idle_timeout_s()
-            now = self.of(active.engine.number) if active else _NOTHING
-            if active is None or now.active_requests or now.seen_requests != before:
+            if active is None or self._swapper.state is not SwapState.IDLE:
+                self.note_activity()
+                continue
+            limit_s, now = self._idle_timeout_s(active.target), self.of(active.engine.number)
+            if now.active_requests or now.seen_requests != before:
                 self.note_activity()
             elif limit_s and time.monotonic() - self._busy_at > limit_s:
                 self.note_activity()
-                self._on_idle()
+                self._on_idle(active.target)
 
     async def _ask_all(self) -> None:
         engines = [seat.engine for seat in self._swapper.seats]

@@ -160,6 +160,8 @@ class ManagerObject(Exported):
 
     async def open_endpoint(self, caller: Caller) -> Fd:
         active = self._parts.swapper.active
+        if self._parts.serving.is_resting:
+            return Fd((await connected(self._parts.endpoint)).detach())
         if active is None or not self._parts.ownership.audience_of(active.target.model_name).includes(caller):
             raise Unavailable("no model is active", hint="swap to one first: flash swap MODEL")
         return Fd((await connected(active.engine.socket_path)).detach())

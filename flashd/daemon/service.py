@@ -15,11 +15,12 @@ from flashd import config as configuration
 from flashd import cuda, wire
 from flashd.bus import Connection, connect
 from flashd.checkpoint.files import Checkpoint
-from flashd.config import Config, MemoryConfig
+from flashd.config import Config, MemoryConfig, ModelConfig
 from flashd.daemon.arrivals import Arrivals
 from flashd.daemon.authorization import Authority, SameUser, authorize
 from flashd.daemon.conversions import Conversions
 from flashd.daemon.dismissals import Dismissals
+from flashd.daemon.doorman import Doorman
 from flashd.daemon.driver_usage import DriverUsage
 from flashd.daemon.endpoint import EndpointLink, RuntimeFolder
 from flashd.daemon.engine_stats import EngineStatsBook
@@ -27,10 +28,11 @@ from flashd.daemon.errands import Errands
 from flashd.daemon.exports import EVERYBODY, Caller, ObjectTree
 from flashd.daemon.imports import Imports
 from flashd.daemon.installations import Installations
-from flashd.daemon.jobs import Job, Jobs, Owner
+from flashd.daemon.jobs import Job, Jobs, JobState, Owner
 from flashd.daemon.journal import fields
 from flashd.daemon.limits import Limits, Scarce
 from flashd.daemon.models import Models
+from flashd.daemon.newcomers import Newcomers
 from flashd.daemon.ownership import Ownership, group_id
 from flashd.daemon.parts import Parts
 from flashd.daemon.polkit import Polkit
@@ -167,14 +169,16 @@ class Service:
         self._leases = LeaseBook(on_end=self._lease_ended)
         self._factories = engine_factories(config, runtime, settings, self._residency, self._python)
         supplier = Supplier(self._residency, self._factories, catalog.images, on_made=self._image_made)
+        endpoint = EndpointLink(runtime.endpoint, runtime.shared_mode)
         self._swapper = Swapper(
             supplier,
             self._factories,
-            EndpointLink(runtime.endpoint, runtime.shared_mode),
+            endpoint,
             Policy(config.engines.drain_timeout_s, config.engines.max_parked),
             on_change=self._swapper_changed,
             on_lost=self._engine_lost,
         )
+        self._newcomers = Newcomers(self._make_ready, is_idle=self._is_idle)
         self._serving = Serving(
             catalog,
             self._residency,
@@ -185,12 +189,16 @@ class Service:
             self._background,
             endpoint=runtime.endpoint,
             engine_kind=config.engines.default,
+            model_config=self._model_config,
             is_present=connection.is_present,
             on_leased=self._lease_began,
             on_used=self._model_changed,
+            on_asked=self._newcomers.asked,
+            on_rest=lambda: endpoint.point_to(runtime.doorman),
             limits=self._limits,
             ownership=self._ownership,
         )
+        self._doorman = Doorman(runtime.doorman, runtime.shared_mode, lambda: self._serving.woken(self._ourselves))
         self._models = Models(
             catalog,
             self._residency,
@@ -205,7 +213,7 @@ class Service:
         )
         self._engine_stats = EngineStatsBook(
             self._swapper,
-            idle_timeout_s=lambda: settings.current.engines.idle_timeout_s,
+            idle_timeout_s=self._idle_timeout_s,
             on_change=self._engine_changed,
             on_idle=self._park_idle,
         )
@@ -245,11 +253,13 @@ class Service:
         await self._take_over_memory()
         self._presence.appear()
         await self._connection.watch_peers(self._peer_left)
+        await self._doorman.open()
         await self._connection.own(wire.BUS_NAME, patience_s=_POLICY_S)
         if self._catalog.models():
             self._warm_up()
         self._background.start(self._presence.prepare())
         self._engine_stats.start()
+        self._newcomers.start()
         self._inbox.start()
         self._models.collect_soon()
         self._background.start(self._installations.clean_up())
@@ -282,8 +292,10 @@ class Service:
         self._stop.set()
         self._presence.manager_changed()
         await self._inbox.close()
+        await self._newcomers.close()
         await self._jobs.close()
         await self._engine_stats.close()
+        await self._doorman.close()
         await self._swapper.close()
         for factory in self._factories.values():
             await factory.close()
@@ -316,12 +328,15 @@ class Service:
         await self._fd_store.settled()  # the ledger does not count it: nothing may be loaded before it is free
 
     async def _prewarm(self) -> None:
-        """Makes ready what transfers to GPUs need, then loads what the configuration wants warm."""
+        """Makes ready what transfers to GPUs need, then what the configuration wants active or warm."""
         memory = self._settings.current.memory
         for place in dict.fromkeys(self._residency.places.values()):
             if place.device.kind in {Kind.CUDA, Kind.SIMULATED}:
                 with _logged(f"staging memory of {place.name}"):
                     await self._mover.prepare(place.device)
+        if (first := self._settings.current.engines.prewarm) and self._swapper.active is None:
+            with _logged(f"engines.prewarm: {first}"):
+                self._serving.swap(self._catalog.resolve(first), self._ourselves)
         for name in memory.prewarm:
             with _logged(f"memory.prewarm: {name}"):
                 model = self._catalog.resolve(name)
@@ -376,6 +391,21 @@ class Service:
         self._presence.model_published(model)
         self._models.collect_soon()
         self._background.start(self._arrivals.look_for_bases())
+        if self._settings.current.engines.warm_new:
+            self._newcomers.arrived(model.name)
+
+    async def _make_ready(self, name: str) -> Job | None:
+        model, tier = self._catalog.resolve(name), self._settings.current.memory.prewarm_tier
+        return await self._serving.warm_up(model, self._ourselves, tier)
+
+    def _is_idle(self) -> bool:
+        """Whether nobody asks a model, or waits for anything that needs the disk or an engine."""
+        active = self._swapper.active
+        is_asked = active is not None and self._engine_stats.of(active.engine.number).active_requests > 0
+        return not is_asked and not any(
+            job.state in {JobState.QUEUED, JobState.RUNNING} and job.kind in {"swap", "park", "load", "import"}
+            for job in self._jobs
+        )
 
     def _warm_up(self) -> None:
         """As soon as there is a model, or about to be one, somebody may want it to answer."""
@@ -411,6 +441,9 @@ class Service:
         await self._factories[kind].run_in(self._python(kind))
         if self._is_warm and kind == self._settings.current.engines.default:
             self._factories[kind].begin()
+
+    def _model_config(self, model: Model) -> ModelConfig:
+        return self._settings.current.model(model.name, *model.aliases)
 
     def _is_pinned(self, checkpoint_id: str) -> bool:
         return self._models.is_pinned(checkpoint_id)
@@ -458,8 +491,13 @@ class Service:
         if not self._stop.is_set():
             self._serving.engine_lost(target, self._ourselves)
 
-    def _park_idle(self) -> None:
-        self._serving.park(self._ourselves)
+    def _idle_timeout_s(self, target: Target) -> float:
+        chosen = self._settings.current.model(*target.names).idle_timeout_s
+        return self._settings.current.engines.idle_timeout_s if chosen == "default" else chosen
+
+    def _park_idle(self, target: Target) -> None:
+        is_evicted = self._settings.current.engines.on_idle == "evict" and not self._is_pinned(target.checkpoint.id)
+        self._serving.rest(target, self._ourselves, evict=is_evicted)
 
 
 def streamer_options(config: Config, stalls: Stalls) -> Options:

@@ -15,12 +15,14 @@ from dbus_next import Variant
 
 from flashd import wire
 from flashd.checkpoint.files import Checkpoint
+from flashd.config import ModelConfig
 from flashd.daemon.exports import Caller
 from flashd.daemon.jobs import Job, Jobs, JobState, Owner, Result, Work
 from flashd.daemon.limits import Limits, Scarce
 from flashd.daemon.ownership import Ownership
 from flashd.daemon.threads import Background
-from flashd.errors import Cancelled, NotFound
+from flashd.engines.engine import EngineOptions
+from flashd.errors import Busy, Cancelled, FlashdError, NotFound
 from flashd.memory.lease import Lease, LeaseBook
 from flashd.memory.residency import Residency
 from flashd.store.catalog import Catalog, Model
@@ -49,14 +51,18 @@ class Serving:
         *,
         endpoint: Path,
         engine_kind: str,
+        model_config: Callable[[Model], ModelConfig],
         is_present: Callable[[str], bool],
         on_leased: Callable[[Lease], None],
         on_used: Callable[[str], None],
+        on_rest: Callable[[], None],
+        on_asked: Callable[[str], None],
         limits: Limits,
         ownership: Ownership,
     ) -> None:
-        """`engine_kind` is for swaps that do not say. `is_present` tells whether a bus peer is still there; `on_used`
-        hears of models whose use was noted."""
+        """`engine_kind` is for swaps that do not say, unless `model_config` does. `is_present` tells whether a bus peer
+        is still there; `on_used` hears of models whose use was noted, `on_rest` when one rests until it is asked,
+        `on_asked` of those that somebody swaps to."""
         self._catalog = catalog
         self._residency = residency
         self._supplier = supplier
@@ -65,9 +71,13 @@ class Serving:
         self._background = background
         self._endpoint = endpoint
         self._engine_kind = engine_kind
+        self._model_config = model_config
         self._is_present = is_present
         self._on_leased = on_leased
         self._on_used = on_used
+        self._on_rest = on_rest
+        self._on_asked = on_asked
+        self._resting: Target | None = None  # what was active last, if it was parked because nobody asked it
         self._limits = limits
         self._ownership = ownership
         self._swapper = swapper
@@ -92,13 +102,11 @@ class Serving:
         active = self._swapper.active
         if not engine_kind and active is not None and active.target.model_name == model.name:
             engine_kind = active.target.engine_kind
-        kind = engine_kind or self._engine_kind
+        target = self._target(model, engine_kind)
+        kind = target.engine_kind
         last = self._line[-1] if self._line else None
         if last and (last.kind, last.subject, self._kinds.get(last)) == ("swap", model.name, kind):
             return last
-        names = (model.name, *model.aliases)
-        private_to = model.owner_uid if model.private else None
-        target = Target(model.name, names, self._catalog.checkpoint(model.checkpoint_id), kind, private_to)
 
         async def work(job: Job) -> Result:
             outcome = await self._swapper.swap(target, job.report_bytes)
@@ -114,6 +122,7 @@ class Serving:
                 "phases": Variant("a{sd}", dict(outcome.phases)),
             }
 
+        self._on_asked(model.name)
         job = self._enqueue("swap", model.name, owner, work)
         self._kinds[job] = kind
         return job
@@ -122,6 +131,7 @@ class Serving:
         async def work(job: Job) -> Result:
             await self._swapper.park()
             _begin(job)
+            self._resting = None
             return {}
 
         active = self._swapper.active
@@ -129,15 +139,63 @@ class Serving:
         is_named = active is not None and active.target.private_to in {None, owner.uid}
         return self._enqueue("park", active.target.model_name if active and is_named else "", owner, work)
 
+    def _target(self, model: Model, engine_kind: str = "") -> Target:
+        """What a swap to a model means; `engine_kind` counts before what is configured."""
+        names = (model.name, *model.aliases)
+        chosen = self._model_config(model)
+        return Target(
+            model.name,
+            names,
+            self._catalog.checkpoint(model.checkpoint_id),
+            engine_kind or (self._engine_kind if chosen.engine == "default" else chosen.engine),
+            model.owner_uid if model.private else None,
+            EngineOptions(chosen.arguments, None if chosen.kv_cache_bytes == "default" else chosen.kv_cache_bytes),
+        )
+
+    def rest(self, target: Target, owner: Owner, *, evict: bool) -> Job:
+        """Parks a model, if it is still the active one, until somebody asks it; `evict` its weights meanwhile."""
+
+        async def work(job: Job) -> Result:
+            await self._swapper.park(target)
+            _begin(job)
+            if target.private_to is None:  # a private model's socket is nobody's, and so nobody asks it
+                self._resting = target
+                self._on_rest()
+            if evict:
+                with contextlib.suppress(Busy):  # somebody leases it
+                    await self._residency.evict(*self._catalog.forms(target.checkpoint.id))
+            return {}
+
+        return self._enqueue("park", target.model_name, owner, work)
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether a question to the endpoint would wake a model."""
+        return self._swapper.active is None and self._resting is not None
+
+    async def woken(self, owner: Owner) -> Path:
+        """The socket of the active model, which is woken if it rests. Raises what a swap raises; NotFound if none is
+        active, and none rests."""
+        resting = self._resting
+        if self._swapper.active is None and resting is not None:
+            model = self._catalog.resolve(resting.model_name, lambda model: not model.private)
+            job = self.swap(model, owner, resting.engine_kind)
+            await job.wait()
+            if job.error is not None:
+                raise job.error
+        if self._swapper.active is None:
+            raise NotFound("no model is active", hint="swap to one first: flash swap MODEL")
+        return self._swapper.active.engine.socket_path
+
     def load(self, model: Model, owner: Owner, device: str, *, may_evict: bool = True) -> Job:
         """Brings a model to a device, or to the host. Raises InvalidArgument if there is no such device."""
-        checkpoint = self._catalog.checkpoint(model.checkpoint_id)
+        target = self._target(model)
         name = self._residency.place(device).name
 
         async def work(job: Job) -> Result:
             job.begin("loading")
             started = time.monotonic()
-            form = await self._supplier.form(checkpoint, self._engine_kind)
+            form = await self._supplier.form(target)
             with await self._residency.acquire(form, job.report_bytes, device=name, may_evict=may_evict):
                 seconds = time.monotonic() - started
                 return {
@@ -147,6 +205,29 @@ class Serving:
                 }
 
         return self._jobs.run("load", model.name, owner, work, audience=self._ownership.audience(model))
+
+    async def warm_up(self, model: Model, owner: Owner, device: str) -> Job | None:
+        """Makes a model ready for its first swap, in memory that is free; None if there is none.
+
+        What goes wrong is for whoever swaps to it to hear of.
+        """
+        target = self._target(model)
+        place, form = self._residency.place(device), await self._supplier.form(target)
+        if place.missing_bytes(form) > place.pool.free_bytes:
+            return None
+
+        async def work(job: Job) -> Result:
+            job.begin("loading")
+            try:
+                with await self._residency.acquire(form, job.report_bytes, device=place.name, may_evict=False):
+                    job.report("making its image")
+                    if await self._swapper.prepare(target):
+                        log.info("the image of %s is made", model.name)
+            except (FlashdError, OSError) as error:
+                log.info("%s is not made ready: %s", model.name, error)
+            return {"residency": Variant("s", self._residency.tier_of(*self._catalog.forms(target.checkpoint.id)))}
+
+        return self._jobs.run("warm-up", model.name, owner, work, audience=self._ownership.audience(model))
 
     async def lease(self, model: Model, caller: Caller, device: str) -> tuple[Lease, int, str]:
         """A lease, a descriptor of its arena to map for reading (the caller's to close), and the layout as JSON."""

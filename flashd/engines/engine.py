@@ -65,6 +65,17 @@ class Binding:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What an engine is told for one model besides what its factory tells all. None: as those."""
+
+    arguments: tuple[str, ...] = ()
+    kv_cache_bytes: int | None = None
+
+
+NO_OPTIONS = EngineOptions()
+
+
+@dataclass(frozen=True, slots=True)
 class Made:
     """An image that an engine has made of a checkpoint, in memory that it allocated on its GPU and now reads from.
 
@@ -148,13 +159,13 @@ class EngineFactory(Protocol):
     def refusal(self, architecture: str, side_files: Mapping[str, Path]) -> str:
         """Why this kind cannot run such a checkpoint; empty if it can."""
 
-    def rebind_key(self, checkpoint: Checkpoint) -> str:
+    def rebind_key(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> str:
         """Engines that hold a checkpoint can take any other of the same key; empty: none but a new engine can."""
 
-    async def gpu_plan(self, checkpoint: Checkpoint) -> GpuPlan | None:
+    async def gpu_plan(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> GpuPlan | None:
         """None if its engines work in host memory. May wait for the first engine to be possible."""
 
-    def create(self) -> Engine: ...
+    def create(self, options: EngineOptions = NO_OPTIONS) -> Engine: ...
 
     async def run_in(self, python: str) -> None:
         """Has engines that are created from now on run in this interpreter."""

@@ -18,7 +18,16 @@ from typing import Any
 
 from flashd.checkpoint.files import Checkpoint
 from flashd.engines.control import AsyncChannel, Frame, close_all, pair
-from flashd.engines.engine import TRANSITIONS, Binding, EngineState, EngineStats, GpuPlan, Made
+from flashd.engines.engine import (
+    NO_OPTIONS,
+    TRANSITIONS,
+    Binding,
+    EngineOptions,
+    EngineState,
+    EngineStats,
+    GpuPlan,
+    Made,
+)
 from flashd.engines.zygote import Zygote, last_words
 from flashd.errors import EngineFailed
 
@@ -234,14 +243,23 @@ class ZygoteFactory:
             return "its config.json names no architecture"
         return ""
 
-    def rebind_key(self, checkpoint: Checkpoint) -> str:
+    def rebind_key(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> str:  # noqa: ARG002 -- for vLLM
         return checkpoint.manifest.architecture_key
 
-    async def gpu_plan(self, checkpoint: Checkpoint) -> GpuPlan | None:  # noqa: ARG002 -- the protocol's
+    async def gpu_plan(
+        self,
+        checkpoint: Checkpoint,  # noqa: ARG002 -- for vLLM
+        options: EngineOptions = NO_OPTIONS,  # noqa: ARG002
+    ) -> GpuPlan | None:
         return None
 
-    def create(self) -> EngineProcess:
-        return EngineProcess(next(self._settings.numbers), self.kind, self._zygote, self._settings)
+    def create(self, options: EngineOptions = NO_OPTIONS) -> EngineProcess:
+        settings = dataclasses.replace(self._settings, options=self._told(options))
+        return EngineProcess(next(settings.numbers), self.kind, self._zygote, settings)
+
+    def _told(self, options: EngineOptions) -> Mapping[str, Any]:  # noqa: ARG002 -- for vLLM
+        """What an engine's own options are with what one model has different."""
+        return self._settings.options
 
     async def run_in(self, python: str) -> None:
         """Engines made from now on run in this interpreter; those that there are stay what they are."""

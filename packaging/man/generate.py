@@ -139,7 +139,9 @@ def settings_page() -> str:
             "TOML. Settings come, each overriding the one before, from the defaults, the file, its drop-ins in order "
             "of name, and the command line. A key that is not known, or a value of the wrong type, is an error. "
             'Sizes are written with their unit, for example "64GB". flash config shows what is in force, and '
-            "flash config KEY VALUE writes a drop-in."
+            "flash config KEY VALUE writes a drop-in. What one model has different stands in a section of its own: "
+            '[models."Qwen/Qwen3-0.6B"], and in a key its name stands for NAME: '
+            "flash config models.Qwen/Qwen3-0.6B.engine vllm."
         ),
         ".SH SETTINGS",
     ]

@@ -56,7 +56,7 @@ def fill_store(root: Path, count: int) -> None:
 @contextmanager
 def daemon(root: Path, address: str) -> Iterator[tuple[float, int]]:
     """A running daemon; yields the seconds until it was ready, and its process id."""
-    (root / "flashd.toml").write_text("[engines]\nwarm_up = false\n")
+    (root / "flashd.toml").write_text("[engines]\nwarm_up = false\nwarm_new = false\n")
     command = [
         *(sys.executable, "-m", "flashd.daemon.main", "--bus", address, "--config", root / "flashd.toml"),
         *("--state-dir", root / "state", "--models-dir", root / "models", "--runtime-dir", root / "run"),

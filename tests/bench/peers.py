@@ -132,7 +132,7 @@ def main() -> None:
     source = options.checkpoint.resolve()
     with (
         tempfile.TemporaryDirectory(dir=source.parent, prefix=".peers-") as folder,
-        own_daemon(Path(folder), "[engines]\nwarm_up = false\n") as client,
+        own_daemon(Path(folder), "[engines]\nwarm_up = false\nwarm_new = false\n") as client,
     ):
         client.import_(source, "subject")
         (path,) = (Path(folder) / "state/store").rglob("model.safetensors")  # the very file that all of them load

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 READY_S = 20.0
-# Tests without engines do not pay for importing torch; settling is made quick.
+# Tests without engines do not pay for importing torch, what is new stays where it is, and settling is made quick.
 CONFIG = """
 [inbox]
 settle_s = 0.2
 rescan_s = 1.0
 [engines]
 warm_up = false
+warm_new = false
 """
 
 

@@ -311,7 +311,9 @@ async def test_leases_of_removed_models_do_not_hinder_its_end(remote: Remote, da
 
 async def test_what_does_not_fit_is_refused_with_the_numbers(remote: Remote, daemon: Daemon, tmp_path: Path) -> None:
     daemon.stop()
-    daemon.config.write_text('[memory]\nhost_budget = "64KiB"\nhuge_pages = "off"\n[engines]\nwarm_up = false\n')
+    daemon.config.write_text(
+        '[memory]\nhost_budget = "64KiB"\nhuge_pages = "off"\n[engines]\nwarm_up = false\nwarm_new = false\n'
+    )
     daemon.start()
     await import_model(remote, make_source(tmp_path / "a", seed=1), "a")
     await import_model(remote, make_source(tmp_path / "b", seed=2, elements=40_000), "b")

@@ -195,15 +195,116 @@ async def test_an_engine_that_dies_is_replaced_once(three: Remote, daemon: Daemo
     assert "ended unasked" in daemon.log.read_text()
 
 
-async def test_an_idle_engine_is_parked(three: Remote) -> None:
+async def is_parked(remote: Remote) -> bool:
+    return [engine["State"] for engine in (await engines(remote)).values()] == ["parked"]
+
+
+async def test_an_idle_model_is_parked_and_who_asks_wakes_it(three: Remote) -> None:
     await three.call("SetConfig", "ss", "engines.idle_timeout_s", "1")
     assert await how(three, "ada") == "start"
-
-    async def is_parked() -> bool:
-        return [engine["State"] for engine in (await engines(three)).values()] == ["parked"]
-
-    await until(is_parked)
+    await until(lambda: is_parked(three))
     assert await active(three) == "/"
+    assert (await three.model("ada"))["Residency"] == "host"
+    endpoint = await three.get(wire.ROOT_PATH, wire.MANAGER, "Endpoint")
+    async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=endpoint), base_url="http://flashd") as client:
+        for path in ("/health", "/v1/models"):
+            looked = await client.get(path)
+            assert (looked.status_code, looked.json()["error"]["code"]) == (503, "not_serving")
+            assert "a question wakes it" in looked.json()["error"]["message"]
+    assert await active(three) == "/", "looking wakes nobody"
+    await three.call("SetConfig", "ss", "engines.idle_timeout_s", "0")
+    assert await asyncio.gather(*(ask(three) for _ in range(3))) == [SAYS["ada"]] * 3
+    assert await active(three) == wire.model_path("ada")
+    assert len(await engines(three)) == 1
+
+
+async def test_a_connection_that_was_open_before_the_rest_is_told_to_come_again(three: Remote) -> None:
+    await three.call("SetConfig", "ss", "engines.idle_timeout_s", "1")
+    assert await how(three, "ada") == "start"
+    engine = Path(await three.get(wire.ROOT_PATH, wire.MANAGER, "Endpoint")).resolve()
+    await until(lambda: is_parked(three))
+    async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(engine)), base_url="http://e") as client:
+        refused = await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
+    assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+
+
+async def test_a_model_may_stay_while_others_rest_and_what_rests_may_leave_memory(three: Remote) -> None:
+    for key, value in (
+        ("models.ada.idle_timeout_s", "0"),
+        ("engines.idle_timeout_s", "1"),
+        ("engines.on_idle", "evict"),
+    ):
+        assert await three.call("SetConfig", "ss", key, value) == (False,), "it is in force at once"
+    assert await how(three, "bob") == "start"
+    await until(lambda: is_parked(three))
+
+    async def is_stored() -> bool:
+        return bool((await three.model("bob"))["Residency"] == "stored")
+
+    await until(is_stored)
+    assert await how(three, "ada") == "wake"
+    await asyncio.sleep(5)  # twice as long as it takes to notice, and more
+    assert await active(three) == wire.model_path("ada")
+
+
+async def test_the_model_that_the_configuration_names_answers_after_a_start(three: Remote, daemon: Daemon) -> None:
+    daemon.stop()
+    with daemon.config.open("a") as file:
+        file.write('prewarm = "bob"\n[models.bob]\nengine = "torch"\n')
+    daemon.start()
+
+    async def answers() -> bool:
+        return await active(three) == wire.model_path("bob")
+
+    await until(answers)
+    assert await how(three, "bob") == "already-active"
+    assert await ask(three) == SAYS["bob"]
+
+
+async def test_a_new_fine_tune_is_ready_before_anybody_asks_for_it(
+    remote: Remote, daemon: Daemon, sources: Path
+) -> None:
+    await import_model(remote, sources / "ada", "ada")
+    assert await how(remote, "ada") == "start"
+    await remote.call("SetConfig", "ss", "engines.warm_new", "true")
+    shutil.copytree(sources / "bob", daemon.models / "bob")
+    await remote.model("bob")
+
+    async def is_warm() -> bool:
+        return bool((await remote.model("bob"))["Residency"] == "host")
+
+    await until(is_warm)
+    jobs = {o[wire.JOB]["Kind"]: o[wire.JOB] for o in (await remote.objects()).values() if wire.JOB in o}
+    assert jobs["warm-up"]["Subject"] == "bob"
+    assert await active(remote) == wire.model_path("ada"), "who answers was not disturbed"
+    job = await swap(remote, "bob")
+    assert (job["Result"]["how"], job["Result"]["from_tier"]) == ("rebind", "host")
+    assert await ask(remote) == SAYS["bob"]
+
+
+async def test_where_memory_is_full_a_new_model_stays_on_the_disk(
+    remote: Remote, daemon: Daemon, sources: Path, tmp_path: Path
+) -> None:
+    await import_model(remote, sources / "ada", "ada")
+    await remote.finished((await remote.call("Load", "ssa{sv}", "ada", "host", {}))[0])
+    size_bytes = (await remote.model("ada"))["SizeBytes"]
+    daemon.stop()
+    with daemon.config.open("a") as file:
+        file.write(f"[memory]\nhost_budget = {size_bytes * 3 // 2}\n")
+    daemon.start()
+    await remote.finished((await remote.call("Load", "ssa{sv}", "ada", "host", {}))[0])
+    await remote.call("SetConfig", "ss", "engines.warm_new", "true")
+    await import_model(remote, sources / "bob", "bob")
+    await until(lambda: "bob is not made ready: no memory is free for it" in daemon.log.read_text())
+    assert ((await remote.model("ada"))["Residency"], (await remote.model("bob"))["Residency"]) == ("host", "stored")
+
+
+async def test_a_models_own_kind_of_engine_counts(three: Remote, daemon: Daemon) -> None:
+    await three.call("SetConfig", "ss", "engines.vllm.python", "/nonexistent/python")
+    await three.call("SetConfig", "ss", "models.ada.engine", "vllm")
+    failed = await swap(three, "ada")
+    assert failed["State"] == "failed" and "vllm" in failed["Error"][1].lower(), failed["Error"]
+    assert await how(three, "bob") == "start"
 
 
 async def test_drop_two_sources_swap_between_them_and_stop(remote: Remote, daemon: Daemon, sources: Path) -> None:

@@ -341,7 +341,9 @@ class Daemon:
         self.models = root / "models"
         self.models.mkdir()
         self.config = root / "flashd.toml"
-        self.config.write_text("[inbox]\nsettle_s = 0.3\nrescan_s = 1.0\n[engines.torch]\nthreads = 1\n")
+        self.config.write_text(
+            "[inbox]\nsettle_s = 0.3\nrescan_s = 1.0\n[engines]\nwarm_new = false\n[engines.torch]\nthreads = 1\n"
+        )
         self.process: subprocess.Popen[bytes] | None = None
 
     def command(self) -> list[str | Path]:

@@ -21,7 +21,7 @@ import pytest_asyncio
 from conftest import Resident, http, soon
 from vllm_greedy import PROMPTS
 
-from flashd.engines.engine import Binding, EngineState
+from flashd.engines.engine import Binding, EngineOptions, EngineState
 from flashd.engines.process import EngineProcess
 from flashd.engines.vllm.factory import VllmFactory
 from flashd.errors import EngineFailed, Unavailable, Unsupported
@@ -273,14 +273,11 @@ async def test_weights_that_do_not_fit_the_config_are_an_error_with_its_words(
     await engine.stop()
 
 
-async def test_arguments_are_vllms_and_wrong_ones_are_told(
-    vllm_factory: VllmFactory, residents: Residents, monkeypatch: pytest.MonkeyPatch
+async def test_a_models_own_arguments_are_vllms_and_wrong_ones_are_told(
+    vllm_factory: VllmFactory, residents: Residents
 ) -> None:
-    settings = vllm_factory._settings
-    for arguments, word in ((["--max-model-len", "100"], ""), (["--no-such-thing", "1"], "no-such-thing")):
-        changed = {**settings.options, "arguments": arguments}
-        monkeypatch.setattr(vllm_factory, "_settings", dataclasses.replace(settings, options=changed))
-        engine = vllm_factory.create()
+    for arguments, word in ((("--max-model-len", "100"), ""), (("--no-such-thing", "1"), "no-such-thing")):
+        engine = vllm_factory.create(EngineOptions(arguments))
         if word:
             with pytest.raises(EngineFailed, match=word):
                 await engine.start(residents["ada"].binding())

@@ -57,6 +57,11 @@ def test_file_drop_ins_in_order_and_overrides_count_in_that_order(paths: Paths) 
         ("[inbox]\nsettle_s = nan", "cannot be nan", "from 0 up"),
         ("[store]\npath = 3", "cannot be 3", "path"),
         ("store = 3", "store is a section", "[store]"),
+        ("models.ada = 3", 'models."ada" is a section', '[models."ada"]'),
+        ("[models.ada]\nengin = 'vllm'", "models.ada.engin", "models.NAME.engine"),
+        ("[models.ada]\nengine = 'llama'", "cannot be 'llama'", "default or torch or vllm"),
+        ("[models.ada]\nidle_timeout_s = 'never'", "cannot be 'never'", "number"),
+        ("[models.ada]\nkv_cache = 'lots'", "'lots' is not a size", "64GB"),
         ("[store", "is not TOML", "correct"),
     ],
 )
@@ -74,6 +79,31 @@ def test_what_is_dumped_is_read_back(paths: Paths) -> None:
     elsewhere = dataclasses.replace(paths, state=Path("/nowhere"), models=Path("/nowhere"))
     assert config.load(elsewhere) == loaded
     assert 'host_budget = "64GB"' in config.dump(loaded)
+
+
+def test_what_one_model_has_different_is_found_by_any_of_its_names(paths: Paths) -> None:
+    paths.config.write_text('[models."Qwen/Qwen3-0.6B"]\nengine = "vllm"\nkv_cache = "4GiB"\n')
+    config.set_value(paths, "models.Qwen/Qwen3-0.6B.arguments", '["--max-num-seqs", "8"]')
+    config.set_value(paths, 'models."Qwen/Qwen3-0.6B".idle_timeout_s', "60")
+    config.set_value(paths, "models.Qwen/Qwen3-0.6B.kv_cache", "default")
+    loaded = config.load(paths)
+    assert set(loaded.models) == {"Qwen/Qwen3-0.6B"}
+    for names in (("Qwen/Qwen3-0.6B",), ("mine", "Qwen/Qwen3-0.6B")):
+        assert loaded.model(*names) == config.ModelConfig("vllm", 60.0, ("--max-num-seqs", "8"), "default")
+    assert loaded.model("mine") == config.ModelConfig()
+    paths.config.write_text(config.dump(loaded))
+    assert config.load(paths) == loaded
+
+
+def test_a_setting_of_one_model_has_its_key_its_value_and_its_default(paths: Paths) -> None:
+    loaded = config.load(paths, {"models.v1.5.engine": "vllm"})
+    assert config.value_of(loaded, "models.v1.5.engine") == "vllm"
+    assert config.value_of(loaded, "models.v1.5.kv_cache") == "default"
+    assert config.value_of(loaded, "models.other.engine") == "default"
+    assert config.find("models.v1.5.engine").doc == config.find("models.NAME.engine").doc
+    for key in ("models.engine", "models..engine", "models.ada.engin", "models"):
+        with pytest.raises(InvalidArgument, match="no setting"):
+            config.find(key)
 
 
 @given(size_bytes=st.integers(0, 1 << 60))

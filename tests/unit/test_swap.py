@@ -22,7 +22,16 @@ from sources import converted
 
 from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.manifest import Manifest
-from flashd.engines.engine import TRANSITIONS, Binding, EngineState, EngineStats, GpuPlan, Made
+from flashd.engines.engine import (
+    NO_OPTIONS,
+    TRANSITIONS,
+    Binding,
+    EngineOptions,
+    EngineState,
+    EngineStats,
+    GpuPlan,
+    Made,
+)
 from flashd.errors import Busy, EngineFailed, FlashdError, NotFound, OutOfMemory, TransferFailed, Unsupported
 from flashd.memory.arena import HostArena, HugePages
 from flashd.memory.device import HostDevice, Tier, simulated_device
@@ -104,6 +113,7 @@ class FakeEngine:
         self.on_exit: Callable[[str], None] = lambda last_words: None
         self.open = False
         self.ended = asyncio.Event()
+        self.options = NO_OPTIONS
         self._script = script
         self._order: asyncio.Future[None] | None = None
 
@@ -215,17 +225,18 @@ class Factory:
 
     def begin(self) -> None: ...
 
-    def rebind_key(self, checkpoint: Checkpoint) -> str:
-        return checkpoint.manifest.architecture_key
+    def rebind_key(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> str:
+        return f"{checkpoint.manifest.architecture_key} {options}"
 
-    async def gpu_plan(self, checkpoint: Checkpoint) -> GpuPlan | None:
+    async def gpu_plan(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> GpuPlan | None:
         if not self._on_gpu:
             return None
         # What an engine says of itself before it has loaded is more than it then takes.
         return GpuPlan("sim:0", f"image of {checkpoint.id}", 2 * ARENA_BYTES, WORKING_BYTES)
 
-    def create(self) -> FakeEngine:
+    def create(self, options: EngineOptions = NO_OPTIONS) -> FakeEngine:
         self.engines.append(FakeEngine(next(self._numbers), self._script))
+        self.engines[-1].options = options
         return self.engines[-1]
 
     async def close(self) -> None: ...
@@ -378,6 +389,17 @@ async def test_start_rebind_wake_and_already_active(targets: dict[str, Target]) 
         (How.WAKE, Tier.HOST),
     ]
     assert len(world.factory.engines) == 2
+
+
+async def test_another_argument_is_another_engine_though_the_model_is_the_same(targets: dict[str, Target]) -> None:
+    world = World()
+    with_it = replace(targets["a1"], options=EngineOptions(arguments=("--max-num-seqs", "8")))
+    hows = []
+    for target in (targets["a1"], with_it, with_it, targets["a2"], with_it):
+        hows.append((await world.swapper.swap(target)).how)
+        world.check()
+    assert hows == [How.START, How.START, How.ALREADY_ACTIVE, How.WAKE, How.WAKE]
+    assert [engine.options for engine in world.factory.engines] == [EngineOptions(), with_it.options]
 
 
 async def test_the_old_model_answers_until_the_new_one_does(targets: dict[str, Target]) -> None:
@@ -534,6 +556,60 @@ async def test_an_image_is_made_once_and_mapped_from_then_on(targets: dict[str, 
     world.check()
     await world.swapper.close()
     world.ended()
+
+
+async def test_a_parked_engine_makes_the_image_of_a_new_model_and_the_first_swap_maps_it(
+    targets: dict[str, Target],
+) -> None:
+    world = World(on_gpu=True)
+    for name in ("a1", "b"):
+        await world.swapper.swap(targets[name])
+    steps = len(world.script.names)
+    assert await world.swapper.prepare(targets["a2"])
+    assert world.answering() == "b" and world.script.names[steps:] == ["load", "wake", "drain", "park"]
+    world.check()
+    assert not await world.swapper.prepare(targets["a2"]), "it is there already"
+    assert not await world.swapper.prepare(targets["c"]), "no engine of its kind is parked"
+    assert not await world.swapper.prepare(targets["b"]), "that engine answers"
+    world.check()
+    outcome = await world.swapper.swap(targets["a2"])
+    assert (outcome.how, outcome.from_tier) == (How.WAKE, Tier.DEVICE)
+    world.check()
+
+
+async def test_nothing_makes_way_for_what_nobody_has_asked_for(targets: dict[str, Target]) -> None:
+    world = World(on_gpu=True, room=2)
+    for name in ("a1", "b"):
+        await world.swapper.swap(targets[name])
+    there = {name: place.pool.used_bytes for name, place in world.residency.places.items()}
+    assert not await world.swapper.prepare(targets["a2"])
+    assert {name: place.pool.used_bytes for name, place in world.residency.places.items()} == there
+    world.check()
+
+
+@pytest.mark.parametrize("fault", list(Fault))
+async def test_a_fault_at_any_step_of_making_ready_costs_the_parked_engine_at_most(
+    fault: Fault, targets: dict[str, Target]
+) -> None:
+    for moment in itertools.count():
+        world = World(policy=Policy(0.0, 1, 0.05), on_gpu=True)
+        for name in ("a1", "b"):
+            await world.swapper.swap(targets[name])
+        world.script.old = world.factory.engines[0]
+        world.script.arm(fault, moment)
+        world.script.swap = asyncio.ensure_future(world.swapper.prepare(targets["a2"]))
+        await asyncio.wait([world.script.swap])
+        world.script.fault = None
+        world.check()
+        assert world.answering() == "b", (moment, world.script.names)
+        await world.swapper.swap(targets["a2"])
+        assert world.answering() == "a2"
+        world.check()
+        await world.swapper.close()
+        world.ended()
+        if not world.script.struck:
+            assert moment >= 4
+            return
 
 
 async def test_an_image_that_makes_no_sense_is_not_kept(targets: dict[str, Target], tmp_path: Path) -> None:

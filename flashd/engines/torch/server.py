@@ -26,6 +26,7 @@ from flashd.engines.torch.model import Model
 from flashd.engines.torch.requests import BadRequest, GenerationRequest
 
 _END = object()
+_AGAIN = {"Retry-After": "1", "Connection": "close"}  # by the endpoint, which may lead elsewhere now
 
 
 @dataclass(slots=True)
@@ -64,7 +65,7 @@ class Server:
             except BadRequest as error:
                 return _error(error.status, error.message, "invalid_request_error", error.param, error.code)
             except NotServing as error:
-                return _error(503, str(error), "service_unavailable", None, "not_serving", {"Retry-After": "1"})
+                return _error(503, str(error), "service_unavailable", None, "not_serving", _AGAIN)
             except ClientDisconnect:
                 return Response(status_code=499)
 

@@ -12,7 +12,7 @@ from typing import Any
 from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.manifest import VOLATILE
 from flashd.cuda import Gpu
-from flashd.engines.engine import GpuPlan
+from flashd.engines.engine import NO_OPTIONS, EngineOptions, GpuPlan
 from flashd.engines.process import Settings, ZygoteFactory
 from flashd.streamer import blake3
 from flashd.units import GiB, MiB
@@ -51,9 +51,22 @@ class VllmFactory(ZygoteFactory):
         self._gpu = gpu
         self._keys: dict[str, str] = {}
 
-    def rebind_key(self, checkpoint: Checkpoint) -> str:
-        """Configuration, layout, dtype, tokenizer, template and defaults for sampling: vLLM reads all of them once,
-        when it starts. Quantised weights it cannot take twice in every case, so those get a new engine."""
+    def rebind_key(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> str:
+        """What vLLM is told, and what it reads of a model: it does both once, when it starts."""
+        model_key = self._model_key(checkpoint)
+        return _digest({"model": model_key, **self._told(options)}) if model_key else ""
+
+    def _told(self, options: EngineOptions) -> Mapping[str, Any]:
+        all_get = self._settings.options
+        kv_cache_bytes = options.kv_cache_bytes
+        return {
+            "arguments": [*all_get["arguments"], *options.arguments],
+            "kv_cache_bytes": all_get["kv_cache_bytes"] if kv_cache_bytes is None else kv_cache_bytes,
+        }
+
+    def _model_key(self, checkpoint: Checkpoint) -> str:
+        """Configuration, layout, dtype, tokenizer, template and defaults for sampling. Quantised weights vLLM cannot
+        take twice in every case, so those get a new engine."""
         manifest = checkpoint.manifest
         if not manifest.architecture_key or manifest.quantization:
             return ""
@@ -65,27 +78,27 @@ class VllmFactory(ZygoteFactory):
             self._keys[manifest.id] = blake3("\n".join(parts).encode()).hex()
         return self._keys[manifest.id]
 
-    async def gpu_plan(self, checkpoint: Checkpoint) -> GpuPlan | None:
+    async def gpu_plan(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> GpuPlan | None:
         if self._gpu is None:
             return None
         build = await self._zygote.build()
         if build["platform"] != "cuda":
             return None
-        arguments, size_bytes = self._settings.options["arguments"], checkpoint.manifest.data_bytes
+        told, size_bytes = self._told(options), checkpoint.manifest.data_bytes
         parts = {
             "format": _IMAGE_FORMAT,
             **build,
             "gpu": self._gpu.model,
-            "model": await asyncio.to_thread(self.rebind_key, checkpoint),
+            "model": await asyncio.to_thread(self._model_key, checkpoint),
             "checkpoint": checkpoint.id,
-            "arguments": arguments,
+            "arguments": told["arguments"],
         }
-        makes_image = parts["model"] and not any(argument.startswith(_PARALLEL) for argument in arguments)
+        makes_image = parts["model"] and not any(argument.startswith(_PARALLEL) for argument in told["arguments"])
         return GpuPlan(
             device=self._gpu.name,
-            key=blake3(json.dumps(parts, sort_keys=True).encode()).hex() if makes_image else "",
+            key=_digest(parts) if makes_image else "",
             weights_bytes=size_bytes + size_bytes // 64 + 64 * MiB,  # a vocabulary is padded to what kernels like
-            working_bytes=self._settings.options["kv_cache_bytes"] + _ACTIVATION_BYTES,
+            working_bytes=told["kv_cache_bytes"] + _ACTIVATION_BYTES,
         )
 
 
@@ -98,4 +111,8 @@ def _essence(path: Path) -> str:
         return blake3(raw).hex()
     if isinstance(table, dict):
         table = {name: value for name, value in table.items() if name not in _INCIDENTAL}
-    return blake3(json.dumps(table, sort_keys=True).encode()).hex()
+    return _digest(table)
+
+
+def _digest(parts: object) -> str:
+    return blake3(json.dumps(parts, sort_keys=True).encode()).hex()

@@ -103,6 +103,7 @@ class _Said:
                 (b"content-type", b"application/json"),
                 (b"content-length", str(len(raw)).encode()),
                 (b"retry-after", b"1"),
+                (b"connection", b"close"),  # who tries again comes by the endpoint, which may lead elsewhere now
             ]
             await self._send({"type": "http.response.start", "status": 503, "headers": headers})
             await self._send({"type": "http.response.body", "body": raw})

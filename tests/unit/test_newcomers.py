@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""New models are made ready one by one, the newest first, and never in anybody's way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from flashd.daemon.jobs import Job, Jobs, JobState, Owner, Result
+from flashd.daemon.newcomers import Newcomers
+from flashd.errors import NotFound
+
+
+class House:
+    """What newcomers need of the daemon. A warm-up lasts until `finish`."""
+
+    def __init__(self) -> None:
+        self.jobs = Jobs(on_change=lambda job: None, on_forget=lambda job: None)
+        self.newcomers = Newcomers(self.warm_up, is_idle=lambda: self.is_idle)
+        self.is_idle = True
+        self.room = True
+        self.begun: list[str] = []
+        self.finish = asyncio.Event()
+
+    async def warm_up(self, name: str) -> Job | None:
+        if name == "gone":
+            raise NotFound("there is no model 'gone'")
+
+        async def work(job: Job) -> Result:
+            job.begin()
+            await self.finish.wait()
+            return {}
+
+        self.begun.append(name)
+        return self.jobs.run("warm-up", name, Owner("", 0), work) if self.room else None
+
+    async def until_begun(self, *names: str) -> None:
+        async with asyncio.timeout(10):
+            while self.begun != list(names):
+                await asyncio.sleep(0.01)
+
+    def states(self) -> list[JobState]:
+        return [job.state for job in self.jobs]
+
+
+@pytest.fixture
+async def house() -> AsyncIterator[House]:
+    made = House()
+    made.newcomers.start()
+    yield made
+    await made.newcomers.close()
+    await made.jobs.close()
+
+
+async def test_the_newest_comes_first_and_each_once(house: House) -> None:
+    house.newcomers.arrived("first")
+    await house.until_begun("first")
+    for name in ("ada", "bob", "gone", "ada", "eve"):
+        house.newcomers.arrived(name)
+    house.finish.set()
+    await house.until_begun("first", "eve", "ada", "bob")
+
+
+async def test_a_swap_to_another_interrupts_it_and_a_swap_to_itself_does_not(house: House) -> None:
+    house.newcomers.arrived("ada")
+    await house.until_begun("ada")
+    house.newcomers.asked("ada")
+    await asyncio.sleep(0)
+    assert house.states() == [JobState.RUNNING]
+    house.is_idle = False
+    house.newcomers.asked("bob")
+    await next(iter(house.jobs)).wait()
+    assert house.states() == [JobState.CANCELLED]
+    house.is_idle = True
+    await house.until_begun("ada", "ada")
+
+
+async def test_what_a_person_cancels_is_not_begun_again(house: House) -> None:
+    house.newcomers.arrived("ada")
+    await house.until_begun("ada")
+    next(iter(house.jobs)).cancel()
+    house.newcomers.arrived("bob")
+    await house.until_begun("ada", "bob")
+
+
+async def test_where_no_room_is_free_the_next_one_has_its_turn(house: House) -> None:
+    house.room = False
+    house.newcomers.arrived("bob")
+    house.newcomers.arrived("ada")
+    await house.until_begun("ada", "bob")
+    assert house.states() == []

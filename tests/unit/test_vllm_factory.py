@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What parts two vLLM engines, and two images, though no vLLM is here: what each model's own settings say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from sources import converted
+
+from flashd.checkpoint.files import Checkpoint
+from flashd.cuda import Gpu
+from flashd.engines.engine import NO_OPTIONS, EngineOptions, GpuPlan
+from flashd.engines.process import Settings
+from flashd.engines.vllm.factory import VllmFactory
+from flashd.units import GiB, MiB
+
+GPU = Gpu(0, "GPU", "GPU-0", 80 * GiB, False, False, True, True, True)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    source = tmp_path / "source"
+    source.mkdir()
+    safetensors.numpy.save_file({"w": np.zeros(16, np.float16)}, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps({"architectures": ["A"], "model_type": "a"}))
+    return converted(source, tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VllmFactory:
+    all_get = {"arguments": ["--seed", "0"], "kv_cache_bytes": 2 * GiB}
+    made = VllmFactory(Settings("python", tmp_path, tmp_path, 1, 1, 1.0, options=all_get), GPU)
+
+    async def build() -> dict[str, str]:
+        return {"vllm": "0.33", "torch": "2", "platform": "cuda"}
+
+    monkeypatch.setattr(made._zygote, "build", build)
+    return made
+
+
+async def plan(factory: VllmFactory, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> GpuPlan:
+    found = await factory.gpu_plan(checkpoint, options)
+    assert found is not None and found.key
+    return found
+
+
+async def test_models_with_different_settings_share_neither_engine_nor_wrong_image(
+    factory: VllmFactory, checkpoint: Checkpoint
+) -> None:
+    short = EngineOptions(arguments=("--max-model-len", "100"))
+    large = EngineOptions(kv_cache_bytes=3 * GiB)
+    keys = [factory.rebind_key(checkpoint, options) for options in (EngineOptions(), short, large)]
+    assert all(keys)
+    assert all(one != other for one, other in itertools.combinations(keys, 2))
+    assert factory.rebind_key(checkpoint, EngineOptions(kv_cache_bytes=2 * GiB)) == keys[0], "they say the same"
+    images = [(await plan(factory, checkpoint, options)).key for options in (EngineOptions(), short, large)]
+    assert images[0] == images[2] != images[1], "weights do not look different for a larger KV cache"
+
+
+async def test_the_ledger_counts_the_kv_cache_of_that_model(factory: VllmFactory, checkpoint: Checkpoint) -> None:
+    usual = await plan(factory, checkpoint)
+    small = await plan(factory, checkpoint, EngineOptions(kv_cache_bytes=256 * MiB))
+    assert usual.working_bytes - small.working_bytes == 2 * GiB - 256 * MiB
+
+
+def test_an_engine_is_told_what_all_are_and_then_what_its_model_has_different(factory: VllmFactory) -> None:
+    told = factory.create(EngineOptions(("--seed", "1"), 0))._settings.options
+    assert told == {"arguments": ["--seed", "0", "--seed", "1"], "kv_cache_bytes": 0}
+    assert factory.create()._settings.options == {"arguments": ["--seed", "0"], "kv_cache_bytes": 2 * GiB}
