@@ -134,6 +134,9 @@ class EnginesConfig:
         True, "Load a new model, and make its image, while nothing else is to do and where memory is free.", live=True
     )
     max_parked: int = _setting(2, "Engines kept parked; the one parked longest ago is stopped first.")
+    spare_bytes: int = _setting(
+        0, "While the machine has less memory available, parked engines are stopped; 0: a 64th of it.", live=True
+    )
     drain_timeout_s: float = _setting(10.0, "Requests in flight may take so long to finish before a swap cuts them.")
     start_timeout_s: float = _setting(120.0, "An engine that does not answer after so long has failed.")
     idle_timeout_s: float = _setting(

@@ -14,7 +14,8 @@
     ├── OutOfMemory                   10    a pool's budget cannot take it
     ├── TransferFailed                11    the operating system refused a read or write
     ├── EngineFailed                  12    an inference process died or refused
-    │   └── Unsupported               12    no engine here can run this architecture
+    │   ├── Unsupported               12    no engine here can run this architecture
+    │   └── EngineOutOfMemory         10    what it needs besides weights is not there
     ├── Unavailable                   13    the daemon, or the bus itself, is not there
     ├── Cancelled                     14    somebody asked for that
     ├── DeviceFailed                  15    a GPU or its driver refused
@@ -111,6 +112,10 @@ class EngineFailed(FlashdError):
 
 class Unsupported(EngineFailed):
     exit_status = 12
+
+
+class EngineOutOfMemory(EngineFailed):
+    exit_status = 10
 
 
 class Unavailable(FlashdError):

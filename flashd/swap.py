@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flashd.engines.engine import Binding, Engine, EngineFactory, EngineState, Made
-from flashd.errors import Busy, EngineFailed, FlashdError, NotFound, OutOfMemory, Unsupported
+from flashd.errors import Busy, EngineFailed, EngineOutOfMemory, FlashdError, NotFound, OutOfMemory, Unsupported
 from flashd.memory.device import Tier
 from flashd.memory.moving import Progress
 from flashd.supply import Supplier, Supply, Target
@@ -208,6 +208,15 @@ class Swapper:
             self._activate(None)
             await _to_the_end(self._tidy())
 
+    @property
+    def has_parked(self) -> bool:
+        return any(seat.engine.state is EngineState.PARKED for seat in self._parked)
+
+    async def stop_parked(self, *, at_most: int) -> int:
+        """Ends parked engines, those parked longest ago first; returns how many."""
+        async with self._turn:
+            return await self._stop_parked(at_most)
+
     async def stop_engine(self, number: int) -> None:
         """Ends one engine. Raises NotFound."""
         async with self._turn:
@@ -276,6 +285,16 @@ class Swapper:
                 return How.REBIND, seat.engine
             if seat.engine.state is EngineState.PARKED and await self._woken(seat, target, supply, binding):
                 return How.WAKE, seat.engine
+        try:
+            return How.START, await self._started(target, supply, binding)
+        except EngineOutOfMemory as error:
+            # What parked engines take beside their weights is in no ledger.
+            if not await self._stop_parked(len(self._parked)):
+                raise
+            log.warning("parked engines were stopped, for %s", error.message)
+            return How.START, await self._started(target, supply, binding)
+
+    async def _started(self, target: Target, supply: Supply, binding: Binding) -> Engine:
         engine = self._factories[target.engine_kind].create(target.options)
         engine.on_exit = lambda last_words: self._report_exit(engine, last_words)
         try:
@@ -284,19 +303,18 @@ class Swapper:
         except BaseException:
             await _to_the_end(engine.stop())
             raise
-        return How.START, engine
+        return engine
 
     async def _takers(self, target: Target) -> list[Seat]:
         """The engines that can take a model, the active one first."""
+        key = await asyncio.to_thread(self._key, target)  # files are read for it, the first time
+        return [seat for seat in self.seats if key and self._key(seat.target) == key]
+
+    def _key(self, target: Target) -> tuple[object, ...]:
+        """What two models have in common that one engine can take in turn; empty if no engine can."""
         factory = self._factories[target.engine_kind]
-        key = await asyncio.to_thread(factory.rebind_key, target.checkpoint, target.options)
-        return [
-            seat
-            for seat in self.seats
-            if key
-            and (seat.engine.kind, seat.target.private_to) == (factory.kind, target.private_to)
-            and factory.rebind_key(seat.target.checkpoint, seat.target.options) == key
-        ]
+        key = factory.rebind_key(target.checkpoint, target.options)
+        return (factory.kind, target.private_to, key) if key else ()
 
     async def _rebind(self, seat: Seat, target: Target, supply: Supply, binding: Binding) -> None:
         await self._order(seat.engine, self._given(target, supply, seat.engine.rebind(binding)))
@@ -375,17 +393,23 @@ class Swapper:
         self._on_change()
 
     async def _tidy(self) -> None:
-        """Parks whoever is not active any more, or stops it if it cannot be parked; stops those that are too many."""
+        """Parks whoever is not active any more, or stops it if it cannot be parked, or never would be woken; stops
+        those that are too many."""
         for seat in list(self._parked):
             try:
-                if seat.engine.state is EngineState.SERVING:
+                if seat.engine.state is EngineState.SERVING and self._key(seat.target):
                     await self._park(seat)
             except EngineFailed as error:
                 log.warning("engine %d could not be parked: %s", seat.engine.number, error)
             if seat.engine.state is not EngineState.PARKED:
                 await self._discard(seat)
-        while len(self._parked) > self._policy.max_parked:
-            await self._discard(self._parked[0])
+        await self._stop_parked(len(self._parked) - self._policy.max_parked)
+
+    async def _stop_parked(self, at_most: int) -> int:
+        doomed = [seat for seat in self._parked if seat.engine.state is EngineState.PARKED][: max(0, at_most)]
+        for seat in doomed:
+            await _to_the_end(self._discard(seat))
+        return len(doomed)
 
     async def _park(self, seat: Seat) -> None:
         await self._drain(seat)

@@ -25,14 +25,22 @@ from flashd.cli import doctor, installation, output
 from flashd.cli.redaction import Redactor, numbered
 from flashd.cli.session import session
 from flashd.client import Client
-from flashd.errors import AlreadyExists, EngineFailed, FlashdError, Internal, TransferFailed, Unsupported
+from flashd.errors import (
+    AlreadyExists,
+    EngineFailed,
+    EngineOutOfMemory,
+    FlashdError,
+    Internal,
+    TransferFailed,
+    Unsupported,
+)
 from flashd.memory.device import memory_fields
 
 _JOURNAL_LINES = 300
 # Free text that people write: who knows what stands in it.
 _FREE = ("arguments", "prewarm")
 # What an engine said last is in these, and it may have said what it was asked.
-_ENGINES_WORDS = {cls.bus_name() for cls in (EngineFailed, Unsupported, Internal)}
+_ENGINES_WORDS = {cls.bus_name() for cls in (EngineFailed, EngineOutOfMemory, Unsupported, Internal)}
 _ENGINES_LOGGERS = ("flashd.engines", "flashd.swap")
 _PRIVATE_PATHS = ("folders", "path", "python")
 

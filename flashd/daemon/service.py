@@ -37,6 +37,7 @@ from flashd.daemon.ownership import Ownership, group_id
 from flashd.daemon.parts import Parts
 from flashd.daemon.polkit import Polkit
 from flashd.daemon.presence import Presence
+from flashd.daemon.pressure import Pressure
 from flashd.daemon.pulls import Pulls
 from flashd.daemon.service_manager import FdStore, ServiceManager
 from flashd.daemon.serving import Serving
@@ -217,6 +218,7 @@ class Service:
             on_change=self._engine_changed,
             on_idle=self._park_idle,
         )
+        self._pressure = Pressure(self._swapper, spare_bytes=lambda: settings.current.engines.spare_bytes)
         parts = Parts(
             settings=settings,
             authority=authority,
@@ -260,6 +262,7 @@ class Service:
         self._background.start(self._presence.prepare())
         self._engine_stats.start()
         self._newcomers.start()
+        self._pressure.start()
         self._inbox.start()
         self._models.collect_soon()
         self._background.start(self._installations.clean_up())
@@ -295,6 +298,7 @@ class Service:
         await self._newcomers.close()
         await self._jobs.close()
         await self._engine_stats.close()
+        await self._pressure.close()
         await self._doorman.close()
         await self._swapper.close()
         for factory in self._factories.values():

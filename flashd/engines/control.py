@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flashd.errors import EngineFailed, Unsupported
+from flashd.errors import EngineFailed, EngineOutOfMemory, Unsupported
 from flashd.units import MiB
 
 MAX_FRAME_BYTES = 64 * MiB  # the layout of the largest model is a third of this
@@ -121,7 +121,8 @@ class AsyncChannel:
             close_all(fds)
         if "error" in answer.content:
             close_all(answer.fds)
-            kind = Unsupported if answer.content.get("unsupported") else EngineFailed
+            kinds = {"unsupported": Unsupported, "out_of_memory": EngineOutOfMemory}
+            kind = next((kind for name, kind in kinds.items() if answer.content.get(name)), EngineFailed)
             raise kind(str(answer.content["error"]), hint=str(answer.content.get("hint", "")))
         return answer
 

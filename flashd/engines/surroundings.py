@@ -4,8 +4,13 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from pathlib import Path
+
+_OF_MEMORY = re.compile(
+    r"(?i)out of memory|OutOfMemory|MemoryError|no available memory|(?:cannot|can't) allocate memory"
+)
 
 
 def listen(path: Path, mode: int) -> socket.socket:
@@ -37,3 +42,8 @@ def own_memory_bytes() -> int:
         total += sum(int(line.split()[1]) * 1024 for line in found)
         pending += [int(pid) for text in children for pid in text.split()]
     return total
+
+
+def lacks_memory(said: str) -> bool:
+    """Whether an error is about memory: each allocator, and vLLM, has its own words, and some raise RuntimeError."""
+    return _OF_MEMORY.search(said) is not None

@@ -140,6 +140,9 @@ def test_config_shows_changes_and_explains(run: Flash) -> None:
     assert changed.returncode == 0 and "started again" not in changed.stderr
     assert run("config", "inbox.on_remove").stdout == "remove\n"
     assert "started again" in run("config", "memory.host_budget", "2GB").stderr
+    assert run("config", "models.Qwen/Qwen3-0.6B.engine").stdout == "default\n"
+    assert "started again" not in run("config", "models.Qwen/Qwen3-0.6B.engine", "vllm").stderr
+    assert run("config", "models.Qwen/Qwen3-0.6B.engine").stdout == "vllm\n"
     keys = {setting["key"] for setting in json.loads(run("config", "--json").stdout)}
     assert {"memory.host_budget", "inbox.settle_s"} <= keys
 

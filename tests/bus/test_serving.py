@@ -299,6 +299,19 @@ async def test_where_memory_is_full_a_new_model_stays_on_the_disk(
     assert ((await remote.model("ada"))["Residency"], (await remote.model("bob"))["Residency"]) == ("host", "stored")
 
 
+async def test_parked_engines_go_where_memory_is_short(three: Remote, daemon: Daemon) -> None:
+    assert await how(three, "ada") == "start"
+    assert await how(three, "carl") == "start"
+    assert await three.call("SetConfig", "ss", "engines.spare", "1000TB") == (False,)
+
+    async def one_is_left() -> bool:
+        return [engine["State"] for engine in (await engines(three)).values()] == ["serving"]
+
+    await until(one_is_left)
+    assert await active(three) == wire.model_path("carl")
+    assert "a parked engine is stopped" in daemon.log.read_text()
+
+
 async def test_a_models_own_kind_of_engine_counts(three: Remote, daemon: Daemon) -> None:
     await three.call("SetConfig", "ss", "engines.vllm.python", "/nonexistent/python")
     await three.call("SetConfig", "ss", "models.ada.engine", "vllm")

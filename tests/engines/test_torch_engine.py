@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import signal
 import stat
 from pathlib import Path
@@ -17,7 +18,8 @@ from conftest import Resident, Start, complete, http, soon
 
 from flashd.engines.engine import EngineState
 from flashd.engines.process import EngineProcess, ZygoteFactory
-from flashd.errors import EngineFailed
+from flashd.errors import EngineFailed, EngineOutOfMemory
+from flashd.units import MiB
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 Residents = dict[str, Resident]
@@ -311,6 +313,29 @@ async def test_wrong_weights_leave_the_engine_with_what_it_had(
         await engine.rebind(residents["bob"].binding(arena_fd=os.open("/dev/null", os.O_RDONLY)))
     await engine.resume()
     assert await complete(engine, expected["prompt"]) == expected["ada"]
+
+
+async def test_an_engine_without_memory_says_so_and_keeps_what_it_had(start: Start, residents: Residents) -> None:
+    engine = await start(residents["ada"].binding())
+    before = await complete(engine, "Who")
+    await engine.drain(5)
+    limit = resource.prlimit(engine.pid, resource.RLIMIT_AS)
+    resource.prlimit(engine.pid, resource.RLIMIT_AS, (MiB, limit[1]))  # whatever it has, it gets no more
+    with pytest.raises(EngineOutOfMemory):
+        await engine.rebind(residents["bob"].binding())
+    resource.prlimit(engine.pid, resource.RLIMIT_AS, limit)
+    await engine.resume()
+    assert await complete(engine, "Who") == before
+
+
+async def test_an_engine_that_does_not_obey_is_ended_all_the_same(factory: ZygoteFactory, residents: Residents) -> None:
+    engine = factory.create()
+    await engine.start(residents["ada"].binding())
+    os.kill(engine.pid, signal.SIGSTOP)
+    await engine.stop()
+    assert engine.state is EngineState.FAILED
+    with pytest.raises(ProcessLookupError):
+        os.kill(engine.pid, 0)
 
 
 async def test_engines_end_with_their_daemon(factory: ZygoteFactory, residents: Residents) -> None:

@@ -24,7 +24,7 @@ from vllm_greedy import PROMPTS
 from flashd.engines.engine import Binding, EngineOptions, EngineState
 from flashd.engines.process import EngineProcess
 from flashd.engines.vllm.factory import VllmFactory
-from flashd.errors import EngineFailed, Unavailable, Unsupported
+from flashd.errors import EngineFailed, EngineOutOfMemory, Unavailable, Unsupported
 
 # Importing vLLM takes ten seconds on an idle machine, and plain vLLM answers first.
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
@@ -246,6 +246,28 @@ async def test_a_start_that_is_given_up_leaves_nothing(vllm_factory: VllmFactory
     await engine.stop()
     await soon(lambda: not any(alive(pid) for pid in pids))
     assert not engine._scratch.exists()
+
+
+async def test_a_start_that_hangs_is_ended_with_all_below_it(vllm_factory: VllmFactory, residents: Residents) -> None:
+    """vLLM itself, told to end while it starts, may hang for minutes after its engine has died."""
+    engine = vllm_factory.create()
+    starting = asyncio.create_task(engine.start(residents["ada"].binding()))
+    await soon(lambda: engine.pid > 0 and len(family(engine.pid)) > 1, 60)
+    pids = family(engine.pid)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    await engine.stop()
+    await soon(lambda: not any(alive(pid) for pid in pids))
+    assert not engine._scratch.exists()
+
+
+async def test_more_than_there_is_memory_for_is_told_as_that(vllm_factory: VllmFactory, residents: Residents) -> None:
+    engine = vllm_factory.create(EngineOptions(kv_cache_bytes=1 << 50))
+    with pytest.raises(EngineOutOfMemory):
+        await engine.start(residents["ada"].binding())
+    await engine.stop()
 
 
 async def test_what_vllm_cannot_run_is_an_error_with_its_words(

@@ -32,7 +32,16 @@ from flashd.engines.engine import (
     GpuPlan,
     Made,
 )
-from flashd.errors import Busy, EngineFailed, FlashdError, NotFound, OutOfMemory, TransferFailed, Unsupported
+from flashd.errors import (
+    Busy,
+    EngineFailed,
+    EngineOutOfMemory,
+    FlashdError,
+    NotFound,
+    OutOfMemory,
+    TransferFailed,
+    Unsupported,
+)
 from flashd.memory.arena import HostArena, HugePages
 from flashd.memory.device import HostDevice, Tier, simulated_device
 from flashd.memory.moving import Progress, Region, Residents
@@ -41,6 +50,7 @@ from flashd.supply import Supplier, Target
 from flashd.swap import How, Policy, Swapper, SwapState
 
 ARENA_BYTES = 4096
+UNIQUE = "Q"  # an architecture of which each engine takes one model, ever
 WORKING_BYTES = 3 * 4096
 NO_MANIFEST = Manifest(
     id="", weights="", header_digest="", digests_digest="", digest_block_bytes=4096, data_offset=4096, data_bytes=0,
@@ -56,6 +66,7 @@ class Fault(StrEnum):
     FAILS = "it fails"
     DIES = "the engine that carries it out dies"
     HANGS = "the engine that carries it out does not answer"
+    NO_MEMORY = "there is no memory for it"
     CANCELLED = "the swap is cancelled"
     OLD_DIES = "the engine that was active before dies"
 
@@ -88,6 +99,8 @@ class Script:
         match self.fault:
             case Fault.FAILS:
                 raise EngineFailed(f"{name} was told to fail")
+            case Fault.NO_MEMORY:
+                raise EngineOutOfMemory(f"{name} was told to find no memory")
             case Fault.DIES if engine:
                 engine.die()
             case Fault.HANGS if engine and name != "start":  # an engine limits its start itself
@@ -226,7 +239,8 @@ class Factory:
     def begin(self) -> None: ...
 
     def rebind_key(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> str:
-        return f"{checkpoint.manifest.architecture_key} {options}"
+        manifest = checkpoint.manifest
+        return "" if manifest.architecture == UNIQUE else f"{manifest.architecture_key} {options}"
 
     async def gpu_plan(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> GpuPlan | None:
         if not self._on_gpu:
@@ -355,10 +369,12 @@ class World:
 
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
-    """a1, a2, a3 share an architecture; b and c have their own; x has none."""
+    """a1, a2, a3 share an architecture; b, c and q have their own; x has none."""
     root = tmp_path_factory.mktemp("targets")
     made = {}
-    for seed, (name, architecture) in enumerate({"a1": "A", "a2": "A", "a3": "A", "b": "B", "c": "C"}.items()):
+    for seed, (name, architecture) in enumerate(
+        {"a1": "A", "a2": "A", "a3": "A", "b": "B", "c": "C", "q": UNIQUE}.items()
+    ):
         folder = root / name
         folder.mkdir()
         weights = {"w": np.random.default_rng(seed).integers(0, 255, ARENA_BYTES, np.uint8)}
@@ -749,6 +765,47 @@ async def test_parking_and_too_many_parked(targets: dict[str, Target]) -> None:
     world.check()
     assert world.endpoint is None and world.answering() is None
     assert (await world.swapper.swap(targets["c"])).how is How.WAKE
+
+
+async def test_what_parked_engines_take_is_given_up_for_one_that_finds_no_memory(targets: dict[str, Target]) -> None:
+    world = World()
+    for name in ("a1", "b"):
+        await world.swapper.swap(targets[name])
+    world.script.arm(Fault.NO_MEMORY, 1)  # load, start
+    assert (await world.swapper.swap(targets["c"])).how is How.START
+    world.check()
+    assert [seat.target.model_name for seat in world.swapper.seats] == ["c", "b"], (
+        "who answered is parked, and not ended"
+    )
+    assert len(world.factory.engines) == 4
+    await world.swapper.stop_parked(at_most=5)
+    world.script.arm(Fault.NO_MEMORY, 1)
+    assert isinstance(await world.swap(targets["a1"]), EngineOutOfMemory), "nobody is there to be given up"
+    world.check()
+    assert world.answering() == "c"
+
+
+async def test_parked_engines_are_stopped_longest_parked_first(targets: dict[str, Target]) -> None:
+    world = World()
+    for name in ("a1", "b", "c"):
+        await world.swapper.swap(targets[name])
+    assert world.swapper.has_parked
+    assert await world.swapper.stop_parked(at_most=1) == 1
+    assert [seat.target.model_name for seat in world.swapper.seats] == ["c", "b"]
+    assert await world.swapper.stop_parked(at_most=5) == 1
+    assert not world.swapper.has_parked and world.answering() == "c"
+    world.check()
+
+
+async def test_an_engine_that_none_could_wake_is_not_kept(targets: dict[str, Target]) -> None:
+    world = World()
+    await world.swapper.swap(targets["q"])
+    await world.swapper.swap(targets["a1"])
+    assert [seat.target.model_name for seat in world.swapper.seats] == ["a1"]
+    assert (await world.swapper.swap(targets["q"])).how is How.START
+    await world.swapper.park()
+    assert [seat.target.model_name for seat in world.swapper.seats] == ["a1"]
+    world.check()
 
 
 async def test_a_dead_active_engine_is_told_of_once(targets: dict[str, Target]) -> None:

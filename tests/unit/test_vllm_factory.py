@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ import pytest
 import safetensors.numpy
 from sources import converted
 
+from flashd import config
 from flashd.checkpoint.files import Checkpoint
 from flashd.cuda import Gpu
 from flashd.engines.engine import NO_OPTIONS, EngineOptions, GpuPlan
 from flashd.engines.process import Settings
 from flashd.engines.vllm.factory import VllmFactory
+from flashd.errors import EngineFailed
 from flashd.units import GiB, MiB
 
 GPU = Gpu(0, "GPU", "GPU-0", 80 * GiB, False, False, True, True, True)
@@ -72,3 +75,23 @@ def test_an_engine_is_told_what_all_are_and_then_what_its_model_has_different(fa
     told = factory.create(EngineOptions(("--seed", "1"), 0))._settings.options
     assert told == {"arguments": ["--seed", "0", "--seed", "1"], "kv_cache_bytes": 0}
     assert factory.create()._settings.options == {"arguments": ["--seed", "0"], "kv_cache_bytes": 2 * GiB}
+
+
+async def test_a_vllm_that_is_not_as_we_know_it_is_told_by_its_version(tmp_path: Path) -> None:
+    """It is imported for real: a zygote dies of what it does not find, and its last words are the error."""
+    files = {
+        "vllm/__init__.py": "__version__ = '0.99'",
+        "vllm/platforms.py": "current_platform = None",
+        "vllm/utils/__init__.py": "from vllm.utils import system_utils",
+        "vllm/utils/system_utils.py": "",
+        "vllm/utils/argparse_utils.py": "FlexibleArgumentParser = None",
+    }
+    for name, text in files.items():
+        (tmp_path / "other" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "other" / name).write_text(text)
+    environment = config.child_environment({"PYTHONPATH": str(tmp_path / "other")})
+    settings = Settings(sys.executable, tmp_path, tmp_path / "logs", 1, 1, 60.0, environment=environment)
+    factory = VllmFactory(settings, None)
+    with pytest.raises(EngineFailed, match=r"vLLM 0\.99 has no make_arg_parser where flashd looks for it"):
+        await factory._zygote.build()
+    await factory.close()

@@ -24,7 +24,7 @@ import uvicorn
 from flashd import sandbox
 from flashd.engines.control import Channel, Frame, close_all
 from flashd.engines.gate import Gate
-from flashd.engines.surroundings import listen, own_memory_bytes, read_all
+from flashd.engines.surroundings import lacks_memory, listen, own_memory_bytes, read_all
 from flashd.engines.torch.model import Model, Weights
 from flashd.engines.torch.server import Bound, Server
 from flashd.errors import FlashdError, Unsupported
@@ -86,7 +86,8 @@ class _Worker:
             return {"error": error.message, "hint": error.hint, "unsupported": isinstance(error, Unsupported)}
         except Exception as error:  # noqa: BLE001 -- the boundary of an order: transformers raises what it likes
             traceback.print_exc()
-            return {"error": f"{type(error).__name__}: {error}"}
+            said = f"{type(error).__name__}: {error}"
+            return {"error": said, "out_of_memory": lacks_memory(said)}
         finally:
             close_all(frame.fds)
 

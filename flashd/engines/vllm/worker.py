@@ -29,7 +29,7 @@ from flashd import config, sandbox
 from flashd.checkpoint import header
 from flashd.engines.control import Channel, Frame, close_all
 from flashd.engines.gate import Gate
-from flashd.engines.surroundings import listen, own_memory_bytes, read_all
+from flashd.engines.surroundings import lacks_memory, listen, own_memory_bytes, read_all
 from flashd.engines.vllm import handover, versions
 from flashd.engines.vllm.guard import Guard
 from flashd.engines.vllm.handover import Handover
@@ -274,7 +274,12 @@ def _refusal(error: BaseException) -> dict[str, Any]:
         said = _root_cause(0) or said
     is_unsupported = isinstance(error, Unsupported) or "are not supported for now" in said
     hint = error.hint if isinstance(error, FlashdError) else ""
-    return {"error": f"vLLM {versions.VERSION}: {said}", "hint": hint, "unsupported": is_unsupported}
+    return {
+        "error": f"vLLM {versions.VERSION}: {said}",
+        "hint": hint,
+        "unsupported": is_unsupported,
+        "out_of_memory": lacks_memory(said),
+    }
 
 
 def _log_bytes() -> int:

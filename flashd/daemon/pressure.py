@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does the machine run out of memory while engines are parked? Then they go, the one parked longest ago first.
+
+What a parked engine takes, a process with its framework and on a GPU its context, is in no ledger: others may need
+it more, and the kernel would choose less well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+
+from flashd.memory.device import memory_fields
+from flashd.swap import Swapper
+from flashd.units import format_bytes
+
+log = logging.getLogger(__name__)
+
+_LOOK_S = 2.0
+_SPARE = 64  # of so many parts, one
+
+
+class Pressure:
+    """Looks from `start` until `close`."""
+
+    def __init__(
+        self,
+        swapper: Swapper,
+        *,
+        spare_bytes: Callable[[], int],
+        memory: Callable[[], Mapping[str, int]] = memory_fields,
+        look_s: float = _LOOK_S,
+    ) -> None:
+        """`memory` has the fields of /proc/meminfo, in bytes."""
+        self._swapper = swapper
+        self._spare_bytes = spare_bytes
+        self._memory = memory
+        self._look_s = look_s
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="memory pressure")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._look_s)
+            if self._swapper.has_parked:
+                await self._look()
+
+    async def _look(self) -> None:
+        memory = self._memory()
+        available_bytes = memory["MemAvailable"]
+        if available_bytes < (self._spare_bytes() or memory["MemTotal"] // _SPARE):
+            log.warning("only %s of memory are available: a parked engine is stopped", format_bytes(available_bytes))
+            await self._swapper.stop_parked(at_most=1)
