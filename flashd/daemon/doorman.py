@@ -54,6 +54,7 @@ class Doorman:
         visit = asyncio.create_task(self._visit(reader, writer), name="doorman")
         self._visits.add(visit)
         visit.add_done_callback(self._visits.discard)
+        visit.add_done_callback(lambda _: writer.close())  # also where it is cancelled before it begins
 
     async def _visit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, to its end: what a client or an engine does to it concerns nobody else."""
@@ -71,7 +72,7 @@ class Doorman:
         except (OSError, EOFError, asyncio.LimitOverrunError) as error:  # TimeoutError is one
             log.debug("a connection ended: %s", error)
         finally:
-            writer.close()
+            await _closed(writer)
 
 
 async def _relay(first: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, engine: Path) -> None:
@@ -85,7 +86,7 @@ async def _relay(first: bytes, reader: asyncio.StreamReader, writer: asyncio.Str
     except* OSError as errors:
         log.debug("a connection ended: %s", errors.exceptions[0])
     finally:
-        to_engine.close()
+        await _closed(to_engine)
 
 
 async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
@@ -94,6 +95,12 @@ async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> Non
         await sink.drain()
     with contextlib.suppress(OSError):  # it has left already
         sink.write_eof()
+
+
+async def _closed(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(OSError):  # the other side was quicker
+        await writer.wait_closed()
 
 
 async def _refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, error: FlashdError) -> None:

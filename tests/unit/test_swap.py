@@ -779,7 +779,7 @@ async def test_what_parked_engines_take_is_given_up_for_one_that_finds_no_memory
     )
     assert len(world.factory.engines) == 4
     await world.swapper.stop_parked(at_most=5)
-    world.script.arm(Fault.NO_MEMORY, 1)
+    world.script.arm(Fault.NO_MEMORY, 0)  # start: its weights are there
     assert isinstance(await world.swap(targets["a1"]), EngineOutOfMemory), "nobody is there to be given up"
     world.check()
     assert world.answering() == "c"
