@@ -614,7 +614,7 @@ async def test_a_fault_at_any_step_of_making_ready_costs_the_parked_engine_at_mo
         world.script.old = world.factory.engines[0]
         world.script.arm(fault, moment)
         world.script.swap = asyncio.ensure_future(world.swapper.prepare(targets["a2"]))
-        await asyncio.wait([world.script.swap])
+        await asyncio.gather(world.script.swap, return_exceptions=True)
         world.script.fault = None
         world.check()
         assert world.answering() == "b", (moment, world.script.names)
