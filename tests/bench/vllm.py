@@ -123,7 +123,7 @@ def references(
 
 def settings(python: str, arguments: Sequence[str]) -> str:
     return (
-        "[engines]\ndefault = 'vllm'\nstart_timeout_s = 400\n"
+        "[engines]\ndefault = 'vllm'\nwarm_new = false\nstart_timeout_s = 400\n"
         f"[engines.vllm]\npython = '{python}'\nkv_cache = '2GiB'\narguments = {json.dumps(list(arguments))}\n"
     )
 

@@ -229,6 +229,32 @@ async def test_the_active_model_of_one_is_nobody_elses(people: People, sources: 
     assert SAYS["bob"] in await asyncio.to_thread(asked, (await alice.call("OpenEndpoint"))[0], "bob")
 
 
+@pytest.mark.timeout(300)  # two engines
+async def test_what_rests_wakes_for_those_who_may_ask_it_and_a_private_model_for_nobody(
+    people: People, sources: Path
+) -> None:
+    alice, bob = people.alice, people.bob
+    job = await alice.finished(await alice.import_folder(sources / "ada", "secret", **PRIVATE))
+    assert job["State"] == "done", job
+    await import_model(bob, sources / "bob", "bob")
+    await people.root.call("SetConfig", "ss", "engines.idle_timeout_s", "1")
+    endpoint = Path(await bob.get(wire.ROOT_PATH, wire.MANAGER, "Endpoint"))
+
+    async def none_is_active() -> bool:
+        return bool(await people.root.get(wire.ROOT_PATH, wire.MANAGER, "ActiveModel") == "/")
+
+    assert (await swap(bob, "bob"))["State"] == "done"
+    await until(none_is_active)
+    assert endpoint.stat().st_mode & 0o777 == 0o660, "who may ask the model may wake it"
+    assert SAYS["bob"] in await asyncio.to_thread(asked, (await alice.call("OpenEndpoint"))[0], "bob")
+    assert (await swap(alice, "secret"))["State"] == "done"
+    await until(none_is_active)
+    assert not endpoint.is_symlink()
+    for who in (alice, bob):
+        with pytest.raises(FlashdError, match="no model is active"):
+            await who.call("OpenEndpoint")
+
+
 def asked(fd: int, model: str) -> str:
     """What a model says on a connection that somebody else has made."""
     import socket

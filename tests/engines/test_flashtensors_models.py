@@ -33,7 +33,7 @@ def bus() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="fd-") as folder, PrivateBus(Path(folder)) as bus:
         root = Path(folder)
         (root / "models").mkdir()
-        (root / "flashd.toml").write_text("[engines]\nwarm_up = false\n")
+        (root / "flashd.toml").write_text("[engines]\nwarm_up = false\nwarm_new = false\n")
         command = [sys.executable, "-m", "flashd.daemon.main", "--bus", bus.address, "--config", root / "flashd.toml"]
         folders = ["--state-dir", root / "state", "--models-dir", root / "models", "--runtime-dir", root / "run"]
         with (root / "log").open("wb") as log, subprocess.Popen([*command, *folders], stdout=log, stderr=log) as daemon:

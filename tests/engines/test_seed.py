@@ -102,7 +102,7 @@ def home_with(root: Path, runtime: Path, python: str, made: Path) -> Home:
             (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
     config = root / ".config/flashd/flashd.toml"
     config.parent.mkdir(parents=True)
-    config.write_text("[engines]\nwarm_up = false\n[engines.vllm]\nkv_cache = '64MiB'\n")
+    config.write_text("[engines]\nwarm_up = false\nwarm_new = false\n[engines.vllm]\nkv_cache = '64MiB'\n")
     return home
 
 

@@ -41,7 +41,7 @@ def client(bus: tuple[str, Path], made: Path, vllm_python: str) -> Iterator[Clie
     address, root = bus
     (root / "models").mkdir()
     (root / "flashd.toml").write_text(
-        "[engines]\nwarm_up = false\ndefault = 'vllm'\n"
+        "[engines]\nwarm_up = false\nwarm_new = false\ndefault = 'vllm'\n"
         f"[engines.vllm]\npython = '{vllm_python}'\nkv_cache = '64MiB'\narguments = ['--seed', '0']\n"
     )
     command = [sys.executable, "-m", "flashd.daemon.main", "--bus", address, "--config", root / "flashd.toml"]

@@ -29,6 +29,7 @@ KV_BYTES = 256 * MiB
 CONFIG = f"""
 [engines]
 default = "vllm"
+warm_new = false
 
 [engines.vllm]
 python = "{sys.executable}"
@@ -112,6 +113,23 @@ def test_every_path_answers_exactly(machine: Machine, sources: Path, expected: d
         client.evict("bob")
         swap(client, "bob", "start", "stored")
         assert answers(client) == expected["bob"], "a new engine that loads nothing"
+
+
+def test_a_parked_engine_makes_the_image_of_a_new_fine_tune_before_anybody_asks(
+    machine: Machine, sources: Path, expected: dict[str, Any]
+) -> None:
+    with machine.connect() as client:
+        client.import_(sources / "ada", "ada")
+        swap(client, "ada", "start", "stored")
+        client.park()
+        client.set_config("engines.warm_new", "true")
+        client.import_(sources / "bob", "bob")
+        until(lambda: client.model("bob").residency == "device")
+        until(lambda: [engine.state for engine in client.engines()] == ["parked"])
+        swap(client, "bob", "wake", "device")
+        assert answers(client) == expected["bob"]
+        swap(client, "ada", "rebind", "device")
+        assert answers(client) == expected["ada"]
 
 
 def test_an_engine_killed_in_its_sleep_leaves_nothing_and_another_takes_its_place(
