@@ -80,6 +80,8 @@ class Engine:
     pid: int
     active_requests: int
     memory_bytes: int
+    device_bytes: int
+    weights: str
     started_at: int
     path: str
 
@@ -482,11 +484,26 @@ class Client:
 
     def lease(self, name: str, device: str = "host") -> Lease:
         """The weights themselves, in place, on "host" or a device such as "cuda:0". Blocks until they are there."""
-        options = {"device": Variant("s", device)}
-        body = (name, options)
+        return self._lease("Lease", "sa{sv}", name, {"device": Variant("s", device)})
+
+    def lease_image(self, name: str, build: str, device: str) -> Lease:
+        """An image of a model that another engine of this user has published for this build (see `publish_image`), on
+        a GPU such as "cuda:0". Raises NotFound if there is none."""
+        return self._lease("LeaseImage", "sssa{sv}", name, build, device, {})
+
+    def publish_image(self, name: str, build: str, device: str, fd: int, layout: str, size_bytes: int) -> None:
+        """Hands over what an engine has made of a model in memory of a GPU, so that other engines of this user share
+        it; the descriptor stays the caller's. The daemon keeps it as long as this client lives, and as long as there
+        is room. Raises OutOfMemory or AlreadyExists.
+
+        `build` is a digest of all that it depends on besides the checkpoint.
+        """
+        self._manager("PublishImage", "ssshsta{sv}", name, build, device, 0, layout, size_bytes, {}, fds=(fd,))
+
+    def _lease(self, member: str, signature: str, name: str, *more: Any) -> Lease:
         reply = self._run(
             self._connection.call(
-                *(wire.BUS_NAME, wire.ROOT_PATH, wire.MANAGER, "Lease", "sa{sv}", body),
+                *(wire.BUS_NAME, wire.ROOT_PATH, wire.MANAGER, member, signature, (name, *more)),
                 timeout_s=_LEASE_S,
                 interactive=self._interactive,
             )
@@ -810,6 +827,8 @@ def _engine(path: str, found: Properties) -> Engine:
         pid=found["Pid"],
         active_requests=found["ActiveRequests"],
         memory_bytes=found["MemoryBytes"],
+        device_bytes=found.get("DeviceBytes", 0),
+        weights=found.get("Weights", ""),
         started_at=found["StartedAt"],
         path=path,
     )

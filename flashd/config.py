@@ -20,7 +20,7 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -121,6 +121,9 @@ class VllmConfig:
         "", "Interpreter that has vLLM and flashd. Default: what flash engine install made, else the daemon's own."
     )
     arguments: tuple[str, ...] = _setting((), "What every engine is told besides, as to vllm serve.")
+    environment: tuple[str, ...] = _setting(
+        (), "NAME=VALUE, for its processes; besides those they find the daemon's own, as NCCL_* and TORCH_*."
+    )
     kv_cache_bytes: int = _setting(2 * GiB, "KV cache of each engine; 0: as vLLM sees fit, most of the memory.")
 
 
@@ -384,10 +387,19 @@ def engine_python(config: Config, kind: str, installed: str) -> str:
     return configured or installed or sys.executable
 
 
-def show_gpu(ordinal: str) -> None:
-    """Has this process and its children use one GPU of those that it sees, and see no other."""
+def show_gpus(ordinals: Sequence[int]) -> None:
+    """Has this process and its children use these GPUs of those that it sees, and see no other."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(ordinal)] if visible else ordinal
+    names = visible.split(",") if visible else None
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[ordinal] if names else str(ordinal) for ordinal in ordinals)
+
+
+def variables(assignments: Sequence[str], key: str) -> Mapping[str, str]:
+    """NAME=VALUE as a table. Raises InvalidArgument for what is none, naming the setting."""
+    for assignment in assignments:
+        if not assignment.partition("=")[0] or "=" not in assignment:
+            raise InvalidArgument(f"{key} has {assignment!r}", hint='write it like ["NAME=VALUE"]')
+    return dict(assignment.split("=", 1) for assignment in assignments)
 
 
 def child_environment(changes: Mapping[str, str]) -> Mapping[str, str]:

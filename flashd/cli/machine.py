@@ -18,7 +18,7 @@ from flashd import config as configuration
 from flashd import starting
 from flashd.cli import output
 from flashd.cli.session import Json, Session, session
-from flashd.client import Client, Event, Job
+from flashd.client import Client, Engine, Event, Job
 from flashd.errors import FlashdError, InvalidArgument, NotFound, Unavailable
 from flashd.units import format_bytes, format_seconds
 
@@ -78,10 +78,7 @@ def status(context: typer.Context, as_json: Json = False) -> None:
     free = format_bytes(found.store_free_bytes)
     rows.append(["store", f"{format_bytes(found.store_bytes)} in {found.store_path}, {free} free{quota}"])
     rows.append(["inbox", ", ".join(found.models_directories) or "none"])
-    rows += [
-        [f"engine {engine.pid}", f"{engine.state}, {engine.model}, own memory {format_bytes(engine.memory_bytes)}"]
-        for engine in engines
-    ]
+    rows += [[f"engine {engine.pid}", f"{engine.state}, {engine.model}, {_memory_of(engine)}"] for engine in engines]
     output.print_table(["", ""], rows)
 
 
@@ -183,6 +180,11 @@ def _line(event: Event) -> str:
     return f"{time.strftime('%H:%M:%S')} {event.kind} {subject} {values}".rstrip()
 
 
+def _memory_of(engine: Engine) -> str:
+    of_gpus = f", {format_bytes(engine.device_bytes)} of GPUs" if engine.device_bytes else ""
+    return f"own memory {format_bytes(engine.memory_bytes)}{of_gpus}"
+
+
 def _overview(client: Client) -> RenderableType:
     try:
         found, engines, devices, jobs_now = client.status(), client.engines(), client.devices(), client.jobs()
@@ -194,10 +196,10 @@ def _overview(client: Client) -> RenderableType:
         bar = ProgressBar(total=device.budget_bytes, completed=device.used_bytes, width=40)
         numbers = f"{format_bytes(device.used_bytes)} of {format_bytes(device.budget_bytes)}"
         pools.add_row(device.name, bar, f"{numbers}, {format_bytes(device.leased_bytes)} leased or pinned")
-    processes = Table("engine", "state", "model", "requests", "own memory", box=None, pad_edge=False)
+    processes = Table("engine", "state", "model", "requests", "own memory", "of GPUs", box=None, pad_edge=False)
     for engine in engines:
-        own = format_bytes(engine.memory_bytes)
-        processes.add_row(str(engine.pid), engine.state, engine.model, str(engine.active_requests), own)
+        memory = [format_bytes(engine.memory_bytes), format_bytes(engine.device_bytes) if engine.device_bytes else ""]
+        processes.add_row(str(engine.pid), engine.state, engine.model, str(engine.active_requests), *memory)
     warm = Table("in memory", "size", "leases", "used", box=None, pad_edge=False)
     for model in models:
         if model.residency != "stored":

@@ -39,6 +39,8 @@ ACTIONS: Mapping[tuple[str, str], Action] = {
     (wire.MANAGER, "Swap"): Action.USE,
     (wire.MANAGER, "Load"): Action.USE,
     (wire.MANAGER, "Lease"): Action.USE,
+    (wire.MANAGER, "LeaseImage"): Action.USE,
+    (wire.MANAGER, "PublishImage"): Action.USE,
     (wire.MANAGER, "OpenEndpoint"): Action.USE,
     (wire.MANAGER, "Park"): Action.USE,
     (wire.MANAGER, "Scrub"): Action.MANAGE,

@@ -6,9 +6,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from flashd.engines.engine import EngineState, EngineStats
+from flashd.engines.surroundings import family
 from flashd.errors import FlashdError
 from flashd.supply import Target
 from flashd.swap import Swapper, SwapState
@@ -25,29 +26,39 @@ class EngineStatsBook:
         swapper: Swapper,
         *,
         idle_timeout_s: Callable[[Target], float],
+        device_bytes: Callable[[], Mapping[int, int]],
         on_change: Callable[[int], None],
         on_idle: Callable[[Target], None],
     ) -> None:
-        """`on_change` hears the number of an engine, `on_idle` of the active model when it was idle for so long."""
+        """`device_bytes` tells what processes have of GPUs, in a thread. `on_change` hears the number of an engine,
+        `on_idle` of the active model when it was idle for so long."""
         self._swapper = swapper
         self._idle_timeout_s = idle_timeout_s
         self._on_change = on_change
         self._on_idle = on_idle
+        self._ask_devices = device_bytes
         self._known: dict[int, EngineStats] = {}
+        self._device_bytes: dict[int, int] = {}
         self._busy_at = time.monotonic()
         self._task: asyncio.Task[None] | None = None
+        self._asking: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="engine stats")
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        for task in (self._task, self._asking):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
 
     def of(self, number: int) -> EngineStats:
         return self._known.get(number, _NOTHING)
+
+    def device_bytes(self, number: int) -> int:
+        """What an engine's processes have of all GPUs."""
+        return self._device_bytes.get(number, 0)
 
     def note_activity(self) -> None:
         """A swap counts as use."""
@@ -80,3 +91,18 @@ class EngineStatsBook:
                 if stats != self._known.get(engine.number):
                     self._known[engine.number] = stats
                     self._on_change(engine.number)
+        if engines and (self._asking is None or self._asking.done()):  # a driver may take its time, or hang
+            pids = {engine.number: engine.pid for engine in engines}
+            self._asking = asyncio.create_task(self._ask_drivers(pids), name="engines' device memory")
+
+    async def _ask_drivers(self, pids: Mapping[int, int]) -> None:
+        def ask() -> dict[int, int]:
+            by_process = self._ask_devices()
+            if not by_process:
+                return {}
+            return {number: sum(by_process.get(member, 0) for member in family(pid)) for number, pid in pids.items()}
+
+        before, self._device_bytes = self._device_bytes, await asyncio.to_thread(ask)
+        for number, size_bytes in self._device_bytes.items():
+            if size_bytes != before.get(number, 0):
+                self._on_change(number)

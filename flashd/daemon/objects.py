@@ -143,20 +143,48 @@ class ManagerObject(Exported):
         self, caller: Caller, model: str, options: dict[str, Variant]
     ) -> tuple[str, Fd, str, dict[str, Variant]]:
         device = self._parts.residency.resolve(checked_options(options, device="s").get("device", HOST))
-        place = self._parts.residency.place(device)
-        gpu = None if device == HOST else place.device.gpu
         found = self._parts.ownership.resolve(caller, model)
         lease, arena_fd, layout = await self._parts.serving.lease(found, caller, device)
-        details = {
+        return wire.lease_path(lease.number), Fd(arena_fd), layout, self._details(lease, found)
+
+    async def lease_image(
+        self, caller: Caller, model: str, build: str, device: str, options: dict[str, Variant]
+    ) -> tuple[str, Fd, str, dict[str, Variant]]:
+        checked_options(options)
+        found = self._parts.ownership.resolve(caller, model)
+        name = self._parts.residency.resolve(device)
+        lease, arena_fd, layout = await self._parts.shared_images.lease(found, caller, build, name)
+        return wire.lease_path(lease.number), Fd(arena_fd), layout, self._details(lease, found)
+
+    async def publish_image(
+        self,
+        caller: Caller,
+        model: str,
+        build: str,
+        device: str,
+        arena: int,
+        layout: str,
+        size_bytes: int,
+        options: dict[str, Variant],
+    ) -> str:
+        checked_options(options)
+        found = self._parts.ownership.resolve(caller, model)
+        name = self._parts.residency.resolve(device)
+        lease = await self._parts.shared_images.publish(found, caller, build, name, arena, layout, size_bytes)
+        return wire.lease_path(lease.number)
+
+    def _details(self, lease: Lease, model: Model) -> dict[str, Variant]:
+        place = self._parts.residency.place(lease.device)
+        gpu = None if lease.device == HOST else place.device.gpu
+        return {
             "size_bytes": Variant("t", lease.size_bytes),
             "mapped_bytes": Variant("t", lease.hold.arena.mapped_bytes),
-            "device": Variant("s", device),
+            "device": Variant("s", lease.device),
             "memory": Variant("s", "cuda" if place.device.kind is Kind.CUDA else "host"),
             "gpu": Variant("s", gpu.uuid if gpu else ""),
             "model": Variant("s", lease.model_name),
-            "checkpoint": Variant("s", lease.checkpoint_id),
+            "checkpoint": Variant("s", model.checkpoint_id),
         }
-        return wire.lease_path(lease.number), Fd(arena_fd), layout, details
 
     async def open_endpoint(self, caller: Caller) -> Fd:
         active = self._parts.swapper.active
@@ -351,7 +379,7 @@ class EngineObject(Exported):
         self._seat = seat
 
     def properties(self) -> Mapping[str, Any]:
-        engine, target = self._seat.engine, self._seat.target
+        engine, target, supply = self._seat.engine, self._seat.target, self._seat.supply
         stats = self._parts.engine_stats.of(engine.number)
         still_there = self._parts.catalog.get(target.model_name) is not None
         return {
@@ -363,6 +391,8 @@ class EngineObject(Exported):
             "Pid": engine.pid,
             "ActiveRequests": stats.active_requests,
             "MemoryBytes": stats.memory_bytes,
+            "DeviceBytes": self._parts.engine_stats.device_bytes(engine.number),
+            "Weights": "" if supply is None else "image" if supply.is_image else "checkpoint",
             "StartedAt": int(engine.started_at),
         }
 

@@ -19,6 +19,7 @@ from flashd.daemon.ownership import Ownership
 from flashd.daemon.pulls import Pulls
 from flashd.daemon.serving import Serving
 from flashd.daemon.settings import Settings
+from flashd.daemon.shared_images import SharedImages
 from flashd.memory.lease import LeaseBook
 from flashd.memory.residency import Residency
 from flashd.store.catalog import Catalog
@@ -44,6 +45,7 @@ class Parts:
     swapper: Swapper
     driver_usage: DriverUsage
     serving: Serving
+    shared_images: SharedImages
     engine_kinds: tuple[str, ...]
     engine_stats: EngineStatsBook
     endpoint: Path

@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 
 from flashd import config as configuration
 from flashd import cuda, wire
@@ -42,6 +43,7 @@ from flashd.daemon.pulls import Pulls
 from flashd.daemon.service_manager import FdStore, ServiceManager
 from flashd.daemon.serving import Serving
 from flashd.daemon.settings import Settings
+from flashd.daemon.shared_images import SharedImages
 from flashd.daemon.stalls import Stalls
 from flashd.daemon.threads import Background
 from flashd.daemon.watchdog import Watchdog
@@ -215,6 +217,7 @@ class Service:
         self._engine_stats = EngineStatsBook(
             self._swapper,
             idle_timeout_s=self._idle_timeout_s,
+            device_bytes=self._device_bytes,
             on_change=self._engine_changed,
             on_idle=self._park_idle,
         )
@@ -235,6 +238,16 @@ class Service:
             swapper=self._swapper,
             driver_usage=DriverUsage(self._background, self._device_changed),
             serving=self._serving,
+            shared_images=SharedImages(
+                catalog,
+                self._residency,
+                self._leases,
+                self._limits,
+                own_uid=os.getuid(),
+                is_present=connection.is_present,
+                on_leased=self._lease_began,
+                on_made=self._image_made,
+            ),
             engine_kinds=tuple(self._factories),
             engine_stats=self._engine_stats,
             endpoint=runtime.endpoint,
@@ -485,6 +498,14 @@ class Service:
         self._engine_stats.note_activity()
         self._presence.engines_changed()
 
+    def _device_bytes(self) -> Mapping[int, int]:
+        """What each process has of all GPUs."""
+        found: Counter[int] = Counter()
+        for place in dict.fromkeys(self._residency.places.values()):
+            if place.device.gpu is not None:
+                found.update(cuda.process_bytes(place.device.gpu))
+        return found
+
     def _device_changed(self, name: str) -> None:
         self._presence.device_changed(name)
 
@@ -555,11 +576,16 @@ def engine_factories(
     vllm = dataclasses.replace(
         ours,
         python=python("vllm"),
-        environment=configuration.child_environment(vllm_environment(paths.state / "compiled")),
+        environment=configuration.child_environment(
+            {
+                **vllm_environment(paths.state / "compiled"),
+                **configuration.variables(engines.vllm.environment, "engines.vllm.environment"),
+            }
+        ),
         options={"arguments": list(engines.vllm.arguments), "kv_cache_bytes": engines.vllm.kv_cache_bytes},
     )
-    gpu = next((place.device.gpu for place in residency.places.values() if place.device.gpu is not None), None)
-    return {factory.kind: factory for factory in (process.torch_factory(ours), VllmFactory(vllm, gpu))}
+    gpus = [place.device.gpu for place in dict.fromkeys(residency.places.values()) if place.device.gpu is not None]
+    return {factory.kind: factory for factory in (process.torch_factory(ours), VllmFactory(vllm, gpus))}
 
 
 def _log_load(checkpoint: Checkpoint, result: TransferResult) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,16 +195,24 @@ class Serving:
         async def work(job: Job) -> Result:
             job.begin("loading")
             started = time.monotonic()
-            form = await self._supplier.form(target)
-            with await self._residency.acquire(form, job.report_bytes, device=name, may_evict=may_evict):
-                seconds = time.monotonic() - started
+            forms = await self._supplier.forms(target, name)
+            async with self._held(forms, job, may_evict=may_evict):
                 return {
-                    "residency": Variant("s", self._residency.tier_of(form.id).value),
-                    "seconds": Variant("d", seconds),
-                    "size_bytes": Variant("t", form.manifest.data_bytes),
+                    "residency": Variant("s", self._residency.tier_of(*(form.id for form, _ in forms)).value),
+                    "seconds": Variant("d", time.monotonic() - started),
+                    "size_bytes": Variant("t", sum(form.manifest.data_bytes for form, _ in forms)),
                 }
 
         return self._jobs.run("load", model.name, owner, work, audience=self._ownership.audience(model))
+
+    @contextlib.asynccontextmanager
+    async def _held(self, forms: Sequence[tuple[Checkpoint, str]], job: Job, *, may_evict: bool) -> AsyncIterator[None]:
+        """With each of these on its device."""
+        with contextlib.ExitStack() as held:
+            for form, device in forms:
+                hold = await self._residency.acquire(form, job.report_bytes, device=device, may_evict=may_evict)
+                held.enter_context(hold)
+            yield
 
     async def warm_up(self, model: Model, owner: Owner, device: str) -> Job | None:
         """Makes a model ready for its first swap, in memory that is free; None if there is none.
@@ -212,14 +220,15 @@ class Serving:
         What goes wrong is for whoever swaps to it to hear of.
         """
         target = self._target(model)
-        place, form = self._residency.place(device), await self._supplier.form(target)
-        if place.missing_bytes(form) > place.pool.free_bytes:
+        forms = await self._supplier.forms(target, self._residency.place(device).name)
+        places = [(form, self._residency.place(name)) for form, name in forms]
+        if any(place.missing_bytes(form) > place.pool.free_bytes for form, place in places):
             return None
 
         async def work(job: Job) -> Result:
             job.begin("loading")
             try:
-                with await self._residency.acquire(form, job.report_bytes, device=place.name, may_evict=False):
+                async with self._held(forms, job, may_evict=False):
                     job.report("making its image")
                     if await self._swapper.prepare(target):
                         log.info("the image of %s is made", model.name)

@@ -41,14 +41,24 @@ TRANSITIONS: Mapping[EngineState, frozenset[EngineState]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class RankArena:
+    """Memory of one rank; `layout` is a safetensors header as JSON, of `size_bytes` of data."""
+
+    fd: int
+    size_bytes: int
+    layout: str
+
+
+@dataclass(frozen=True, slots=True)
 class Binding:
     """What an engine is to hold: one model's checkpoint, resident in an arena.
 
     `arena_fd` stays the caller's. `layout` is the safetensors header as JSON; `side_files` are opened by us and handed
     over as descriptors, so that an engine needs no access to the store. `names` are what requests may call the model.
 
-    An engine on a GPU, `device`, may be given the image of the checkpoint that its build made before
-    (`is_image`), or be asked to make one (`wants_image`): then its answer is a Made, if it can.
+    An engine on GPUs, one of `devices` a rank, may be given the image of the checkpoint that its build made before
+    (`is_image`), or be asked to make one (`wants_image`): then its answer is a Made, if it can. Of an image, what is
+    said first is of rank 0, and `further` has the other ranks', in order; a checkpoint is one, which all ranks read.
     """
 
     model_name: str
@@ -59,9 +69,10 @@ class Binding:
     arena_bytes: int
     layout: str
     side_files: Mapping[str, Path]
-    device: str = ""
+    devices: tuple[str, ...] = ()
     is_image: bool = False
     wants_image: bool = False
+    further: tuple[RankArena, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +88,10 @@ NO_OPTIONS = EngineOptions()
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """An image that an engine has made of a checkpoint, in memory that it allocated on its GPU and now reads from.
+    """An image that an engine has made of a checkpoint, in memory that it allocated on its GPUs and now reads from: one
+    arena a rank, in order. The descriptors are the receiver's."""
 
-    The descriptor is the receiver's. `layout` is a safetensors header as JSON, of `size_bytes` of data.
-    """
-
-    fd: int
-    size_bytes: int
-    layout: str
+    arenas: tuple[RankArena, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +105,8 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True)
-class GpuPlan:
-    """What an engine on a GPU will need for a checkpoint.
+class RankPlan:
+    """What one rank of an engine will need on its GPU for a checkpoint.
 
     `key` addresses the image that this build of the engine makes of it; empty if it makes none. `weights_bytes` is the
     most that its weights may take, as far as can be told before; `working_bytes` what it takes besides while serving.
@@ -109,6 +116,17 @@ class GpuPlan:
     key: str
     weights_bytes: int
     working_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GpuPlan:
+    """What an engine on GPUs will need: the ranks in order, each on a device of its own. All make images, or none."""
+
+    ranks: tuple[RankPlan, ...]
+
+    @property
+    def makes_image(self) -> bool:
+        return all(rank.key for rank in self.ranks)
 
 
 class Engine(Protocol):

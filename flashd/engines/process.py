@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import logging
 import os
 import shutil
 import signal
@@ -27,9 +28,12 @@ from flashd.engines.engine import (
     EngineStats,
     GpuPlan,
     Made,
+    RankArena,
 )
 from flashd.engines.zygote import Zygote, last_words
 from flashd.errors import EngineFailed
+
+log = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 1.0
 
@@ -151,9 +155,10 @@ class EngineProcess:
             "arena_bytes": binding.arena_bytes,
             "layout": binding.layout,
             "side_files": sorted(binding.side_files),
-            "device": binding.device,
+            "devices": list(binding.devices),
             "is_image": binding.is_image,
             "wants_image": binding.wants_image,
+            "further": [{"arena_bytes": rank.size_bytes, "layout": rank.layout} for rank in binding.further],
             **(options or {}),
         }
         opened: list[int] = []
@@ -161,13 +166,19 @@ class EngineProcess:
             opened += [
                 os.open(binding.side_files[name], os.O_RDONLY | os.O_CLOEXEC) for name in sorted(binding.side_files)
             ]
-            answer = await self._exchange(content, (binding.arena_fd, *opened))
+            arenas = (binding.arena_fd, *(rank.fd for rank in binding.further))
+            answer = await self._exchange(content, (*arenas, *opened))
         except OSError as error:
             raise EngineFailed(f"{error.filename}: {error.strerror}", hint="flash verify checks the model") from None
         finally:
             close_all(opened)
         self.binding = binding
-        return _made(answer)
+        made = _made(answer)
+        if made is None and binding.wants_image:
+            log.warning(
+                "engine %d keeps the weights of %s to itself: see %s", self.number, binding.model_name, self._log
+            )
+        return made
 
     async def _request(self, content: dict[str, Any]) -> dict[str, Any]:
         answer = await self._exchange(content)
@@ -213,10 +224,19 @@ class EngineProcess:
 
 def _made(answer: Frame) -> Made | None:
     """What a worker says of its image is checked by whoever takes it in."""
-    match answer.content.get("made"), answer.fds:
-        case {"size_bytes": int(size_bytes), "layout": str(layout)}, (fd,):
-            return Made(fd, size_bytes, layout)
+    match answer.content.get("made"):
+        case [*said] if said and len(said) == len(answer.fds):
+            arenas = [arena for rank, fd in zip(said, answer.fds, strict=True) if (arena := _rank_arena(rank, fd))]
+            if len(arenas) == len(said):
+                return Made(tuple(arenas))
     close_all(answer.fds)
+    return None
+
+
+def _rank_arena(said: object, fd: int) -> RankArena | None:
+    match said:
+        case {"size_bytes": int(size_bytes), "layout": str(layout)}:
+            return RankArena(fd, size_bytes, layout)
     return None
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -30,20 +31,25 @@ def read_all(fd: int) -> bytes:
 def own_memory_bytes() -> int:
     """Resident memory that is this process's and its children's own: shared arenas are not, and of pages that forks
     still share, each counts for its part (proc(5), Pss_Anon)."""
-    pending, total = [os.getpid()], 0
-    while pending:
-        process = Path(f"/proc/{pending.pop()}")
-        try:
-            memory = (process / "smaps_rollup").read_text()
-            children = [child.read_text() for child in process.glob("task/*/children")]
-        except OSError:  # it has just ended
-            continue
-        found = [line for line in memory.splitlines() if line.startswith("Pss_Anon:")]
-        total += sum(int(line.split()[1]) * 1024 for line in found)
-        pending += [int(pid) for text in children for pid in text.split()]
+    total = 0
+    for pid in family(os.getpid()):
+        with contextlib.suppress(OSError):  # it has just ended
+            memory = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            found = [line for line in memory.splitlines() if line.startswith("Pss_Anon:")]
+            total += sum(int(line.split()[1]) * 1024 for line in found)
     return total
 
 
 def lacks_memory(said: str) -> bool:
     """Whether an error is about memory: each allocator, and vLLM, has its own words, and some raise RuntimeError."""
     return _OF_MEMORY.search(said) is not None
+
+
+def family(pid: int) -> list[int]:
+    """A process and all below it."""
+    found = [pid]
+    for known in found:
+        with contextlib.suppress(OSError):
+            for children in Path(f"/proc/{known}").glob("task/*/children"):
+                found += [int(child) for child in children.read_text().split()]
+    return found

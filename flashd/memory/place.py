@@ -157,7 +157,9 @@ class Place:
 
     def missing_bytes(self, checkpoint: Checkpoint) -> int:
         """The room that must be made before a checkpoint is here."""
-        return 0 if checkpoint.id in self._residents else self.device.rounded(checkpoint.manifest.data_bytes)
+        if checkpoint.id in self._residents or checkpoint.id in self._loading:
+            return 0  # it is made already, or whoever loads it sees to it
+        return self.device.rounded(checkpoint.manifest.data_bytes)
 
     def given_up_bytes(self, hold: Hold) -> int:
         """What could be evicted more if this hold were released."""
@@ -207,15 +209,19 @@ class Place:
         """Room for what is no checkpoint of ours, or none yet, made as for a load. Raises OutOfMemory."""
         return await self._make_room(size_bytes, _Loading(None))
 
-    def admit(self, checkpoint: Checkpoint, arena: Arena, claim: Reservation) -> Hold:
-        """Holds what somebody else has filled in room that was claimed for it.
-
-        Raises OutOfMemory if it takes more than was claimed and there is; AlreadyExists if it is here. Arena and claim
-        stay the caller's then.
-        """
+    def check_admission(self, checkpoint: Checkpoint, arena: Arena, claim: Reservation) -> None:
+        """What was claimed for an arena becomes what it takes. Raises OutOfMemory if it takes more than was claimed and
+        there is; AlreadyExists if the checkpoint is here."""
         if checkpoint.id in self._residents or checkpoint.id in self._loading:
             raise AlreadyExists(f"{checkpoint.id[:12]} is on {self.name}")
         claim.resize(arena.mapped_bytes)
+
+    def admit(self, checkpoint: Checkpoint, arena: Arena, claim: Reservation) -> Hold:
+        """Holds what somebody else has filled in room that was claimed for it.
+
+        Raises as `check_admission`; arena and claim stay the caller's then.
+        """
+        self.check_admission(checkpoint, arena, claim)
         self._residents[checkpoint.id] = resident = Resident(checkpoint, arena, claim, [], used_at=next(_recency))
         self._keeper.keep(self.name, checkpoint, arena)
         return self._hold(resident, Tier.DEVICE, is_use=True)

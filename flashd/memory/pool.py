@@ -37,7 +37,8 @@ class Reservation:
     """Bytes of a pool, until `release`."""
 
     def __init__(self, pool: Pool, size_bytes: int) -> None:
-        self._pool: Pool | None = pool
+        self.pool = pool
+        self._pool: Pool | None = pool  # None once it is released
         self.size_bytes = size_bytes
 
     def resize(self, size_bytes: int) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import mmap
@@ -23,6 +24,8 @@ from safetensors.torch import save_file
 
 import flashd
 from flashd import errors
+from flashd.memory.arena import HostArena
+from flashd.memory.device import HostDevice
 from flashd.private_bus import PrivateBus
 from flashd.units import MiB
 
@@ -354,3 +357,40 @@ def test_a_daemon_stops_in_the_middle_of_loads_and_evictions(managed: Daemon, ma
         with flashd.connect(managed.address) as client:
             warm = {f"{device}:{name}" for name in "abc" for device in client.model(name).devices}
             assert len(warm) == len(manager.names()) and arenas_of(managed) == len(warm)
+
+
+def test_an_image_is_shared_with_servers_of_the_same_user_and_build(
+    daemon: Daemon, client: flashd.Client, tmp_path: Path
+) -> None:
+    model(client, tmp_path, "a", 5 * MiB)
+    layout = json.dumps({"w": {"dtype": "U8", "shape": [4 * MiB], "data_offsets": [0, 4 * MiB]}})
+    made = HostArena(4 * MiB, "image", HostDevice.probe().huge_pages)
+    ctypes.memset(made.address, 7, 4 * MiB)
+    made.seal()
+    used = client.devices()[1].used_bytes
+    with flashd.connect(daemon.address) as maker:
+        maker.publish_image("a", "build", "sim:0", made.fd, layout, 4 * MiB)
+        assert client.devices()[1].used_bytes >= used + 4 * MiB, "it is in the ledger"
+        assert client.model("a").devices == ("sim:0",)
+        until(lambda: client.model("a").leases == 1)  # besides, it is written to the store now
+        with pytest.raises(errors.AlreadyExists):
+            client.publish_image("a", "build", "sim:0", made.fd, layout, 4 * MiB)
+        with client.lease_image("a", "build", "sim:0") as lease:
+            assert os.fstat(lease.fd).st_ino == os.fstat(made.fd).st_ino and lease.buffer[123] == 7
+            with pytest.raises(errors.Busy):
+                client.evict("a")
+        for build in ("another build", "", "x" * 65):
+            with pytest.raises((errors.NotFound, errors.InvalidArgument)):
+                client.lease_image("a", build, "sim:0")
+    until(lambda: client.model("a").leases == 0)
+    client.evict("a")
+    with pytest.raises(errors.InvalidSource):
+        client.publish_image("a", "other", "sim:0", made.fd, layout.replace(str(4 * MiB), str(5 * MiB)), 4 * MiB)
+    with pytest.raises(errors.InvalidArgument):
+        client.publish_image("a", "other", "host", made.fd, layout, 4 * MiB)
+    with Path("/dev/null").open("rb") as nothing, pytest.raises(errors.InvalidArgument):
+        client.publish_image("a", "other", "sim:0", nothing.fileno(), layout, 4 * MiB)
+    with pytest.raises(errors.OutOfMemory):
+        client.publish_image("a", "other", "sim:0", made.fd, layout, 1 << 40)
+    assert client.devices()[1].used_bytes == 0 and client.model("a").leases == 0, "nothing is left of what failed"
+    made.close()

@@ -343,7 +343,7 @@ async def test_an_interpreter_without_vllm_is_unavailable_and_says_what_to_do(
         settings = dataclasses.replace(
             vllm_factory._settings, python=python, runtime=tmp_path, logs=tmp_path / "logs", environment=None
         )
-        factory = VllmFactory(settings, None)
+        factory = VllmFactory(settings, ())
         engine = factory.create()
         with pytest.raises(Unavailable) as failed:
             await engine.start(residents["ada"].binding())

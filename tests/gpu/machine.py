@@ -18,9 +18,9 @@ from flashd import cuda
 from flashd.units import MiB
 
 
-def used_bytes() -> int:
+def used_bytes(card: int = 0) -> int:
     """What the whole card has in use, other processes' memory included."""
-    free, total = cuda.memory_info(0)
+    free, total = cuda.memory_info(card)
     return total - free
 
 

@@ -5,26 +5,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from machine import Machine, until, used_bytes
-from vllm_models import PROMPTS, answers_of_plain_vllm
+from vllm_models import PROMPTS, answers_of_plain_vllm, make_large, make_sources, staying
 
 import flashd
+from flashd import cuda, errors
 from flashd.units import MiB
 
-TOUR = Path(__file__).parents[2] / "packaging" / "tour"
-MAKE = """
-import sys, pathlib, small_models
-folder = pathlib.Path(sys.argv[1])
-small_models.make_base(folder / "ada")
-small_models.make_finetune(folder / "ada", folder / "bob")
-"""
 KV_BYTES = 256 * MiB
 CONFIG = f"""
 [engines]
@@ -46,10 +40,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources")
-    environment = {**os.environ, "PYTHONPATH": f"{TOUR}:{os.environ.get('PYTHONPATH', '')}"}
-    subprocess.run([sys.executable, "-c", MAKE, folder], env=environment, check=True, capture_output=True)
-    return folder
+    return make_sources(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +61,10 @@ def answers(client: flashd.Client) -> list[list[int]]:
 def swap(client: flashd.Client, name: str, how: str, tier: str) -> None:
     outcome = client.swap(name)
     assert (outcome.how, outcome.from_tier) == (how, tier), name
+
+
+def stored_images(machine: Machine) -> list[Path]:
+    return list(machine.daemon.state.glob("store/images/*/manifest.toml"))
 
 
 def pool(client: flashd.Client) -> int:
@@ -100,7 +95,7 @@ def test_every_path_answers_exactly(machine: Machine, sources: Path, expected: d
         before_bytes = used_bytes()
         client.evict("ada")
         assert used_bytes() < before_bytes, "parking copies nothing: what is evicted is free"
-        until(lambda: len(list(machine.daemon.state.glob("store/images/*/manifest.toml"))) == 2)
+        until(lambda: len(stored_images(machine)) == 2)
         client.load("ada", "host")
         swap(client, "ada", "wake", "host")
         assert answers(client) == expected["ada"], "one copy from the host tier"
@@ -143,6 +138,55 @@ def test_an_engine_killed_in_its_sleep_leaves_nothing_and_another_takes_its_plac
         until(lambda: not client.engines())
         swap(client, "ada", "start", "device")
         assert answers(client) == expected["ada"]
+
+
+def test_no_memory_at_wake_is_an_error_with_its_words_and_nothing_is_lost(
+    machine: Machine, sources: Path, expected: dict[str, Any]
+) -> None:
+    with machine.connect() as client:
+        client.import_(sources / "ada", "ada")
+        swap(client, "ada", "start", "stored")
+        client.park()
+        free, _ = cuda.memory_info(0)
+        taken = torch.empty(free - KV_BYTES // 2, dtype=torch.uint8, device="cuda")  # by somebody else
+        with pytest.raises(errors.FlashdError, match=r"(?i)memory"):
+            client.swap("ada")
+        assert client.status().active_model == "" and not client.engines()
+        del taken
+        torch.cuda.empty_cache()
+        swap(client, "ada", "start", "device")
+        assert answers(client) == expected["ada"]
+
+
+def test_two_servers_started_by_hand_share_one_copy(machine: Machine, sources: Path, tmp_path: Path) -> None:
+    large = make_large(sources / "ada", tmp_path / "large")
+    expected = answers_of_plain_vllm([large])["large"]
+    with machine.connect() as client:
+        client.import_(large, "large")
+        size_bytes = client.model("large").size_bytes
+        options = {
+            "load_format": "flash",
+            "model_loader_extra_config": {"bus": machine.daemon.address, "model": "large"},
+        }
+        empty_bytes = used_bytes()
+        with staying(large, **options) as first:
+            one_bytes, one_pool = used_bytes(), pool(client)
+            assert first == expected
+            until(lambda: client.model("large").leases == 1)  # besides, it is written to the store now
+            assert one_pool >= size_bytes, "the image is in the ledger"
+            with staying(large, **options) as second:
+                two_bytes = used_bytes()
+                assert second == expected
+                assert client.model("large").leases == 2 and pool(client) == one_pool
+            first_bytes, second_bytes = one_bytes - empty_bytes, two_bytes - one_bytes
+            print(
+                f"the first takes {first_bytes / 1e6:.0f} MB of the card, the second {second_bytes / 1e6:.0f} MB more"
+            )
+            assert second_bytes < first_bytes - 0.9 * size_bytes, "the weights are there once"
+        until(lambda: client.model("large").leases == 0)
+        with staying(large, **options) as again:
+            assert again == expected and client.model("large").leases == 1
+        client.evict("large")
 
 
 def test_a_server_started_by_hand_answers_from_a_lease(

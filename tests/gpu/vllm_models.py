@@ -3,25 +3,80 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+TOUR = Path(__file__).parents[2] / "packaging" / "tour"
+MAKE = """
+import sys, pathlib, small_models
+folder = pathlib.Path(sys.argv[1])
+small_models.make_base(folder / "ada")
+small_models.make_finetune(folder / "ada", folder / "bob")
+"""
+# The share of the card only says how much must be free, as long as the KV cache has a size.
+OPTIONS = {"max_model_len": 256, "kv_cache_memory_bytes": 256 << 20, "gpu_memory_utilization": 0.1, "seed": 0}
 PROMPTS = ["Hello, who are you?", "I am", "I am Ada, the first model you dropped into the folder. " * 12]
+
+
+def make_sources(folder: Path) -> Path:
+    """A small model and a fine-tune of it: ada and bob."""
+    environment = {**os.environ, "PYTHONPATH": f"{TOUR}:{os.environ.get('PYTHONPATH', '')}"}
+    subprocess.run([sys.executable, "-c", MAKE, folder], env=environment, check=True, capture_output=True)
+    return folder
+
+
+def make_large(source: Path, folder: Path) -> Path:
+    """A random model of 1.2 GB, which shows in a card's memory, with the tokenizer of a small one."""
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.suffix in {".json", ".jinja"} and "index" not in file.name:
+            shutil.copy(file, folder / file.name)
+    config = json.loads((source / "config.json").read_text())
+    shape = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 12, "head_dim": 128}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8}
+    layers = {"layer_types": ["full_attention"] * 12, "max_window_layers": 12}
+    config |= shape | heads | {name: value for name, value in layers.items() if name in config}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_fp8(source: Path, folder: Path) -> Path:
+    """The same model as a checkpoint of vLLM's own FP8 form: linear layers in eight bits, with a scale each."""
+    shutil.copytree(source, folder)
+    tensors = load_file(source / "model.safetensors")
+    for name, weight in list(tensors.items()):
+        if name.endswith("_proj.weight"):
+            scale = weight.float().abs().max() / torch.finfo(torch.float8_e4m3fn).max
+            tensors[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale"] = scale.reshape(1)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def answers_of_plain_vllm(models: Sequence[Path], **arguments: Any) -> dict[str, list[list[int]]]:
     """By model's name. One process a model, at once: vLLM gives its memory back only when it ends."""
-    # The share of the card only says how much must be free, as long as the KV cache has a size.
-    options = {"max_model_len": 256, "kv_cache_memory_bytes": 256 << 20, "gpu_memory_utilization": 0.1, "seed": 0}
 
     def answers(model: Path) -> list[list[int]]:
         done = subprocess.run(
-            [sys.executable, __file__, json.dumps({"model": str(model), **options, **arguments})],
+            [sys.executable, __file__, json.dumps({"model": str(model), **OPTIONS, **arguments})],
             capture_output=True, text=True, check=False, timeout=400,
         )  # fmt: skip
         lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
@@ -33,13 +88,33 @@ def answers_of_plain_vllm(models: Sequence[Path], **arguments: Any) -> dict[str,
         return dict(zip([model.name for model in models], pool.map(answers, models), strict=True))
 
 
+@contextlib.contextmanager
+def staying(model: Path, **arguments: Any) -> Iterator[list[list[int]]]:
+    """The same answers of a vLLM that keeps running until the context ends."""
+    options = {"model": str(model), "stays": True, **OPTIONS, **arguments}
+    with subprocess.Popen(
+        [sys.executable, __file__, json.dumps(options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdin is not None
+        try:
+            line = next(line for line in process.stdout if line.startswith("ANSWERS "))
+            yield json.loads(line.removeprefix("ANSWERS "))
+        finally:
+            process.stdin.close()
+            process.stdout.read()
+
+
 def main() -> None:
     from vllm import LLM, SamplingParams
 
-    llm = LLM(max_num_seqs=32, **json.loads(sys.argv[1]))
+    options = json.loads(sys.argv[1])
+    stays = options.pop("stays", False)
+    llm = LLM(max_num_seqs=32, **options)
     greedy = SamplingParams(temperature=0, max_tokens=16, seed=0)
     found = [list(answer.outputs[0].token_ids) for answer in llm.generate(PROMPTS, greedy, use_tqdm=False)]
     print("ANSWERS " + json.dumps(found), flush=True)
+    if stays:
+        sys.stdin.read()
 
 
 if __name__ == "__main__":

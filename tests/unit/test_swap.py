@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import unittest.mock
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -31,6 +31,8 @@ from flashd.engines.engine import (
     EngineStats,
     GpuPlan,
     Made,
+    RankArena,
+    RankPlan,
 )
 from flashd.errors import (
     Busy,
@@ -110,6 +112,13 @@ class Script:
                 await asyncio.sleep(0.001)  # what was ordered takes its time all the same
             case Fault.OLD_DIES if self.old and self.old.state is not EngineState.FAILED:
                 self.old.die()
+
+
+def image_arena(size_bytes: int = ARENA_BYTES) -> RankArena:
+    """What one rank of an engine says of the memory that it has filled."""
+    arena = HostArena(size_bytes, "image", HugePages.NONE)
+    arena.seal()
+    return RankArena(arena.fd, ARENA_BYTES, "the layout")
 
 
 class FakeEngine:
@@ -203,9 +212,7 @@ class FakeEngine:
         """What an engine on a GPU makes of its weights: memory of its own, of which it hands a descriptor on."""
         if not binding.wants_image:
             return None
-        arena = HostArena(ARENA_BYTES, "image", HugePages.NONE)
-        arena.seal()
-        return Made(arena.fd, ARENA_BYTES, "the layout")
+        return Made(tuple(image_arena() for _ in binding.devices))
 
     def _check_alive(self) -> None:
         if self.state is EngineState.FAILED:
@@ -227,9 +234,9 @@ class FakeEngine:
 class Factory:
     kind = "fake"
 
-    def __init__(self, script: Script, on_gpu: bool) -> None:
+    def __init__(self, script: Script, gpus: Sequence[str]) -> None:
         self._script = script
-        self._on_gpu = on_gpu
+        self._gpus = gpus
         self._numbers = itertools.count(1)
         self.engines: list[FakeEngine] = []
 
@@ -243,10 +250,11 @@ class Factory:
         return "" if manifest.architecture == UNIQUE else f"{manifest.architecture_key} {options}"
 
     async def gpu_plan(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> GpuPlan | None:
-        if not self._on_gpu:
+        if not self._gpus:
             return None
         # What an engine says of itself before it has loaded is more than it then takes.
-        return GpuPlan("sim:0", f"image of {checkpoint.id}", 2 * ARENA_BYTES, WORKING_BYTES)
+        room_bytes = (2 * ARENA_BYTES, WORKING_BYTES)
+        return GpuPlan(tuple(RankPlan(gpu, f"image of {checkpoint.id} on {gpu}", *room_bytes) for gpu in self._gpus))
 
     def create(self, options: EngineOptions = NO_OPTIONS) -> FakeEngine:
         self.engines.append(FakeEngine(next(self._numbers), self._script))
@@ -280,23 +288,26 @@ class MemoryImages:
 
 
 class World:
-    """A swapper with everything around it. On a GPU, `room` is for so many images and what engines need besides."""
+    """A swapper with everything around it. On GPUs, of which an engine uses all, `room` is for so many images and what
+    engines need besides, on each."""
 
     def __init__(
         self,
         *,
         room: int = 10,
         policy: Policy = Policy(drain_timeout_s=1, max_parked=2),  # noqa: B008
-        on_gpu: bool = False,
+        gpus: int = 0,
     ) -> None:
         self.script = Script()
-        self.factory = Factory(self.script, on_gpu)
+        self.gpus = [f"sim:{number}" for number in range(gpus)]
+        self.factory = Factory(self.script, self.gpus)
         self.images = MemoryImages()
         self.endpoint: Path | None = None
         self.lost: list[str] = []
         self.loads = True
-        gpu = Memory(simulated_device(1 << 30, DEVICE), (room + 1) * ARENA_BYTES + room * WORKING_BYTES)
-        self.residency = Residency([Memory(DEVICE, room * ARENA_BYTES), *([gpu] if on_gpu else [])], self)
+        budget_bytes = (room + 1) * ARENA_BYTES + room * WORKING_BYTES
+        cards = [Memory(replace(simulated_device(1 << 30, DEVICE), name=name), budget_bytes) for name in self.gpus]
+        self.residency = Residency([Memory(DEVICE, max(1, gpus) * room * ARENA_BYTES), *cards], self)
         self.swapper = Swapper(
             Supplier(self.residency, {"fake": self.factory}, self.images),
             {"fake": self.factory},
@@ -352,14 +363,15 @@ class World:
         seats = {seat.engine.number for seat in self.swapper.seats}
         alive = {e.number for e in self.factory.engines if e.state in {EngineState.SERVING, EngineState.PARKED}}
         assert seats == alive, "no engine is forgotten, none is remembered that is gone"
-        held = {seat.supply.hold.checkpoint_id for seat in self.swapper.seats if seat.supply}
-        kind = "image of " if len(self.residency.places) > 1 else ""
-        assert held == ({kind + active.target.checkpoint.id} if active else set()), "only the active model is held"
+        held = {hold.checkpoint_id for seat in self.swapper.seats if seat.supply for hold in seat.supply.holds}
+        of_active = active.target.checkpoint.id if active else ""
+        forms = {f"image of {of_active} on {gpu}" for gpu in self.gpus} or {of_active}
+        assert held == (forms if active else set()), "only the active model is held"
         for checkpoint_id in held:
             assert self.residency.holds(checkpoint_id) == 1
         for place in self.residency.places.values():
             claimed = place.pool.used_bytes - sum(resident.size_bytes for resident in place.residents())
-            assert claimed == (WORKING_BYTES if active and place.name == "sim:0" else 0), "and only it needs more"
+            assert claimed == (WORKING_BYTES if active and place.name in self.gpus else 0), "and only it needs more"
 
     def ended(self) -> None:
         """What must hold when all is over."""
@@ -492,17 +504,17 @@ ROUTES = {
 }
 
 
-@pytest.mark.parametrize("on_gpu", [False, True], ids=["host", "gpu"])
+@pytest.mark.parametrize("gpus", [0, 1, 2], ids=["host", "gpu", "two-gpus"])
 @pytest.mark.parametrize("fault", list(Fault))
 @pytest.mark.parametrize("route", list(ROUTES))
 async def test_a_fault_at_any_step_of_any_swap_leaves_somebody_answering(
-    route: str, fault: Fault, on_gpu: bool, targets: dict[str, Target]
+    route: str, fault: Fault, gpus: int, targets: dict[str, Target]
 ) -> None:
     """The new model if the swap succeeded, the old one if it did not: nothing else, and no engine or hold is lost."""
     first, wanted, room = ROUTES[route]
     order_timeout_s = 0.05 if fault is Fault.HANGS else 60.0
     for moment in itertools.count():
-        world = World(room=room, policy=Policy(0.0, 1, order_timeout_s), on_gpu=on_gpu)
+        world = World(room=room, policy=Policy(0.0, 1, order_timeout_s), gpus=gpus)
         for name in first:
             await world.swapper.swap(targets[name])
         before = world.answering()
@@ -525,17 +537,17 @@ async def test_a_fault_at_any_step_of_any_swap_leaves_somebody_answering(
 @settings(max_examples=40, deadline=None)
 @given(
     room=st.sampled_from([1, 2, 10]),
-    on_gpu=st.booleans(),
+    gpus=st.integers(0, 2),
     swaps=st.lists(
         st.tuples(st.sampled_from(["a1", "a2", "a3", "b", "c"]), st.sampled_from([None, *Fault]), st.integers(0, 7)),
         max_size=12,
     ),
 )
 def test_any_sequence_of_swaps_and_faults(
-    room: int, on_gpu: bool, swaps: list[tuple[str, Fault | None, int]], targets: dict[str, Target]
+    room: int, gpus: int, swaps: list[tuple[str, Fault | None, int]], targets: dict[str, Target]
 ) -> None:
     async def run() -> None:
-        world = World(room=room, policy=Policy(0.0, 1, 0.05), on_gpu=on_gpu)
+        world = World(room=room, policy=Policy(0.0, 1, 0.05), gpus=gpus)
         for name, fault, moment in swaps:
             before = world.answering()
             if fault:
@@ -551,7 +563,7 @@ def test_any_sequence_of_swaps_and_faults(
 
 
 async def test_an_image_is_made_once_and_mapped_from_then_on(targets: dict[str, Target]) -> None:
-    world = World(on_gpu=True)
+    world = World(gpus=1)
     for name in ("a1", "b", "a2"):
         await world.swapper.swap(targets[name])
         world.check()
@@ -577,7 +589,7 @@ async def test_an_image_is_made_once_and_mapped_from_then_on(targets: dict[str, 
 async def test_a_parked_engine_makes_the_image_of_a_new_model_and_the_first_swap_maps_it(
     targets: dict[str, Target],
 ) -> None:
-    world = World(on_gpu=True)
+    world = World(gpus=1)
     for name in ("a1", "b"):
         await world.swapper.swap(targets[name])
     steps = len(world.script.names)
@@ -594,7 +606,7 @@ async def test_a_parked_engine_makes_the_image_of_a_new_model_and_the_first_swap
 
 
 async def test_nothing_makes_way_for_what_nobody_has_asked_for(targets: dict[str, Target]) -> None:
-    world = World(on_gpu=True, room=2)
+    world = World(gpus=1, room=2)
     for name in ("a1", "b"):
         await world.swapper.swap(targets[name])
     there = {name: place.pool.used_bytes for name, place in world.residency.places.items()}
@@ -608,7 +620,7 @@ async def test_a_fault_at_any_step_of_making_ready_costs_the_parked_engine_at_mo
     fault: Fault, targets: dict[str, Target]
 ) -> None:
     for moment in itertools.count():
-        world = World(policy=Policy(0.0, 1, 0.05), on_gpu=True)
+        world = World(policy=Policy(0.0, 1, 0.05), gpus=1)
         for name in ("a1", "b"):
             await world.swapper.swap(targets[name])
         world.script.old = world.factory.engines[0]
@@ -629,16 +641,14 @@ async def test_a_fault_at_any_step_of_making_ready_costs_the_parked_engine_at_mo
 
 
 async def test_an_image_that_makes_no_sense_is_not_kept(targets: dict[str, Target], tmp_path: Path) -> None:
-    world = World(on_gpu=True)
+    world = World(gpus=1)
     for wrong in ("not an arena", "another size"):
         file = (tmp_path / "file").open("wb")
 
         def made(engine: FakeEngine, binding: Binding, wrong: str = wrong, fd: int = os.dup(file.fileno())) -> Made:
             if wrong == "not an arena":
-                return Made(fd, ARENA_BYTES, "the layout")
-            arena = HostArena(3 * ARENA_BYTES, "image", HugePages.NONE)
-            arena.seal()
-            return Made(arena.fd, ARENA_BYTES, "the layout")
+                return Made((RankArena(fd, ARENA_BYTES, "the layout"),))
+            return Made((image_arena(3 * ARENA_BYTES),))
 
         with unittest.mock.patch.object(FakeEngine, "_made", made):
             await world.swapper.swap(targets["a1" if wrong == "not an arena" else "b"])
@@ -646,6 +656,57 @@ async def test_an_image_that_makes_no_sense_is_not_kept(targets: dict[str, Targe
         assert world.images.known == {} and world.answering()
         active = world.swapper.active
         assert active and active.supply and not active.supply.is_image
+    await world.swapper.close()
+    world.ended()
+
+
+async def test_an_image_of_two_ranks_is_on_two_devices_and_whole_or_not_at_all(targets: dict[str, Target]) -> None:
+    world = World(gpus=2)
+    await world.swapper.swap(targets["a1"])
+    active = world.swapper.active
+    assert active and active.engine.binding and active.supply
+    assert active.engine.binding.devices == ("sim:0", "sim:1")
+    await world.swapper.swap(targets["b"])
+    await world.swapper.swap(targets["a1"])
+    again = world.swapper.active
+    assert again and again.supply and again.engine.binding
+    first, second = (hold.arena.fd for hold in again.supply.holds)
+    assert again.engine.binding.arena_fd == first and [rank.fd for rank in again.engine.binding.further] == [second]
+    world.check()
+
+    await world.swapper.park()
+    lost, left = (f"image of {targets['a1'].checkpoint.id} on {gpu}" for gpu in ("sim:1", "sim:0"))
+    await world.residency.evict(lost)
+    await world.swapper.swap(targets["a1"])
+    assert world.script.names[-2:] == ["wake", "point"], "a part that is nowhere any more is made again, with the other"
+    assert {lost, left} < world.images.known.keys()
+    world.check()
+
+    def half(engine: FakeEngine, binding: Binding) -> Made:
+        return Made((image_arena(),))
+
+    with unittest.mock.patch.object(FakeEngine, "_made", half):
+        await world.swapper.swap(targets["c"])
+    active = world.swapper.active
+    assert active and active.supply and not active.supply.is_image, "one rank's part is no image"
+    await world.swapper.close()
+    world.ended()
+
+
+async def test_nothing_moves_unless_there_is_room_on_every_device(targets: dict[str, Target]) -> None:
+    world = World(gpus=2, room=2)
+    await world.swapper.swap(targets["a1"])
+    await world.swapper.swap(targets["b"])
+    await world.swapper.park()
+    for name in ("a1", "b"):
+        await world.residency.evict(*(f"image of {targets[name].checkpoint.id} on {gpu}" for gpu in world.gpus))
+    second = world.residency.place("sim:1")
+    taken = await second.claim(second.pool.budget_bytes - WORKING_BYTES)
+    world.script.names.clear()
+    assert isinstance(await world.swap(targets["a1"]), OutOfMemory)
+    assert world.script.names == [], "nothing was loaded, and no engine was told of it"
+    assert world.residency.place("sim:0").pool.used_bytes == 0
+    taken.release()
     await world.swapper.close()
     world.ended()
 

@@ -16,7 +16,7 @@ from sources import converted
 from flashd import config
 from flashd.checkpoint.files import Checkpoint
 from flashd.cuda import Gpu
-from flashd.engines.engine import NO_OPTIONS, EngineOptions, GpuPlan
+from flashd.engines.engine import NO_OPTIONS, EngineOptions, RankPlan
 from flashd.engines.process import Settings
 from flashd.engines.vllm.factory import VllmFactory
 from flashd.errors import EngineFailed
@@ -37,7 +37,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 @pytest.fixture
 def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VllmFactory:
     all_get = {"arguments": ["--seed", "0"], "kv_cache_bytes": 2 * GiB}
-    made = VllmFactory(Settings("python", tmp_path, tmp_path, 1, 1, 1.0, options=all_get), GPU)
+    made = VllmFactory(Settings("python", tmp_path, tmp_path, 1, 1, 1.0, options=all_get), [GPU])
 
     async def build() -> dict[str, str]:
         return {"vllm": "0.33", "torch": "2", "platform": "cuda"}
@@ -46,10 +46,11 @@ def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VllmFactory:
     return made
 
 
-async def plan(factory: VllmFactory, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> GpuPlan:
+async def plan(factory: VllmFactory, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> RankPlan:
     found = await factory.gpu_plan(checkpoint, options)
-    assert found is not None and found.key
-    return found
+    assert found is not None and found.makes_image
+    (rank,) = found.ranks
+    return rank
 
 
 async def test_models_with_different_settings_share_neither_engine_nor_wrong_image(
@@ -91,7 +92,7 @@ async def test_a_vllm_that_is_not_as_we_know_it_is_told_by_its_version(tmp_path:
         (tmp_path / "other" / name).write_text(text)
     environment = config.child_environment({"PYTHONPATH": str(tmp_path / "other")})
     settings = Settings(sys.executable, tmp_path, tmp_path / "logs", 1, 1, 60.0, environment=environment)
-    factory = VllmFactory(settings, None)
+    factory = VllmFactory(settings, ())
     with pytest.raises(EngineFailed, match=r"vLLM 0\.99 has no make_arg_parser where flashd looks for it"):
         await factory._zygote.build()
     await factory.close()

@@ -37,12 +37,9 @@ def gtk() -> Any:
     return Gtk
 
 
-def begin(icon: Path) -> None:
-    """Ends the busy pointer of whoever started us, and gives windows an icon, whether or not a theme has one for us."""
-    from gi.repository import Gdk
-
+def use_icon(icon: Path) -> None:
+    """Of all our windows, whether or not a theme of this desktop has one for us."""
     gtk().Window.set_default_icon_from_file(str(icon))
-    Gdk.notify_startup_complete()
 
 
 def copy(text: str) -> None:

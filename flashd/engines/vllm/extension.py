@@ -15,7 +15,6 @@ whoever takes weights again packs anew, by the same reload, from the arena.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,38 +25,41 @@ from torch import nn
 from flashd.engines.control import Frame, close_all
 from flashd.engines.vllm import handover
 from flashd.engines.vllm.images import ATTRIBUTE, GpuMemory, ImageWeights
+from flashd.engines.vllm.sources import Source, hand_on
 from flashd.engines.vllm.weights import arena_tensors
 from flashd.errors import Unsupported
 
 _SLEEP_LEVEL = 2  # the KV cache goes, and the weights that vLLM has itself, of which none are left
 
 
-def share(model: nn.Module, given: Frame) -> None:
-    """Has a model that was just made view an image: the one that is given, or one made of what it has loaded."""
-    memory = GpuMemory(torch.cuda.current_device())
-    is_image = given.content["is_image"]
-    weights = (
-        ImageWeights(model, memory, given.fds[0], given.content["layout"]) if is_image else ImageWeights(model, memory)
-    )
+def view(model: nn.Module, source: Source) -> None:
+    """Has a model that was just made, and loaded nothing, view the image that there is."""
+    _give(model, ImageWeights(model, _memory(), source.fd, source.layout))
+
+
+def make(model: nn.Module, source: Source) -> None:
+    """Makes an image of what a model has loaded, has it view that, and hands it on."""
+    weights = ImageWeights(model, _memory())
+    _give(model, weights)
+    source.hand_on(weights)
+
+
+def _memory() -> GpuMemory:
+    return GpuMemory(torch.cuda.current_device())
+
+
+def _give(model: nn.Module, weights: ImageWeights) -> None:
     setattr(model, ATTRIBUTE, weights)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # what the weights were in before
-    _hand_on(weights)
-
-
-def _hand_on(weights: ImageWeights) -> None:
-    fd = weights.take_made()
-    if fd is not None:
-        content = {"size_bytes": weights.header.data_bytes, "layout": weights.layout_json}
-        handover.tell_made(Path(handover.SOCKET), content, fd)
-        os.close(fd)
 
 
 class Extension:
-    """Mixed into vLLM's worker: `model_runner`, `lora_config`, `device`, `sleep` and `wake_up` are its."""
+    """Mixed into vLLM's worker: `model_runner`, `lora_config`, `rank`, `device`, `sleep` and `wake_up` are its."""
 
     model_runner: Any
     lora_config: Any
+    rank: int
     device: torch.device
     sleep: Any
     wake_up: Any
@@ -67,7 +69,7 @@ class Extension:
     def flashd_take(self) -> int:
         """Takes what the engine hands over; returns the bytes of its weights. Whatever it raises, nothing may be
         answered before another call of it has succeeded."""
-        given = handover.ask(Path(handover.SOCKET))
+        given = handover.ask(Path(handover.SOCKET), self.rank)
         try:
             weights = self._image_weights()
             if weights is None:
@@ -85,7 +87,7 @@ class Extension:
                 weights.finish()
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()  # what layers were assembled in
-                _hand_on(weights)
+                hand_on(weights, Path(handover.SOCKET), self.rank)
             return weights.header.data_bytes
         finally:
             close_all(given.fds)

@@ -3,24 +3,30 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.manifest import VOLATILE
 from flashd.cuda import Gpu
-from flashd.engines.engine import NO_OPTIONS, EngineOptions, GpuPlan
+from flashd.engines.engine import NO_OPTIONS, EngineOptions, GpuPlan, RankPlan
 from flashd.engines.process import Settings, ZygoteFactory
+from flashd.errors import Unsupported
 from flashd.streamer import blake3
 from flashd.units import GiB, MiB
 
 _IMAGE_FORMAT = "1"  # of what flashd/engines/vllm/images.py makes
 _ACTIVATION_BYTES = 1 * GiB
-# Several GPUs hold a part each, and each would need an image of its own.
-_PARALLEL = ("-tp", "-pp", "--tensor-parallel-size", "--pipeline-parallel-size", "--tensor_parallel_size")
+_COMMUNICATION_BYTES = 1 * GiB  # what NCCL and vLLM's own all-reduce take of each of several GPUs
+# Quantisation of which images may be made; whether one is, the engine says (flashd/engines/vllm/quantised.py).
+_TAKEN_IN_PLACE = {"fp8"}
+_PARKED = _TAKEN_IN_PLACE | {"modelopt", "mxfp4"}
 # What the libraries that save fine-tunes write of their own circumstances, and nothing reads again.
 _INCIDENTAL = (VOLATILE - {"torch_dtype", "dtype"}) | {"is_local", "local_files_only", "name_or_path"}
 _SETTINGS = {"config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}
@@ -45,10 +51,10 @@ def environment(caches: Path) -> Mapping[str, str]:
 class VllmFactory(ZygoteFactory):
     """Makes vLLM engines."""
 
-    def __init__(self, settings: Settings, gpu: Gpu | None) -> None:
-        """`gpu` is what a vLLM that is built for GPUs runs on."""
+    def __init__(self, settings: Settings, gpus: Sequence[Gpu]) -> None:
+        """`gpus` are what a vLLM that is built for GPUs runs on, those that are used first first."""
         super().__init__("vllm", "flashd.engines.vllm.zygote", settings, remedy=REMEDY)
-        self._gpu = gpu
+        self._gpus = gpus
         self._keys: dict[str, str] = {}
 
     def rebind_key(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> str:
@@ -65,41 +71,88 @@ class VllmFactory(ZygoteFactory):
         }
 
     def _model_key(self, checkpoint: Checkpoint) -> str:
-        """Configuration, layout, dtype, tokenizer, template and defaults for sampling. Quantised weights vLLM cannot
-        take twice in every case, so those get a new engine."""
+        """Configuration, layout, dtype, tokenizer, template and defaults for sampling. Of quantised weights vLLM cannot
+        take others in place in every case: those that it can park at least come back to the engine that had them, and
+        all others get a new one."""
         manifest = checkpoint.manifest
-        if not manifest.architecture_key or manifest.quantization:
+        method = manifest.quantization
+        if not manifest.architecture_key or (method and not (self._gpus and method in _PARKED)):
             return ""
         if manifest.id not in self._keys:
             files = checkpoint.side_files()
             parts = [manifest.architecture_key]
             for name, digest in sorted(manifest.side_files.items()):
                 parts.append(f"{name} {_essence(files[name]) if name in _SETTINGS else digest}")
+            if method and method not in _TAKEN_IN_PLACE:
+                parts.append(manifest.id)
             self._keys[manifest.id] = blake3("\n".join(parts).encode()).hex()
         return self._keys[manifest.id]
 
     async def gpu_plan(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> GpuPlan | None:
-        if self._gpu is None:
+        """Raises Unsupported if its ranks are more than there are GPUs."""
+        if not self._gpus:
             return None
         build = await self._zygote.build()
         if build["platform"] != "cuda":
             return None
-        told, size_bytes = self._told(options), checkpoint.manifest.data_bytes
+        told = self._told(options)
+        ranks = Ranks.parse(told["arguments"])
+        if ranks.count > len(self._gpus):
+            raise Unsupported(
+                f"vLLM is to run on {ranks.count} GPUs, and there are {len(self._gpus)}",
+                hint="see engines.vllm.arguments",
+            )
         parts = {
             "format": _IMAGE_FORMAT,
             **build,
-            "gpu": self._gpu.model,
             "model": await asyncio.to_thread(self._model_key, checkpoint),
             "checkpoint": checkpoint.id,
             "arguments": told["arguments"],
+            "ranks": ranks.count,
         }
-        makes_image = parts["model"] and not any(argument.startswith(_PARALLEL) for argument in told["arguments"])
+        makes_image = bool(parts["model"]) and ranks.count == ranks.tensor
+        part_bytes = checkpoint.manifest.data_bytes // ranks.count
+        # A vocabulary is padded to what kernels like, and small layers are on every rank.
+        spare_bytes = part_bytes // (64 if ranks.count == 1 else 8) + 64 * MiB
+        besides_bytes = _ACTIVATION_BYTES + (_COMMUNICATION_BYTES if ranks.count > 1 else 0)
         return GpuPlan(
-            device=self._gpu.name,
-            key=_digest(parts) if makes_image else "",
-            weights_bytes=size_bytes + size_bytes // 64 + 64 * MiB,  # a vocabulary is padded to what kernels like
-            working_bytes=told["kv_cache_bytes"] + _ACTIVATION_BYTES,
+            tuple(
+                RankPlan(
+                    device=gpu.name,
+                    key=_digest({**parts, "gpu": gpu.model, "rank": rank}) if makes_image else "",
+                    weights_bytes=part_bytes + spare_bytes,
+                    working_bytes=told["kv_cache_bytes"] + besides_bytes,
+                )
+                for rank, gpu in enumerate(self._gpus[: ranks.count])
+            )
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """In how many processes, with a GPU each, vLLM runs a model: `count`. If they are all `tensor` parallel, each has a
+    part of every layer, and makes an image of it."""
+
+    tensor: int
+    count: int
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str]) -> Ranks:
+        """What `vllm serve` would make of these arguments; of what it would refuse, one rank: it says so itself."""
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        for short, name in (("-tp", "tensor"), ("-pp", "pipeline"), ("-dp", "data")):
+            long = f"--{name}-parallel-size"
+            parser.add_argument(short, long, long.replace("-", "_").replace("__", "--"), dest=name, type=int, default=1)
+        try:
+            found, _ = parser.parse_known_args(list(arguments))
+        except argparse.ArgumentError:
+            return cls(1, 1)
+        sizes = (max(1, found.tensor), max(1, found.pipeline), max(1, found.data))
+        return cls(sizes[0], math.prod(sizes))
+
+
+def _digest(parts: object) -> str:
+    return blake3(json.dumps(parts, sort_keys=True).encode()).hex()
 
 
 def _essence(path: Path) -> str:
@@ -112,7 +165,3 @@ def _essence(path: Path) -> str:
     if isinstance(table, dict):
         table = {name: value for name, value in table.items() if name not in _INCIDENTAL}
     return _digest(table)
-
-
-def _digest(parts: object) -> str:
-    return blake3(json.dumps(parts, sort_keys=True).encode()).hex()

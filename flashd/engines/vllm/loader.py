@@ -11,18 +11,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from flashd.engines.control import Frame, close_all
-from flashd.engines.vllm import extension, handover
+from flashd.engines.vllm import extension, quantised, sources, versions
 from flashd.engines.vllm.weights import Wanted, weights
 from flashd.errors import CorruptCheckpoint, Unsupported
 
+_SOURCE = "flashd_source"  # of a model: where its image came from, alive as long as it is
 log = logging.getLogger("vllm.flashd")  # below vllm's own, so that it is shown where vLLM's words are
 
 
@@ -37,21 +36,40 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
     def download_model(self, model_config: Any) -> None:
         """Nothing to do: flashd has it, or there is no such model."""
 
+    def get_external_weight_memory(self, vllm_config: Any) -> int:
+        """Asked by vLLM 0.32 and newer before it sizes the KV cache: what of its share of the GPU is taken already, by
+        weights that other servers have made. Older ones measure what they take themselves, which is nothing then."""
+        found = None if self._wanted.handover else sources.shared(self._wanted, vllm_config)
+        if found is None:
+            return 0
+        try:
+            return found.size_bytes
+        finally:
+            found.close()
+
     def load_model(self, vllm_config: Any, model_config: Any, *arguments: Any, **options: Any) -> nn.Module:
         """As vLLM's, but that on a GPU the weights are an image in the end: one that was made before, in which case
         nothing is loaded, or one that is made of what was loaded, to be handed on."""
-        given = self._given() if self._wanted.handover else None
-        self._is_image = given is not None and given.content["is_image"]
+        source = sources.source(self._wanted, vllm_config)
+        self._is_image = source is not None and bool(source.layout)
+        is_wanted = source is not None and source.wants_image
+        before = quantised.storages(torch.device("cuda", torch.cuda.current_device())) if is_wanted else set()
         try:
             model: nn.Module = super().load_model(vllm_config, model_config, *arguments, **options)
-            if given is not None and (self._is_image or given.content["wants_image"]):
-                extension.share(model, given)
+            if source is not None and self._is_image:
+                extension.view(model, source)
+            elif source is not None and is_wanted:
+                hindrance = quantised.hindrance(model, before)
+                if versions.all_agree(not hindrance):
+                    extension.make(model, source)
+                else:
+                    why = hindrance or "another rank makes none"
+                    log.warning("no image is made of these weights, so they stay where they are: %s", why)
+            setattr(model, _SOURCE, source)
             return model
         finally:
-            close_all(given.fds if given is not None else ())
-
-    def _given(self) -> Frame:
-        return handover.ask(Path(self._wanted.handover))
+            if source is not None:
+                source.loaded()
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         """Raises CorruptCheckpoint if a parameter is left without its weights."""

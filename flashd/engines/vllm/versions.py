@@ -7,8 +7,10 @@ Written for 0.22 to 0.33. What moved between them is looked for where it is, new
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import inspect
+import json
 import multiprocessing
 import os
 import pickle
@@ -49,10 +51,16 @@ _init_app_state = _found(
 _model_path = _found(
     "BaseModelPath", "vllm.entrypoints.openai.models.protocol", "vllm.entrypoints.openai.serving_models"
 )
+_environment = _found("compile_factors", "vllm.envs")
+_world_group = _found("get_world_group", "vllm.distributed.parallel_state")
 
 
 def is_cpu() -> bool:
     return bool(current_platform.is_cpu())
+
+
+def is_cuda() -> bool:
+    return bool(current_platform.is_cuda())
 
 
 def build() -> dict[str, str]:
@@ -60,7 +68,9 @@ def build() -> dict[str, str]:
     return {
         "vllm": VERSION,
         "torch": torch.__version__,
-        "platform": "cpu" if is_cpu() else "cuda" if current_platform.is_cuda() else "other",
+        "platform": "cpu" if is_cpu() else "cuda" if is_cuda() else "other",
+        # Which kernels are chosen depends on variables, too.
+        "environment": hashlib.sha256(repr(sorted(_environment().items())).encode()).hexdigest(),
     }
 
 
@@ -93,6 +103,47 @@ async def application(client: Any, arguments: argparse.Namespace) -> Any:
     known["vllm_config"] = client.vllm_config
     await _init_app_state(**{name: value for name, value in known.items() if name in wanted})
     return app
+
+
+def weights_depend_on(config: Any) -> dict[str, Any]:
+    """What the bytes and the layout of one rank's weights after loading depend on, besides the checkpoint: all that a
+    server was told which could matter. Too much costs a second copy, too little a wrong answer."""
+    model, parallel = config.model_config, config.parallel_config
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel")
+    described = model.hf_config.to_dict()
+    for incidental in ("_name_or_path", "transformers_version"):
+        described.pop(incidental, None)
+    return {
+        **build(),
+        "gpu": current_platform.get_device_name(),
+        "model": json.dumps(described, sort_keys=True, default=str),
+        "dtype": str(model.dtype),
+        "quantization": str(model.quantization),
+        "kv_cache": str(config.cache_config.cache_dtype),
+        "rank": parallel.rank,
+        **{name: getattr(parallel, name, None) for name in sizes},
+        # Which kernels run, and so how weights are packed for them; newer versions have more to say about it.
+        **{name: repr(getattr(config, name, None)) for name in ("attention_config", "kernel_config")},
+    }
+
+
+def writes_weights(config: Any) -> bool:
+    """Whether a server was told to do what writes to its weights, or has them written, while it serves."""
+    wants = ("enable_eplb", "enable_sleep_mode")
+    parts = (config.model_config, config.parallel_config)
+    return getattr(config, "weight_transfer_config", None) is not None or any(
+        getattr(part, name, False) for part in parts for name in wants
+    )
+
+
+def all_agree(is_so: bool) -> bool:
+    """Whether it is so on every rank; each must ask."""
+    group = _world_group()
+    if group.world_size == 1:
+        return is_so
+    answer = torch.tensor(int(is_so))
+    torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return bool(answer)
 
 
 def rename(app: Any, names: Sequence[str], path: str) -> None:

@@ -60,7 +60,7 @@ def weights(wanted: Wanted, model: str) -> Iterator[Tensors]:
         yield handed_over(Path(wanted.handover))
         return
     with flashd.connect(wanted.bus or None) as client:
-        name = wanted.model or _name_of(client, model)
+        name = wanted.model or name_of(client, model)
         with client.lease(name, wanted.device) as lease:
             if lease.memory == "host" and lease.device == "host":
                 yield torch_tensors(private_bytes_tensor(lease.fd, lease.size_bytes), lease.layout)
@@ -70,7 +70,7 @@ def weights(wanted: Wanted, model: str) -> Iterator[Tensors]:
 
 def handed_over(path: Path) -> Tensors:
     """What the engine around us was last told to hold (flashd/engines/vllm/handover.py)."""
-    frame = handover.ask(path)
+    frame = handover.ask(path, rank=0)  # all ranks read one checkpoint, each what it needs of it
     try:
         return arena_tensors(frame.fds[0], frame.content)
     finally:
@@ -84,7 +84,7 @@ def arena_tensors(fd: int, binding: Mapping[str, Any]) -> Tensors:
     return torch_tensors(private_bytes_tensor(fd, size_bytes), layout)
 
 
-def _name_of(client: Client, model: str) -> str:
+def name_of(client: Client, model: str) -> str:
     """flashd's name for what vLLM calls a model: a name or alias of ours, or the folder that one was made from."""
     folder = Path(model).expanduser()
     if not folder.is_dir():

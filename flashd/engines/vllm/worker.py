@@ -149,11 +149,9 @@ class _Worker:
     def _reply(self, content: dict[str, Any]) -> None:
         """With the image that was made meanwhile, if one was."""
         made = self._handover.take_made()
-        if made is None:
-            self._channel.send(content)
-            return
-        self._channel.send({**content, "made": made.content}, made.fds)
-        close_all(made.fds)
+        fds = [fd for rank in made for fd in rank.fds]
+        self._channel.send({**content, "made": [rank.content for rank in made]} if made else content, fds)
+        close_all(fds)
 
     def _answer(self, frame: Frame) -> dict[str, Any]:
         try:
@@ -192,13 +190,14 @@ class _Worker:
     def _prepare(self, frame: Frame) -> Any:
         """The model's folder and vLLM's arguments. Raises EngineFailed if vLLM does not know one of them."""
         content = frame.content
-        if content["device"].startswith("cuda:"):
-            config.show_gpu(content["device"].removeprefix("cuda:"))
+        if devices := content["devices"]:
+            config.show_gpus([int(device.removeprefix("cuda:")) for device in devices])
+        ranks = _ranks(frame)
         Path(_MODEL).mkdir()
-        for name, fd in zip(content["side_files"], frame.fds[1:], strict=True):
+        for name, fd in zip(content["side_files"], frame.fds[len(ranks) :], strict=True):
             (Path(_MODEL) / name).write_bytes(read_all(fd))
-        _check(frame)
-        self._handover.hold(_binding(content), frame.fds[0])
+        _check(ranks)
+        self._handover.hold(ranks)
         close_all(frame.fds)
         try:
             return versions.parse([*self._arguments(content["names"])])
@@ -229,10 +228,11 @@ class _Worker:
     async def _take(self, frame: Frame) -> None:
         """Other weights, in place. What is wrong with them in itself is found before anything is touched; where
         vLLM fails half-way, the process ends rather than answer from half of each."""
-        _check(frame)
+        ranks = _ranks(frame)
+        _check(ranks)
         written = _log_bytes()
         try:
-            self._handover.hold(_binding(frame.content), frame.fds[0])
+            self._handover.hold(ranks)
             await self._client.collective_rpc("flashd_take")
             async with asyncio.timeout(_RESET_S):
                 while not await self._client.reset_prefix_cache():  # noqa: ASYNC110 -- cut requests are being dropped
@@ -246,19 +246,22 @@ class _Worker:
         versions.rename(self._app, frame.content["names"], _MODEL)
 
 
-def _binding(content: dict[str, Any]) -> dict[str, Any]:
-    """What vLLM's processes need of what the daemon said."""
-    return {name: content[name] for name in ("arena_bytes", "layout", "is_image", "wants_image")}
+def _ranks(frame: Frame) -> list[Frame]:
+    """What vLLM's processes need of what the daemon said: each rank its own image, or all of them one checkpoint."""
+    said = frame.content
+    options = {name: said[name] for name in ("is_image", "wants_image")}
+    arenas = [{name: arena[name] for name in ("arena_bytes", "layout")} for arena in (said, *said["further"])]
+    return [Frame({**arena, **options}, (fd,)) for arena, fd in zip(arenas, frame.fds, strict=False)]
 
 
-def _check(frame: Frame) -> None:
+def _check(ranks: Sequence[Frame]) -> None:
     """Raises before anything is touched: a layout that does not fit its arena, an arena that is none."""
-    content, size_bytes = frame.content, os.fstat(frame.fds[0]).st_size
-    header.parse(content["layout"].encode(), data_bytes=content["arena_bytes"], path="the layout")
-    if content["is_image"]:
-        return  # a GPU's memory: its driver checks its size when it is shown
-    if size_bytes < content["arena_bytes"]:
-        raise EngineFailed(f"the arena has {size_bytes} bytes, and its layout says {content['arena_bytes']}")
+    for rank in ranks:
+        arena_bytes, size_bytes = rank.content["arena_bytes"], os.fstat(rank.fds[0]).st_size
+        header.parse(rank.content["layout"].encode(), data_bytes=arena_bytes, path="the layout")
+        # Of a GPU's memory its driver checks the size when it is shown.
+        if not rank.content["is_image"] and size_bytes < arena_bytes:
+            raise EngineFailed(f"the arena has {size_bytes} bytes, and its layout says {arena_bytes}")
 
 
 def _die(why: str) -> None:

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An image is made of a quantised model only if it has everything that came from weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from flashd.engines.vllm import quantised
+
+CPU = torch.device("cpu")
+
+
+class UnquantizedLinearMethod: ...
+
+
+class Fp8LinearMethod: ...
+
+
+class AWQMarlinLinearMethod: ...
+
+
+class Mxfp4MoEMethod:
+    """As of vLLM 0.32 and newer."""
+
+    supports_pre_processed_weights = True
+
+
+class NewMethod:
+    supports_pre_processed_weights = False
+
+
+class Layer(nn.Module):
+    def __init__(self, method: object) -> None:
+        super().__init__()
+        self.quant_method = method
+        self.weight = nn.Parameter(torch.randn(8, 8), requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.register_buffer("_k_scale", torch.ones(()))
+        self.table = torch.arange(4)  # plain, and kept by the module
+
+
+def made(*methods: object) -> tuple[nn.Module, set[int]]:
+    before = quantised.storages(CPU)
+    return nn.Sequential(*(Layer(method) for method in methods)), before
+
+
+@pytest.mark.parametrize(
+    ("method", "is_sound"),
+    [
+        (Fp8LinearMethod(), True),
+        (Mxfp4MoEMethod(), True),
+        (AWQMarlinLinearMethod(), False),
+        (NewMethod(), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_methods(method: object, is_sound: bool) -> None:
+    found = quantised.hindrance(*made(UnquantizedLinearMethod(), method))
+    assert found == "" if is_sound else found.startswith(type(method).__name__)
+
+
+def test_a_tensor_inside_a_kernel_hinders() -> None:
+    model, before = made(Fp8LinearMethod())
+    model[0].quant_method.inverse = [1 / model[0].weight_scale]  # type: ignore[union-attr]
+    assert "1 tensors came to be outside its modules: float32 (1,)" in quantised.hindrance(model, before)
+    del model[0].quant_method.inverse  # type: ignore[union-attr]
+    model[0].quant_method.view = model[0].weight[:4]  # type: ignore[union-attr]
+    assert quantised.hindrance(model, before) == "", "what views the weights follows them"
+
+
+def test_numbers_that_came_from_the_checkpoint_hinder() -> None:
+    model, before = made(Fp8LinearMethod(), UnquantizedLinearMethod())
+    model[1]._k_scale_float = 1.0  # type: ignore[assignment]
+    assert quantised.hindrance(model, before) == ""
+    model[1]._k_scale_float = 0.5  # type: ignore[assignment]
+    assert quantised.hindrance(model, before).startswith("1 has factors")
+
+
+def test_what_is_not_quantised_is_not_hindered() -> None:
+    model, before = made(UnquantizedLinearMethod())
+    kept = torch.randn(3)
+    assert quantised.hindrance(model, before) == "" and kept.numel()

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantised models on a real GPU: an image of one is as good as its checkpoint, and what has none says so."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from machine import Machine, until
+from test_gpu_vllm import answers, stored_images, swap
+from vllm_models import answers_of_plain_vllm, make_fp8, make_sources
+
+FP8 = f"""
+[engines]
+default = "vllm"
+
+[engines.vllm]
+python = "{sys.executable}"
+kv_cache = "256MiB"
+arguments = ["--seed", "0", "--max-model-len", "256"]
+"""
+ON_THE_FLY = FP8.replace('"256"]', '"256", "--quantization", "fp8"]')
+
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"),
+]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_sources(tmp_path_factory.mktemp("sources"))
+    for name in ("ada", "bob"):
+        make_fp8(folder / name, folder / f"{name}8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(sources: Path) -> dict[str, list[list[int]]]:
+    """What vLLM answers with its own loader, of checkpoints in eight bits, and of others that it quantises itself."""
+    own = answers_of_plain_vllm([sources / name for name in ("ada8", "bob8")])
+    return own | answers_of_plain_vllm([sources / name for name in ("ada", "bob")], quantization="fp8")
+
+
+@pytest.mark.parametrize(
+    ("machine", "one", "other"),
+    [(FP8, "ada8", "bob8"), (ON_THE_FLY, "ada", "bob")],
+    indirect=["machine"],
+    ids=["checkpoint", "on-the-fly"],
+)
+def test_every_path_answers_exactly(
+    machine: Machine, one: str, other: str, sources: Path, expected: dict[str, Any]
+) -> None:
+    with machine.connect() as client:
+        for name in (one, other):
+            client.import_(sources / name, name)
+        swap(client, one, "start", "stored")
+        assert answers(client) == expected[one], "loaded, and moved into an image"
+        assert [engine.weights for engine in client.engines()] == ["image"]
+        swap(client, other, "rebind", "stored")
+        assert answers(client) == expected[other], "loaded in place, into an image of its own"
+        swap(client, one, "rebind", "device")
+        assert answers(client) == expected[one], "shown"
+        client.park()
+        swap(client, other, "wake", "device")
+        assert answers(client) == expected[other], "shown to an engine that slept"
+        until(lambda: len(stored_images(machine)) == 2)
+        for engine in client.engines():
+            client.stop_engine(engine)
+        client.evict(one)
+        swap(client, one, "start", "stored")
+        assert answers(client) == expected[one], "a new engine that loads nothing, of the image on disk"

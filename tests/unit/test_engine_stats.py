@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine has of GPUs is what its processes have, all of them, and a driver that hangs keeps nobody waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pytest
+
+from flashd.daemon import engine_stats
+from flashd.daemon.engine_stats import EngineStatsBook
+from flashd.engines.engine import EngineState, EngineStats
+from flashd.swap import Swapper
+
+
+@dataclass
+class Engine:
+    pid: int
+    number: int = 1
+    state: EngineState = EngineState.PARKED
+
+    async def stats(self) -> EngineStats:
+        return EngineStats(0, 5, 0)
+
+
+@dataclass
+class Seat:
+    engine: Engine
+
+
+class Engines:
+    """What a swapper says of its engines."""
+
+    active = None
+
+    def __init__(self, pid: int) -> None:
+        self.seats = [Seat(Engine(pid))]
+
+
+def book(pid: int, device_bytes: Any, told: asyncio.Event) -> EngineStatsBook:
+    return EngineStatsBook(
+        cast(Swapper, Engines(pid)),
+        idle_timeout_s=lambda: 0.0,
+        device_bytes=device_bytes,
+        on_change=lambda number: told.set(),
+        on_idle=lambda: None,
+    )
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_stats, "_ASK_EVERY_S", 0.01)
+
+
+async def test_all_processes_of_an_engine_count_and_no_others() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    told = asyncio.Event()
+    stats = book(os.getpid(), lambda: {os.getpid(): 100, child.pid: 20, 1: 3}, told)
+    stats.start()
+    async with asyncio.timeout(10):
+        while stats.device_bytes(1) != 120:
+            await asyncio.sleep(0.01)
+    assert told.is_set() and stats.of(1).memory_bytes == 5
+    await stats.close()
+    child.communicate(b"\n")
+
+
+async def test_a_driver_that_hangs_keeps_nobody_waiting() -> None:
+    may_answer, told = threading.Event(), asyncio.Event()
+
+    def hang() -> Mapping[int, int]:
+        assert may_answer.wait(10)
+        return {}
+
+    stats = book(os.getpid(), hang, told)
+    stats.start()
+    await asyncio.wait_for(told.wait(), 10)
+    assert (stats.of(1).memory_bytes, stats.device_bytes(1)) == (5, 0)
+    may_answer.set()
+    await stats.close()
