@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long is it from asking for a model to its first token, with vLLM, by flashd and by vLLM's own means?
 
-    tests/bench/vllm.py MODEL MODEL... [--runs 30] [--python PYTHON] [--argument=--enforce-eager]... [--json FILE]
+    tests/bench/vllm.py MODEL MODEL... [--runs 30] [--rounds 0] [--python PYTHON] [--argument=...]... [--json FILE]
 
 Each MODEL is the folder of a fine-tune; all have one architecture. PYTHON has vLLM and flashd. What vLLM does by itself
 (a start from nothing, its sleep levels and wake, its reload) is measured in the same run. Every answer of flashd's
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,8 @@ from flashd.engines.vllm.factory import environment
 from flashd.streamer import ALIGNMENT, raw_read
 from flashd.units import MiB
 
+# 11-25 23:10:02 [gpu_model_runner.py:5120] Graph capturing finished in 3 secs
+_SPENT = re.compile(r"(\d\d:\d\d:\d\d) \[[\w.:/]+\] (.*\d\.?\d* ?(?:s|secs|seconds)\b.*)")
 PROMPT = "Hello, who are you?"
 TOKENS = 16
 KV_CACHE = 2 << 30
@@ -143,7 +146,9 @@ class Asking:
         return found
 
 
-def measured(client: flashd.Client, models: Sequence[Path], runs: int, answers: dict[str, list[int]]) -> Figures:
+def measured(
+    client: flashd.Client, models: Sequence[Path], runs: int, rounds: int, answers: dict[str, list[int]]
+) -> Figures:
     """The first model's image gets to the disk before there are others: they may leave no room for theirs."""
     figures = Figures(answers)
     names = [model.name for model in models]
@@ -182,8 +187,9 @@ def measured(client: flashd.Client, models: Sequence[Path], runs: int, answers: 
     for turn in range(max(4, runs // 4)):
         client.park()
         first_token(names[turn % len(names)], "resident_wake_first_token", "wake")
+    for turn in range(rounds * len(names)):
+        first_token(names[turn % len(names)], "round_robin_first_token", "rebind")
     client.park()
-    figures.ms["parked_device_bytes"].append(parked_bytes(client))
     for _ in range(4):
         client.evict(names[0])
         client.load(names[0], "host")
@@ -194,6 +200,11 @@ def measured(client: flashd.Client, models: Sequence[Path], runs: int, answers: 
         client.evict(names[0])
         first_token(names[0], "stored_swap_first_token", "wake")
         client.park()
+    counted, before = sum(engine.device_bytes for engine in client.engines()), driver_used_bytes(client)
+    stop_engines()
+    figures.ms["parked_device_bytes"].append(max(0, before - driver_used_bytes(client)))
+    print(f"the driver counts {counted} bytes as the parked engine's, and has as many fewer in use without it: "
+          f"{figures.ms['parked_device_bytes'][0]}")  # fmt: skip
     for _ in range(3):
         stop_engines()
         first_token(names[0], "new_architecture_first_token", "start")
@@ -208,9 +219,25 @@ def settle(client: flashd.Client) -> None:
         time.sleep(3)
 
 
-def parked_bytes(client: flashd.Client) -> float:
-    """What a card has in use beyond what the ledger knows: contexts and graphs, and whoever else uses it."""
-    return float(sum(max(0, d.driver_used_bytes - d.used_bytes) for d in client.devices() if d.name != "host"))
+def driver_used_bytes(client: flashd.Client) -> int:
+    """What everybody uses of the cards, when two answers in a row are the same: a driver takes a moment to clear up."""
+    before, found = -1, 0
+    while before != found:
+        before = found
+        time.sleep(2)  # older answers are not given again by then
+        client.devices()
+        time.sleep(0.5)
+        found = sum(device.driver_used_bytes for device in client.devices() if device.name != "host")
+    return found
+
+
+def spent(folder: Path) -> None:
+    """Prints where the time of each start went, by what vLLM itself says in the engines' logs."""
+    for log in sorted(folder.glob("state/logs/engine-*.log"), key=lambda path: path.stat().st_mtime):
+        print(f"{log.stem}:")
+        for line in log.read_text(errors="replace").splitlines():
+            if found := _SPENT.search(line):
+                print(f"  {found[1]}  {found[2]}")
 
 
 def limits(folder: Path) -> tuple[float | None, float]:
@@ -236,6 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--runs", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=0, help="through all models, besides, with every answer compared")
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--argument", action="append", default=[], help="for vLLM, of flashd's engines")
     parser.add_argument("--length", type=int, default=4096, help="most tokens of a request")
@@ -259,7 +287,8 @@ def main() -> None:
                 answers.result()
             found = plain(options.python, models[0], options.runs, alone, folder / "caches")
         with own_daemon(folder, settings(options.python, arguments)) as client:
-            figures = measured(client, models, options.runs, answers.result())
+            figures = measured(client, models, options.runs, options.rounds, answers.result())
+            spent(folder)
         copy_ms, read_ms = limits(folder)
     rows = rows_of(figures, found, copy_ms, read_ms)
     size_gb = sum(file.stat().st_size for file in models[0].glob("*.safetensors")) / 1e9
