@@ -73,7 +73,7 @@ class Options:
     populate_threads: int = 0
     digest_threads: int = 2
     copy_threads: int = 0  # for memory that no device can copy by itself; 0: one a processor, sixteen at most
-    piece_bytes: int = MiB  # what such a thread sends to a device at once
+    piece_bytes: int = 2 * MiB  # what such a thread sends to a device at once
     pieces: int = 4  # and how many of them are on their way while it fills the next; all must fit into a cache
     page_cache: bool = True  # take what the page cache has; otherwise O_DIRECT passes it by
     on_start: Callable[[Transfer], None] | None = None  # hears of every transfer that begins, in the thread that asked

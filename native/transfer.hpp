@@ -24,7 +24,7 @@ struct Options {
     unsigned populate_threads = 0;  // 0: as many as there are processors, four at most
     unsigned digest_threads = 2;
     unsigned copy_threads = 0;  // 0: as many as there are processors, sixteen at most
-    uint64_t piece = 1 << 20;   // what such a thread sends to a device at once
+    uint64_t piece = 2 << 20;   // what such a thread sends to a device at once
     unsigned pieces = 4;        // and how many of them are on their way while it fills the next
     // Take what the page cache has; otherwise O_DIRECT passes it by.
     bool page_cache = true;

@@ -7,10 +7,12 @@ import gc
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 
 TESTS = Path(__file__).parents[1]
@@ -50,12 +52,20 @@ def nothing_leaks() -> Iterator[None]:
         time.sleep(0.05)
 
 
+def settings(lines: str) -> str:
+    """What every daemon of these tests is told, and these lines."""
+    tables = tomllib.loads(CONFIG)
+    for name, table in tomllib.loads("[memory]\n" + lines).items():
+        tables.setdefault(name, {}).update(table)
+    return tomli_w.dumps(tables)
+
+
 @pytest.fixture
 def machine(request: pytest.FixtureRequest, nothing_leaks: None, tmp_path: Path) -> Iterator[Machine]:
-    """Parametrize it with lines of the configuration's [memory] section."""
+    """Parametrize it with lines of the configuration: of its [memory] section, until they say otherwise."""
     with tempfile.TemporaryDirectory(prefix="fd-") as short, PrivateBus(Path(short)) as bus:
         daemon = Daemon(bus.address, tmp_path, Path(short))
-        daemon.config.write_text(CONFIG + "[memory]\n" + getattr(request, "param", ""))
+        daemon.config.write_text(settings(getattr(request, "param", "")))
         manager = Manager(Path(short) / "manager")
         manager.open()
         sources = tmp_path / "sources"
