@@ -28,7 +28,7 @@ async def test_a_dropped_model_is_announced_and_can_be_switched_to(
     assert shown["title"] == "ada is ready"
     assert shown["body"].startswith("6.49 MB. Converted in")
     assert shown["actions"] == ["swap", "Switch"]
-    notifications.click(shown["number"], "swap")
+    await notifications.click(shown["number"], "swap")
     await until(lambda: panel.says("ada answers"), "the click switched")
 
 
@@ -42,7 +42,7 @@ async def test_a_failed_conversion_is_told_with_its_reason(
     (shown,) = notifications.shown
     assert shown["title"] == "torn could not be converted"
     assert "model.safetensors" in shown["body"]
-    notifications.click(shown["number"], "show-error")
+    await notifications.click(shown["number"], "show-error")
     await until(lambda: desktop.windows("flashd"), what="a window with all of it")
 
 
