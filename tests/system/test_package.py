@@ -38,6 +38,8 @@ def test_the_daemon_is_nobody_special_and_well_shut_in(machine: Machine) -> None
     assert machine.run("stat", "-c", "%U", f"/proc/{pid}").out.strip() == "flashd"
     assert re.search(r"^CapEff:\s*0+$", status, re.MULTILINE)
     assert re.search(r"^NoNewPrivs:\s*1$", status, re.MULTILINE)
+    modes = machine.run("sh", "-c", "dpkg --listfiles flashd | xargs --delimiter '\\n' stat --format '%A %n'").out
+    assert re.findall(r"^-\S*[sS].*", modes, re.MULTILINE) == [], "setuid or setgid"
     exposure = machine.run("systemd-analyze", "security", "--no-pager", "flashd").out
     found = re.search(r"Overall exposure level for flashd.service: ([\d.]+)", exposure)
     assert found is not None
