@@ -329,9 +329,12 @@ async def test_however_often_it_is_cancelled_memory_outlives_what_is_in_flight(
     safetensors.numpy.save_file({"w": np.zeros(64 * MiB, np.uint8)}, tmp_path / "model.safetensors")
     made = converted(tmp_path / "model.safetensors", tmp_path / "out")
     order: list[str] = []
+    begun = asyncio.Event()
+    loop = asyncio.get_running_loop()
     wait, close = Transfer.wait, HostArena.close
 
     def slow_wait(transfer: Transfer, timeout_s: float | None = None) -> TransferResult:
+        loop.call_soon_threadsafe(begun.set)
         try:
             return wait(transfer, timeout_s)
         finally:
@@ -347,7 +350,7 @@ async def test_however_often_it_is_cancelled_memory_outlives_what_is_in_flight(
     loader = StreamMover(Options(), verify=True, staging_bytes=64 * MiB)
     residency = Residency(host_of(128 * MiB), loader)
     task = asyncio.create_task(residency.acquire(made))
-    await asyncio.sleep(0.01)
+    await begun.wait()
     for _ in range(3):  # as when a job is cancelled and the daemon is stopped
         task.cancel()
         residency.close()
