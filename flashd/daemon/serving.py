@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from flashd.daemon.ownership import Ownership
 from flashd.daemon.threads import Background
 from flashd.engines.engine import EngineOptions
 from flashd.errors import Busy, Cancelled, FlashdError, NotFound
+from flashd.memory.device import Device, Kind, memory_fields
 from flashd.memory.lease import Lease, LeaseBook
 from flashd.memory.residency import Residency
 from flashd.store.catalog import Catalog, Model
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 # An engine that dies again so soon after it was brought back is left alone: the model itself must be the reason.
 _BRING_BACK_AGAIN_S = 300.0
 _MOST_LAYOUTS = 64
+_LEFT_FREE = 4  # of so many parts of the machine's memory, one is left to others by what nobody has asked for
 
 
 class Serving:
@@ -222,7 +224,8 @@ class Serving:
         target = self._target(model)
         forms = await self._supplier.forms(target, self._residency.place(device).name)
         places = [(form, self._residency.place(name)) for form, name in forms]
-        if any(place.missing_bytes(form) > place.pool.free_bytes for form, place in places):
+        memory = memory_fields()
+        if not all(is_free(p.device, p.pool.free_bytes, p.missing_bytes(form), memory) for form, p in places):
             return None
 
         async def work(job: Job) -> Result:
@@ -328,6 +331,15 @@ class Serving:
             self._on_used(name)
 
         self._background.start(note())
+
+
+def is_free(device: Device, pool_bytes: int, size_bytes: int, memory: Mapping[str, int]) -> bool:
+    """Whether so much can be taken of a device for what nobody has asked for.
+
+    `pool_bytes` are free of its pool, which may be more than others leave of the machine's `memory` (/proc/meminfo).
+    """
+    is_left = memory["MemAvailable"] - size_bytes >= memory["MemTotal"] // _LEFT_FREE
+    return size_bytes <= pool_bytes and (is_left or device.kind in {Kind.CUDA, Kind.SIMULATED})
 
 
 def _begin(job: Job) -> None:

@@ -10,7 +10,11 @@ import pytest
 
 from flashd.daemon.jobs import Job, Jobs, JobState, Owner, Result
 from flashd.daemon.newcomers import Newcomers
+from flashd.daemon.serving import is_free
 from flashd.errors import NotFound
+from flashd.memory.arena import HugePages
+from flashd.memory.device import Device, HostDevice, simulated_device
+from flashd.units import GiB
 
 
 class House:
@@ -91,3 +95,24 @@ async def test_where_no_room_is_free_the_next_one_has_its_turn(house: House) -> 
     house.newcomers.arrived("ada")
     await house.until_begun("ada", "bob")
     assert house.states() == []
+
+
+@pytest.mark.parametrize(
+    ("is_card", "pool_bytes", "available_bytes", "expected"),
+    [
+        (False, 8 * GiB, 12 * GiB, True),
+        (False, 8 * GiB, 7 * GiB, False),
+        (False, 3 * GiB, 12 * GiB, False),
+        (True, 8 * GiB, 1 * GiB, True),
+        (True, 3 * GiB, 12 * GiB, False),
+    ],
+    ids=["room", "others need the machine's memory", "the pool is full", "a card has its own", "the card is full"],
+)
+def test_a_quarter_of_the_machine_is_left_to_others(
+    is_card: bool, pool_bytes: int, available_bytes: int, expected: bool
+) -> None:
+    """4 GiB for a new model, of a machine of 16."""
+    host = HostDevice("host", 16 * GiB, HugePages.NONE)
+    device: Device = simulated_device(16 * GiB, host) if is_card else host
+    memory = {"MemTotal": 16 * GiB, "MemAvailable": available_bytes}
+    assert is_free(device, pool_bytes, 4 * GiB, memory) is expected
