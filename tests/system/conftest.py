@@ -41,14 +41,11 @@ _MAKER = pytest.StashKey[subprocess.Popen[bytes]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those whose machines take long to make come last of ours."""
-    ours = [number for number, item in enumerate(items) if item.path.is_relative_to(HERE)]
-    for item in (items[number] for number in ours):
-        if item.get_closest_marker("timeout") is None:
+    """Those whose machines take long to make come last of all."""
+    for item in items:
+        if item.path.is_relative_to(HERE) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(_TIMEOUT_S))
-    ordered = sorted((items[number] for number in ours), key=lambda item: MADE_AHEAD.get(item.path.stem, 0))
-    for number, item in zip(ours, ordered, strict=True):
-        items[number] = item
+    items.sort(key=lambda item: MADE_AHEAD.get(item.path.stem, 0))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
