@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +143,30 @@ def test_an_engine_killed_in_its_sleep_leaves_nothing_and_another_takes_its_plac
         assert answers(client) == expected["ada"]
 
 
+@contextlib.contextmanager
+def nothing_free() -> Iterator[None]:
+    """Somebody else takes whatever the card has, also what becomes free meanwhile."""
+    enough, taken = threading.Event(), []
+
+    def take() -> None:
+        while not enough.wait(0.01):
+            free_bytes, _ = cuda.memory_info(0)
+            if free_bytes > KV_BYTES // 4:
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    taken.append(torch.empty(free_bytes - KV_BYTES // 8, dtype=torch.uint8, device="cuda"))
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    until(lambda: cuda.memory_info(0)[0] < KV_BYTES)
+    try:
+        yield
+    finally:
+        enough.set()
+        thread.join()
+        taken.clear()
+        torch.cuda.empty_cache()
+
+
 def test_no_memory_at_wake_is_an_error_with_its_words_and_nothing_is_lost(
     machine: Machine, sources: Path, expected: dict[str, Any]
 ) -> None:
@@ -147,13 +174,9 @@ def test_no_memory_at_wake_is_an_error_with_its_words_and_nothing_is_lost(
         client.import_(sources / "ada", "ada")
         swap(client, "ada", "start", "stored")
         client.park()
-        free, _ = cuda.memory_info(0)
-        taken = torch.empty(free - KV_BYTES // 2, dtype=torch.uint8, device="cuda")  # by somebody else
-        with pytest.raises(errors.FlashdError, match=r"(?i)memory"):
+        with nothing_free(), pytest.raises(errors.FlashdError, match=r"(?i)memory"):
             client.swap("ada")
         assert client.status().active_model == "" and not client.engines()
-        del taken
-        torch.cuda.empty_cache()
         swap(client, "ada", "start", "device")
         assert answers(client) == expected["ada"]
 
