@@ -146,7 +146,8 @@ def test_an_engine_killed_in_its_sleep_leaves_nothing_and_another_takes_its_plac
 @contextlib.contextmanager
 def nothing_free() -> Iterator[None]:
     """Somebody else takes whatever the card has, also what becomes free meanwhile."""
-    enough, taken = threading.Event(), []
+    enough = threading.Event()
+    taken: list[torch.Tensor] = []
 
     def take() -> None:
         while not enough.wait(0.01):

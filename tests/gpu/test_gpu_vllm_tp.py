@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ pytestmark = [
     pytest.mark.skipif(len(cuda.gpus()) < 2, reason="there are not two GPUs here"),
     pytest.mark.parametrize("machine", [CONFIG], indirect=True, ids=[""]),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_multicast() -> Iterator[None]:
+    """What goes wrong with NVLink's multicast takes other machines' cards along, where a host is shared."""
+    off = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in off.items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="module")
