@@ -9,7 +9,7 @@ import mmap
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("compiled")
 
 
-def plain_vllm(python: str, compiled: Path, jobs: list[dict[str, Any]]) -> list[Any]:
+def plain_vllm(
+    python: str, compiled: Path, jobs: list[dict[str, Any]], variables: Mapping[str, str] | None = None
+) -> list[Any]:
     """What vLLM answers that is started without us, one list of token ids a prompt, one list of those a job."""
     script = Path(__file__).parent / "vllm_greedy.py"
     done = subprocess.run(
@@ -162,7 +164,7 @@ def plain_vllm(python: str, compiled: Path, jobs: list[dict[str, Any]]) -> list[
         capture_output=True,
         text=True,
         check=False,
-        env=config.child_environment(environment(compiled)),
+        env=config.child_environment({**environment(compiled), **(variables or {})}),
     )
     assert done.returncode == 0, done.stderr
     found: list[Any] = json.loads(done.stdout.splitlines()[-1])

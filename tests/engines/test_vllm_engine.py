@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from conftest import Resident, http, soon
+from conftest import Resident, http, plain_vllm, soon
 from vllm_greedy import PROMPTS
 
 from flashd.engines.engine import Binding, EngineOptions, EngineState
@@ -154,6 +154,37 @@ async def test_names_follow_the_binding(start: Start, residents: Residents) -> N
     async with http(engine) as client:
         listed = (await client.get("/v1/models")).json()["data"]
     assert [entry["id"] for entry in listed] == ["bob", "alias-of-bob"]
+
+
+async def test_two_ranks_rebind_and_wake_exactly(
+    vllm_factory: VllmFactory, residents: Residents, vllm_python: str, compiled: Path, made: Path
+) -> None:
+    names = ("ada", "bob")
+    # Else each rank wants a memory node of its own, and as many threads as there are cores, which wait for each other.
+    unbound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    jobs = [{"model": str(made / name), "load_format": "auto", "tensor_parallel_size": 2} for name in names]
+    expected = dict(zip(names, plain_vllm(vllm_python, compiled, jobs, unbound), strict=True))
+    settings = vllm_factory._settings
+    told = {**settings.options, "arguments": [*settings.options["arguments"], "--tensor-parallel-size", "2"]}
+    environment = {**(settings.environment or {}), **unbound}
+    factory = VllmFactory(dataclasses.replace(settings, options=told, environment=environment), ())
+    engine = factory.create()
+    try:
+        await engine.start(residents["ada"].binding())
+        assert await answers(engine) == expected["ada"]
+        await engine.drain(5)
+        await engine.rebind(residents["bob"].binding())
+        await engine.resume()
+        assert await answers(engine) == expected["bob"]
+        serving = (await engine.stats()).memory_bytes
+        await engine.drain(5)
+        await engine.park()
+        assert (await engine.stats()).memory_bytes < serving - 50_000_000, "both ranks' weights and KV cache"
+        await engine.wake(residents["ada"].binding())
+        assert await answers(engine) == expected["ada"]
+    finally:
+        await engine.stop()
+        await factory.close()
 
 
 async def test_a_parked_engine_refuses_at_once_and_has_given_memory_back(start: Start, residents: Residents) -> None:
