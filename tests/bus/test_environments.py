@@ -130,7 +130,7 @@ def test_vllm_for_the_processor_is_a_distribution_of_its_own(daemon: Daemon, tmp
     assert "vllm 0.32.0 is environment 1: new engines run in it" in done.stderr
     code = "import importlib.metadata as m, torch, vllm, fastapi, flashd.errors; print(m.version('vllm'))"
     python = installed(daemon, "vllm", 1) / "bin" / "python"
-    assert subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout == "0.32.0\n"
+    assert subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout == "0.32.0+cpu\n"
 
 
 def test_new_engines_run_in_it_without_a_restart(daemon: Daemon, client: Client, tmp_path: Path) -> None:
