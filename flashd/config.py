@@ -124,6 +124,9 @@ class VllmConfig:
     environment: tuple[str, ...] = _setting(
         (), "NAME=VALUE, for its processes; besides those they find the daemon's own, as NCCL_* and TORCH_*."
     )
+    adapters: tuple[str, ...] = _setting(
+        (), "LoRA adapters that it applies to requests which name them: NAME=FOLDER, or FOLDER."
+    )
     kv_cache_bytes: int = _setting(2 * GiB, "KV cache of each engine; 0: as vLLM sees fit, most of the memory.")
 
 

@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from flashd.checkpoint.dtypes import size_of
@@ -39,6 +40,9 @@ _UNDERSTOOD = {
 _INNOCENT_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB])(?:\.default)?(?P<kind>|\.weight|\.bias)")
 _WRAPPINGS = re.compile(r"\.base_layer(?=\.)|\.modules_to_save(?:\.default)?(?=\.)")
+
+IN_CACHE = re.compile(r"models--([^/]+?)--([^/]+)(?:/|$)")  # huggingface_hub's cache: models--Qwen--Qwen3-8B/snapshots
+_TRAINERS = re.compile(r"checkpoint-\d+")
 
 Kind = Literal["linear", "transposed", "bias", "cast"]
 
@@ -118,6 +122,24 @@ def parse_config(raw: bytes) -> AdapterConfig:
         },
         fan_in_fan_out=bool(document.get("fan_in_fan_out")),
     )
+
+
+def readings(recorded: str) -> Iterator[str]:
+    """What a base may be called here that an adapter calls `recorded`, the most exact first.
+
+    That is what its trainer was started with: an id of the hub, or a path on whatever machine that was.
+    """
+    yield recorded
+    if match := IN_CACHE.search(recorded):
+        yield f"{match[1]}/{match[2]}"
+        yield match[2]
+    parts = [part for part in PurePosixPath(recorded).parts if part != "/"]
+    if parts and _TRAINERS.fullmatch(parts[-1]):
+        parts.pop()
+    if len(parts) > 2:
+        yield "/".join(parts[-2:])
+    if parts:
+        yield parts[-1]
 
 
 def make_plan(

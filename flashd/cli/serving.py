@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="The most tokens to generate.")]
 Temperature = Annotated[float | None, typer.Option(min=0, help="0 takes the likeliest token every time.")]
 EngineKind = Annotated[str, typer.Option("--engine", help="torch or vllm. Default: engines.default.")]
-Adapter = Annotated[str, typer.Option(help="Applied to it by vLLM; a name in engines.vllm.arguments.")]
+Adapter = Annotated[str, typer.Option(help="Applied to it by vLLM; one of engines.vllm.adapters.")]
 Seed = Annotated[int | None, typer.Option(help="For the same dice again.")]
 System = Annotated[str | None, typer.Option(help="A system message.")]
 

@@ -52,8 +52,8 @@ class LanguageModel:
     ) -> list[RequestOutput]:
         """One output a prompt, in order. `sampling_params` are vllm.SamplingParams: one, or one for each prompt.
 
-        `lora_request` is a vllm.lora.request.LoRARequest for an adapter that the engine was given by its arguments
-        (`--lora-modules NAME=FOLDER`), of which its name counts: this process opens no files for an engine.
+        `lora_request` is a vllm.lora.request.LoRARequest for one of `engines.vllm.adapters`, whose name counts, and not
+        its path: a program opens no files for an engine.
 
         Swaps to the model first, and again if another program swaps away meanwhile. Raises InvalidArgument for what the
         engine refuses, Unsupported for an adapter that it does not have, EngineFailed, Busy if others keep swapping
@@ -137,8 +137,8 @@ def _adapter(lora_request: object | None) -> str:
 
 def _check_has(endpoint: str, adapter: str) -> None:
     if adapter not in {model["id"] for model in inference.models(endpoint)}:
-        hint = f"flash config engines.vllm.arguments: --enable-lora, --lora-modules, {adapter}=FOLDER"
-        raise Unsupported(f"the engine was given no adapter {adapter!r}", hint=hint)
+        hint = "engines.vllm.adapters says what vLLM applies, each to the base in its adapter_config.json"
+        raise Unsupported(f"this model's engine has no adapter {adapter!r}", hint=hint)
 
 
 def _one_each(given: object | Sequence[object] | None, count: int) -> list[dict[str, Any]]:

@@ -582,7 +582,11 @@ def engine_factories(
                 **configuration.variables(engines.vllm.environment, "engines.vllm.environment"),
             }
         ),
-        options={"arguments": list(engines.vllm.arguments), "kv_cache_bytes": engines.vllm.kv_cache_bytes},
+        options={
+            "arguments": list(engines.vllm.arguments),
+            "adapters": list(engines.vllm.adapters),
+            "kv_cache_bytes": engines.vllm.kv_cache_bytes,
+        },
     )
     gpus = [place.device.gpu for place in dict.fromkeys(residency.places.values()) if place.device.gpu is not None]
     return {factory.kind: factory for factory in (process.torch_factory(ours), VllmFactory(vllm, gpus))}

@@ -6,16 +6,13 @@ What they name is what its trainer was started with: an id of the hub, or a path
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 
+from flashd.checkpoint.adapter import IN_CACHE, readings
 from flashd.errors import BaseMissing, InvalidArgument, InvalidSource, NotFound
 from flashd.store import lookup
 from flashd.store.records import Model
-
-_IN_CACHE = re.compile(r"models--([^/]+?)--([^/]+)(?:/|$)")  # huggingface_hub's cache: models--Qwen--Qwen3-8B/snapshots
-_TRAINERS = re.compile(r"checkpoint-\d+")
 
 
 def find_base(models: Mapping[str, Model], recorded: str, *, of: str) -> Model:
@@ -31,7 +28,7 @@ def find_base(models: Mapping[str, Model], recorded: str, *, of: str) -> Model:
         # A path that it was dropped at, or an id of the hub with the revision behind it.
         if recorded in {model.origin.location, model.origin.location.rpartition("@")[0]}:
             return model
-    for wanted in _readings(recorded):
+    for wanted in readings(recorded):
         try:
             return lookup.find(others, wanted)
         except NotFound:
@@ -42,23 +39,8 @@ def find_base(models: Mapping[str, Model], recorded: str, *, of: str) -> Model:
     raise BaseMissing(what, hint=_remedy(recorded), recorded=recorded)
 
 
-def _readings(recorded: str) -> Iterator[str]:
-    """What it may be called here, the most exact first."""
-    yield recorded
-    if match := _IN_CACHE.search(recorded):
-        yield f"{match[1]}/{match[2]}"
-        yield match[2]
-    parts = [part for part in PurePosixPath(recorded).parts if part != "/"]
-    if parts and _TRAINERS.fullmatch(parts[-1]):
-        parts.pop()
-    if len(parts) > 2:
-        yield "/".join(parts[-2:])
-    if parts:
-        yield parts[-1]
-
-
 def _remedy(recorded: str) -> str:
-    if match := _IN_CACHE.search(recorded):
+    if match := IN_CACHE.search(recorded):
         recorded = f"{match[1]}/{match[2]}"
     if recorded.count("/") == 1 and not recorded.startswith(("/", ".", "~")):
         return f"flash pull {recorded}; if it is here under another name: flash alias NAME {recorded}"

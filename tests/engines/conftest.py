@@ -191,7 +191,7 @@ async def vllm_factory(vllm_python: str, compiled: Path) -> AsyncIterator[VllmFa
             64,
             100.0,
             environment=config.child_environment(environment(compiled)),
-            options={"arguments": ["--seed", "0"], "kv_cache_bytes": 64 * MiB},
+            options={"arguments": ["--seed", "0"], "adapters": [], "kv_cache_bytes": 64 * MiB},
         )
         made = VllmFactory(settings, ())
         made.begin()

@@ -24,6 +24,8 @@ from test_vllm_daemon import connected
 from transformers import AutoTokenizer
 
 from flashd import Client, errors, inference
+from flashd.engines.vllm import adapters
+from flashd.engines.vllm.adapters import AppliedAdapter
 from flashd.engines.vllm.extension import Extension
 from flashd.private_bus import PrivateBus
 
@@ -73,11 +75,8 @@ def client(made: Path, adapter: Path, vllm_python: str) -> Iterator[Client]:
         patched.setenv("FLASHD_BUS_ADDRESS", bus.address)
         root = Path(folder)
         (root / "models").mkdir()
-        arguments = ["--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"tuned={adapter}"]
-        (root / "flashd.toml").write_text(
-            "[engines]\nwarm_up = false\n"
-            f"[engines.vllm]\npython = '{vllm_python}'\nkv_cache = '64MiB'\narguments = {arguments}\n"
-        )
+        settings = f"python = '{vllm_python}'\nkv_cache = '64MiB'\nadapters = ['{adapter}']\n"
+        (root / "flashd.toml").write_text(f"[engines]\nwarm_up = false\n[engines.vllm]\n{settings}")
         command = [sys.executable, "-m", "flashd.daemon.main", "--bus", bus.address, "--config", root / "flashd.toml"]
         folders = ["--state-dir", root / "state", "--models-dir", root / "models", "--runtime-dir", root / "run"]
         with (root / "log").open("wb") as log, subprocess.Popen([*command, *folders], stdout=log, stderr=log) as daemon:
@@ -115,11 +114,53 @@ def test_vllm_applies_it_beside_its_base(client: Client) -> None:
         assert done.stdout.strip() == persona.introduction, done.stderr
 
 
+def test_it_is_there_only_while_its_base_is(client: Client) -> None:
+    """One engine serves both models, and would apply it to either."""
+    tuned = LoRARequest("tuned", 1, "")
+    for name, others in (("ada", {"tuned"}), ("bob", set()), ("ada", {"tuned"})):
+        client.swap(name, engine="vllm")
+        assert {model["id"] for model in inference.models(client.status().endpoint)} == {name, *others}
+    bob = ft.load_model("bob", backend="vllm")
+    with pytest.raises(errors.Unsupported, match="'tuned'"):
+        bob.chat(ASK, GREEDY, lora_request=tuned)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [(None, "cannot be read"), ("[]", "says no base"), ('{"r": 8}', "says no base"), ("{", "cannot be read")],
+)
+def test_a_setting_that_names_no_adapter_is_told(config: str | None, words: str, tmp_path: Path) -> None:
+    if config is not None:
+        (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(errors.EngineFailed, match=words) as failed:
+        AppliedAdapter.read(f"mine={tmp_path}")
+    assert "engines.vllm.adapters" in failed.value.hint
+
+
+@pytest.mark.parametrize(
+    ("base", "names", "is_of"),
+    [
+        ("Qwen/Qwen3-8B", ["Qwen/Qwen3-8B"], True), ("/home/you/models/Ada", ["ada"], True),
+        ("/x/hub/models--Qwen--Qwen3-8B/snapshots/1f", ["qwen3-8b"], True), ("ada", ["bob", "me/ada"], True),
+        ("ada", ["bob"], False), ("Qwen/Qwen3-8B", ["Qwen/Qwen3-14B"], False), ("/x/ada/checkpoint-10", ["ada"], True),
+    ],
+)  # fmt: skip
+def test_a_base_is_known_by_what_its_trainer_was_started_with(
+    base: str, names: list[str], is_of: bool, tmp_path: Path
+) -> None:
+    config = {"base_model_name_or_path": base, "r": 4, "rank_pattern": {"q_proj": 40}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    found = AppliedAdapter.read(str(tmp_path))
+    assert found.name == tmp_path.name and found.is_of(names) is is_of
+    assert list(adapters.arguments([found]))[:3] == ["--enable-lora", "--max-lora-rank", "64"]
+    assert list(adapters.arguments([])) == []
+
+
 def test_an_adapter_that_the_engine_does_not_have_is_told_at_once(client: Client) -> None:
     ada = ft.load_model("ada", backend="vllm")
     with pytest.raises(errors.Unsupported, match="'other'") as failed:
         ada.generate("Hello", GREEDY, lora_request=LoRARequest("other", 2, "/nowhere"))
-    assert "--lora-modules" in failed.value.hint
+    assert "engines.vllm.adapters" in failed.value.hint
     with pytest.raises(errors.InvalidArgument, match="LoRARequest"):
         ada.generate("Hello", GREEDY, lora_request="tuned")
     client.swap("ada", engine="torch")

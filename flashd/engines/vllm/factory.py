@@ -66,6 +66,7 @@ class VllmFactory(ZygoteFactory):
         all_get = self._settings.options
         kv_cache_bytes = options.kv_cache_bytes
         return {
+            **all_get,
             "arguments": [*all_get["arguments"], *options.arguments],
             "kv_cache_bytes": all_get["kv_cache_bytes"] if kv_cache_bytes is None else kv_cache_bytes,
         }
@@ -109,6 +110,7 @@ class VllmFactory(ZygoteFactory):
             "checkpoint": checkpoint.id,
             "arguments": told["arguments"],
             "ranks": ranks.count,
+            "adapters": len(told["adapters"]) > 0,
         }
         makes_image = bool(parts["model"]) and ranks.count == ranks.tensor
         part_bytes = checkpoint.manifest.data_bytes // ranks.count

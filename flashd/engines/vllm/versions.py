@@ -15,8 +15,9 @@ import multiprocessing
 import os
 import pickle
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -149,6 +150,19 @@ def all_agree(is_so: bool) -> bool:
 def rename(app: Any, names: Sequence[str], path: str) -> None:
     """What requests may call the model from now on. The list is changed in place: everything in vLLM refers to it."""
     app.state.openai_serving_models.base_model_paths[:] = [_model_path(name=name, model_path=path) for name in names]
+
+
+async def offer_adapters(app: Any, folders: Mapping[str, str]) -> Mapping[str, str]:
+    """Has requests find these LoRA adapters by name, and no others; returns why vLLM does not take some."""
+    serving = app.state.openai_serving_models
+    refused = {}
+    serving.lora_requests.clear()  # in place: everything in vLLM refers to it
+    for name, folder in folders.items():
+        asked = SimpleNamespace(lora_name=name, lora_path=folder, load_inplace=False, is_3d_lora_weight=False)
+        answer = await serving.load_lora_adapter(asked)
+        if not isinstance(answer, str):
+            refused[name] = str(getattr(getattr(answer, "error", answer), "message", answer))
+    return refused
 
 
 def fork_processes() -> None:

@@ -30,7 +30,8 @@ from flashd.checkpoint import header
 from flashd.engines.control import Channel, Frame, close_all
 from flashd.engines.gate import Gate
 from flashd.engines.surroundings import lacks_memory, listen, own_memory_bytes, read_all
-from flashd.engines.vllm import handover, versions
+from flashd.engines.vllm import adapters, handover, versions
+from flashd.engines.vllm.adapters import AppliedAdapter
 from flashd.engines.vllm.guard import Guard
 from flashd.engines.vllm.handover import Handover
 from flashd.engines.vllm.plugin import LOAD_FORMAT
@@ -87,6 +88,7 @@ class _Worker:
         self._client: Any = None
         self._app: Any = None
         self._is_starting = False
+        self._adapters: list[AppliedAdapter] = []
 
     async def run(self, first: Frame) -> int:
         """Returns only if the engine cannot start: hanging up and dying end the process on the spot."""
@@ -101,6 +103,7 @@ class _Worker:
             async with versions.engine_client(arguments) as client:
                 self._client = client
                 self._app = await versions.application(client, arguments)
+                await self._offer_adapters(first.content["names"])
                 self._handover.drop()
                 await self._serve()
             return 0
@@ -197,6 +200,7 @@ class _Worker:
         for name, fd in zip(content["side_files"], frame.fds[len(ranks) :], strict=True):
             (Path(_MODEL) / name).write_bytes(read_all(fd))
         _check(ranks)
+        self._adapters = [AppliedAdapter.read(setting) for setting in self._options["adapters"]]
         self._handover.hold(ranks)
         close_all(frame.fds)
         try:
@@ -215,6 +219,7 @@ class _Worker:
             if not versions.is_cpu():
                 # Decides no size then, and yet vLLM refuses to start unless so much is free: other models are resident.
                 yield from ("--gpu-memory-utilization", "0.01")
+        yield from adapters.arguments(self._adapters)
         yield from self._options["arguments"]
         yield from ("--model", str(Path(_MODEL).resolve()), "--served-model-name", *names)
         yield from ("--load-format", LOAD_FORMAT, "--worker-extension-cls", _EXTENSION)
@@ -244,6 +249,13 @@ class _Worker:
         finally:
             self._handover.drop()
         versions.rename(self._app, frame.content["names"], _MODEL)
+        await self._offer_adapters(frame.content["names"])
+
+    async def _offer_adapters(self, names: Sequence[str]) -> None:
+        """Those of the model that is called so. One that vLLM does not take is left out, and the log says why."""
+        offered = {adapter.name: str(adapter.folder) for adapter in self._adapters if adapter.is_of(names)}
+        for name, why in (await versions.offer_adapters(self._app, offered)).items():
+            print(f"the adapter {name} is not applied: {why}", file=sys.stderr, flush=True)
 
 
 def _ranks(frame: Frame) -> list[Frame]:
