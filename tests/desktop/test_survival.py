@@ -103,7 +103,15 @@ async def test_sees_what_happened_while_it_slept(
     await until(lambda: panel.has("newcomer"), what="what the new daemon shows")
 
 
+async def test_shows_a_window_where_no_panel_would_show_an_icon(desktop: Desktop, panel: Panel) -> None:
+    """To who has clicked, which desktops mark; at login it stays silent, as the next test sees."""
+    await panel.leave(desktop)
+    desktop.start([TRAY], DESKTOP_STARTUP_ID="menu-1-box-tray-0_TIME1")
+    await until(lambda: desktop.windows("flashd: find a model"), what="something to be seen")
+
+
 async def test_a_second_tray_raises_the_first(desktop: Desktop, tray: subprocess.Popen[bytes], panel: Panel) -> None:
+    assert not desktop.windows("flashd: find a model")
     second = subprocess.run(
         [TRAY], env=desktop.environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )

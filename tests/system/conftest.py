@@ -116,7 +116,7 @@ class Machine:
         listed = json.loads(self.run("flash", "list", "--json").out)
         return {model["name"]: model["residency"] for model in listed if "residency" in model}
 
-    def until(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    def until(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, f"it did not come to pass\n{self.journal()}"

@@ -70,9 +70,13 @@ class _Row:
 class Indicator(pystray.Icon):  # type: ignore[misc]
     """Made and run in the main thread. `show`, `later` and `stop` may be called from any."""
 
-    def __init__(self, name: str, icons: Path, on_action: Callable[[Action], None]) -> None:
+    def __init__(
+        self, name: str, icons: Path, on_action: Callable[[Action], None], on_no_panel: Callable[[], None]
+    ) -> None:
+        """`on_no_panel` is called if at the beginning no panel is there that would show the icon."""
         self._icons = icons
         self._on_action = on_action
+        self._on_no_panel: Callable[[], None] | None = on_no_panel
         self._wanted: Menu = ()
         self._entries: dict[str, Entry] = {}
         self._rows: list[_Row] = []
@@ -108,9 +112,18 @@ class Indicator(pystray.Icon):  # type: ignore[misc]
             Gio.BusType.SESSION,
             _WATCHER,
             Gio.BusNameWatcherFlags.NONE,
-            lambda bus, _name, _owner: GLib.timeout_add_seconds(_LOOK_AGAIN_S, self._look_again, bus, _LOOKS),
-            None,
+            self._on_panel,
+            self._on_panel_away,
         )
+
+    def _on_panel(self, bus: Any, _name: str, _owner: str) -> None:
+        self._on_no_panel = None
+        GLib.timeout_add_seconds(_LOOK_AGAIN_S, self._look_again, bus, _LOOKS)
+
+    def _on_panel_away(self, _bus: Any, _name: str) -> None:
+        tell, self._on_no_panel = self._on_no_panel, None
+        if tell is not None:
+            tell()
 
     def _look_again(self, bus: Any, looks_left: int) -> bool:
         """Whether the panel that has just come lists us; if not, the menu is set again, which makes us register."""

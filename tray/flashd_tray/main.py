@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with DesktopBus() as desktop_bus, tempfile.TemporaryDirectory(prefix="flashd-tray-") as folder:
             tray = Tray(options.bus, desktop_bus, Path(folder), words)
-            if desktop_bus.claim(tray.raise_, shell.startup_id()):
+            if desktop_bus.claim(tray.raise_, tray.startup_id):
                 tray.run(options.paths)
             elif options.paths:
                 tray.actions.import_paths(options.paths)
@@ -71,6 +71,7 @@ class Tray:
         self._dismissed: frozenset[int] = frozenset()
         self._notices = Notices(words)
         self._icon: Any = None
+        self.startup_id = shell.startup_id()  # before GTK takes it from the environment
 
         def connect() -> Client:
             return flashd.connect(bus)
@@ -92,8 +93,8 @@ class Tray:
 
     def run(self, paths: Sequence[Path]) -> None:
         """Returns when somebody quits, or the session ends."""
-        self._icon = shell.load().Indicator("flashd", self._theme.folder, self.actions.do)
-        self._later(lambda: windows.use_icon(self._theme.file(State.SERVING)))
+        self._icon = shell.load().Indicator("flashd", self._theme.folder, self.actions.do, self._no_panel)
+        self._later(lambda: windows.begin(self._theme.file(State.SERVING)))
         self._watcher.start()
         if paths:
             threading.Thread(target=self.actions.import_paths, args=(paths,), daemon=True).start()
@@ -105,6 +106,11 @@ class Tray:
     def raise_(self, startup_id: str) -> None:
         """A second tray was started: this one shows that it is there, with a window, as panels open no menus for us."""
         self._later(lambda: self._finder.show(self._snapshot, startup_id))
+
+    def _no_panel(self) -> None:
+        """Whoever has just clicked to start us shall see something; at login nobody has."""
+        if self.startup_id:
+            self._finder.show(self._snapshot, self.startup_id)
 
     # -- what actions need of the desktop ------------------------------------------------------------------------------
 

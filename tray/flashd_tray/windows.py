@@ -37,9 +37,12 @@ def gtk() -> Any:
     return Gtk
 
 
-def use_icon(icon: Path) -> None:
-    """Of all our windows, whether or not a theme of this desktop has one for us."""
+def begin(icon: Path) -> None:
+    """Ends the busy pointer of whoever started us, and gives windows an icon, whether or not a theme has one for us."""
+    from gi.repository import Gdk
+
     gtk().Window.set_default_icon_from_file(str(icon))
+    Gdk.notify_startup_complete()
 
 
 def copy(text: str) -> None:
