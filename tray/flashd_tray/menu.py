@@ -355,6 +355,8 @@ def _job_name(job: JobView, _: Words) -> str:
         "pull": _("Downloading {model}", model=job.subject),
         "verify": _("Verifying {model}", model=job.subject),
         "scrub": _("Checking the store"),
+        "install": _("Installing {model}", model=job.subject),
+        "warm-up": _("Getting {model} ready", model=job.subject),
     }
     return names.get(job.kind, f"{job.kind} {job.subject}")
 
