@@ -222,6 +222,12 @@ class Scope(enum.Enum):
     SYSTEM = "system"
 
 
+# Of the machine's engines, which run in units of their own (systemd/flashd-engine@.service): where these are asked for,
+# and where they may keep what they compile.
+ENGINE_SOCKET = Path("/run/flashd-engine.socket")
+ENGINE_STATE = Path("/var/lib/flashd-engine")
+
+
 @dataclass(frozen=True, slots=True)
 class Paths:
     """Where things lie unless somebody says otherwise."""

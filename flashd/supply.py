@@ -30,7 +30,7 @@ from flashd.engines.engine import (
     RankArena,
     RankPlan,
 )
-from flashd.errors import Busy, CorruptCheckpoint, FlashdError
+from flashd.errors import Busy, CorruptCheckpoint, FlashdError, NotFound
 from flashd.memory.arena import Arena
 from flashd.memory.device import HOST, Tier
 from flashd.memory.moving import Progress
@@ -102,6 +102,11 @@ class Supply:
     @property
     def is_image(self) -> bool:
         return bool(self.layouts)
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The ids of what is held."""
+        return tuple(hold.checkpoint_id for hold in self.holds)
 
     def became(self, holds: Sequence[Hold], layouts: Sequence[str]) -> None:
         """It is an image from here on, in what were the rooms for one."""
@@ -180,6 +185,24 @@ class Supplier:
             on_error.pop_all()
             return supply
 
+    async def resume(self, target: Target, forms: Sequence[str]) -> Supply:
+        """What an engine holds that was given it by a daemon before us: the checkpoint, or the parts of an image.
+
+        Raises NotFound if some of it is not in memory any more, OutOfMemory if budgets have become too small.
+        """
+        plan = await self._plan(target)
+        is_image = plan is not None and list(forms) != [target.checkpoint.id]
+        devices = [rank.device for rank in plan.ranks] if plan is not None and is_image else [HOST]
+        if len(devices) != len(forms) or any(
+            form not in self._residency.place(device) for form, device in zip(forms, devices, strict=True)
+        ):
+            raise NotFound(f"what it holds of {target.model_name} is not in memory any more")
+        supply = await self.provide(target)
+        if supply.forms != tuple(forms):
+            supply.release()
+            raise NotFound(f"what it holds of {target.model_name} is not what it would be given")
+        return supply
+
     async def forms(self, target: Target, device: str) -> Sequence[tuple[Checkpoint, str]]:
         """What to bring into memory now for a swap later, and to which device: the image, if there is one for such an
         engine, each rank's part to the host or to its own GPU; else the checkpoint."""
@@ -241,6 +264,9 @@ class Supplier:
             is_image=supply.is_image,
             wants_image=plan is not None and plan.makes_image and not supply.is_image,
             further=tuple(further),
+            private_to=target.private_to,
+            options=target.options,
+            forms=supply.forms,
         )
 
     async def take_in(self, target: Target, supply: Supply, made: Made) -> None:

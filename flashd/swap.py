@@ -21,13 +21,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from flashd.engines.engine import Binding, Engine, EngineFactory, EngineState, Made
+from flashd.engines.engine import Binding, Engine, EngineFactory, EngineState, Holding, Made
 from flashd.errors import Busy, EngineFailed, EngineOutOfMemory, FlashdError, NotFound, OutOfMemory, Unsupported
 from flashd.memory.device import Tier
 from flashd.memory.moving import Progress
@@ -111,6 +111,10 @@ class Seat:
     is_shut: bool = False
 
 
+# What an engine was given by a daemon before us: nothing, if it is parked. Raises if it cannot be found again.
+Recall = Callable[[Engine, Holding], Awaitable[tuple[Target, Supply | None]]]
+
+
 class Swapper:
     """Owns the engines. All calls on one event loop."""
 
@@ -191,7 +195,7 @@ class Swapper:
                 binding = await self._supplier.binding(target, supply)
                 if not binding.wants_image:
                     return False
-                await self._order(seat.engine, self._given(target, supply, seat.engine.wake(binding)))
+                await self._order(seat.engine, self._given(seat.engine, target, supply, seat.engine.wake(binding)))
             finally:
                 if seat.engine.state is EngineState.SERVING:
                     seat.supply, seat.target, seat.is_shut = supply, target, False
@@ -226,12 +230,58 @@ class Swapper:
                     return
             raise NotFound(f"there is no engine {number}", hint="flash status shows the engines")
 
-    async def close(self) -> None:
-        """Ends all engines; swaps that still wait are refused."""
+    async def take_over(self, engines: Iterable[Engine], recall: Recall, active: Path | None) -> None:
+        """Takes up engines that a daemon before us has left, each as soon as it says what it holds.
+
+        The one with the socket `active` is the active one; the others are parked, if they are not. What nobody can tell
+        the state of is ended. May take as long as an order that was under way.
+        """
+        async with self._turn:
+            rejoining = [asyncio.ensure_future(self._rejoined(engine, recall)) for engine in engines]
+            try:
+                for found in asyncio.as_completed(rejoining):
+                    if (seat := await found) is not None:
+                        await self._take_up(seat, is_active=seat.engine.socket_path == active)
+            finally:
+                for unfinished in rejoining:
+                    unfinished.cancel()
+            if self._active is None:
+                self._endpoint.point_to(None)
+            await _to_the_end(self._tidy())
+
+    async def _take_up(self, seat: Seat, *, is_active: bool) -> None:
+        self._parked.append(seat)
+        if not is_active or seat.engine.state is not EngineState.SERVING:
+            self._on_change()
+        elif await self._resumed(seat):
+            self._activate(seat)
+
+    async def _rejoined(self, engine: Engine, recall: Recall) -> Seat | None:
+        engine.on_exit = lambda last_words: self._report_exit(engine, last_words)
+        try:
+            async with asyncio.timeout(self._policy.order_timeout_s + self._policy.drain_timeout_s):
+                found = await engine.rejoin()
+                target, supply = await recall(engine, found.holding)
+        except (FlashdError, OSError, TimeoutError) as error:
+            log.warning("engine %d, which a daemon before us left, is ended: %s", engine.number, error)
+            await _to_the_end(engine.stop())
+            return None
+        log.info("engine %d, which a daemon before us left, is %s", engine.number, engine.state)
+        return Seat(engine, target, supply, found.is_shut)
+
+    async def close(self) -> bool:
+        """Leaves the engines that are kept beyond us, and ends the others; swaps that still wait are refused.
+
+        True if any was left.
+        """
         self._closed = True
         async with self._turn:
             for seat in self.seats:
-                await self._discard(seat)
+                if seat.engine.is_kept:
+                    await seat.engine.leave()
+                else:
+                    await self._discard(seat)
+        return bool(self.seats)
 
     def engine_exited(self, engine: Engine) -> None:
         """To be called when a process ends unasked: its seat is given up, whatever the moment."""
@@ -298,7 +348,7 @@ class Swapper:
         engine = self._factories[target.engine_kind].create(target.options)
         engine.on_exit = lambda last_words: self._report_exit(engine, last_words)
         try:
-            await self._given(target, supply, engine.start(binding))
+            await self._given(engine, target, supply, engine.start(binding))
             self._activate(Seat(engine, target, supply))
         except BaseException:
             await _to_the_end(engine.stop())
@@ -317,7 +367,7 @@ class Swapper:
         return (factory.kind, target.private_to, key) if key else ()
 
     async def _rebind(self, seat: Seat, target: Target, supply: Supply, binding: Binding) -> None:
-        await self._order(seat.engine, self._given(target, supply, seat.engine.rebind(binding)))
+        await self._order(seat.engine, self._given(seat.engine, target, supply, seat.engine.rebind(binding)))
         old, seat.supply, seat.target = seat.supply, supply, target
         if old is not None:
             old.release()
@@ -337,14 +387,16 @@ class Swapper:
 
     async def _wake(self, seat: Seat, target: Target, supply: Supply, binding: Binding) -> None:
         self._release(seat)
-        await self._order(seat.engine, self._given(target, supply, seat.engine.wake(binding)))
+        await self._order(seat.engine, self._given(seat.engine, target, supply, seat.engine.wake(binding)))
         seat.supply, seat.target, seat.is_shut = supply, target, False
         self._activate(seat)
 
-    async def _given(self, target: Target, supply: Supply, order: Awaitable[Made | None]) -> None:
+    async def _given(self, engine: Engine, target: Target, supply: Supply, order: Awaitable[Made | None]) -> None:
         """What an engine makes of what it is given while it takes it."""
         if (made := await order) is not None:
             await self._supplier.take_in(target, supply, made)
+            if supply.is_image:
+                engine.has_become(supply.forms)
 
     async def _roll_back(self, before: Seat | None, previous: Target | None, supply: Supply | None) -> None:
         """Undoes a swap. What was active is put back where it was, or into whichever engine can take it."""

@@ -4,6 +4,7 @@
     RUNTIME/openai.sock     a symbolic link to the active engine's socket, absent while no model is active
     RUNTIME/doorman.sock    where it leads while a model rests (flashd/daemon/doorman.py)
     RUNTIME/engines/        the engines' own sockets
+    RUNTIME/scratch/        private folders of engines that are our children
     RUNTIME/lock            held by the one daemon that owns this folder
 
 connect(2) follows the link, so moving it by rename(2) sends every new connection to the new engine at once.
@@ -15,6 +16,7 @@ connection from us (`connected`), as does who may not enter RUNTIME.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import shutil
@@ -32,12 +34,13 @@ MAX_SOCKET_PATH = 107  # sun_path, without its terminating null (unix(7))
 
 
 class RuntimeFolder:
-    """The folder of sockets, ours alone until `close`. What an earlier daemon left there is removed.
+    """The folder of sockets, ours alone until `close`. What an earlier daemon left there is removed, unless engines of
+    its answer there still (`has_engines`).
 
     With `for_group` the group of the process may connect to the active one too, if it may enter `path`.
     """
 
-    def __init__(self, path: Path, *, for_group: bool = False) -> None:
+    def __init__(self, path: Path, *, for_group: bool = False, has_engines: bool = False) -> None:
         self.path = path
         longest = self.engines / "999999.sock"
         if len(os.fsencode(longest)) > MAX_SOCKET_PATH:
@@ -52,8 +55,9 @@ class RuntimeFolder:
             self._lock.close()
             hint = "flash status shows it; give this one another --runtime-dir"
             raise Busy(f"another flashd uses {path}", hint=hint) from None
+        self.has_engines = has_engines
         self._clean()
-        self.engines.mkdir(mode=0o750 if for_group else 0o700)
+        self.engines.mkdir(mode=0o750 if for_group else 0o700, exist_ok=True)
         self.shared_mode = 0o660 if for_group else _OURS_ALONE
 
     @property
@@ -80,9 +84,23 @@ class RuntimeFolder:
     ) -> None:
         self.close()
 
+    @property
+    def scratch(self) -> Path:
+        return self.path / "scratch"
+
+    @property
+    def active(self) -> Path | None:
+        """The socket that the endpoint leads to."""
+        with contextlib.suppress(OSError):
+            return self.endpoint.readlink()
+        return None
+
     def _clean(self) -> None:
+        if self.has_engines:
+            return
         self.endpoint.unlink(missing_ok=True)
-        shutil.rmtree(self.engines, ignore_errors=True)
+        for folder in (self.engines, self.scratch):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class EndpointLink:

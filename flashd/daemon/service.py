@@ -40,11 +40,12 @@ from flashd.daemon.polkit import Polkit
 from flashd.daemon.presence import Presence
 from flashd.daemon.pressure import Pressure
 from flashd.daemon.pulls import Pulls
-from flashd.daemon.service_manager import FdStore, ServiceManager
+from flashd.daemon.service_manager import EngineKeeper, FdStore, ServiceManager
 from flashd.daemon.serving import Serving
 from flashd.daemon.settings import Settings
 from flashd.daemon.shared_images import SharedImages
 from flashd.daemon.stalls import Stalls
+from flashd.daemon.survivors import Survivors
 from flashd.daemon.threads import Background
 from flashd.daemon.watchdog import Watchdog
 from flashd.engines import process
@@ -52,7 +53,7 @@ from flashd.engines.engine import EngineFactory
 from flashd.engines.environments import Environments
 from flashd.engines.vllm.factory import VllmFactory
 from flashd.engines.vllm.factory import environment as vllm_environment
-from flashd.errors import Busy, FlashdError, InvalidArgument, Unavailable
+from flashd.errors import Busy, FlashdError, Unavailable
 from flashd.memory.arena import Arena, HostArena
 from flashd.memory.device import CudaDevice, Device, HostDevice, Kind, simulated_device, usable
 from flashd.memory.lease import Lease, LeaseBook
@@ -81,14 +82,20 @@ async def run(settings: Settings, address: str, stop: asyncio.Event) -> None:
     async with contextlib.AsyncExitStack() as stack:
         connection = await connect(address)
         stack.push_async_callback(connection.close)
-        runtime = stack.enter_context(RuntimeFolder(settings.paths.runtime, for_group=is_shared))
+        manager = ServiceManager(configuration.notify_socket())
+        fd_store = FdStore(manager)
+        engine_keeper = EngineKeeper(fd_store)
+        left = engine_keeper.left()
+        runtime = stack.enter_context(
+            RuntimeFolder(settings.paths.runtime, for_group=is_shared, has_engines=bool(left))
+        )
         store = config.store
         catalog = stack.enter_context(
             Catalog(store.path, quota_bytes=store.quota_bytes, keep_versions=store.keep_versions)
         )
-        manager = ServiceManager(configuration.notify_socket())
         authority = Polkit(connection) if is_shared else SameUser(os.getuid())
-        service = Service(connection, address, settings, catalog, runtime, manager, authority, stop)
+        survivors = Survivors(fd_store, engine_keeper, left)
+        service = Service(connection, address, settings, catalog, runtime, survivors, authority, stop)
         stack.push_async_callback(service.close)
         await service.start()
         manager.tell("READY=1")
@@ -110,7 +117,7 @@ class Service:
         settings: Settings,
         catalog: Catalog,
         runtime: RuntimeFolder,
-        manager: ServiceManager,
+        survivors: Survivors,
         authority: Authority,
         stop: asyncio.Event,
     ) -> None:
@@ -157,7 +164,8 @@ class Service:
         self._inbox = Inbox(
             config.inbox.folders, self._arrivals, settle_s=config.inbox.settle_s, rescan_s=config.inbox.rescan_s
         )
-        self._fd_store = FdStore(manager)
+        self._survivors = survivors
+        self._runtime = runtime
         self._mover = StreamMover(
             options, verify=config.streamer.verify, staging_bytes=config.streamer.staging_bytes, on_loaded=_log_load
         )
@@ -167,11 +175,13 @@ class Service:
             is_pinned=self._is_pinned,
             on_change=self._checkpoint_changed,
             on_host_resident=self._register,
-            keeper=self._fd_store,
+            keeper=survivors.arenas,
         )
         self._leases = LeaseBook(on_end=self._lease_ended)
-        self._factories = engine_factories(config, runtime, settings, self._residency, self._python)
-        supplier = Supplier(self._residency, self._factories, catalog.images, on_made=self._image_made)
+        self._factories = engine_factories(
+            config, runtime, settings, self._residency, survivors, self._python, is_shared=address == "system"
+        )
+        self._supplier = supplier = Supplier(self._residency, self._factories, catalog.images, on_made=self._image_made)
         endpoint = EndpointLink(runtime.endpoint, runtime.shared_mode)
         self._swapper = Swapper(
             supplier,
@@ -265,8 +275,11 @@ class Service:
 
     async def start(self) -> None:
         """Appears on the bus, complete; then begins to look into the inbox."""
-        await self._take_over_memory()
+        await self._survivors.take_over_memory(self._catalog, self._residency)
         self._presence.appear()
+        await self._survivors.take_over_engines(
+            self._catalog, self._factories, self._swapper, self._supplier, self._runtime.active
+        )
         await self._connection.watch_peers(self._peer_left)
         await self._doorman.open()
         await self._connection.own(wire.BUS_NAME, patience_s=_POLICY_S)
@@ -313,7 +326,8 @@ class Service:
         await self._engine_stats.close()
         await self._pressure.close()
         await self._doorman.close()
-        await self._swapper.close()
+        is_unfinished = await self._survivors.close()
+        self._runtime.has_engines = await self._swapper.close() or is_unfinished
         for factory in self._factories.values():
             await factory.close()
         for lease in self._leases.all():
@@ -322,27 +336,6 @@ class Service:
         await self._background.close()
         await self._residency.end()
         self._presence.close()
-
-    async def _take_over_memory(self) -> None:
-        """What a daemon before us left warm is warm again, without a byte read from the disk."""
-        for kept in self._fd_store.kept():
-            try:
-                image = self._catalog.images.get(kept.checkpoint_id)
-                checkpoint = image or self._catalog.checkpoint(kept.checkpoint_id)
-                if checkpoint.id != kept.checkpoint_id:
-                    raise InvalidArgument(f"{kept.checkpoint_id} is not the name of a checkpoint")
-            except FlashdError as error:
-                log.info("%s is let go of: %s", kept.name, error.message)
-                os.close(kept.fd)
-                self._fd_store.drop(kept.name)
-                continue
-            try:
-                await self._residency.adopt(kept.device, checkpoint, kept.fd)
-                self._fd_store.took_over(kept)
-            except (FlashdError, OSError) as error:
-                log.warning("%s is let go of: %s", kept.name, error)
-                self._fd_store.drop(kept.name)
-        await self._fd_store.settled()  # the ledger does not count it: nothing may be loaded before it is free
 
     async def _prewarm(self) -> None:
         """Makes ready what transfers to GPUs need, then what the configuration wants active or warm."""
@@ -561,10 +554,20 @@ def _logged(what: str) -> Iterator[None]:
 
 
 def engine_factories(
-    config: Config, runtime: RuntimeFolder, settings: Settings, residency: Residency, python: Callable[[str], str]
+    config: Config,
+    runtime: RuntimeFolder,
+    settings: Settings,
+    residency: Residency,
+    survivors: Survivors,
+    python: Callable[[str], str],
+    *,
+    is_shared: bool,
 ) -> dict[str, EngineFactory]:
-    """Whatever makes engines, by the kind they are of; `python` names the interpreter of a kind."""
+    """Whatever makes engines, by the kind they are of; `python` names the interpreter of a kind. Those of a daemon that
+    is shared run in units of their own, if there are such."""
     paths, engines = settings.paths, config.engines
+    service = configuration.ENGINE_SOCKET if is_shared and configuration.ENGINE_SOCKET.is_socket() else None
+    state = configuration.ENGINE_STATE if service else paths.state
     ours = process.Settings(
         python=python("torch"),
         runtime=runtime.path,
@@ -572,16 +575,17 @@ def engine_factories(
         threads=engines.torch.threads,
         max_tokens_default=engines.torch.max_tokens_default,
         start_timeout_s=engines.start_timeout_s,
+        numbers=survivors.numbers,
+        keeper=survivors.engines,
+        service=service,
     )
     vllm = dataclasses.replace(
         ours,
         python=python("vllm"),
-        environment=configuration.child_environment(
-            {
-                **vllm_environment(paths.state / "compiled"),
-                **configuration.variables(engines.vllm.environment, "engines.vllm.environment"),
-            }
-        ),
+        environment={
+            **vllm_environment(state / "compiled"),
+            **configuration.variables(engines.vllm.environment, "engines.vllm.environment"),
+        },
         options={
             "arguments": list(engines.vllm.arguments),
             "adapters": list(engines.vllm.adapters),

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What do we tell the service manager that started us, and what does it keep for us? (sd_notify(3), systemd.service(5))
 
-Warm models outlive the daemon in its file descriptor store: two descriptors of one name for each arena, the arena
-itself and a small sealed description of it. A daemon that starts again is handed all of them, and looks at each
-before it believes the description.
+Warm models and engines outlive the daemon in its file descriptor store: two descriptors of one name for each. Of an
+arena these are itself and a small sealed description; of an engine, our end of its control channel and a record
+(flashd/engines/kept.py). A daemon that starts again is handed all of them, and looks at each before it believes what it
+is said to be. Whoever stops the service empties the store, and so ends the engines.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import os
 import socket
 import stat
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from flashd import config
 from flashd.checkpoint.files import Checkpoint
+from flashd.engines import kept
 from flashd.errors import InvalidArgument
 from flashd.memory.arena import Arena
 
@@ -33,6 +36,7 @@ _SEALED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F
 _BARRIER_S = 5.0
 _TELL_S = 1.0  # a manager that hangs reads nothing, and its socket's queue is short (unix(7))
 _PREFIX = "flashd-arena."
+T = TypeVar("T")
 
 
 class ServiceManager:
@@ -79,7 +83,7 @@ class ServiceManager:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptArena:
     """An arena that a daemon before us left with the service manager; the descriptor is the receiver's."""
 
     name: str
@@ -89,39 +93,22 @@ class Kept:
 
 
 class FdStore:
-    """Keeps arenas beyond this process (memory.place.Keeper)."""
+    """What is kept beyond this process. To be made before anything else opens descriptors, for it takes over those that
+    were handed to us."""
 
     def __init__(self, manager: ServiceManager) -> None:
         self._manager = manager
-        self._names: set[str] = set()
         self._has_dropped = False
+        self._handed: defaultdict[str, list[int]] = defaultdict(list)
+        for fd, name in config.inherited_fds():
+            self._handed[name].append(fd)
 
-    def keep(self, device: str, checkpoint: Checkpoint, arena: Arena) -> None:
-        name = _name(device, checkpoint.id)
-        try:
-            description = _described(device, checkpoint.id)
-        except OSError as error:  # too many open files, say: the model is warm all the same
-            log.warning("%s is not kept beyond us: %s", name, error)
-            return
-        try:
-            if self._manager.tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", [arena.fd, description]):
-                self._names.add(name)
-        finally:
-            os.close(description)
-
-    async def forget(self, device: str, checkpoint_id: str) -> None:
-        name = _name(device, checkpoint_id)
-        if name in self._names:
-            self._names.discard(name)
-            self.drop(name)
-            await self.settled()
-
-    def took_over(self, kept: Kept) -> None:
-        """It stays where it is kept."""
-        self._names.add(kept.name)
+    def put(self, name: str, fds: Sequence[int]) -> bool:
+        """False if nobody keeps them."""
+        return self._manager.tell(f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}", fds)
 
     def drop(self, name: str) -> None:
-        """Its memory is free when this has `settled`."""
+        """It is let go of when this has `settled`."""
         self._has_dropped = True
         if not self._manager.tell(f"FDSTOREREMOVE=1\nFDNAME={name}"):
             log.warning("%s may still be kept: the service manager did not listen", name)
@@ -132,20 +119,74 @@ class FdStore:
             self._has_dropped = False
             await self._manager.barrier()
 
-    def kept(self) -> Iterator[Kept]:
-        """What was handed to us at our start. What makes no sense is dropped, and its memory with it."""
-        groups: defaultdict[str, list[int]] = defaultdict(list)
-        for fd, name in config.inherited_fds():
-            if name.startswith(_PREFIX):
-                groups[name].append(fd)
-        for name, fds in groups.items():
+    def taken(self, prefix: str, understood: Callable[[str, Sequence[int]], T]) -> Iterator[T]:
+        """What was handed to us by names that begin so. What makes no sense is dropped, and what it holds with it."""
+        for name in [name for name in self._handed if name.startswith(prefix)]:
+            fds = self._handed.pop(name)
             try:
-                yield _understood(name, fds)
+                yield understood(name, fds)
             except InvalidArgument as error:
                 log.warning("what was kept as %s is dropped: %s", name, error.message)
                 for fd in fds:
                     os.close(fd)
                 self.drop(name)
+
+
+class EngineKeeper:
+    """Keeps engines beyond this process (engines.kept.Keeper)."""
+
+    def __init__(self, store: FdStore) -> None:
+        self._store = store
+
+    def keep(self, name: str, fds: Sequence[int]) -> bool:
+        return self._store.put(name, fds)
+
+    def forget(self, name: str) -> None:
+        self._store.drop(name)
+
+    def left(self) -> list[kept.Kept]:
+        """What a daemon before us left."""
+        return [found for prefix in kept.PREFIXES for found in self._store.taken(prefix, kept.understood)]
+
+
+class ArenaKeeper:
+    """Keeps arenas beyond this process (memory.place.Keeper)."""
+
+    def __init__(self, store: FdStore) -> None:
+        self._store = store
+        self._names: set[str] = set()
+
+    def keep(self, device: str, checkpoint: Checkpoint, arena: Arena) -> None:
+        name = _name(device, checkpoint.id)
+        try:
+            description = _described(device, checkpoint.id)
+        except OSError as error:  # too many open files, say: the model is warm all the same
+            log.warning("%s is not kept beyond us: %s", name, error)
+            return
+        try:
+            if self._store.put(name, [arena.fd, description]):
+                self._names.add(name)
+        finally:
+            os.close(description)
+
+    async def forget(self, device: str, checkpoint_id: str) -> None:
+        name = _name(device, checkpoint_id)
+        if name in self._names:
+            self._names.discard(name)
+            self._store.drop(name)
+            await self._store.settled()
+
+    def took_over(self, arena: KeptArena) -> None:
+        """It stays where it is kept."""
+        self._names.add(arena.name)
+
+    def let_go(self, arena: KeptArena) -> None:
+        """Its memory is free when the store has `settled`."""
+        self._store.drop(arena.name)
+
+    def left(self) -> Iterator[KeptArena]:
+        """What a daemon before us left."""
+        return self._store.taken(_PREFIX, _understood)
 
 
 def _name(device: str, checkpoint_id: str) -> str:
@@ -161,7 +202,7 @@ def _described(device: str, checkpoint_id: str) -> int:
     return fd
 
 
-def _understood(name: str, fds: Sequence[int]) -> Kept:
+def _understood(name: str, fds: Sequence[int]) -> KeptArena:
     """The arena of a group of descriptors; the description is closed. Raises InvalidArgument, and closes nothing."""
     descriptions = [fd for fd in fds if _is_description(fd)]
     if len(fds) != 2 or len(descriptions) != 1:
@@ -170,7 +211,7 @@ def _understood(name: str, fds: Sequence[int]) -> Kept:
     (arena_fd,) = (fd for fd in fds if fd != description)
     try:
         text = json.loads(os.pread(description, _LARGEST_DESCRIPTION, 0))
-        found = Kept(name, str(text["device"]), str(text["checkpoint"]), arena_fd)
+        found = KeptArena(name, str(text["device"]), str(text["checkpoint"]), arena_fd)
         if text["version"] != _VERSION or _name(found.device, found.checkpoint_id) != name:
             raise InvalidArgument("its description is of something else")
     except (ValueError, TypeError, KeyError, RecursionError):

@@ -1,28 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """How do the daemon and its engine processes talk? Frames of JSON, with descriptors, on a Unix socket pair.
 
-A frame is four bytes of length and a JSON object; descriptors travel with its first byte. What comes from a worker is
-bounded and checked: a worker runs models, and is trusted with nothing but its own answers.
+A frame is one packet, so that none is ever half sent or half read, whoever is killed: another daemon may go on with the
+socket. What is too large for a packet travels in a sealed memfd, as the last descriptor. Orders are numbered, and each
+answer says to which it is one. What comes from a worker is bounded and checked: a worker runs models, and is trusted
+with nothing but its own answers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import itertools
 import json
 import os
+import secrets
 import socket
-import struct
-from collections.abc import Sequence
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from flashd.errors import EngineFailed, EngineOutOfMemory, Unsupported
-from flashd.units import MiB
+from flashd.units import KiB, MiB
 
+KIND = socket.SOCK_SEQPACKET
 MAX_FRAME_BYTES = 64 * MiB  # the layout of the largest model is a third of this
 MAX_FDS = 64
-_LENGTH = struct.Struct("<I")
+_PACKET_BYTES = 32 * KiB  # well below what a socket's buffer takes
+_ENCLOSED = b"@"  # a packet that says: the frame is in the memfd that came with it
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,54 +42,46 @@ class Frame:
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-
-
-def encode(content: dict[str, Any]) -> bytes:
-    raw = json.dumps(content, separators=(",", ":")).encode()
-    return _LENGTH.pack(len(raw)) + raw
+    return socket.socketpair(socket.AF_UNIX, KIND | socket.SOCK_CLOEXEC)
 
 
 class Channel:
-    """The blocking end, for workers and zygotes. Raises EOFError when the other side has gone."""
+    """The blocking end, for workers and zygotes: whatever is sent is the answer to the order received last, or a
+    notice. Raises EOFError when the other side has gone."""
 
     def __init__(self, end: socket.socket) -> None:
         self.socket = end
+        self._order: dict[str, Any] = {}
 
     def send(self, content: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        raw = encode(content)
-        sent = socket.send_fds(self.socket, [raw], list(fds)) if fds else 0
-        if sent < len(raw):  # to send nothing is an error too, once the other side has got all and gone
-            self.socket.sendall(raw[sent:])
+        with _packed({**content, **self._order}, fds) as (packet, enclosed):
+            socket.send_fds(self.socket, [packet], enclosed)
 
     def receive(self) -> Frame:
-        raw, fds, _, _ = socket.recv_fds(self.socket, _LENGTH.size, MAX_FDS)
-        if not raw:
-            raise EOFError
-        raw += self._exactly(_LENGTH.size - len(raw))
-        return Frame(json.loads(self._exactly(_LENGTH.unpack(raw)[0])), tuple(fds))
-
-    def _exactly(self, count: int) -> bytes:
-        received = bytearray()
-        while len(received) < count:
-            part = self.socket.recv(min(count - len(received), MiB))
-            if not part:
-                raise EOFError
-            received += part
-        return bytes(received)
+        frame = _received(self.socket)
+        self._order = {"order": frame.content.pop("order")} if "order" in frame.content else {}
+        return frame
 
 
 class AsyncChannel:
-    """The daemon's end: one request at a time, each with its answer; anything else the peer says is a notice."""
+    """The daemon's end: one request at a time, each with its answer; anything else the peer says is a notice.
+
+    Answers to what a daemon before us has asked are passed over.
+    """
 
     def __init__(self, end: socket.socket) -> None:
         end.setblocking(False)
         self._socket = end
         self._turn = asyncio.Lock()
         self.notices: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._orders = itertools.count(secrets.randbits(48))  # no daemon before us has used these
+        self._asked: int | None = None
         self._answer: asyncio.Future[Frame] | None = None
         self._reader = asyncio.create_task(self._read(), name="engine control")
         self.closed = asyncio.Event()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
 
     async def request(self, content: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
         """As `exchange`, where no descriptor is expected in the answer."""
@@ -109,14 +109,14 @@ class AsyncChannel:
             async with self._turn:
                 if self.closed.is_set():
                     raise EngineFailed("the engine's process has ended")
-                self._answer = asyncio.get_running_loop().create_future()
+                self._asked, self._answer = next(self._orders), asyncio.get_running_loop().create_future()
                 try:
-                    await self._send(encode(content), fds)
+                    await self._send({**content, "order": self._asked}, fds)
                     answer = await self._answer
                 except OSError as error:
                     raise EngineFailed(f"the engine's process has ended: {error.strerror}") from None
                 finally:
-                    self._answer = None
+                    self._asked, self._answer = None, None
         finally:
             close_all(fds)
         if "error" in answer.content:
@@ -132,61 +132,36 @@ class AsyncChannel:
             await self._reader
         self._end()
 
-    async def _send(self, raw: bytes, fds: Sequence[int]) -> None:
+    async def _send(self, content: dict[str, Any], fds: Sequence[int]) -> None:
         loop = asyncio.get_running_loop()
-        while fds:
-            try:
-                raw = raw[socket.send_fds(self._socket, [raw], list(fds)) :]
-                break
-            except BlockingIOError:
-                await asyncio.sleep(0.001)
-        await loop.sock_sendall(self._socket, raw)
+        with _packed(content, fds) as (packet, enclosed):
+            while True:
+                try:
+                    socket.send_fds(self._socket, [packet], enclosed)
+                    return
+                except BlockingIOError:
+                    await _ready(self._socket, loop.add_writer, loop.remove_writer)
 
     async def _read(self) -> None:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                start, fds = await self._start(loop)
                 try:
-                    start += await self._exactly(loop, _LENGTH.size - len(start))
-                    (length,) = _LENGTH.unpack(start)
-                    if length > MAX_FRAME_BYTES:
-                        break
-                    content = json.loads(await self._exactly(loop, length))
-                    if not isinstance(content, dict):
-                        break
-                    if content.pop("notice", False):
-                        self.notices.put_nowait(content)
-                    elif self._answer is not None and not self._answer.done():
-                        self._answer.set_result(Frame(content, fds))
-                        fds = ()  # whoever asked has them now
-                finally:
-                    close_all(fds)
+                    frame = _received(self._socket)
+                except BlockingIOError:
+                    await _ready(self._socket, loop.add_reader, loop.remove_reader)
+                    continue
+                if frame.content.pop("notice", False):
+                    close_all(frame.fds)
+                    self.notices.put_nowait(frame.content)
+                elif frame.content.get("order") != self._asked or self._answer is None or self._answer.done():
+                    close_all(frame.fds)
+                else:
+                    self._answer.set_result(frame)
         except (OSError, EOFError, ValueError):
             pass
         finally:
             self._end()
-
-    async def _start(self, loop: asyncio.AbstractEventLoop) -> tuple[bytes, tuple[int, ...]]:
-        """The first bytes of a frame, and the descriptors that came with them: asyncio has no call for those."""
-        while True:
-            try:
-                raw, fds, _, _ = socket.recv_fds(self._socket, _LENGTH.size, MAX_FDS)
-            except BlockingIOError:
-                await _readable(self._socket, loop)
-                continue
-            if not raw:
-                raise EOFError
-            return raw, tuple(fds)
-
-    async def _exactly(self, loop: asyncio.AbstractEventLoop, count: int) -> bytes:
-        received = bytearray()
-        while len(received) < count:
-            part = await loop.sock_recv(self._socket, min(count - len(received), MiB))
-            if not part:
-                raise EOFError
-            received += part
-        return bytes(received)
 
     def _end(self) -> None:
         if not self.closed.is_set():
@@ -196,19 +171,69 @@ class AsyncChannel:
             self._answer.set_exception(EngineFailed("the engine's process ended before it answered"))
 
 
-async def _readable(end: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
-    """Returns when something can be received."""
-    ready = loop.create_future()
+@contextlib.contextmanager
+def _packed(content: dict[str, Any], fds: Sequence[int]) -> Iterator[tuple[bytes, list[int]]]:
+    """A frame as a packet, and the descriptors to send with it."""
+    raw = json.dumps(content, separators=(",", ":")).encode()
+    if len(raw) <= _PACKET_BYTES:
+        yield raw, list(fds)
+        return
+    enclosure = os.memfd_create("flashd:frame", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        with os.fdopen(enclosure, "wb", closefd=False) as file:
+            file.write(raw)
+        fcntl.fcntl(enclosure, fcntl.F_ADD_SEALS, _SEALS)
+        yield _ENCLOSED, [*fds, enclosure]
+    finally:
+        os.close(enclosure)
+
+
+def _received(end: socket.socket) -> Frame:
+    """The next frame. Raises EOFError at the end, BlockingIOError if there is none yet, ValueError if it is none."""
+    raw, fds, flags, _ = socket.recv_fds(end, 2 * _PACKET_BYTES, MAX_FDS)
+    try:
+        if not raw:
+            raise EOFError
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise ValueError("a frame was cut short")
+        if raw == _ENCLOSED:
+            raw = _enclosed(fds)
+        content = json.loads(raw)
+        if not isinstance(content, dict):
+            raise ValueError("a frame is an object")
+    except BaseException:
+        close_all(fds)
+        raise
+    return Frame(content, tuple(fds))
+
+
+def _enclosed(fds: list[int]) -> bytes:
+    """What is in the last descriptor, which nobody can change or cut short meanwhile; it is closed."""
+    if not fds:
+        raise ValueError("nothing was enclosed")
+    with os.fdopen(fds.pop(), "rb") as file:
+        fd = file.fileno()
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+            raise ValueError("that is no sealed memory")
+        if status.st_size > MAX_FRAME_BYTES:
+            raise ValueError("a frame is too large")
+        return os.pread(fd, status.st_size, 0)
+
+
+async def _ready(end: socket.socket, add: Callable[..., None], remove: Callable[[socket.socket], bool]) -> None:
+    """Returns when something can be received, or sent."""
+    ready = asyncio.get_running_loop().create_future()
 
     def wake_up() -> None:
         if not ready.done():
             ready.set_result(None)
 
-    loop.add_reader(end, wake_up)
+    add(end, wake_up)
     try:
         await ready
     finally:
-        loop.remove_reader(end)
+        remove(end)
 
 
 def _looked_at(exchange: asyncio.Future[Frame]) -> None:

@@ -3,6 +3,7 @@
 
 from       to                    when
 absent     starting              start
+absent     serving, parked       rejoin: it ran already, and a daemon before us drove it
 starting   serving, failed       its socket answers; the process died or refused
 serving    parked, failed        park (after drain); the process died
 parked     serving, failed       wake
@@ -14,13 +15,14 @@ the engine either is as it was before the call, or `failed`; it is never half bo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
 from flashd.checkpoint.files import Checkpoint
+from flashd.engines.kept import Kept
 
 
 class EngineState(StrEnum):
@@ -32,7 +34,7 @@ class EngineState(StrEnum):
 
 
 TRANSITIONS: Mapping[EngineState, frozenset[EngineState]] = {
-    EngineState.ABSENT: frozenset({EngineState.STARTING}),
+    EngineState.ABSENT: frozenset({EngineState.STARTING, EngineState.SERVING, EngineState.PARKED}),
     EngineState.STARTING: frozenset({EngineState.SERVING, EngineState.FAILED}),
     EngineState.SERVING: frozenset({EngineState.PARKED, EngineState.FAILED}),
     EngineState.PARKED: frozenset({EngineState.SERVING, EngineState.FAILED}),
@@ -50,6 +52,17 @@ class RankArena:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What an engine is told for one model besides what its factory tells all. None: as those."""
+
+    arguments: tuple[str, ...] = ()
+    kv_cache_bytes: int | None = None
+
+
+NO_OPTIONS = EngineOptions()
+
+
+@dataclass(frozen=True, slots=True)
 class Binding:
     """What an engine is to hold: one model's checkpoint, resident in an arena.
 
@@ -59,6 +72,9 @@ class Binding:
     An engine on GPUs, one of `devices` a rank, may be given the image of the checkpoint that its build made before
     (`is_image`), or be asked to make one (`wants_image`): then its answer is a Made, if it can. Of an image, what is
     said first is of rank 0, and `further` has the other ranks', in order; a checkpoint is one, which all ranks read.
+
+    `private_to`, `options` and `forms`, the ids of the checkpoint or of its image's parts, are for whoever finds the
+    engine later.
     """
 
     model_name: str
@@ -73,17 +89,9 @@ class Binding:
     is_image: bool = False
     wants_image: bool = False
     further: tuple[RankArena, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """What an engine is told for one model besides what its factory tells all. None: as those."""
-
-    arguments: tuple[str, ...] = ()
-    kv_cache_bytes: int | None = None
-
-
-NO_OPTIONS = EngineOptions()
+    private_to: int | None = None
+    forms: tuple[str, ...] = ()
+    options: EngineOptions = NO_OPTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,17 +137,44 @@ class GpuPlan:
         return all(rank.key for rank in self.ranks)
 
 
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A binding in words that outlive the daemon which gave it.
+
+    `forms` is what is mapped: the checkpoint, or the parts of an image of it; none while nobody knows, since one is
+    being made.
+    """
+
+    model_name: str
+    names: tuple[str, ...]
+    checkpoint_id: str
+    private_to: int | None
+    options: EngineOptions
+    forms: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejoined:
+    """How an engine was found: what it holds, or held before it was parked; whether requests are held back."""
+
+    holding: Holding
+    is_shut: bool
+
+
 class Engine(Protocol):
     """One inference process. Calls are made one at a time, on the event loop."""
 
     number: int
     kind: str
     state: EngineState
-    binding: Binding | None  # what it holds; what it held, while parked
     socket_path: Path
     pid: int
     started_at: float
     on_exit: Callable[[str], None]  # told once, with its last words, if the process ends unasked
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it runs on when we `leave`, and a daemon after us finds it."""
 
     async def start(self, binding: Binding) -> Made | None:
         """Returns when its socket answers. Raises EngineFailed, with the process's last words."""
@@ -159,6 +194,15 @@ class Engine(Protocol):
 
     async def rebind(self, binding: Binding) -> Made | None:
         """Takes another checkpoint of the same architecture. Call `drain` first and `resume` after."""
+
+    def has_become(self, forms: tuple[str, ...]) -> None:
+        """What it made of its weights is an image that we keep by these ids, one a rank."""
+
+    async def rejoin(self) -> Rejoined:
+        """Takes up an engine that a daemon before us has left. Raises EngineFailed if nobody can say what it holds."""
+
+    async def leave(self) -> None:
+        """Lets go of it, and lets it run."""
 
     async def stop(self) -> None:
         """Ends the process, by force if it must. Never raises."""
@@ -184,6 +228,9 @@ class EngineFactory(Protocol):
         """None if its engines work in host memory. May wait for the first engine to be possible."""
 
     def create(self, options: EngineOptions = NO_OPTIONS) -> Engine: ...
+
+    def rejoin(self, kept: Sequence[Kept]) -> Sequence[Engine]:
+        """The engines of this kind among what a daemon before us left, each yet to rejoin. Takes over what it uses."""
 
     async def run_in(self, python: str) -> None:
         """Has engines that are created from now on run in this interpreter."""

@@ -17,6 +17,7 @@ import itertools
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sysconfig
 import time
@@ -142,6 +143,7 @@ class Environments:
                 "wheels": sorted(wheels),
             }  # fmt: skip
             (partial / _RECORD).write_text(tomli_w.dumps(record), encoding="utf-8")
+            _open_to_all(self._folder, partial)
             os.sync()  # tens of thousands of files: after a power cut, what has its name has its contents
             partial.rename(final)
         except BaseException:
@@ -264,6 +266,14 @@ def _check_room(folder: Path, size_bytes: int) -> None:
     if needed > free:
         hint = "make room: flash engine list shows older environments, flash list models"
         raise StoreFull(f"the environment needs {format_bytes(needed)}, {format_bytes(free)} are free", hint=hint)
+
+
+def _open_to_all(folder: Path, made: Path) -> None:
+    """Engines, which may run as another user, read what there is nothing secret in."""
+    for path in (folder, made.parent, made, *made.rglob("*")):
+        if not path.is_symlink():
+            mode = path.stat().st_mode
+            path.chmod(mode | (0o555 if mode & stat.S_IXUSR else 0o444))
 
 
 def _site(folder: Path) -> Path:

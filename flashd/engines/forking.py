@@ -10,10 +10,12 @@ from __future__ import annotations
 import gc
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,47 +23,82 @@ from flashd import sandbox
 from flashd.engines import environments
 from flashd.engines.control import Channel, Frame, close_all
 
-Work = Callable[[Channel], int]  # a worker's whole life; returns its exit status
+# A worker's whole life, in a folder of its own: it obeys its channel, answers on its listening socket, and returns its
+# exit status.
+Work = Callable[[Channel, socket.socket], int]
 
 
-def serve(control_fd: int, work: Work, build: Mapping[str, str]) -> None:
-    """`build` tells the daemon what was imported.
+def serve(arguments: Sequence[str], work: Work, build: Mapping[str, str]) -> None:
+    """`arguments` are the zygote's: its control channel's descriptor, and a folder for its workers' folders. `build`
+    tells the daemon what was imported.
 
     Returns when the daemon has hung up; its engines end with us (PR_SET_PDEATHSIG).
     """
-    channel = Channel(socket.socket(fileno=control_fd))
+    _, control_fd, folder = arguments
     environments.hold(Path(sys.prefix))
-    wake_up, woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
-    gc.collect()
-    gc.freeze()
-    while True:
-        ready, _, _ = select.select([channel.socket.fileno(), wake_up], [], [])
-        if wake_up in ready:
-            os.read(wake_up, 4096)
-            _report_exits(channel)
-        if channel.socket.fileno() in ready:
-            try:
-                frame = channel.receive()
-            except (EOFError, ConnectionError):
+    _Zygote(Channel(socket.socket(fileno=int(control_fd))), Path(folder), work, build).run()
+
+
+class _Zygote:
+    def __init__(self, channel: Channel, folder: Path, work: Work, build: Mapping[str, str]) -> None:
+        self._channel = channel
+        self._folder = folder
+        self._work = work
+        self._build = build
+        self._workers: dict[int, Path] = {}  # those that have not ended, and their folders
+
+    def run(self) -> None:
+        wake_up, woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+        gc.collect()
+        gc.freeze()
+        control = self._channel.socket.fileno()
+        try:
+            while True:
+                ready, _, _ = select.select([control, wake_up], [], [])
+                if wake_up in ready:
+                    os.read(wake_up, 4096)
+                    self._report_exits()
+                if control in ready:
+                    self._obey(self._channel.receive())
+        except (EOFError, ConnectionError):
+            for pid, folder in self._workers.items():
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _obey(self, frame: Frame) -> None:
+        match frame.content["op"]:
+            case "fork":
+                self._channel.send({"pid": self._fork(frame)})
+            case "kill":
+                if (pid := frame.content["pid"]) in self._workers:
+                    os.kill(pid, signal.SIGKILL)
+                self._channel.send({})
+            case _:
+                self._channel.send({"build": dict(self._build), "workers": list(self._workers)})
+
+    def _fork(self, frame: Frame) -> int:
+        folder = Path(tempfile.mkdtemp(prefix="engine-", dir=self._folder))
+        pid = os.fork()
+        if pid == 0:
+            _become_worker(self._channel, folder, frame, self._work)
+        close_all(frame.fds)
+        self._workers[pid] = folder
+        return pid
+
+    def _report_exits(self) -> None:
+        while self._workers:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
                 return
-            if frame.content["op"] == "fork":
-                _fork(channel, frame, work)
-            else:
-                channel.send({"build": dict(build)})
+            shutil.rmtree(self._workers.pop(pid), ignore_errors=True)
+            self._channel.send({"notice": True, "exited": pid, "status": os.waitstatus_to_exitcode(status)})
 
 
-def _fork(channel: Channel, frame: Frame, work: Work) -> None:
-    control, words = frame.fds
-    pid = os.fork()
-    if pid == 0:
-        _become_worker(channel, control, words, work)
-    close_all(frame.fds)
-    channel.send({"pid": pid})
-
-
-def _become_worker(channel: Channel, control: int, words: int, work: Work) -> NoReturn:
+def _become_worker(channel: Channel, folder: Path, frame: Frame, work: Work) -> NoReturn:
+    control, words, listener = frame.fds
     status = 1
     try:
         signal.set_wakeup_fd(-1)
@@ -72,20 +109,10 @@ def _become_worker(channel: Channel, control: int, words: int, work: Work) -> No
         os.dup2(words, 1)
         os.dup2(words, 2)
         os.close(words)
-        status = work(Channel(socket.socket(fileno=control)))
+        os.chdir(folder)
+        status = work(Channel(socket.socket(fileno=control)), socket.socket(fileno=listener))
     except BaseException:  # noqa: BLE001 -- the last words of this process; nobody is above
         sys.excepthook(*sys.exc_info())
     finally:
         sys.stderr.flush()
         os._exit(status)  # the zygote's own exit handlers are not ours to run
-
-
-def _report_exits(channel: Channel) -> None:
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if pid == 0:
-            return
-        channel.send({"notice": True, "exited": pid, "status": os.waitstatus_to_exitcode(status)})

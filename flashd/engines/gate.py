@@ -12,6 +12,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from enum import StrEnum
 from typing import Any
 
 HELD_AT_MOST_S = 30.0
@@ -20,6 +21,12 @@ _CUT_S = 5.0  # a request that was told to stop does so after the token it is at
 
 class NotServing(Exception):
     """The engine cannot answer now; the message says why, for the client."""
+
+
+class GateState(StrEnum):
+    OPEN = "open"
+    HELD = "held"
+    PARKED = "parked"
 
 
 class Gate:
@@ -37,6 +44,12 @@ class Gate:
     def active(self) -> int:
         """Requests inside now."""
         return sum(isinstance(who, threading.Event) for who in self._inside)
+
+    @property
+    def state(self) -> GateState:
+        if self._parked:
+            return GateState.PARKED
+        return GateState.OPEN if self._open.is_set() else GateState.HELD
 
     @asynccontextmanager
     async def passage(self, cut: threading.Event | None = None) -> AsyncIterator[threading.Event]:

@@ -58,6 +58,16 @@ class Manager:
         with self.lock:
             return {name for name, fds in self.store.items() if fds}
 
+    def forget(self, name: str) -> None:
+        with self.lock:
+            for fd in self.store.pop(name, []):
+                os.close(fd)
+
+    def empty(self) -> None:
+        """As for a service that was stopped."""
+        for name in self.names():
+            self.forget(name)
+
     def _listen(self) -> None:
         while True:
             try:

@@ -75,7 +75,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Source folders of four architectures, and what transformers itself answers with them."""
     folder = tmp_path_factory.mktemp("sources")
     tour = Path(__file__).parents[2] / "packaging" / "tour"
-    done = subprocess.run([sys.executable, "-c", _MAKE, folder, tour], capture_output=True, text=True, check=False)
+    one_thread = config.child_environment({"OMP_NUM_THREADS": "1"})  # on a busy machine more wait for each other
+    command = [sys.executable, "-c", _MAKE, folder, tour]
+    done = subprocess.run(command, env=one_thread, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -114,6 +116,7 @@ class Resident:
             "arena_bytes": self.arena.size_bytes,
             "layout": self.checkpoint.layout_json(),
             "side_files": self.checkpoint.side_files(),
+            "forms": (self.checkpoint.id,),
         }
         return Binding(**{**fields, **changes})
 
@@ -190,7 +193,7 @@ async def vllm_factory(vllm_python: str, compiled: Path) -> AsyncIterator[VllmFa
             1,
             64,
             100.0,
-            environment=config.child_environment(environment(compiled)),
+            environment=environment(compiled),
             options={"arguments": ["--seed", "0"], "adapters": [], "kv_cache_bytes": 64 * MiB},
         )
         made = VllmFactory(settings, ())

@@ -9,6 +9,8 @@ import os
 import resource
 import signal
 import stat
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ import httpx
 import pytest
 from conftest import Resident, Start, complete, http, soon
 
+from flashd.engines import kept
+from flashd.engines.control import close_all
 from flashd.engines.engine import EngineState
-from flashd.engines.process import EngineProcess, ZygoteFactory
+from flashd.engines.process import EngineProcess, Settings, ZygoteFactory, torch_factory
 from flashd.errors import EngineFailed, EngineOutOfMemory
 from flashd.units import MiB
 
@@ -336,6 +340,89 @@ async def test_an_engine_that_does_not_obey_is_ended_all_the_same(factory: Zygot
     assert engine.state is EngineState.FAILED
     with pytest.raises(ProcessLookupError):
         os.kill(engine.pid, 0)
+
+
+class Store:
+    """Keeps descriptors as a service manager does (engines.kept.Keeper)."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, list[int]] = {}
+
+    def keep(self, name: str, fds: Sequence[int]) -> bool:
+        self._kept[name] = [os.dup(fd) for fd in fds]
+        return True
+
+    def forget(self, name: str) -> None:
+        close_all(self._kept.pop(name, []))
+
+    def left(self) -> list[kept.Kept]:
+        """As for another daemon."""
+        return [kept.understood(name, [os.dup(fd) for fd in fds]) for name, fds in self._kept.items()]
+
+    def empty(self) -> None:
+        for name in list(self._kept):
+            self.forget(name)
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    made = Store()
+    yield made
+    made.empty()
+
+
+@pytest.fixture(scope="module")
+def kept_settings(tmp_path_factory: pytest.TempPathFactory, store: Store) -> Settings:
+    root = tmp_path_factory.mktemp("kept")
+    return Settings(sys.executable, root, root / "logs", 1, 64, 60.0, keeper=store)
+
+
+@pytest.mark.parametrize(
+    ("order", "then"),
+    [("drain", "ada"), ("rebind", "bob"), ("failing rebind", "ada"), ("park", "parked"), ("wake", "bob")],
+)
+async def test_one_that_is_left_in_the_middle_of_an_order_says_what_it_holds(
+    order: str, then: str, kept_settings: Settings, store: Store, residents: Residents, expected: dict[str, Any]
+) -> None:
+    before = torch_factory(kept_settings)
+    before.rejoin(store.left())  # the zygote of the test before
+    engine = before.create()
+    await engine.start(residents["ada"].binding())
+    if order != "drain":
+        await engine.drain(1)
+    if order == "wake":
+        await engine.park()
+    nothing = os.open("/dev/null", os.O_RDONLY)
+    orders: dict[str, Callable[[], Coroutine[Any, Any, object]]] = {
+        "drain": lambda: engine.drain(1),
+        "rebind": lambda: engine.rebind(residents["bob"].binding()),
+        "failing rebind": lambda: engine.rebind(residents["bob"].binding(arena_fd=nothing)),
+        "park": engine.park,
+        "wake": lambda: engine.wake(residents["bob"].binding()),
+    }
+    os.kill(engine.pid, signal.SIGSTOP)  # it carries the order out when nobody waits for the answer any more
+    under_way = asyncio.create_task(orders[order]())
+    await soon(lambda: engine._channel is not None and engine._channel._asked is not None)
+    await engine.leave()
+    with pytest.raises(EngineFailed):
+        await under_way
+    os.close(nothing)
+    await before.close()
+
+    after = torch_factory(kept_settings)
+    (found,) = after.rejoin(store.left())
+    os.kill(engine.pid, signal.SIGCONT)
+    rejoined = await found.rejoin()
+    assert (found.pid, found.number) == (engine.pid, engine.number)
+    assert rejoined.is_shut == (order != "wake"), "who wakes answers at once"
+    assert found.state is (EngineState.PARKED if then == "parked" else EngineState.SERVING)
+    assert rejoined.holding.model_name == ("ada" if then == "parked" else then)
+    if then == "parked":
+        await found.wake(residents["ada"].binding())
+    await found.resume()
+    assert await complete(found, expected["prompt"]) == expected[rejoined.holding.model_name]
+    await found.stop()
+    await after.close()
 
 
 async def test_engines_end_with_their_daemon(factory: ZygoteFactory, residents: Residents) -> None:

@@ -276,7 +276,7 @@ async def test_a_start_that_is_given_up_leaves_nothing(vllm_factory: VllmFactory
     await asyncio.gather(starting, return_exceptions=True)
     await engine.stop()
     await soon(lambda: not any(alive(pid) for pid in pids))
-    assert not engine._scratch.exists()
+    assert not list((engine.socket_path.parents[1] / "scratch").iterdir())
 
 
 async def test_a_start_that_hangs_is_ended_with_all_below_it(vllm_factory: VllmFactory, residents: Residents) -> None:
@@ -291,7 +291,8 @@ async def test_a_start_that_hangs_is_ended_with_all_below_it(vllm_factory: VllmF
     await asyncio.gather(starting, return_exceptions=True)
     await engine.stop()
     await soon(lambda: not any(alive(pid) for pid in pids))
-    assert not engine._scratch.exists()
+    scratch = engine.socket_path.parents[1] / "scratch"
+    await soon(lambda: not list(scratch.iterdir()))
 
 
 async def test_more_than_there_is_memory_for_is_told_as_that(vllm_factory: VllmFactory, residents: Residents) -> None:
@@ -372,7 +373,7 @@ async def test_an_interpreter_without_vllm_is_unavailable_and_says_what_to_do(
     bare = shutil.which("python3", path="/usr/bin") or "/nonexistent/python"
     for python in (bare, "/nonexistent/python"):
         settings = dataclasses.replace(
-            vllm_factory._settings, python=python, runtime=tmp_path, logs=tmp_path / "logs", environment=None
+            vllm_factory._settings, python=python, runtime=tmp_path, logs=tmp_path / "logs", environment={}
         )
         factory = VllmFactory(settings, ())
         engine = factory.create()

@@ -27,7 +27,7 @@ from test_memory import FakeMover, PoolMachine, checkpoint, host_of, open_descri
 from flashd import config, cuda, tensors
 from flashd.checkpoint.files import Checkpoint
 from flashd.cuda import Gpu
-from flashd.daemon.service_manager import FdStore, ServiceManager
+from flashd.daemon.service_manager import ArenaKeeper, FdStore, ServiceManager
 from flashd.errors import Busy, DeviceFailed, InvalidArgument, OutOfMemory
 from flashd.memory.arena import HUGE_PAGE_BYTES, Arena, HostArena, HugePages
 from flashd.memory.device import CudaDevice, HostDevice, Tier
@@ -407,7 +407,7 @@ async def test_a_model_that_cannot_be_kept_beyond_us_is_warm_all_the_same(monkey
     def full(*_: object) -> int:
         raise OSError(24, "Too many open files")
 
-    residency = Residency(host_of(1 << 20), FakeMover(), keeper=FdStore(ServiceManager("/nowhere")))
+    residency = Residency(host_of(1 << 20), FakeMover(), keeper=ArenaKeeper(FdStore(ServiceManager("/nowhere"))))
     with monkeypatch.context() as patch:
         patch.setattr("flashd.daemon.service_manager._described", full)
         (await residency.acquire(checkpoint("a", 4096))).release()

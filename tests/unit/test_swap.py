@@ -26,14 +26,18 @@ from flashd.engines.engine import (
     NO_OPTIONS,
     TRANSITIONS,
     Binding,
+    Engine,
     EngineOptions,
     EngineState,
     EngineStats,
     GpuPlan,
+    Holding,
     Made,
     RankArena,
     RankPlan,
+    Rejoined,
 )
+from flashd.engines.kept import Kept
 from flashd.errors import (
     Busy,
     EngineFailed,
@@ -48,7 +52,7 @@ from flashd.memory.arena import HostArena, HugePages
 from flashd.memory.device import HostDevice, Tier, simulated_device
 from flashd.memory.moving import Progress, Region, Residents
 from flashd.memory.residency import Memory, Residency
-from flashd.supply import Supplier, Target
+from flashd.supply import Supplier, Supply, Target
 from flashd.swap import How, Policy, Swapper, SwapState
 
 ARENA_BYTES = 4096
@@ -129,6 +133,9 @@ class FakeEngine:
         self.kind = "fake"
         self.state = EngineState.ABSENT
         self.binding: Binding | None = None
+        self.forms: tuple[str, ...] = ()
+        self.is_kept = False
+        self.left_as = EngineState.ABSENT
         self.socket_path = Path(f"/run/{number}.sock")
         self.pid = number
         self.started_at = 0.0
@@ -148,7 +155,7 @@ class FakeEngine:
             self._end()
             raise
         self._enter(EngineState.SERVING)
-        self.binding, self.open = binding, True
+        self.binding, self.forms, self.open = binding, (), True
         return self._made(binding)
 
     async def drain(self, timeout_s: float) -> None:
@@ -168,7 +175,7 @@ class FakeEngine:
     async def wake(self, binding: Binding) -> Made | None:
         def effect() -> None:
             self._enter(EngineState.SERVING)
-            self.binding, self.open = binding, True
+            self.binding, self.forms, self.open = binding, (), True
 
         self._check_architecture(binding)
         await self._obey("wake", EngineState.PARKED, effect)
@@ -176,12 +183,30 @@ class FakeEngine:
 
     async def rebind(self, binding: Binding) -> Made | None:
         def effect() -> None:
-            self.binding = binding
+            self.binding, self.forms = binding, ()
 
         assert not self.open, "rebind without drain"
         self._check_architecture(binding)
         await self._obey("rebind", EngineState.SERVING, effect)
         return self._made(binding)
+
+    def has_become(self, forms: tuple[str, ...]) -> None:
+        self.forms = forms
+
+    async def rejoin(self) -> Rejoined:
+        """Of another daemon's swapper."""
+        await self._script.step("rejoin", self)
+        self._check_alive()
+        assert self.binding is not None
+        self._enter(self.left_as)
+        held = self.binding
+        holding = Holding(
+            held.model_name, held.names, held.checkpoint_id, held.private_to, held.options, self.forms or held.forms
+        )
+        return Rejoined(holding, is_shut=not self.open)
+
+    async def leave(self) -> None:
+        self.left_as, self.state = self.state, EngineState.ABSENT
 
     async def stop(self) -> None:
         self._end()
@@ -261,6 +286,12 @@ class Factory:
         self.engines[-1].options = options
         return self.engines[-1]
 
+    def rejoin(self, kept: Sequence[Kept]) -> Sequence[Engine]:
+        raise AssertionError("nothing is kept")
+
+    async def run_in(self, python: str) -> None:
+        raise AssertionError("there is one interpreter")
+
     async def close(self) -> None: ...
 
 
@@ -308,13 +339,40 @@ class World:
         budget_bytes = (room + 1) * ARENA_BYTES + room * WORKING_BYTES
         cards = [Memory(replace(simulated_device(1 << 30, DEVICE), name=name), budget_bytes) for name in self.gpus]
         self.residency = Residency([Memory(DEVICE, max(1, gpus) * room * ARENA_BYTES), *cards], self)
-        self.swapper = Swapper(
-            Supplier(self.residency, {"fake": self.factory}, self.images),
+        self.supplier = Supplier(self.residency, {"fake": self.factory}, self.images)
+        self.policy = policy
+        self.swapper = self.new_swapper()
+
+    def new_swapper(self) -> Swapper:
+        return Swapper(
+            self.supplier,
             {"fake": self.factory},
             self,
-            policy,
+            self.policy,
             on_lost=lambda target: self.lost.append(target.model_name),
         )
+
+    async def pass_on(
+        self, targets: Mapping[str, Target], *, is_known: Callable[[str], bool] = lambda name: True
+    ) -> None:
+        """Another daemon takes over the engines, and knows the models that are known."""
+        engines = [engine for engine in self.factory.engines if engine.state is not EngineState.FAILED]
+        supplies = [seat.supply for seat in self.swapper.seats if seat.supply]
+        for engine in engines:
+            engine.is_kept = True
+        assert await self.swapper.close() == bool(engines)
+        for supply in supplies:
+            supply.release()  # with its process
+
+        async def recall(engine: Engine, holding: Holding) -> tuple[Target, Supply | None]:
+            if not is_known(holding.model_name):
+                raise NotFound(f"there is no {holding.model_name}")
+            target = targets[holding.model_name]
+            is_parked = engine.state is EngineState.PARKED
+            return target, None if is_parked else await self.supplier.resume(target, holding.forms)
+
+        self.swapper = self.new_swapper()
+        await self.swapper.take_over(engines, recall, self.endpoint)
 
     def point_to(self, socket_path: Path | None, *, is_private: bool = False) -> None:
         if self.script.strikes("point") and self.script.fault is Fault.FAILS and socket_path:
@@ -709,6 +767,72 @@ async def test_nothing_moves_unless_there_is_room_on_every_device(targets: dict[
     taken.release()
     await world.swapper.close()
     world.ended()
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+async def test_another_daemon_goes_on_with_what_it_finds(targets: dict[str, Target], gpus: int) -> None:
+    world = World(gpus=gpus)
+    for name in ("b", "a1"):
+        await world.swapper.swap(targets[name])
+    for _ in range(2):
+        await world.pass_on(targets)
+        world.check()
+        assert world.answering() == "a1"
+        assert [seat.target for seat in world.swapper.seats] == [targets["a1"], targets["b"]]
+    assert (await world.swapper.swap(targets["a2"])).how is How.REBIND
+    assert (await world.swapper.swap(targets["b"])).how is How.WAKE
+    await world.pass_on(targets)
+    world.check()
+    assert world.answering() == "b" and len(world.factory.engines) == 2
+
+
+async def test_what_was_half_done_when_the_daemon_ended_is_done(targets: dict[str, Target]) -> None:
+    """One that was held answers, if it is the active one; one that was to be parked is."""
+    world = World()
+    await world.swapper.swap(targets["b"])
+    b = world.factory.engines[0]
+    killed = EngineFailed("the daemon was killed")
+    with unittest.mock.patch.object(b, "park", side_effect=killed), unittest.mock.patch.object(b, "stop"):
+        await world.swapper.swap(targets["a1"])
+    a = world.factory.engines[1]
+    assert b.state is EngineState.SERVING and not b.open
+    a.open = False
+    await b.leave()
+    await world.pass_on(targets)
+    assert (a.state, a.open, b.state) == (EngineState.SERVING, True, EngineState.PARKED)
+
+
+@pytest.mark.parametrize("fault", [Fault.FAILS, Fault.DIES])
+async def test_one_that_does_not_say_what_it_holds_is_ended(targets: dict[str, Target], fault: Fault) -> None:
+    world = World()
+    for name in ("b", "a1"):
+        await world.swapper.swap(targets[name])
+    world.script.arm(fault, 1)  # the parked one speaks first
+    await world.pass_on(targets)
+    world.check()
+    assert world.answering() is None and world.endpoint is None
+    assert [seat.target.model_name for seat in world.swapper.seats] == ["b"]
+    assert (await world.swapper.swap(targets["a1"])).how is How.START
+    world.check()
+
+
+async def test_one_whose_model_or_memory_is_gone_is_ended(targets: dict[str, Target]) -> None:
+    world = World()
+    for name in ("c", "b", "a1"):
+        await world.swapper.swap(targets[name])
+    b, a1 = (targets[name].checkpoint.id for name in ("b", "a1"))
+    close = world.swapper.close
+
+    async def closed_and_lost() -> bool:
+        left = await close()
+        world.swapper.active.supply.release()  # type: ignore[union-attr]
+        await world.residency.evict(a1)
+        return left
+
+    with unittest.mock.patch.object(world.swapper, "close", closed_and_lost):
+        await world.pass_on(targets, is_known=lambda name: name != "c")
+    world.check()
+    assert [seat.target.checkpoint.id for seat in world.swapper.seats] == [b]
 
 
 async def test_an_engine_that_dies_in_its_sleep_is_replaced_on_the_way(targets: dict[str, Target]) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import uvicorn
@@ -24,20 +25,22 @@ import uvicorn
 from flashd import sandbox
 from flashd.engines.control import Channel, Frame, close_all
 from flashd.engines.gate import Gate
-from flashd.engines.surroundings import lacks_memory, listen, own_memory_bytes, read_all
+from flashd.engines.surroundings import lacks_memory, own_memory_bytes, read_all
 from flashd.engines.torch.model import Model, Weights
 from flashd.engines.torch.server import Bound, Server
 from flashd.errors import FlashdError, Unsupported
 
+T = TypeVar("T")
 
-def main(channel: Channel) -> int:
+
+def main(channel: Channel, listener: socket.socket) -> int:
     """Runs until the daemon closes the channel. Returns the exit status."""
-    sandbox.restrict(writes=True)  # its socket and its scratch folder are files
+    sandbox.restrict(writes=True)  # a tokenizer is read from files
     os.umask(0o077)
     frame = channel.receive()
     options = frame.content
     torch.set_num_threads(options["threads"] or max(1, len(os.sched_getaffinity(0))))
-    return asyncio.run(_Worker(channel, options).run(frame))
+    return asyncio.run(_Worker(channel, options).run(frame, listener))
 
 
 class _Http(uvicorn.Server):  # type: ignore[misc]
@@ -51,19 +54,16 @@ class _Http(uvicorn.Server):  # type: ignore[misc]
 class _Worker:
     def __init__(self, channel: Channel, options: dict[str, Any]) -> None:
         self._channel = channel
-        self._scratch = Path(options["scratch"])
-        self._socket_path = Path(options["socket"])
-        self._socket_mode = int(options["socket_mode"])
         self._turns = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._gate = Gate()
         self._server = Server(self._gate, self._turns, options["max_tokens_default"])
         self._model: Model | None = None
+        self._binding = ""  # what the daemon calls what we hold, or held before we were parked
 
-    async def run(self, first: Frame) -> int:
+    async def run(self, first: Frame, listener: socket.socket) -> int:
         self._loop = asyncio.get_running_loop()
         config = uvicorn.Config(self._server.application(), log_level="warning", lifespan="off", access_log=False)
         http = _Http(config)
-        listener = listen(self._socket_path, self._socket_mode)
         orders = threading.Thread(target=self._obey, args=(first,), daemon=True, name="control")
         orders.start()
         await http.serve(sockets=[listener])
@@ -101,6 +101,8 @@ class _Worker:
                 self._loop.call_soon_threadsafe(self._gate.open)
             case "park":
                 self._park()
+            case "state":
+                return {"binding": self._binding, "gate": self._on_loop(self._gate_state())}
             case "stats":
                 return {
                     "active_requests": self._gate.active,
@@ -117,7 +119,7 @@ class _Worker:
         side_files = {name: read_all(fd) for name, fd in zip(names, frame.fds[1:], strict=True)}
         weights = Weights(frame.fds[0], content["arena_bytes"], content["layout"], side_files)
         if self._model is None:
-            self._model = Model(weights, self._scratch)
+            self._model = Model(weights, Path.cwd())
         else:
             self._model.bind(weights)
         bound = Bound(self._model, content["model_name"], frozenset(content["names"]), int(time.time()))
@@ -128,11 +130,15 @@ class _Worker:
                 self._gate.open()
 
         self._loop.call_soon_threadsafe(announce)
+        self._binding = content["binding"]
 
     def _park(self) -> None:
         self._loop.call_soon_threadsafe(self._gate.park)
         if self._model is not None:
             self._model.unbind()
 
-    def _on_loop(self, step: Any) -> None:
-        asyncio.run_coroutine_threadsafe(step, self._loop).result()
+    async def _gate_state(self) -> str:
+        return self._gate.state
+
+    def _on_loop(self, step: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(step, self._loop).result()

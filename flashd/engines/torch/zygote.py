@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is imported once, so that every engine process starts in milliseconds?
 
-python -m flashd.engines.torch.zygote CONTROL_FD
+python -m flashd.engines.torch.zygote CONTROL_FD FOLDER
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from flashd.engines.torch import worker
 def main() -> None:
     torch.set_grad_enabled(False)
     transformers.utils.logging.disable_progress_bar()
-    forking.serve(int(sys.argv[1]), worker.main, {"torch": torch.__version__})
+    forking.serve(sys.argv, worker.main, {"torch": torch.__version__})
 
 
 if __name__ == "__main__":

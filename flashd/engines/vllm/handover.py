@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flashd.engines.control import Channel, Frame, close_all
+from flashd.engines.control import KIND, Channel, Frame, close_all
 
 SOCKET = "weights"
 
@@ -32,7 +32,7 @@ def tell_made(path: Path, rank: int, content: dict[str, Any], fd: int) -> None:
 
 
 def _said(path: Path, content: dict[str, Any], fds: Sequence[int] = ()) -> Frame:
-    with socket.socket(socket.AF_UNIX) as end:
+    with socket.socket(socket.AF_UNIX, KIND) as end:
         end.connect(str(path))
         channel = Channel(end)
         channel.send(content, fds)
@@ -46,7 +46,7 @@ class Handover:
         self._lock = threading.Lock()
         self._held: Sequence[Frame] = ()
         self._made: dict[int, Frame] = {}
-        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener = socket.socket(socket.AF_UNIX, KIND)
         self._listener.bind(str(path))
         self._listener.listen(64)
         threading.Thread(target=self._serve, daemon=True, name="handover").start()

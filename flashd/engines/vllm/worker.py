@@ -15,6 +15,7 @@ import os
 import re
 import select
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -29,7 +30,7 @@ from flashd import config, sandbox
 from flashd.checkpoint import header
 from flashd.engines.control import Channel, Frame, close_all
 from flashd.engines.gate import Gate
-from flashd.engines.surroundings import lacks_memory, listen, own_memory_bytes, read_all
+from flashd.engines.surroundings import lacks_memory, own_memory_bytes, read_all
 from flashd.engines.vllm import adapters, handover, versions
 from flashd.engines.vllm.adapters import AppliedAdapter
 from flashd.engines.vllm.guard import Guard
@@ -48,22 +49,23 @@ _CAUSE = re.compile(r"(?:^|[\s)])((?:\w+\.)*\w*(?:Error|Exception|Interrupt)): (
 _NO_CAUSE = ("root cause", "EngineDeadError", "Engine core initialization failed")  # errors about errors
 
 
-def main(channel: Channel) -> int:
+def main(channel: Channel, listener: socket.socket) -> int:
     """Runs until the daemon closes the channel. Returns the exit status."""
     sandbox.restrict(network=True, writes=True)  # ranks find each other over the loopback interface
     os.umask(0o077)
-    os.register_at_fork(after_in_child=lambda: _child(channel))
+    os.register_at_fork(after_in_child=lambda: _child(channel, listener))
     frame = channel.receive()
-    return asyncio.run(_Worker(channel, frame.content).run(frame))
+    return asyncio.run(_Worker(channel, listener, frame.content).run(frame))
 
 
-def _child(channel: Channel) -> None:
-    """vLLM's processes end with the one that forked them, however that ends, and have no say on our channel."""
+def _child(channel: Channel, listener: socket.socket) -> None:
+    """vLLM's processes end with the one that forked them, however that ends, and have no say on our sockets."""
     sandbox.end_with_parent(signal.SIGKILL)
     if os.getppid() == 1:
         os._exit(1)  # it ended before we asked
-    with contextlib.suppress(OSError):
-        channel.socket.close()
+    for end in (channel.socket, listener):
+        with contextlib.suppress(OSError):
+            end.close()
 
 
 class _Http(uvicorn.Server):  # type: ignore[misc]
@@ -75,14 +77,13 @@ class _Http(uvicorn.Server):  # type: ignore[misc]
 
 
 class _Worker:
-    def __init__(self, channel: Channel, options: dict[str, Any]) -> None:
+    def __init__(self, channel: Channel, listener: socket.socket, options: dict[str, Any]) -> None:
         self._channel = channel
+        self._listener = listener
         self._options = options
-        self._socket_path = Path(options["socket"])
         self._gate = Gate()
-        scratch = Path(options["scratch"])
-        os.chdir(scratch)
-        tempfile.tempdir = str(scratch)  # what vLLM leaves behind is removed with it
+        self._binding = options["binding"]  # what the daemon calls what we hold, or held before we were parked
+        tempfile.tempdir = str(Path.cwd())  # what vLLM leaves behind is removed with our folder
         self._handover = Handover(Path(handover.SOCKET))
         os.register_at_fork(after_in_child=self._handover.forsake)
         self._client: Any = None
@@ -125,8 +126,7 @@ class _Worker:
             Guard(self._app, self._gate), log_level="warning", access_log=False, timeout_keep_alive=60
         )
         http = self._app.state.server = _Http(settings)  # where vLLM looks for it when its engine dies
-        listener = listen(self._socket_path, int(self._options["socket_mode"]))
-        serving = asyncio.create_task(http.serve(sockets=[listener]))
+        serving = asyncio.create_task(http.serve(sockets=[self._listener]))
         while not http.started and not serving.done():  # noqa: ASYNC110 -- uvicorn has no event for it
             await asyncio.sleep(0.005)
         self._gate.open()
@@ -180,6 +180,8 @@ class _Worker:
             case "park":
                 self._gate.park()
                 await self._client.collective_rpc("flashd_park")
+            case "state":
+                return {"binding": self._binding, "gate": self._gate.state}
             case "stats":
                 return {
                     "active_requests": self._gate.active,
@@ -250,6 +252,7 @@ class _Worker:
             self._handover.drop()
         versions.rename(self._app, frame.content["names"], _MODEL)
         await self._offer_adapters(frame.content["names"])
+        self._binding = frame.content["binding"]
 
     async def _offer_adapters(self, names: Sequence[str]) -> None:
         """Those of the model that is called so. One that vLLM does not take is left out, and the log says why."""
@@ -305,9 +308,9 @@ def _log_bytes() -> int:
 def _root_cause(since: int) -> str:
     """The first error that one of vLLM's processes wrote after that much of the log; later ones only say that there was
     one."""
-    with contextlib.suppress(OSError), Path("/proc/self/fd/2").open("rb") as log:
-        log.seek(since)
-        for line in log.read(_LOG_BYTES).decode(errors="replace").splitlines():
+    with contextlib.suppress(OSError):
+        said = os.pread(2, _LOG_BYTES, since)  # by its descriptor: the file is the daemon's, which may be another user
+        for line in said.decode(errors="replace").splitlines():
             if (found := _CAUSE.search(line)) and not any(word in line for word in _NO_CAUSE):
                 return f"{found[1].rsplit('.', 1)[-1]}: {found[2]}"
     return ""

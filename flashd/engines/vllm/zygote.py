@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is imported once, so that no vLLM engine pays for it? vLLM, which takes half a minute.
 
-    python -m flashd.engines.vllm.zygote CONTROL_FD
+    python -m flashd.engines.vllm.zygote CONTROL_FD FOLDER
 
 No GPU is touched: a process that has initialised CUDA cannot be forked.
 """
@@ -16,7 +16,7 @@ from flashd.engines.vllm import versions, worker
 
 def main() -> None:
     versions.preload()
-    forking.serve(int(sys.argv[1]), worker.main, versions.build())
+    forking.serve(sys.argv, worker.main, versions.build())
 
 
 if __name__ == "__main__":

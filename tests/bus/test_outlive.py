@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines outlive the daemon, and the next one finds them; below a service manager that keeps what it is given."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import SAYS
+from manager import Manager, start
+from running import CONFIG, Daemon
+
+import flashd
+from flashd.private_bus import PrivateBus
+
+WHO = [{"role": "user", "content": "Who are you?"}]
+LONG = {"prompt": "Who are you?", "max_tokens": 200, "temperature": 5.0, "stream": True}
+TOGETHER = 6  # one engine generates them one after the other
+
+
+@pytest.fixture
+def manager(short_path: Path) -> Iterator[Manager]:
+    made = Manager(short_path / "manager")
+    made.open()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def daemon(bus: PrivateBus, short_path: Path, tmp_path: Path, manager: Manager, sources: Path) -> Iterator[Daemon]:
+    """With ada and carl, of which carl serves and ada is parked, and bob."""
+    running = Daemon(bus.address, tmp_path, short_path)
+    running.config.write_text(CONFIG)
+    start(running, manager)
+    with flashd.connect(running.address) as client:
+        for name in ("ada", "bob", "carl"):
+            client.import_(sources / name, name)
+        for name in ("ada", "carl"):
+            client.swap(name)
+    yield running
+    assert running.stop() == 0
+    words = running.log.read_text()
+    assert "Traceback" not in words and "never retrieved" not in words, words
+
+
+def engines(daemon: Daemon) -> dict[str, tuple[str, int]]:
+    """State and process of each model's engine."""
+    with flashd.connect(daemon.address) as client:
+        return {engine.model: (engine.state, engine.pid) for engine in client.engines()}
+
+
+def is_alive(pid: int) -> bool:
+    """Whether it runs; what nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def kept(manager: Manager, prefix: str) -> list[str]:
+    return sorted(name for name in manager.names() if name.startswith(prefix))
+
+
+def asked(endpoint: str, begun: threading.Event) -> str:
+    """A long answer of whoever is active, streamed to its end."""
+    transport = httpx.HTTPTransport(uds=endpoint)
+    with (
+        httpx.Client(transport=transport, base_url="http://flashd", timeout=60) as client,
+        client.stream("POST", "/v1/completions", json=LONG) as answer,
+    ):
+        assert answer.status_code == 200
+        pieces = answer.iter_text()
+        first = next(pieces)
+        begun.set()
+        return first + "".join(pieces)
+
+
+def in_flight(daemon: Daemon, threads: ThreadPoolExecutor) -> list[Future[str]]:
+    """Requests of which an engine is answering the first."""
+    with flashd.connect(daemon.address) as client:
+        endpoint = client.status().endpoint
+    begun = threading.Event()
+    requests = [threads.submit(asked, endpoint, begun) for _ in range(TOGETHER)]
+    assert begun.wait(20)
+    return requests
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_engines_are_found_as_they_were_and_go_on(daemon: Daemon, manager: Manager, end: signal.Signals) -> None:
+    before = engines(daemon)
+    assert {model: state for model, (state, _) in before.items()} == {"carl": "serving", "ada": "parked"}
+    with flashd.connect(daemon.address) as client:
+        tiers = {model.name: model.residency for model in client.models()}
+        endpoint = client.status().endpoint
+    with ThreadPoolExecutor(TOGETHER) as threads:
+        requests = in_flight(daemon, threads)
+        daemon.stop(end)
+        assert not all(request.done() for request in requests)
+        assert Path(endpoint).exists(), "who asks meanwhile is answered"
+        start(daemon, manager)
+        assert engines(daemon) == before
+        assert all(answer.result().endswith("data: [DONE]\n\n") for answer in requests)
+    with flashd.connect(daemon.address) as client:
+        assert client.status().active_model == "carl" and client.status().endpoint == endpoint
+        assert {model.name: model.residency for model in client.models()} == tiers
+        assert client.swap("ada").how == "wake" and client.chat("ada", WHO, temperature=0) == SAYS["ada"]
+        assert client.swap("bob").how == "rebind" and client.chat("bob", WHO, temperature=0) == SAYS["bob"]
+        client.park()
+        assert client.swap("carl").how == "wake"
+        pids = {pid for _, pid in before.values()}
+        assert {engine.pid for engine in client.engines()} == pids
+        for engine in client.engines():
+            client.stop_engine(engine)
+        assert client.engines() == [] and not any(is_alive(pid) for pid in pids)
+    until(lambda: not kept(manager, "flashd-engine."))
+
+
+def test_they_are_found_a_second_time(daemon: Daemon, manager: Manager) -> None:
+    before = engines(daemon)
+    for _ in range(2):
+        daemon.stop(signal.SIGKILL)
+        start(daemon, manager)
+    assert engines(daemon) == before
+    with flashd.connect(daemon.address) as client:
+        client.swap("bob")
+        assert {engine.pid for engine in client.engines()} == {pid for _, pid in before.values()}
+    daemon.stop(signal.SIGKILL)
+    start(daemon, manager)
+    with flashd.connect(daemon.address) as client:
+        assert client.status().active_model == "bob" and client.chat("bob", WHO, temperature=0) == SAYS["bob"]
+
+
+def test_a_new_engine_comes_from_the_zygote_that_was_found(daemon: Daemon, manager: Manager) -> None:
+    zygotes = kept(manager, "flashd-zygote.")
+    daemon.stop(signal.SIGKILL)
+    start(daemon, manager)
+    with flashd.connect(daemon.address) as client:
+        for engine in client.engines():
+            client.stop_engine(engine)
+        assert client.swap("ada").how == "start" and client.chat("ada", WHO, temperature=0) == SAYS["ada"]
+    assert kept(manager, "flashd-zygote.") == zygotes and len(zygotes) == 1
+
+
+def test_who_empties_the_store_ends_them(daemon: Daemon, manager: Manager) -> None:
+    """As systemd does when the service is stopped."""
+    pids = [pid for _, pid in engines(daemon).values()]
+    daemon.stop()
+    assert all(is_alive(pid) for pid in pids)
+    manager.empty()
+    until(lambda: not any(is_alive(pid) for pid in pids))
+    start(daemon, manager)
+    assert engines(daemon) == {}
+    with flashd.connect(daemon.address) as client:
+        assert client.status().active_model == "" and not Path(client.status().endpoint).exists()
+
+
+def test_one_that_dies_after_it_was_found_is_noticed(daemon: Daemon, manager: Manager) -> None:
+    daemon.stop(signal.SIGKILL)
+    start(daemon, manager)
+    before = engines(daemon)
+    os.kill(before["ada"][1], signal.SIGKILL)
+    until(lambda: "ada" not in engines(daemon))
+    os.kill(before["carl"][1], signal.SIGKILL)
+    until(lambda: engines(daemon).get("carl", before["carl"])[1] != before["carl"][1])
+    until(lambda: engines(daemon)["carl"][0] == "serving")  # the active one is brought back
+    assert len(kept(manager, "flashd-engine.")) == 1
+
+
+def test_one_that_died_while_nobody_looked_is_not_found(daemon: Daemon, manager: Manager) -> None:
+    before = engines(daemon)
+    daemon.stop(signal.SIGKILL)
+    for _, pid in before.values():
+        os.kill(pid, signal.SIGKILL)
+    start(daemon, manager)
+    assert engines(daemon) == {}
+    until(lambda: not kept(manager, "flashd-engine."))
+    with flashd.connect(daemon.address) as client:
+        assert client.swap("ada").how == "start"
+
+
+def test_one_whose_weights_are_not_kept_is_ended(daemon: Daemon, manager: Manager) -> None:
+    """It answers from memory that no ledger counts."""
+    before = engines(daemon)
+    daemon.stop(signal.SIGKILL)
+    for name in kept(manager, "flashd-arena."):
+        manager.forget(name)
+    start(daemon, manager)
+    assert engines(daemon) == {"ada": before["ada"]}, "who is parked needs none"
+    assert not is_alive(before["carl"][1])
+
+
+def spoil(manager: Manager, name: str, how: str) -> None:
+    with manager.lock:
+        fds = manager.store[name]
+        record = next(fd for fd in fds if "memfd" in os.readlink(f"/proc/self/fd/{fd}"))
+        match how:
+            case "record alone" | "channel alone":
+                gone = record if how == "channel alone" else next(fd for fd in fds if fd != record)
+                fds.remove(gone)
+                os.close(gone)
+            case "nonsense":
+                os.pwrite(record, bytes(8), 0)
+            case "another's":
+                manager.store[name + "0"] = manager.store.pop(name)
+
+
+@pytest.mark.parametrize("how", ["record alone", "channel alone", "nonsense", "another's"])
+def test_what_makes_no_sense_is_let_go_of(daemon: Daemon, manager: Manager, how: str) -> None:
+    before = engines(daemon)
+    (ada, carl) = kept(manager, "flashd-engine.")
+    daemon.stop(signal.SIGKILL)
+    spoil(manager, carl, how)
+    start(daemon, manager)
+    assert engines(daemon) == {"ada": before["ada"]}
+    until(lambda: kept(manager, "flashd-engine.") == [ada])
+    until(lambda: not is_alive(before["carl"][1]))
+    with flashd.connect(daemon.address) as client:
+        assert client.status().active_model == ""
+        assert client.swap("carl").how == "start"
+
+
+def test_one_in_the_middle_of_an_order_is_known_when_it_has_carried_it_out(daemon: Daemon, manager: Manager) -> None:
+    before = engines(daemon)
+    with ThreadPoolExecutor(TOGETHER) as threads:
+        requests = in_flight(daemon, threads)
+        with flashd.connect(daemon.address) as client:
+            client.begin_swap("ada")  # an engine of its own wakes, and carl's waits for who is asking
+            until(lambda: client.status().active_model == "ada")
+        daemon.stop(signal.SIGKILL)
+        start(daemon, manager)
+        with flashd.connect(daemon.address) as client:
+            assert client.status().active_model == "ada" and client.chat("ada", WHO, temperature=0) == SAYS["ada"]
+        until(lambda: engines(daemon) == {"ada": ("serving", before["ada"][1]), "carl": ("parked", before["carl"][1])})
+        assert all(answer.result().endswith("data: [DONE]\n\n") for answer in requests)
