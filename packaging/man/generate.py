@@ -87,6 +87,12 @@ def daemon_page() -> str:
             "org.flashd1.manage and org.flashd1.administer). What somebody made belongs to them: others change it only "
             "as administrators, and do not see it if it is private (flash import --private)."
         ),
+        text(
+            "Engines run as the user flashd-engine, in instances of flashd-engine@.service: one for each process that "
+            "engines are forked from, which a connection to flashd-engine.socket starts. They go on while the daemon "
+            "is restarted, upgraded or killed, and end when it is stopped, since the service manager then lets go of "
+            "their control channels. systemctl edit flashd-engine@ changes how much memory they may take."
+        ),
         ".SH FILES",
         *items(
             [
@@ -94,6 +100,8 @@ def daemon_page() -> str:
                 (f"{paths.drop_ins}/*.toml", "Drop-ins, read after it in order of name."),
                 (str(paths.models), "Sources dropped here become models. Members of the group flashd may write."),
                 (f"{paths.state}/store", "Converted models."),
+                (f"{paths.state}/environments", "What flash engine install made; engines read it."),
+                (str(config.ENGINE_STATE), "What engines compiled for themselves; it may be removed while none runs."),
                 (
                     f"{paths.runtime}/openai.sock",
                     "Where the active model answers HTTP requests in OpenAI's style, to members of the group flashd; "

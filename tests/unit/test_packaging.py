@@ -45,6 +45,16 @@ def test_the_unit_has_the_folders_that_the_daemon_uses() -> None:
     assert f"d {paths.drop_ins} " in folders
 
 
+def test_engines_are_asked_for_where_their_unit_listens() -> None:
+    socket = (ROOT / "systemd" / "flashd-engine.socket").read_text()
+    service = (ROOT / "systemd" / "flashd-engine@.service").read_text()
+    assert f"ListenSequentialPacket={config.ENGINE_SOCKET}\n" in socket
+    assert f"StateDirectory={config.ENGINE_STATE.relative_to('/var/lib')}\n" in service
+    assert f"BindReadOnlyPaths=-{config.default_paths(config.Scope.SYSTEM).state}/environments\n" in service
+    devices = re.findall(r"(?m)^DeviceAllow=.*$", service)
+    assert devices == re.findall(r"(?m)^DeviceAllow=.*$", (ROOT / "systemd" / "flashd.service").read_text())
+
+
 def test_the_configuration_that_is_shipped_is_valid(tmp_path: Path) -> None:
     text = (ROOT / "packaging" / "flashd.toml").read_text()
     paths = config.default_paths(config.Scope.SYSTEM)
