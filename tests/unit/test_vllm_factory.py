@@ -36,7 +36,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 
 @pytest.fixture
 def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VllmFactory:
-    all_get = {"arguments": ["--seed", "0"], "kv_cache_bytes": 2 * GiB}
+    all_get = {"arguments": ["--seed", "0"], "adapters": [], "kv_cache_bytes": 2 * GiB}
     made = VllmFactory(Settings("python", tmp_path, tmp_path, 1, 1, 1.0, options=all_get), [GPU])
 
     async def build() -> dict[str, str]:
@@ -74,8 +74,9 @@ async def test_the_ledger_counts_the_kv_cache_of_that_model(factory: VllmFactory
 
 def test_an_engine_is_told_what_all_are_and_then_what_its_model_has_different(factory: VllmFactory) -> None:
     told = factory.create(EngineOptions(("--seed", "1"), 0))._settings.options
-    assert told == {"arguments": ["--seed", "0", "--seed", "1"], "kv_cache_bytes": 0}
-    assert factory.create()._settings.options == {"arguments": ["--seed", "0"], "kv_cache_bytes": 2 * GiB}
+    assert told == {"arguments": ["--seed", "0", "--seed", "1"], "adapters": [], "kv_cache_bytes": 0}
+    plain = factory.create()._settings.options
+    assert plain == {"arguments": ["--seed", "0"], "adapters": [], "kv_cache_bytes": 2 * GiB}
 
 
 async def test_a_vllm_that_is_not_as_we_know_it_is_told_by_its_version(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class Zygote:
 async def plan(
     arguments: Sequence[str] = (), *, gpus: int = 2, gpu: str = "H100", vllm: str = "0.23.0", **manifest: Any
 ) -> GpuPlan:
-    options = {"arguments": list(arguments), "kv_cache_bytes": 2 * GiB}
+    options = {"arguments": list(arguments), "adapters": [], "kv_cache_bytes": 2 * GiB}
     settings = Settings("python", Path("/run"), Path("/logs"), 1, 64, 60.0, options=options)
     factory = VllmFactory(settings, [replace(H100, ordinal=ordinal, model=gpu) for ordinal in range(gpus)])
     factory._zygote = cast(Any, Zygote({**BUILD, "vllm": vllm}))
@@ -111,9 +111,8 @@ async def test_an_image_of_another_build_or_model_is_another(change: dict[str, A
 async def test_quantised(method: str, images: bool, shares: bool) -> None:
     found = await plan(quantization=method)
     assert found.makes_image is images
-    settings = Settings(
-        "python", Path("/run"), Path("/logs"), 1, 64, 60.0, options={"arguments": [], "kv_cache_bytes": 0}
-    )
+    options = {"arguments": [], "adapters": [], "kv_cache_bytes": 0}
+    settings = Settings("python", Path("/run"), Path("/logs"), 1, 64, 60.0, options=options)
     factory = VllmFactory(settings, [H100])
     tunes = [Checkpoint(Path("/nowhere"), replace(MANIFEST, id=name, quantization=method)) for name in ("a", "b")]
     first, second = map(factory.rebind_key, tunes)
