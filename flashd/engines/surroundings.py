@@ -10,8 +10,8 @@ import socket
 from pathlib import Path
 
 _OF_MEMORY = re.compile(
-    r"(?i)out of memory|OutOfMemory|MemoryError|no available memory|less than requested memory|"
-    r"(?:cannot|can't) allocate memory"
+    r"(?i)out of memory|OutOfMemory|MemoryError|no available memory|(?:cannot|can't) allocate memory"
+    r"|memory\b.* is less than (?:requested|desired)"
 )
 
 

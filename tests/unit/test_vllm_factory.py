@@ -18,6 +18,7 @@ from flashd.checkpoint.files import Checkpoint
 from flashd.cuda import Gpu
 from flashd.engines.engine import NO_OPTIONS, EngineOptions, RankPlan
 from flashd.engines.process import Settings
+from flashd.engines.surroundings import lacks_memory
 from flashd.engines.vllm.factory import VllmFactory
 from flashd.errors import EngineFailed
 from flashd.units import GiB, MiB
@@ -97,3 +98,20 @@ async def test_a_vllm_that_is_not_as_we_know_it_is_told_by_its_version(tmp_path:
     with pytest.raises(EngineFailed, match=r"vLLM 0\.99 has no make_arg_parser where flashd looks for it"):
         await factory._zygote.build()
     await factory.close()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "RuntimeError: [enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to",
+        "OSError: [Errno 12] Cannot allocate memory",
+        "MemoryError: ",
+        "ValueError: No available memory for the cache blocks.",
+        "ValueError: Available memory on node 0 (20.8/23.54 GiB) on kv cache allocation is less than requested memory",
+        "ValueError: Free memory on device cuda:0 (1/80 GiB) on startup is less than desired GPU memory utilization",
+    ],
+)
+def test_whoever_allocates_says_it_in_other_words(said: str) -> None:
+    assert lacks_memory(said)
+    assert not lacks_memory("ValueError: the model's max seq len (40960) is larger than 100; see the memory profile")
