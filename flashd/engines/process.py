@@ -63,6 +63,11 @@ class Settings:
     keeper: Keeper = field(default_factory=NoKeeper)
     service: Path | None = None  # the socket of the unit that runs zygotes; None: they are our children
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What an engine is told at its start, and holds on to."""
+        return {"threads": self.threads, "max_tokens_default": self.max_tokens_default, **self.options}
+
 
 class EngineProcess:
     """An engine in a process forked from a zygote; see flashd/engines/engine.py for the protocol it keeps."""
@@ -99,13 +104,10 @@ class EngineProcess:
                 raise
         self._channel = AsyncChannel(ours)
         self._watcher = asyncio.create_task(self._watch(), name=f"engine {self.number}")
-        options = {
-            "threads": self._settings.threads,
-            "max_tokens_default": self._settings.max_tokens_default,
-            **self._settings.options,
-        }
         try:
-            made = await asyncio.wait_for(self._bind("start", binding, options), self._settings.start_timeout_s)
+            made = await asyncio.wait_for(
+                self._bind("start", binding, self._settings.told), self._settings.start_timeout_s
+            )
         except TimeoutError:
             hint = f"raise engines.start_timeout_s; {self._log} has what it wrote"
             raise EngineFailed(
@@ -143,15 +145,21 @@ class EngineProcess:
         self._write_down()
 
     @classmethod
-    def found(cls, left: Kept, zygote: Zygote, settings: Settings) -> EngineProcess:
-        """One that a daemon before us left; it is yet to rejoin. Raises InvalidArgument."""
+    def found(cls, left: Kept, zygote: Zygote, settings: Callable[[EngineOptions], Settings]) -> EngineProcess:
+        """One that a daemon before us left; it is yet to rejoin. `settings` are what it would be started with today.
+
+        Raises InvalidArgument, also if it was started with others.
+        """
         said = left.content
         try:
-            engine = cls(int(said["number"]), str(said["kind"]), zygote, settings)
+            (options, *_) = {_understood(holding).options for holding in said["holdings"].values()}
+            engine = cls(int(said["number"]), str(said["kind"]), zygote, settings(options))
             engine.pid, engine.started_at = int(said["pid"]), float(said["started_at"])
             engine._holdings = {token: _understood(holding) for token, holding in said["holdings"].items()}
         except (KeyError, TypeError, ValueError, AttributeError):
             raise InvalidArgument("its record is not of an engine") from None
+        if said.get("told") != engine._settings.told:
+            raise InvalidArgument("it was started with other settings")
         engine._record = left.record
         engine._channel = AsyncChannel(socket.socket(fileno=left.channel))
         return engine
@@ -285,6 +293,7 @@ class EngineProcess:
             "zygote": self._zygote.name,
             "pid": self.pid,
             "started_at": self.started_at,
+            "told": self._settings.told,
             "holdings": {token: dataclasses.asdict(holding) for token, holding in self._holdings.items()},
         }
 
@@ -380,8 +389,11 @@ class ZygoteFactory:
     def create(self, options: EngineOptions = NO_OPTIONS) -> EngineProcess:
         if self._former:
             self._retiring = asyncio.ensure_future(self._retire())
-        settings = dataclasses.replace(self._settings, options=self._told(options))
+        settings = self._with(options)
         return EngineProcess(next(settings.numbers), self.kind, self._zygote, settings)
+
+    def _with(self, options: EngineOptions) -> Settings:
+        return dataclasses.replace(self._settings, options=self._told(options))
 
     def _told(self, options: EngineOptions) -> Mapping[str, Any]:  # noqa: ARG002 -- for vLLM
         """What an engine's own options are with what one model has different."""
@@ -402,7 +414,7 @@ class ZygoteFactory:
         for left in kept:
             if left.name.startswith(PREFIX) and left.content.get("kind") == self.kind:
                 try:
-                    engines.append(EngineProcess.found(left, zygotes[left.content["zygote"]], self._settings))
+                    engines.append(EngineProcess.found(left, zygotes[left.content["zygote"]], self._with))
                 except (InvalidArgument, KeyError) as error:
                     log.warning("%s is let go of: %s", left.name, error)
                     self._settings.keeper.forget(left.name)

@@ -155,6 +155,18 @@ def test_a_new_engine_comes_from_the_zygote_that_was_found(daemon: Daemon, manag
     assert kept(manager, "flashd-zygote.") == zygotes and len(zygotes) == 1
 
 
+def test_who_was_started_with_other_settings_is_not_taken_up(daemon: Daemon, manager: Manager) -> None:
+    """Else a setting that needs a restart would not be in force after one."""
+    pids = [pid for _, pid in engines(daemon).values()]
+    daemon.stop()
+    daemon.config.write_text(CONFIG + "[engines.torch]\nmax_tokens_default = 7\n")
+    start(daemon, manager)
+    until(lambda: not any(is_alive(pid) for pid in pids))
+    assert engines(daemon) == {} and "it was started with other settings" in daemon.log.read_text()
+    with flashd.connect(daemon.address) as client:
+        assert client.swap("ada").how == "start"
+
+
 def test_who_empties_the_store_ends_them(daemon: Daemon, manager: Manager) -> None:
     """As systemd does when the service is stopped."""
     pids = [pid for _, pid in engines(daemon).values()]
