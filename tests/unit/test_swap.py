@@ -549,6 +549,8 @@ async def test_what_no_engine_can_run_is_refused_at_once(targets: dict[str, Targ
     world.check()
 
 
+HANGS_S = 0.15  # how long a fake engine's order may take: longer than a busy machine lets us wait for a turn
+
 ROUTES = {
     "rebind": (["a1"], "a2", 10),
     "start beside": (["a1"], "b", 10),
@@ -570,7 +572,7 @@ async def test_a_fault_at_any_step_of_any_swap_leaves_somebody_answering(
 ) -> None:
     """The new model if the swap succeeded, the old one if it did not: nothing else, and no engine or hold is lost."""
     first, wanted, room = ROUTES[route]
-    order_timeout_s = 0.05 if fault is Fault.HANGS else 60.0
+    order_timeout_s = HANGS_S if fault is Fault.HANGS else 60.0
     for moment in itertools.count():
         world = World(room=room, policy=Policy(0.0, 1, order_timeout_s), gpus=gpus)
         for name in first:
@@ -605,7 +607,7 @@ def test_any_sequence_of_swaps_and_faults(
     room: int, gpus: int, swaps: list[tuple[str, Fault | None, int]], targets: dict[str, Target]
 ) -> None:
     async def run() -> None:
-        world = World(room=room, policy=Policy(0.0, 1, 0.05), gpus=gpus)
+        world = World(room=room, policy=Policy(0.0, 1, HANGS_S), gpus=gpus)
         for name, fault, moment in swaps:
             before = world.answering()
             if fault:
@@ -678,7 +680,7 @@ async def test_a_fault_at_any_step_of_making_ready_costs_the_parked_engine_at_mo
     fault: Fault, targets: dict[str, Target]
 ) -> None:
     for moment in itertools.count():
-        world = World(policy=Policy(0.0, 1, 0.05), gpus=1)
+        world = World(policy=Policy(0.0, 1, HANGS_S), gpus=1)
         for name in ("a1", "b"):
             await world.swapper.swap(targets[name])
         world.script.old = world.factory.engines[0]
