@@ -171,6 +171,7 @@ def test_on_a_gpu_an_engine_that_has_adapters_is_not_parked(vllm_python: str) ->
     """vLLM's sleep drops their weights as well, and its wake brings none back."""
     code = """
 import torch
+from flashd.engines.vllm.extension import Extension
 extension = Extension()
 extension.device, extension.lora_config = torch.device("cuda"), object()
 extension.flashd_park()
