@@ -377,6 +377,12 @@ def kept_settings(tmp_path_factory: pytest.TempPathFactory, store: Store) -> Set
     return Settings(sys.executable, root, root / "logs", 1, 64, 60.0, keeper=store)
 
 
+def has_stopped(pid: int) -> bool:
+    """Whether each of its threads has."""
+    threads = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(thread.rsplit(")", 1)[1].split()[0] == "T" for thread in threads)
+
+
 @pytest.mark.parametrize(
     ("order", "then"),
     [("drain", "ada"), ("rebind", "bob"), ("failing rebind", "ada"), ("park", "parked"), ("wake", "bob")],
@@ -401,6 +407,7 @@ async def test_one_that_is_left_in_the_middle_of_an_order_says_what_it_holds(
         "wake": lambda: engine.wake(residents["bob"].binding()),
     }
     os.kill(engine.pid, signal.SIGSTOP)  # it carries the order out when nobody waits for the answer any more
+    await soon(lambda: has_stopped(engine.pid))
     under_way = asyncio.create_task(orders[order]())
     await soon(lambda: engine._channel is not None and engine._channel._asked is not None)
     await engine.leave()
