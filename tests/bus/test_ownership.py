@@ -16,13 +16,12 @@ from conftest import Remote, import_model, make_source, until
 from dbus_next import Variant
 from people import ALICE, BOB, CAROL, Polkit, connect_as, heard, shared_bus
 from running import CONFIG, Daemon
-from test_serving import SAYS, sources, swap
+from test_serving import SAYS, swap
 
 from flashd import wire
 from flashd.errors import AlreadyExists, Busy, FlashdError, NotAuthorized, NotFound
 from flashd.private_bus import PrivateBus
 
-__all__ = ["sources"]
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be several users")
 PRIVATE = {"private": Variant("b", True)}
 SECRET = wire.model_path("secret")
