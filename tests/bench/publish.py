@@ -48,7 +48,9 @@ H100_ROWS = [
     ("stream", "nvme_to_host", "disk to host tier", "the best raw O_DIRECT read"),
     ("stream", "cpu_s_per_gb.device", "processor time of a load from disk to GPU", ""),
     ("stream", "staging_bytes", "pinned memory that all loads to the GPU share", "our limit"),
-]
+    ("adapters", "copy_and_apply.all_linear", "an adapter for all layers added to a copy of its base, 16.4 GB",
+     "the merged checkpoint from pinned memory"),
+]  # fmt: skip
 CPU_ROWS = [
     ("stream", "nvme_to_host", "disk to ready memory", "the best raw O_DIRECT read"),
     ("stream", "nvme_to_host.verified", "the same, every block verified", "the best raw O_DIRECT read"),
