@@ -113,6 +113,7 @@ class Serving:
         async def work(job: Job) -> Result:
             outcome = await self._swapper.swap(target, job.report_bytes)
             _begin(job)
+            self._resting = None
             self._note_use(model.name, swapped=True)
             return {
                 "model": Variant("o", wire.model_path(outcome.model_name)),
@@ -177,7 +178,7 @@ class Serving:
 
     async def woken(self, owner: Owner) -> Path:
         """The socket of the active model, which is woken if it rests. Raises what a swap raises; NotFound if none is
-        active, and none rests."""
+        active, and none rests. A private one is for nobody who comes this way: who asks is not known here."""
         resting = self._resting
         if self._swapper.active is None and resting is not None:
             model = self._catalog.resolve(resting.model_name, lambda model: not model.private)
@@ -185,9 +186,10 @@ class Serving:
             await job.wait()
             if job.error is not None:
                 raise job.error
-        if self._swapper.active is None:
+        active = self._swapper.active
+        if active is None or active.target.private_to is not None:
             raise NotFound("no model is active", hint="swap to one first: flash swap MODEL")
-        return self._swapper.active.engine.socket_path
+        return active.engine.socket_path
 
     def load(self, model: Model, owner: Owner, device: str, *, may_evict: bool = True) -> Job:
         """Brings a model to a device, or to the host. Raises InvalidArgument if there is no such device."""

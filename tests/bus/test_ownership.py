@@ -7,6 +7,7 @@ import asyncio
 import grp
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,18 +247,28 @@ async def test_what_rests_wakes_for_those_who_may_ask_it_and_a_private_model_for
     await until(none_is_active)
     assert endpoint.stat().st_mode & 0o777 == 0o660, "who may ask the model may wake it"
     assert SAYS["bob"] in await asyncio.to_thread(asked, (await alice.call("OpenEndpoint"))[0], "bob")
+    doorman = endpoint.with_name("doorman.sock")
     assert (await swap(alice, "secret"))["State"] == "done"
+    asked_directly = await asyncio.to_thread(question, doorman)
+    assert asked_directly.startswith(b"HTTP/1.1 503 ") and b"no model is active" in asked_directly
     await until(none_is_active)
     assert not endpoint.is_symlink()
+    assert b"no model is active" in await asyncio.to_thread(question, doorman), "what rested before does not wake"
     for who in (alice, bob):
         with pytest.raises(FlashdError, match="no model is active"):
             await who.call("OpenEndpoint")
 
 
+def question(doorman: Path) -> bytes:
+    """What is answered to whoever finds the doorman's own socket."""
+    with socket.socket(socket.AF_UNIX) as end:
+        end.connect(str(doorman))
+        end.sendall(b"POST /v1/models HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        return b"".join(iter(lambda: end.recv(4096), b""))
+
+
 def asked(fd: int, model: str) -> str:
     """What a model says on a connection that somebody else has made."""
-    import socket
-
     from flashd import inference
 
     messages = [{"role": "user", "content": "Who are you?"}]
