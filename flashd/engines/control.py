@@ -192,6 +192,8 @@ def _received(end: socket.socket) -> Frame:
     """The next frame. Raises EOFError at the end, BlockingIOError if there is none yet, ValueError if it is none."""
     raw, fds, flags, _ = socket.recv_fds(end, 2 * _PACKET_BYTES, MAX_FDS)
     try:
+        for fd in fds:
+            os.set_inheritable(fd, False)  # recv_fds asks for no MSG_CMSG_CLOEXEC: a zygote would keep a GPU's memory
         if not raw:
             raise EOFError
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
