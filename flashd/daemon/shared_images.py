@@ -18,7 +18,7 @@ from flashd.checkpoint.files import Checkpoint
 from flashd.daemon.exports import Caller
 from flashd.daemon.jobs import Owner
 from flashd.daemon.limits import Limits, Scarce
-from flashd.errors import Cancelled, InvalidArgument, NotFound
+from flashd.errors import AlreadyExists, Cancelled, InvalidArgument, NotFound
 from flashd.memory.device import Kind
 from flashd.memory.lease import Lease, LeaseBook
 from flashd.memory.place import Hold, Place
@@ -91,6 +91,8 @@ class SharedImages:
         try:
             arena = await asyncio.to_thread(place.device.adopt, os.dup(fd), size_bytes)
             try:
+                if key in place or self._catalog.images.is_stored(key):  # whose description is not to be replaced
+                    raise AlreadyExists(f"there is such an image of {model.name}", hint="lease it")
                 image = self._catalog.images.describe(key, layout, size_bytes, model.checkpoint_id)
                 hold = place.admit(image, arena, claim)
             except BaseException:

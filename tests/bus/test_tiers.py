@@ -374,8 +374,9 @@ def test_an_image_is_shared_with_servers_of_the_same_user_and_build(
         assert client.model("a").devices == ("sim:0",)
         until(lambda: client.model("a").leases == 1)  # besides, it is written to the store now
         with pytest.raises(errors.AlreadyExists):
-            client.publish_image("a", "build", "sim:0", made.fd, layout, 4 * MiB)
+            client.publish_image("a", "build", "sim:0", made.fd, layout.replace("w", "v"), 4 * MiB)
         with client.lease_image("a", "build", "sim:0") as lease:
+            assert [tensor.name for tensor in lease.layout.tensors] == ["w"]
             assert os.fstat(lease.fd).st_ino == os.fstat(made.fd).st_ino and lease.buffer[123] == 7
             with pytest.raises(errors.Busy):
                 client.evict("a")
