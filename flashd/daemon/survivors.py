@@ -93,7 +93,9 @@ class Survivors:
 
     async def close(self) -> bool:
         """What is not known yet is left as it is. True if there is any such engine."""
-        if self._taking_over is None or self._taking_over.done():
+        if self._taking_over is None:
+            return bool(self._left)  # we end before we have looked at them
+        if self._taking_over.done():
             return False
         self._taking_over.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -268,7 +268,8 @@ class EngineProcess:
         except EngineFailed as error:
             if not self._channel.closed.is_set():
                 raise
-            await asyncio.wait([self._watcher] if self._watcher else [])
+            if self._watcher is not None:
+                await asyncio.wait({self._watcher})
             hint = f"{self._log} has all that it wrote"
             raise EngineFailed(f"{error.message}: {self._epitaph()}", hint=hint) from None
 
