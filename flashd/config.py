@@ -226,6 +226,7 @@ class Scope(enum.Enum):
 # and where they may keep what they compile.
 ENGINE_SOCKET = Path("/run/flashd-engine.socket")
 ENGINE_STATE = Path("/var/lib/flashd-engine")
+_OF_FRAMEWORKS = ("CUDA_", "NCCL_", "OMP_", "PYTORCH_", "TORCH_", "VLLM_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,6 +415,12 @@ def variables(assignments: Sequence[str], key: str) -> Mapping[str, str]:
 def child_environment(changes: Mapping[str, str]) -> Mapping[str, str]:
     """Our environment with changes, for processes that are configured that way."""
     return {**os.environ, **changes}
+
+
+def for_engines() -> Mapping[str, str]:
+    """What frameworks go by in our environment, for engines in units of their own: which GPU is the first, say, must be
+    the same for them."""
+    return {name: value for name, value in os.environ.items() if name.startswith(_OF_FRAMEWORKS)}
 
 
 def _xdg(variable: str, default: Path) -> Path:

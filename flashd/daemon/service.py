@@ -575,6 +575,7 @@ def engine_factories(
         threads=engines.torch.threads,
         max_tokens_default=engines.torch.max_tokens_default,
         start_timeout_s=engines.start_timeout_s,
+        environment=configuration.for_engines(),
         numbers=survivors.numbers,
         keeper=survivors.engines,
         service=service,
@@ -583,6 +584,7 @@ def engine_factories(
         ours,
         python=python("vllm"),
         environment={
+            **ours.environment,
             **vllm_environment(state / "compiled"),
             **configuration.variables(engines.vllm.environment, "engines.vllm.environment"),
         },

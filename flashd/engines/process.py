@@ -68,6 +68,11 @@ class Settings:
         """What an engine is told at its start, and holds on to."""
         return {"threads": self.threads, "max_tokens_default": self.max_tokens_default, **self.options}
 
+    @property
+    def lasting(self) -> dict[str, Any]:
+        """What no engine can be told otherwise once it runs."""
+        return {"told": self.told, "environment": dict(self.environment)}
+
 
 class EngineProcess:
     """An engine in a process forked from a zygote; see flashd/engines/engine.py for the protocol it keeps."""
@@ -158,7 +163,7 @@ class EngineProcess:
             engine._holdings = {token: _understood(holding) for token, holding in said["holdings"].items()}
         except (KeyError, TypeError, ValueError, AttributeError):
             raise InvalidArgument("its record is not of an engine") from None
-        if said.get("told") != engine._settings.told:
+        if not engine._settings.lasting.items() <= said.items():
             raise InvalidArgument("it was started with other settings")
         engine._record = left.record
         engine._channel = AsyncChannel(socket.socket(fileno=left.channel))
@@ -294,7 +299,7 @@ class EngineProcess:
             "zygote": self._zygote.name,
             "pid": self.pid,
             "started_at": self.started_at,
-            "told": self._settings.told,
+            **self._settings.lasting,
             "holdings": {token: dataclasses.asdict(holding) for token, holding in self._holdings.items()},
         }
 

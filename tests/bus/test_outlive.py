@@ -155,11 +155,17 @@ def test_a_new_engine_comes_from_the_zygote_that_was_found(daemon: Daemon, manag
     assert kept(manager, "flashd-zygote.") == zygotes and len(zygotes) == 1
 
 
-def test_who_was_started_with_other_settings_is_not_taken_up(daemon: Daemon, manager: Manager) -> None:
+@pytest.mark.parametrize("other", ["configuration", "environment"])
+def test_who_was_started_with_other_settings_is_not_taken_up(
+    daemon: Daemon, manager: Manager, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
     """Else a setting that needs a restart would not be in force after one."""
     pids = [pid for _, pid in engines(daemon).values()]
     daemon.stop()
-    daemon.config.write_text(CONFIG + "[engines.torch]\nmax_tokens_default = 7\n")
+    if other == "configuration":
+        daemon.config.write_text(CONFIG + "[engines.torch]\nmax_tokens_default = 7\n")
+    else:
+        monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     start(daemon, manager)
     until(lambda: not any(is_alive(pid) for pid in pids))
     assert engines(daemon) == {} and "it was started with other settings" in daemon.log.read_text()

@@ -171,3 +171,12 @@ def test_what_a_service_manager_kept_is_taken_once_and_only_by_whom_it_is_for(mo
             monkeypatch.setenv(name, value)
         assert len(config.inherited_fds()) == expected
         assert not any(name.startswith("LISTEN") for name in os.environ), "children must not take them for theirs"
+
+
+def test_engines_elsewhere_see_the_gpus_that_the_daemon_sees_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    found = config.for_engines()
+    assert (found["CUDA_VISIBLE_DEVICES"], found["NCCL_DEBUG"]) == ("3,1", "INFO")
+    assert not found.keys() & {"HF_TOKEN", "PATH", "HOME", "NOTIFY_SOCKET"}
