@@ -392,11 +392,13 @@ class Swapper:
         self._activate(seat)
 
     async def _given(self, engine: Engine, target: Target, supply: Supply, order: Awaitable[Made | None]) -> None:
-        """What an engine makes of what it is given while it takes it."""
+        """What an engine makes of what it is given is ours. Its memory has an owner before a cancel counts."""
         if (made := await order) is not None:
-            await self._supplier.take_in(target, supply, made)
+            is_cancelled = await _to_the_end(self._supplier.take_in(target, supply, made))
             if supply.is_image:
                 engine.has_become(supply.forms)
+            if is_cancelled:
+                raise asyncio.CancelledError
 
     async def _roll_back(self, before: Seat | None, previous: Target | None, supply: Supply | None) -> None:
         """Undoes a swap. What was active is put back where it was, or into whichever engine can take it."""

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
+import threading
 import unittest.mock
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -716,6 +718,39 @@ async def test_an_image_that_makes_no_sense_is_not_kept(targets: dict[str, Targe
         assert world.images.known == {} and world.answering()
         active = world.swapper.active
         assert active and active.supply and not active.supply.is_image
+    await world.swapper.close()
+    world.ended()
+
+
+@pytest.mark.parametrize("how", ["start", "rebind"])
+async def test_a_cancel_while_an_image_is_taken_in_leaves_no_memory_that_nobody_has(
+    targets: dict[str, Target], how: str
+) -> None:
+    world = World(gpus=1)
+    if how == "rebind":
+        await world.swapper.swap(targets["a2"])
+    begun, may_go_on = threading.Event(), threading.Event()
+    adopted: list[HostArena] = []
+    adopt = HostDevice.adopt
+
+    def slowly(device: HostDevice, fd: int, size_bytes: int) -> HostArena:
+        begun.set()
+        assert may_go_on.wait(10)
+        adopted.append(adopt(device, fd, size_bytes))
+        return adopted[0]
+
+    with unittest.mock.patch.object(HostDevice, "adopt", slowly):
+        swap = asyncio.create_task(world.swapper.swap(targets["a1"]))
+        assert await asyncio.to_thread(begun.wait, 10)
+        swap.cancel()
+        await asyncio.sleep(0)
+        may_go_on.set()
+        with contextlib.suppress(asyncio.CancelledError):  # it comes too late for an engine that has the new weights
+            await swap
+    world.check()
+    (arena,) = adopted
+    owned = [resident.arena for resident in world.residency.place("sim:0").residents()]
+    assert arena in owned, "it is in the ledger, to be evicted when its room is needed"
     await world.swapper.close()
     world.ended()
 
