@@ -111,6 +111,7 @@ def weights_depend_on(config: Any) -> dict[str, Any]:
     server was told which could matter. Too much costs a second copy, too little a wrong answer."""
     model, parallel = config.model_config, config.parallel_config
     sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "enable_expert_parallel")
+    ranks = ("rank", "data_parallel_rank")  # the first counts anew in each part of the second, which has other experts
     described = model.hf_config.to_dict()
     for incidental in ("_name_or_path", "transformers_version"):
         described.pop(incidental, None)
@@ -121,8 +122,7 @@ def weights_depend_on(config: Any) -> dict[str, Any]:
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
         "kv_cache": str(config.cache_config.cache_dtype),
-        "rank": parallel.rank,
-        **{name: getattr(parallel, name, None) for name in sizes},
+        **{name: getattr(parallel, name, None) for name in (*sizes, *ranks)},
         # Which kernels run, and so how weights are packed for them; newer versions have more to say about it.
         **{name: repr(getattr(config, name, None)) for name in ("attention_config", "kernel_config")},
     }
