@@ -38,7 +38,7 @@ from flashd.memory.device import memory_fields
 
 _JOURNAL_LINES = 300
 # Free text that people write: who knows what stands in it.
-_FREE = ("arguments", "adapters", "prewarm")
+_FREE = ("arguments", "environment", "adapters", "prewarm")
 # What an engine said last is in these, and it may have said what it was asked.
 _ENGINES_WORDS = {cls.bus_name() for cls in (EngineFailed, EngineOutOfMemory, Unsupported, Internal)}
 _ENGINES_LOGGERS = ("flashd.engines", "flashd.swap")

@@ -299,6 +299,7 @@ def test_a_report_helps_and_tells_nothing_that_is_not_for_strangers(
     os.truncate(broken / "model.safetensors", 50)
     arguments = '["--api-key", "swordfish", "--chat-template", "You are a pirate"]'
     assert flash("config", "engines.vllm.arguments", arguments, bus=bus).returncode == 0
+    assert flash("config", "engines.vllm.environment", '["NCCL_COMM_ID=halibut"]', bus=bus).returncode == 0
     written = tmp_path / "report.txt"
     assert daemon.stop() == 0
     daemon.start()
@@ -307,7 +308,7 @@ def test_a_report_helps_and_tells_nothing_that_is_not_for_strangers(
     assert done.returncode == 0, done.stderr
     assert written.stat().st_mode & 0o777 == 0o600
     text = written.read_text()
-    secrets = ["falcon", "merger", "takeover", "swordfish", "pirate", str(tmp_path), hide["HF_TOKEN"]]
+    secrets = ["falcon", "merger", "takeover", "swordfish", "pirate", "halibut", str(tmp_path), hide["HF_TOKEN"]]
     secrets += [str(daemon.root), socket.gethostname(), "hf_"]
     assert [secret for secret in secrets if secret in text] == []
     for helps in ("== versions ==", "== doctor ==", "Linux", "io_uring", "import failed", "Error.InvalidSource",
