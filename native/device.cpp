@@ -273,7 +273,7 @@ class Lane {
         : transfer_(transfer),
           share_(share),
           piece_(std::clamp<uint64_t>(align_down(options.piece), alignment, share.staging().block())),
-          block_(share.take(true, transfer.cancelled())),
+          loan_(share, transfer.cancelled()),
           rotation_(transfer, share.staging().device(),
                     std::clamp<size_t>(options.pieces, 1, share.staging().block() / piece_)) {}
 
@@ -282,7 +282,7 @@ class Lane {
         for (uint64_t done = 0; done < length; done += piece_) {
             transfer_.stop_if_cancelled();
             const uint64_t part = std::min(piece_, length - done);
-            std::byte* memory = block_->memory + rotation_.place() * piece_;
+            std::byte* memory = loan_->memory + rotation_.place() * piece_;
             fill(done, {memory, part});
             rotation_.copy(target + done, address_of(memory), part);
         }
@@ -291,21 +291,17 @@ class Lane {
     // So that others have their share of the blocks.
     void take_turns() {
         if (!share_.is_wanted()) return;
-        finish();
-        block_ = share_.take(true, transfer_.cancelled());
+        rotation_.finish();
+        loan_.exchange(transfer_.cancelled());
     }
 
-    // If it is never called, the share gives the block back, when nothing is on its way any more.
-    void finish() {
-        rotation_.finish();
-        share_.give_back(block_);
-    }
+    void finish() { rotation_.finish(); }
 
   private:
     Transfer& transfer_;
     StagingShare& share_;
     uint64_t piece_;
-    Staging::Block* block_;
+    Loan loan_;  // ends when nothing of it is on its way: others may wait for it, also where we failed
     Rotation rotation_;
 };
 

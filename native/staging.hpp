@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "driver.hpp"
@@ -88,6 +89,11 @@ class Loan {
     Staging::Block* operator->() const { return block_; }
     Staging::Block* get() const { return block_; }
     void handed_on() { block_ = nullptr; }
+    // For another block, when others have had their turn.
+    void exchange(const std::atomic<bool>& cancelled) {
+        share_.give_back(std::exchange(block_, nullptr));
+        block_ = share_.take(true, cancelled);
+    }
 
   private:
     StagingShare& share_;

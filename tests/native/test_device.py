@@ -111,6 +111,23 @@ def test_a_changed_byte_is_found_on_the_way_and_the_staging_memory_is_whole_agai
         transfer.wait(10)
 
 
+def test_where_all_blocks_fail_those_threads_end_too_that_wait_for_staging_memory(
+    staging: Staging, memory: MakeMemory, opened: Callable[..., OpenFile]
+) -> None:
+    contents = some_bytes(64 * BLOCK)
+    device = memory(len(contents))
+    file, options = opened(contents), Options(copy_threads=16)
+    digests = digests_of(bytes(len(contents)), BLOCK)
+    for _ in range(20):
+        with (
+            load_device(
+                file, Extent(0, len(contents)), target=device.address, staging=staging, digests=digests, options=options
+            ) as transfer,
+            pytest.raises(CorruptCheckpoint),
+        ):
+            transfer.wait(10)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_truncated_file_and_a_cancel_leave_the_staging_memory_whole(
     backend: Backend, staging: Staging, memory: MakeMemory, opened: Callable[..., OpenFile]
