@@ -4,7 +4,8 @@
 Closed here, each with its test in tests/bus/test_bus.py:
 - a full socket buffer ended the connection (its writer does not survive EAGAIN): `_PatientWriter`;
 - unexpected exceptions went to the caller with a traceback: `error_reply`;
-- received and sent file descriptors were never closed: `Received.close_fds`, `Connection.reply`;
+- received and sent file descriptors were never closed, and programs that are started had those received:
+  `Received.close_fds`, `Connection.reply`;
 - handlers did not learn the sender, and ObjectManager signals left from the child's path: we dispatch raw messages
   ourselves (`Connection.serve`, flashd/daemon/exports.py), so that dbus-next's service layer is not used at all.
 """
@@ -394,6 +395,8 @@ class Connection:
         self._bus.release()
 
     def _on_message(self, message: Message) -> bool:
+        for fd in message.unix_fds:
+            os.set_inheritable(fd, False)
         if message.message_type is MessageType.SIGNAL:
             self._on_signal(_received(message))
             return False

@@ -45,6 +45,7 @@ class Service:
             case "Refuse":
                 raise Busy("not now", hint="try later")
             case "TakeFds":
+                assert not any(os.get_inheritable(fd) for fd in call.fds)
                 return Reply("u", (len(call.fds),))
             case "GiveFd":
                 return Reply("h", (0,), (os.open("/dev/null", os.O_RDONLY),))
@@ -137,6 +138,14 @@ async def test_100_calls_with_descriptors_leak_none(service: Service, connection
                 await ask(connection, "Refuse", "ah", [0, 1, 2], fds=fds)
         await asyncio.sleep(0.05)
         assert descriptors() == before
+
+
+async def test_descriptors_are_not_inherited_by_programs(service: Service, connection: Connection) -> None:
+    with null() as file:
+        await ask(connection, "TakeFds", "ah", [0], fds=(file.fileno(),))  # asserted there
+    given = await ask(connection, "GiveFd")
+    assert not os.get_inheritable(given.fds[0])
+    given.close_fds()
 
 
 async def test_a_descriptor_that_was_announced_and_not_sent_is_refused(
