@@ -26,15 +26,17 @@ H200_ROWS = [
     ("vllm", "resident_rebind_first_token", "vLLM, 16.4 GB model: swap between two on the GPU, to the first token",
      "our limit"),
     ("vllm", "resident_wake_first_token", "the same, of an engine that was parked", "our limit"),
-    ("vllm", "host_wake_first_token", "the same, its weights in host memory", "1.15 copies of pinned memory + 0.1 s"),
-    ("vllm", "stored_swap_first_token", "the same, its weights on the disk", "1.1 raw reads + 0.5 s"),
+    ("vllm", "host_wake_first_token", "the same, its weights in host memory", ""),
+    ("vllm", "stored_swap_first_token", "the same, its weights on the disk", ""),
     ("vllm", "first_swap_first_token", "the very first: read, loaded, all kernels compiled", ""),
     ("vllm", "parked_device_bytes", "what a parked engine has of the GPU: its context and graphs", ""),
     ("memory", "resident_lease", "lease of a model on the GPU: D-Bus call to tensors", "our limit"),
     ("memory", "resident_map", "of that, mapping its memory", "our limit"),
     ("memory", "host_to_device", "host tier to GPU", "one plain copy of pinned memory"),
-    ("sweep", "ram_file_to_device", "file in memory to GPU", "one plain copy of pinned memory"),
-    ("sweep", "nvme_to_device", "disk to GPU", "the best raw O_DIRECT read"),
+    ("sweep", "ram_file_to_device", "file in memory to GPU, not verified", "one plain copy of pinned memory"),
+    ("sweep", "ram_file_to_device.verified_1MiB", "the same, every block verified, in pieces of 1 MiB",
+     "one plain copy of pinned memory"),
+    ("sweep", "nvme_to_device", "disk to GPU, not verified", "the best raw O_DIRECT read"),
 ]  # fmt: skip
 H100_ROWS = [
     (

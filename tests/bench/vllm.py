@@ -112,8 +112,8 @@ def plain(python: str, model: Path, runs: int, options: dict[str, Any], caches: 
 def references(
     python: str, models: Sequence[Path], options: dict[str, Any], folder: Path, gpu: str
 ) -> dict[str, list[int]]:
-    """What fresh engines of plain vLLM answer that are as flashd's are: kernels are chosen by the most requests and
-    tokens of a batch, and other kernels round otherwise."""
+    """What fresh engines of plain vLLM answer that are told the same limits as flashd's: one with others, reloaded in
+    place, answered otherwise from the seventh token on. Rounding by other kernels is the likely cause, not isolated."""
     alike = {**options, "max_num_seqs": 32, "max_num_batched_tokens": 8192}
     if "enforce_cpu" not in options:
         alike["gpu_memory_utilization"] = 0.01  # decides nothing beside a KV cache of a given size
