@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ import pytest_asyncio
 from conftest import Resident, http, plain_vllm, soon
 from vllm_greedy import PROMPTS
 
+from flashd import config
 from flashd.engines.engine import Binding, EngineOptions, EngineState
 from flashd.engines.process import EngineProcess
-from flashd.engines.vllm.factory import VllmFactory
+from flashd.engines.vllm.factory import VllmFactory, environment
 from flashd.errors import EngineFailed, EngineOutOfMemory, Unavailable, Unsupported
 
 # Importing vLLM takes ten seconds on an idle machine, and plain vLLM answers first.
@@ -364,6 +366,34 @@ async def test_weights_of_another_shape_end_the_engine_rather_than_mix(start: St
         await engine.rebind(residents["llama"].binding())
     assert engine.state is EngineState.FAILED
     await soon(lambda: not any(alive(pid) for pid in pids))
+
+
+_KEY = """
+import os, shutil, sys
+from vllm.engine.arg_utils import AsyncEngineArgs
+from flashd.engines.vllm import versions, worker
+source, *folders = sys.argv[1:]
+for folder in folders:
+    shutil.copytree(source, folder + "/model")
+    os.chdir(folder)
+    told = worker.arguments([folder], {"arguments": [], "kv_cache_bytes": 1 << 26}, [])
+    config = AsyncEngineArgs.from_cli_args(versions.parse(list(told))).create_engine_config()
+    print("KEY", config.compute_hash())
+"""
+
+
+async def test_what_was_compiled_for_one_engine_counts_for_the_next(
+    vllm_python: str, compiled: Path, made: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "engine-one", tmp_path / "engine-two"]
+    for folder in folders:
+        folder.mkdir()
+    done = subprocess.run(
+        [vllm_python, "-c", _KEY, made / "ada", *folders],
+        capture_output=True, text=True, check=False, env=config.child_environment(environment(compiled)),
+    )  # fmt: skip
+    keys = [line for line in done.stdout.splitlines() if line.startswith("KEY ")]
+    assert len(keys) == 2 and len(set(keys)) == 1, done.stderr[-3000:]
 
 
 async def test_an_interpreter_without_vllm_is_unavailable_and_says_what_to_do(

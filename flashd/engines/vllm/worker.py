@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,31 +206,9 @@ class _Worker:
         self._handover.hold(ranks)
         close_all(frame.fds)
         try:
-            return versions.parse([*self._arguments(content["names"])])
+            return versions.parse([*arguments(content["names"], self._options, self._adapters)])
         except ValueError as error:
             raise EngineFailed(f"vLLM {versions.VERSION}: {error}", hint="see engines.vllm.arguments") from None
-
-    def _arguments(self, names: Sequence[str]) -> Iterator[str]:
-        """What the user said comes later and wins, but for what the engine's being ours depends on."""
-        yield from ("--disable-log-stats", "--max-model-len", "auto")
-        if not versions.is_cpu():
-            # Graphs are captured for as many sizes as this allows, which is most of what a start takes.
-            yield from ("--max-num-seqs", _MOST_SEQUENCES)
-        if kv_cache_bytes := self._options["kv_cache_bytes"]:
-            yield from ("--kv-cache-memory-bytes", str(kv_cache_bytes))
-            if not versions.is_cpu():
-                # Decides no size then, and yet vLLM refuses to start unless so much is free: other models are resident.
-                yield from ("--gpu-memory-utilization", "0.01")
-        yield from adapters.arguments(self._adapters)
-        yield from self._options["arguments"]
-        yield from ("--model", str(Path(_MODEL).resolve()), "--served-model-name", *names)
-        yield from ("--load-format", LOAD_FORMAT, "--worker-extension-cls", _EXTENSION)
-        yield from ("--model-loader-extra-config", json.dumps({"handover": handover.SOCKET}))
-        if versions.is_cpu():
-            # Compiled code has the packed weights of the first model built in, and would go on using them.
-            yield "--enforce-eager"
-        else:
-            yield "--enable-sleep-mode"  # which releases the KV cache while it is parked
 
     async def _take(self, frame: Frame) -> None:
         """Other weights, in place. What is wrong with them in itself is found before anything is touched; where
@@ -259,6 +237,30 @@ class _Worker:
         offered = {adapter.name: str(adapter.folder) for adapter in self._adapters if adapter.is_of(names)}
         for name, why in (await versions.offer_adapters(self._app, offered)).items():
             print(f"the adapter {name} is not applied: {why}", file=sys.stderr, flush=True)
+
+
+def arguments(names: Sequence[str], options: Mapping[str, Any], applied: Sequence[AppliedAdapter]) -> Iterator[str]:
+    """For `vllm serve`. What the user said comes later and wins, but for what the engine's being ours depends on."""
+    yield from ("--disable-log-stats", "--max-model-len", "auto")
+    if not versions.is_cpu():
+        # Graphs are captured for as many sizes as this allows, which is most of what a start takes.
+        yield from ("--max-num-seqs", _MOST_SEQUENCES)
+    if kv_cache_bytes := options["kv_cache_bytes"]:
+        yield from ("--kv-cache-memory-bytes", str(kv_cache_bytes))
+        if not versions.is_cpu():
+            # Decides no size then, and yet vLLM refuses to start unless so much is free: other models are resident.
+            yield from ("--gpu-memory-utilization", "0.01")
+    yield from adapters.arguments(applied)
+    yield from options["arguments"]
+    # The path is a part of the key under which vLLM keeps what it compiled: one that stays, or nothing is found again.
+    yield from ("--model", f"./{_MODEL}", "--served-model-name", *names)
+    yield from ("--load-format", LOAD_FORMAT, "--worker-extension-cls", _EXTENSION)
+    yield from ("--model-loader-extra-config", json.dumps({"handover": handover.SOCKET}))
+    if versions.is_cpu():
+        # Compiled code has the packed weights of the first model built in, and would go on using them.
+        yield "--enforce-eager"
+    else:
+        yield "--enable-sleep-mode"  # which releases the KV cache while it is parked
 
 
 def _ranks(frame: Frame) -> list[Frame]:
