@@ -60,12 +60,20 @@ def settings(lines: str) -> str:
     return tomli_w.dumps(tables)
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What vLLM compiles, which takes most of a minute: one daemon's engines find what another's did."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture
-def machine(request: pytest.FixtureRequest, nothing_leaks: None, tmp_path: Path) -> Iterator[Machine]:
+def machine(request: pytest.FixtureRequest, nothing_leaks: None, compiled: Path, tmp_path: Path) -> Iterator[Machine]:
     """Parametrize it with lines of the configuration: of its [memory] section, until they say otherwise."""
     with tempfile.TemporaryDirectory(prefix="fd-") as short, PrivateBus(Path(short)) as bus:
         daemon = Daemon(bus.address, tmp_path, Path(short))
         daemon.config.write_text(settings(getattr(request, "param", "")))
+        daemon.state.mkdir(parents=True, exist_ok=True)
+        (daemon.state / "compiled").symlink_to(compiled)
         manager = Manager(Path(short) / "manager")
         manager.open()
         sources = tmp_path / "sources"

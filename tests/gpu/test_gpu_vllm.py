@@ -70,6 +70,11 @@ def stored_images(machine: Machine) -> list[Path]:
     return list(machine.daemon.state.glob("store/images/*/manifest.toml"))
 
 
+def compiled_keys(machine: Machine) -> set[Path]:
+    """A folder for each key under which vLLM keeps what it compiled."""
+    return set((machine.daemon.state / "compiled/vllm/torch_compile_cache").glob("*/*"))
+
+
 def pool(client: flashd.Client) -> int:
     return next(device.used_bytes for device in client.devices() if device.name == "cuda:0")
 
@@ -109,8 +114,10 @@ def test_every_path_answers_exactly(machine: Machine, sources: Path, expected: d
         for engine in client.engines():
             client.stop_engine(engine)
         client.evict("bob")
+        before = compiled_keys(machine)
         swap(client, "bob", "start", "stored")
         assert answers(client) == expected["bob"], "a new engine that loads nothing"
+        assert before and compiled_keys(machine) == before, "and compiles nothing"
 
 
 def test_a_parked_engine_makes_the_image_of_a_new_fine_tune_before_anybody_asks(
