@@ -113,6 +113,7 @@ class Exported:
     """Base of every object on the bus: a path, one interface of the contract, and its members."""
 
     interface: ClassVar[str]
+    changes_unheard: ClassVar[bool] = False  # whether it has values that change without our being told
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -284,8 +285,10 @@ class ObjectTree:
     def _entry(self, path: str) -> bytes:
         entry = self._entries.get(path)
         if entry is None:
-            entry = dictionary_entry(_MANAGED_OBJECTS, path, self._interfaces(self._objects[path]))
-            self._entries[path] = entry
+            exported = self._objects[path]
+            entry = dictionary_entry(_MANAGED_OBJECTS, path, self._interfaces(exported))
+            if not exported.changes_unheard:
+                self._entries[path] = entry
         return entry
 
     async def _answer(self, call: Received) -> Reply:

@@ -405,6 +405,7 @@ class EngineObject(Exported):
 
 class DeviceObject(Exported):
     interface = wire.DEVICE
+    changes_unheard = True  # what others use of it
 
     def __init__(self, parts: Parts, name: str) -> None:
         """On unified memory two devices, the host and the GPU, show one pool."""

@@ -27,7 +27,7 @@ from flashd import errors
 from flashd.memory.arena import HostArena
 from flashd.memory.device import HostDevice
 from flashd.private_bus import PrivateBus
-from flashd.units import MiB
+from flashd.units import GiB, MiB
 
 FLASH = [sys.executable, "-c", "from flashd.cli import main; main()"]
 SIMULATED = "[memory]\nsimulated_device = '64MiB'\ndevice_budget = '48MiB'\nhost_budget = '64MiB'\n"
@@ -90,6 +90,16 @@ def test_a_card_is_a_device_with_a_ledger_of_its_own(client: flashd.Client, tmp_
     client.evict("a")
     assert client.model("a").residency == "stored"
     assert all(device.used_bytes == 0 for device in client.devices())
+
+
+def test_what_others_use_of_a_device_is_that_of_now(client: flashd.Client) -> None:
+    def host_used_bytes() -> int:
+        return next(device.driver_used_bytes for device in client.devices() if device.name == "host")
+
+    before_bytes = host_used_bytes()
+    with mmap.mmap(-1, GiB) as taken:
+        taken.write(bytes(GiB))
+        assert host_used_bytes() > before_bytes + GiB // 2, "the list is of now"
 
 
 def test_a_lease_on_a_device_is_the_weights_there(client: flashd.Client, tmp_path: Path) -> None:
