@@ -344,6 +344,24 @@ async def test_a_models_own_arguments_are_vllms_and_wrong_ones_are_told(
         await engine.stop()
 
 
+async def test_a_draft_model_of_another_kind_guesses_ahead_and_the_answers_stay(
+    vllm_factory: VllmFactory, residents: Residents, made: Path, plain: Plain
+) -> None:
+    guessing = json.dumps({"method": "draft_model", "model": str(made / "llama"), "num_speculative_tokens": 2})
+    options = EngineOptions(("--speculative-config", guessing))
+    engine = vllm_factory.create(options)
+    await engine.start(residents["ada"].binding())
+    assert await answers(engine) == plain["ada"]
+    await engine.park()
+    await engine.wake(residents["ada"].binding())
+    assert await answers(engine) == plain["ada"]
+    await engine.stop()
+    ada, bob = (residents[name].checkpoint for name in ("ada", "bob"))
+    assert vllm_factory.rebind_key(ada, options) != vllm_factory.rebind_key(bob, options)
+    without_model = EngineOptions(("--spec-method", "ngram"))
+    assert vllm_factory.rebind_key(ada, without_model) == vllm_factory.rebind_key(bob, without_model)
+
+
 async def test_an_arena_that_is_none_leaves_the_engine_with_what_it_had(
     start: Start, residents: Residents, plain: Plain
 ) -> None:

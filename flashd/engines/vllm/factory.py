@@ -27,6 +27,9 @@ _COMMUNICATION_BYTES = 1 * GiB  # what NCCL and vLLM's own all-reduce take of ea
 # Quantisation of which images may be made; whether one is, the engine says (flashd/engines/vllm/quantised.py).
 _TAKEN_IN_PLACE = {"fp8"}
 _PARKED = _TAKEN_IN_PLACE | {"modelopt", "mxfp4"}
+# The arguments that have vLLM guess ahead, and its ways of doing so without a second model.
+_SPECULATIVE = ("--speculative", "--spec-", "-sc")
+_WITHOUT_DRAFT = ("ngram", "suffix")
 # What the libraries that save fine-tunes write of their own circumstances, and nothing reads again.
 _INCIDENTAL = (VOLATILE - {"torch_dtype", "dtype"}) | {"is_local", "local_files_only", "name_or_path"}
 _SETTINGS = {"config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}
@@ -59,8 +62,9 @@ class VllmFactory(ZygoteFactory):
 
     def rebind_key(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> str:
         """What vLLM is told, and what it reads of a model: it does both once, when it starts."""
-        model_key = self._model_key(checkpoint)
-        return _digest({"model": model_key, **self._told(options)}) if model_key else ""
+        model_key, told = self._model_key(checkpoint), self._told(options)
+        own = checkpoint.id if _has_draft(told["arguments"]) else ""
+        return _digest({"model": model_key, "own": own, **told}) if model_key else ""
 
     def _told(self, options: EngineOptions) -> Mapping[str, Any]:
         all_get = self._settings.options
@@ -112,7 +116,7 @@ class VllmFactory(ZygoteFactory):
             "ranks": ranks.count,
             "adapters": len(told["adapters"]) > 0,
         }
-        makes_image = bool(parts["model"]) and ranks.count == ranks.tensor
+        makes_image = bool(parts["model"]) and ranks.count == ranks.tensor and not _has_draft(told["arguments"])
         part_bytes = checkpoint.manifest.data_bytes // ranks.count
         # A vocabulary is padded to what kernels like, and small layers are on every rank.
         spare_bytes = part_bytes // (64 if ranks.count == 1 else 8) + 64 * MiB
@@ -128,6 +132,13 @@ class VllmFactory(ZygoteFactory):
                 for rank, gpu in enumerate(self._gpus[: ranks.count])
             )
         )
+
+
+def _has_draft(arguments: Sequence[str]) -> bool:
+    """Whether a second model guesses ahead. It may be a part of the checkpoint, and is of no use to another; no image
+    has its weights."""
+    is_told = any(argument.startswith(_SPECULATIVE) for argument in arguments)
+    return is_told and not any(method in argument for argument in arguments for method in _WITHOUT_DRAFT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
     def __init__(self, load_config: Any) -> None:
         super().__init__(load_config)
         self._is_image = False
+        self._is_draft = False
         self._wanted = Wanted.parse(load_config.model_loader_extra_config)
 
     def download_model(self, model_config: Any) -> None:
@@ -49,7 +50,15 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
 
     def load_model(self, vllm_config: Any, model_config: Any, *arguments: Any, **options: Any) -> nn.Module:
         """As vLLM's, but that on a GPU the weights are an image in the end: one that was made before, in which case
-        nothing is loaded, or one that is made of what was loaded, to be handed on."""
+        nothing is loaded, or one that is made of what was loaded, to be handed on. A draft model, which guesses ahead
+        (speculative decoding), comes from where it is, or, if it is a part of this one, out of the same weights."""
+        if versions.is_draft(model_config):
+            self._is_draft = True
+            if not versions.is_part_of_target(model_config, vllm_config):
+                return versions.own_loader(self.load_config).load_model(
+                    vllm_config, model_config, *arguments, **options
+                )
+            return super().load_model(vllm_config, model_config, *arguments, **options)
         source = sources.source(self._wanted, vllm_config)
         self._is_image = source is not None and bool(source.layout)
         is_wanted = source is not None and source.wants_image
@@ -78,7 +87,8 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
         started = time.perf_counter()
         named = {name for name, _ in model.named_parameters()}
         loaded = model.load_weights(self.get_all_weights(model_config, model))
-        if loaded is not None and model_config.quantization is None and (missing := sorted(named - loaded)):
+        is_whole = loaded is not None and model_config.quantization is None and not self._is_draft
+        if is_whole and (missing := sorted(named - loaded)):
             raise CorruptCheckpoint(f"{model_config.model} has no weights for {', '.join(missing[:5])}")
         log.info("weights came from flashd's arena in %.2f s", time.perf_counter() - started)
 

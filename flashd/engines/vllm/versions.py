@@ -7,6 +7,7 @@ Written for 0.22 to 0.33. What moved between them is looked for where it is, new
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import importlib
 import inspect
@@ -53,6 +54,7 @@ _model_path = _found(
     "BaseModelPath", "vllm.entrypoints.openai.models.protocol", "vllm.entrypoints.openai.serving_models"
 )
 _environment = _found("compile_factors", "vllm.envs")
+_get_loader = _found("get_model_loader", "vllm.model_executor.model_loader")
 _world_group = _found("get_world_group", "vllm.distributed.parallel_state")
 
 
@@ -135,6 +137,21 @@ def writes_weights(config: Any) -> bool:
     return getattr(config, "weight_transfer_config", None) is not None or any(
         getattr(part, name, False) for part in parts for name in wants
     )
+
+
+def is_draft(model_config: Any) -> bool:
+    """Whether this is the model that guesses ahead for another."""
+    return getattr(model_config, "runner_type", "") == "draft"
+
+
+def is_part_of_target(draft_config: Any, config: Any) -> bool:
+    """Whether a draft model's weights are in the checkpoint that it guesses ahead for (multi-token prediction)."""
+    return bool(draft_config.model == config.speculative_config.target_model_config.model)
+
+
+def own_loader(load_config: Any) -> Any:
+    """vLLM's, of files."""
+    return _get_loader(dataclasses.replace(load_config, load_format="auto", model_loader_extra_config={}))
 
 
 def all_agree(is_so: bool) -> bool:
