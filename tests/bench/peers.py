@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long does each loader take for one checkpoint, from a file to tensors on the GPU?
 
-    tests/bench/peers.py CHECKPOINT [--runs 3] [--json FILE]
+    tests/bench/peers.py CHECKPOINT [--runs 3] [--how cold,warm] [--peers NAME,...] [--json FILE]
 
 CHECKPOINT is one safetensors file of several gigabytes. Each load happens in a process of its own that has imported its
 loader and begun to use the GPU before; `cold` with the file dropped from the page cache, `warm` with all of it in
@@ -13,6 +13,7 @@ on the CPU, and flashd loads to its host tier. Loaders that are not installed ar
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--how", type=_names_of(["cold", "warm"]), default=["cold", "warm"])
+    parser.add_argument("--peers", type=_names_of(PEERS), default=list(PEERS), help="those to compare with")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     source = options.checkpoint.resolve()
@@ -136,11 +139,13 @@ def main() -> None:
     ):
         client.import_(source, "subject")
         (path,) = (Path(folder) / "state/store").rglob("model.safetensors")  # the very file that all of them load
-        rows = measured(client, path, options.runs)
+        rows = measured(client, path, options.runs, options.how, options.peers)
     device = device_of("auto")
+    is_all = options.how == ["cold", "warm"] and options.peers == list(PEERS)
+    chosen = "" if is_all else f" --how {','.join(options.how)} --peers {','.join(options.peers)}"
     made = report(
-        "peers",
-        f"tests/bench/peers.py {source.name} --runs {options.runs} ({source.stat().st_size / 1e9:.1f} GB)",
+        "peers" if is_all else "race",
+        f"tests/bench/peers.py {source.name} --runs {options.runs}{chosen} ({source.stat().st_size / 1e9:.1f} GB)",
         rows,
         driver=device.kind.value if device else "host",
         gpu=device.gpu if device else None,
@@ -151,7 +156,17 @@ def main() -> None:
         print(f"{row.name:32s} {row.value:8.2f} {row.unit:5s} limit {row.limit or 0:8.2f} ratio {row.ratio or 0:6.3f}")
 
 
-def measured(client: flashd.Client, path: Path, runs: int) -> list[Row]:
+def _names_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := set(names) - set(known):
+            raise argparse.ArgumentTypeError(f"not {', '.join(unknown)}: one or more of {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def measured(client: flashd.Client, path: Path, runs: int, hows: Collection[str], peers: Collection[str]) -> list[Row]:
     with path.open("rb") as file:
         found = header.read(file.fileno(), str(path))
     size_bytes = found.data_bytes
@@ -199,9 +214,9 @@ def measured(client: flashd.Client, path: Path, runs: int) -> list[Row]:
                     link.copy(ready.address, size_bytes)
                     note("copy", link.copy(ready.address, size_bytes))
 
-    steps: list[Callable[[], None]] = [lambda: ours("cold"), lambda: ours("warm"), limits]
-    steps += [ours_from_host] if device else []
-    steps += [peer(name, how) for name in PEERS for how in ("cold", "warm")]
+    steps: list[Callable[[], None]] = [limits, *(functools.partial(ours, how) for how in hows)]
+    steps += [ours_from_host] if device and "warm" in hows else []
+    steps += [peer(name, how) for name in peers for how in hows]
     ours("cold")  # staging memory is made, contexts too
     figures.clear()
     for _ in range(runs):
