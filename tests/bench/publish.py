@@ -30,15 +30,14 @@ H200_ROWS = [
     ("vllm", "stored_swap_first_token", "the same, its weights on the disk", ""),
     ("vllm", "first_swap_first_token", "the very first: read, loaded, all kernels compiled", ""),
     ("vllm", "parked_device_bytes", "what a parked engine has of the GPU: its context and graphs", ""),
-    ("memory", "resident_lease", "lease of a model on the GPU: D-Bus call to tensors", "our limit"),
-    ("memory", "resident_map", "of that, mapping its memory", "our limit"),
-    ("memory", "host_to_device", "host tier to GPU", "one plain copy of pinned memory"),
     ("sweep", "ram_file_to_device", "file in memory to GPU, not verified", "one plain copy of pinned memory"),
     ("sweep", "ram_file_to_device.verified_1MiB", "the same, every block verified, in pieces of 1 MiB",
      "one plain copy of pinned memory"),
-    ("sweep", "nvme_to_device", "disk to GPU, not verified", "the best raw O_DIRECT read"),
 ]  # fmt: skip
 H100_ROWS = [
+    ("memory", "resident_lease", "lease of a model on the GPU: D-Bus call to tensors", "our limit"),
+    ("memory", "resident_map", "of that, mapping its memory", "our limit"),
+    ("memory", "host_to_device", "host tier to GPU", "one plain copy of pinned memory"),
     (
         "peers",
         "peer.flashd.host",
@@ -47,6 +46,7 @@ H100_ROWS = [
     ),
     ("stream", "nvme_to_device", "disk to GPU", "the best raw O_DIRECT read"),
     ("stream", "nvme_to_device.verified", "the same, every block verified", "the best raw O_DIRECT read"),
+    ("stream", "ram_file_to_device", "file in memory to GPU", "one plain copy of pinned memory"),
     ("stream", "nvme_to_host", "disk to host tier", "the best raw O_DIRECT read"),
     ("stream", "cpu_s_per_gb.device", "processor time of a load from disk to GPU", ""),
     ("stream", "staging_bytes", "pinned memory that all loads to the GPU share", "our limit"),
@@ -129,7 +129,7 @@ def figures() -> str:
     return "\n".join(
         [
             "![One checkpoint, five loaders, from a file to tensors on the GPU](tests/bench/results/loading.svg)", "",
-            described(h200), "", *table(h200, H200_ROWS), "", described(h100), "", *table(h100, H100_ROWS), "",
+            described(h100), "", *table(h100, H100_ROWS), "", described(h200), "", *table(h200, H200_ROWS), "",
             described(cpu), "", *table(cpu, CPU_ROWS),
         ]
     )  # fmt: skip

@@ -7,10 +7,10 @@
 Each MODEL is the folder of a fine-tune; all have one architecture. PYTHON has vLLM and flashd. What vLLM does by itself
 (a start from nothing, its sleep levels and wake, its reload) is measured in the same run.
 
-Every answer of flashd's engines is compared, token for token: while they are measured with the model's first, and at
-the end that with a fresh vLLM's that loads the model itself. Which of several kernels run is decided by timing them
-when they are compiled, and their rounding differs; in models of random weights, whose tokens are nearly all alike, that
-shows after a few. So the fresh ones find what the engines compiled, under the same key, and it is said if they do not.
+Every answer of flashd's engines is compared, token for token: with what the same engine answered to the same model
+before, which it must equal; and with that of other engines, and of a fresh vLLM that loads the model itself, from which
+it may part only where two tokens are as likely as each other. Kernels are chosen anew when an engine is compiled or
+loads what was, and round otherwise; of random weights nearly all tokens are alike, so that this shows soon.
 """
 
 from __future__ import annotations
@@ -57,15 +57,19 @@ arguments = json.loads(sys.argv[2])
 from vllm import LLM, SamplingParams
 
 def main():
-    greedy = SamplingParams(temperature=0, max_tokens=tokens, seed=0)
+    greedy = SamplingParams(temperature=0, max_tokens=tokens, seed=0, logprobs=2)
     one = SamplingParams(temperature=0, max_tokens=1)
     sleeps = "enforce_cpu" not in arguments
     options = {k: v for k, v in arguments.items() if k != "enforce_cpu"}
     llm = LLM("./model", enable_sleep_mode=sleeps, kv_cache_memory_bytes=kv_cache, **options)
-    ask = lambda how: list(llm.generate([prompt], how, use_tqdm=False)[0].outputs[0].token_ids)
+    ask = lambda how: llm.generate([prompt], how, use_tqdm=False)[0].outputs[0]
+    def answer():
+        found = ask(greedy)
+        likely = [sorted((entry.logprob for entry in place.values()), reverse=True) for place in found.logprobs]
+        return {"tokens": list(found.token_ids), "margins": [first - second for first, second, *_ in likely]}
     ask(one)
     found = {"cold": time.perf_counter() - started, "first_token": [], "sleep1": [], "sleep2": []}
-    found["answer"] = ask(greedy)
+    found["answer"] = answer()
     for _ in range(runs):
         t = time.perf_counter(); ask(one); found["first_token"].append(time.perf_counter() - t)
     for level, name in ((1, "sleep1"), (2, "sleep2")) if sleeps and runs else ():
@@ -78,7 +82,7 @@ def main():
                 llm.reset_prefix_cache()
             ask(one)
             found[name].append(time.perf_counter() - t)
-            assert ask(greedy) == found["answer"]
+            assert answer()["tokens"] == found["answer"]["tokens"]
         found[name] = found[name][1:]  # the first makes what the others use
     print("FOUND " + json.dumps(found), flush=True)
 
@@ -87,11 +91,33 @@ if __name__ == "__main__":
 """
 
 
+# Logits are of this size where the likeliest tokens are: two steps of bfloat16 there.
+_AS_LIKELY = 2 * 2**-5
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Token ids, and by how much the likeliest was likelier than the next, in logarithms."""
+
+    tokens: list[int]
+    margins: list[float]
+
+    def parted_from(self, other: Answer) -> str:
+        """Why this is another answer; empty if it is none."""
+        for place, (ours, theirs) in enumerate(zip(self.tokens, other.tokens, strict=False)):
+            if ours != theirs:
+                margin = max(self.margins[place], other.margins[place])
+                print(f"parted at token {place}, where the two likeliest are {margin:.4f} apart", flush=True)
+                return "" if margin <= _AS_LIKELY else f"{self} is not {other}"
+        return ""
+
+
 @dataclass(slots=True)
 class Figures:
-    """Milliseconds by row, and what each model answered first."""
+    """Milliseconds by row, what each model answered first, and what each engine (its process) answered to it."""
 
-    answers: dict[str, list[int]] = field(default_factory=dict)
+    answers: dict[str, Answer] = field(default_factory=dict)
+    by_engine: dict[tuple[int, str], list[int]] = field(default_factory=dict)
     ms: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
@@ -114,9 +140,9 @@ def plain(python: str, model: Path, runs: int, options: dict[str, Any], folder: 
 
 
 def differing(
-    python: str, answers: dict[str, list[int]], models: Sequence[Path], options: dict[str, Any], folder: Path
+    python: str, answers: dict[str, Answer], models: Sequence[Path], options: dict[str, Any], folder: Path
 ) -> list[str]:
-    """The models of which a fresh vLLM answers otherwise. It is told the same limits as flashd's engines, and has what
+    """The models to which a fresh vLLM answers otherwise. It is told the same limits as flashd's engines, and has what
     they compiled."""
     alike = {**options, "max_num_seqs": 32, "max_num_batched_tokens": 8192}
     if "enforce_cpu" not in options:
@@ -129,9 +155,9 @@ def differing(
         print(f"fresh engines compiled anew, so their rounding may differ: {len(anew)} folders")
     different = []
     for model, answer in zip(models, found, strict=True):
-        if answer != answers[model.name]:
+        if why := answers[model.name].parted_from(Answer(**answer)):
             different.append(model.name)
-            print(f"{model.name} answered {answers[model.name]}, and a fresh vLLM answers {answer}")
+            print(f"{model.name}: {why}, a fresh vLLM's")
     return different
 
 
@@ -154,11 +180,19 @@ class Asking:
         transport = httpx.HTTPTransport(uds=client.status().endpoint, verify=False)
         self._http = httpx.Client(transport=transport, base_url="http://flashd", timeout=500)
 
-    def tokens(self, count: int) -> list[int]:
-        body = {"prompt": PROMPT, "temperature": 0, "max_tokens": count, "seed": 0, "return_token_ids": True}
-        answer = self._http.post("/v1/completions", json=body)
+    def first_token(self) -> None:
+        self._ask({"max_tokens": 1})
+
+    def answer(self) -> Answer:
+        more = {"return_token_ids": True, "return_tokens_as_token_ids": True, "logprobs": 2}
+        found = self._ask({"max_tokens": TOKENS, "seed": 0, **more})
+        likely = [sorted(place.values(), reverse=True) for place in found["logprobs"]["top_logprobs"]]
+        return Answer(found["token_ids"], [first - second for first, second, *_ in likely])
+
+    def _ask(self, how: dict[str, Any]) -> dict[str, Any]:
+        answer = self._http.post("/v1/completions", json={"prompt": PROMPT, "temperature": 0, **how})
         answer.raise_for_status()
-        found: list[int] = answer.json()["choices"][0]["token_ids"]
+        found: dict[str, Any] = answer.json()["choices"][0]
         return found
 
 
@@ -172,7 +206,7 @@ def measured(client: flashd.Client, models: Sequence[Path], runs: int, rounds: i
     def first_token(name: str, row: str, how: str) -> None:
         started = time.perf_counter()
         outcome = client.swap(name)
-        asking.tokens(1)
+        asking.first_token()
         took_ms = (time.perf_counter() - started) * 1e3
         if outcome.how != how:
             sys.exit(f"{row}: {name} came by {outcome.how}")
@@ -181,9 +215,12 @@ def measured(client: flashd.Client, models: Sequence[Path], runs: int, rounds: i
         check(name)
 
     def check(name: str) -> None:
-        found = asking.tokens(TOKENS)
-        if found != figures.answers.setdefault(name, found):
-            sys.exit(f"{name} answers {found}, and answered {figures.answers[name]} before")
+        found, engine = asking.answer(), max(client.engines(), key=lambda engine: engine.started_at).pid
+        before = figures.by_engine.setdefault((engine, name), found.tokens)
+        if found.tokens != before:
+            sys.exit(f"{name} answers {found}, and the same engine answered {before} before")
+        if why := found.parted_from(figures.answers.setdefault(name, found)):
+            sys.exit(f"{name}: {why}, another engine's")
 
     def stop_engines() -> None:
         for engine in client.engines():
@@ -197,7 +234,7 @@ def measured(client: flashd.Client, models: Sequence[Path], runs: int, rounds: i
     for turn in range(runs):
         first_token(names[turn % len(names)], "resident_rebind_first_token", "rebind")
         started = time.perf_counter()
-        asking.tokens(1)
+        asking.first_token()
         figures.ms["first_token"].append((time.perf_counter() - started) * 1e3)
     for turn in range(max(4, runs // 4)):
         client.park()
@@ -322,7 +359,7 @@ def main() -> None:
         sys.exit(
             f"the answers of {', '.join(different)} are not those of a fresh vLLM, so these figures are worth nothing"
         )
-    print("every answer was that of a fresh vLLM")
+    print("every answer was that of a fresh vLLM, but for tokens that are as likely as each other")
     if options.json:
         options.json.write_text(made_report.to_json() + "\n")
 
