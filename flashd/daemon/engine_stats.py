@@ -8,6 +8,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 
+from flashd.daemon.threads import Routine
 from flashd.engines.engine import EngineState, EngineStats
 from flashd.engines.surroundings import family
 from flashd.errors import FlashdError
@@ -18,8 +19,8 @@ _ASK_EVERY_S = 2.0
 _NOTHING = EngineStats(active_requests=0, memory_bytes=0, seen_requests=0)
 
 
-class EngineStatsBook:
-    """Asks every engine now and then, until `close`. There is nothing to do while there is no engine."""
+class EngineStatsBook(Routine):
+    """Asks every engine now and then. There is nothing to do while there is no engine."""
 
     def __init__(
         self,
@@ -32,6 +33,7 @@ class EngineStatsBook:
     ) -> None:
         """`device_bytes` tells what processes have of GPUs, in a thread. `on_change` hears the number of an engine,
         `on_idle` of the active model when it was idle for so long."""
+        super().__init__("engine stats", self._look)
         self._swapper = swapper
         self._idle_timeout_s = idle_timeout_s
         self._on_change = on_change
@@ -40,18 +42,14 @@ class EngineStatsBook:
         self._known: dict[int, EngineStats] = {}
         self._device_bytes: dict[int, int] = {}
         self._busy_at = time.monotonic()
-        self._task: asyncio.Task[None] | None = None
         self._asking: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        self._task = asyncio.create_task(self._run(), name="engine stats")
-
     async def close(self) -> None:
-        for task in (self._task, self._asking):
-            if task is not None:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+        await super().close()
+        if self._asking is not None:
+            self._asking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._asking
 
     def of(self, number: int) -> EngineStats:
         return self._known.get(number, _NOTHING)
@@ -64,21 +62,20 @@ class EngineStatsBook:
         """A swap counts as use."""
         self._busy_at = time.monotonic()
 
-    async def _run(self) -> None:
-        while True:
-            await asyncio.sleep(_ASK_EVERY_S)
-            active = self._swapper.active
-            before = self.of(active.engine.number).seen_requests if active else 0
-            await self._ask_all()
-            if active is None or self._swapper.state is not SwapState.IDLE:
-                self.note_activity()
-                continue
-            limit_s, now = self._idle_timeout_s(active.target), self.of(active.engine.number)
-            if now.active_requests or now.seen_requests != before:
-                self.note_activity()
-            elif limit_s and time.monotonic() - self._busy_at > limit_s:
-                self.note_activity()
-                self._on_idle(active.target)
+    async def _look(self) -> None:
+        await asyncio.sleep(_ASK_EVERY_S)
+        active = self._swapper.active
+        before = self.of(active.engine.number).seen_requests if active else 0
+        await self._ask_all()
+        if active is None or self._swapper.state is not SwapState.IDLE:
+            self.note_activity()
+            return
+        limit_s, now = self._idle_timeout_s(active.target), self.of(active.engine.number)
+        if now.active_requests or now.seen_requests != before:
+            self.note_activity()
+        elif limit_s and time.monotonic() - self._busy_at > limit_s:
+            self.note_activity()
+            self._on_idle(active.target)
 
     async def _ask_all(self) -> None:
         engines = [seat.engine for seat in self._swapper.seats]

@@ -7,11 +7,11 @@ The newest comes first, one at a time. Whoever swaps to another model interrupts
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
 from flashd.daemon.jobs import Job, JobState
+from flashd.daemon.threads import Routine
 from flashd.errors import FlashdError
 
 log = logging.getLogger(__name__)
@@ -19,27 +19,18 @@ log = logging.getLogger(__name__)
 _LOOK_S = 0.5
 
 
-class Newcomers:
-    """Runs from `start` until `close`."""
+class Newcomers(Routine):
+    """One after another."""
 
     def __init__(self, warm_up: Callable[[str], Awaitable[Job | None]], *, is_idle: Callable[[], bool]) -> None:
         """`warm_up` begins to make a model ready, unless it does not fit; `is_idle` tells whether nothing else runs."""
+        super().__init__("newcomers", self._take_one)
         self._warm_up = warm_up
         self._is_idle = is_idle
         self._names: list[str] = []
         self._any = asyncio.Event()
         self._job: Job | None = None
         self._is_interrupted = False
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        self._task = asyncio.create_task(self._run(), name="newcomers")
-
-    async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
 
     def arrived(self, name: str) -> None:
         """A model is new, or has a new version."""
@@ -54,18 +45,17 @@ class Newcomers:
             self._is_interrupted = True
             self._job.cancel()
 
-    async def _run(self) -> None:
-        while True:
-            await self._any.wait()
-            while not self._is_idle():  # noqa: ASYNC110 -- many things count, and none of them is in a hurry
-                await asyncio.sleep(_LOOK_S)
-            name = self._names.pop()
-            if not self._names:
-                self._any.clear()
-            try:
-                await self._make_ready(name)
-            except (FlashdError, OSError) as error:
-                log.info("%s is not made ready: %s", name, error)
+    async def _take_one(self) -> None:
+        await self._any.wait()
+        while not self._is_idle():  # noqa: ASYNC110 -- many things count, and none of them is in a hurry
+            await asyncio.sleep(_LOOK_S)
+        name = self._names.pop()
+        if not self._names:
+            self._any.clear()
+        try:
+            await self._make_ready(name)
+        except (FlashdError, OSError) as error:
+            log.info("%s is not made ready: %s", name, error)
 
     async def _make_ready(self, name: str) -> None:
         self._is_interrupted = False

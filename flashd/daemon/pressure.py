@@ -8,10 +8,10 @@ it more, and the kernel would choose less well.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Mapping
 
+from flashd.daemon.threads import Routine
 from flashd.memory.device import memory_fields
 from flashd.swap import Swapper
 from flashd.units import format_bytes
@@ -22,8 +22,8 @@ _LOOK_S = 2.0
 _SPARE = 64  # of so many parts, one
 
 
-class Pressure:
-    """Looks from `start` until `close`."""
+class Pressure(Routine):
+    """Looks every so often."""
 
     def __init__(
         self,
@@ -34,28 +34,16 @@ class Pressure:
         look_s: float = _LOOK_S,
     ) -> None:
         """`memory` has the fields of /proc/meminfo, in bytes."""
+        super().__init__("memory pressure", self._look)
         self._swapper = swapper
         self._spare_bytes = spare_bytes
         self._memory = memory
         self._look_s = look_s
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        self._task = asyncio.create_task(self._run(), name="memory pressure")
-
-    async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-
-    async def _run(self) -> None:
-        while True:
-            await asyncio.sleep(self._look_s)
-            if self._swapper.has_parked:
-                await self._look()
 
     async def _look(self) -> None:
+        await asyncio.sleep(self._look_s)
+        if not self._swapper.has_parked:
+            return
         memory = self._memory()
         available_bytes = memory["MemAvailable"]
         if available_bytes < (self._spare_bytes() or memory["MemTotal"] // _SPARE):

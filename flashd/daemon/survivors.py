@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flashd.daemon.service_manager import ArenaKeeper, EngineKeeper, FdStore
+from flashd.daemon.threads import tell_defect
 from flashd.engines.engine import Engine, EngineFactory, EngineState, Holding
 from flashd.engines.kept import Kept
 from flashd.errors import FlashdError, InvalidArgument
@@ -89,6 +90,7 @@ class Survivors:
                 kept.close()
         engines = [engine for factory in factories.values() for engine in factory.rejoin(self._left)]
         self._taking_over = asyncio.create_task(swapper.take_over(engines, recall, active), name="take over engines")
+        self._taking_over.add_done_callback(tell_defect)
         await asyncio.wait({self._taking_over}, timeout=_AT_ONCE_S)
 
     async def close(self) -> bool:

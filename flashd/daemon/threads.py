@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from flashd.errors import FlashdError
@@ -14,6 +15,8 @@ from flashd.errors import FlashdError
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_AFTER_DEFECT_S = 1.0
 
 
 async def in_thread(work: Callable[[Callable[[], bool]], T]) -> T:
@@ -31,6 +34,39 @@ async def in_thread(work: Callable[[Callable[[], bool]], T]) -> T:
     if stop.is_set() and future.exception() is not None:
         raise asyncio.CancelledError
     return future.result()
+
+
+def tell_defect(task: asyncio.Task[Any]) -> None:
+    """A done callback for a task that nobody waits for."""
+    if not task.cancelled() and (defect := task.exception()) is not None:
+        log.error("defect in %s", task.get_name(), exc_info=defect)
+
+
+class Routine:
+    """What is done again and again from `start` until `close`. A defect ends one round, and is told."""
+
+    def __init__(self, name: str, one_round: Callable[[], Awaitable[None]]) -> None:
+        """`one_round` waits for what it does next."""
+        self._name = name
+        self._one_round = one_round
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name=self._name)
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._one_round()
+            except Exception:  # a boundary: nobody waits for the outcome
+                log.exception("defect in %s", self._name)
+                await asyncio.sleep(_AFTER_DEFECT_S)
 
 
 class Background:
