@@ -226,7 +226,7 @@ class Scope(enum.Enum):
 # and where they may keep what they compile.
 ENGINE_SOCKET = Path("/run/flashd-engine.socket")
 ENGINE_STATE = Path("/var/lib/flashd-engine")
-_OF_FRAMEWORKS = ("CUDA_", "NCCL_", "OMP_", "PYTORCH_", "TORCH_", "VLLM_")
+_OF_FRAMEWORKS = ("CUDA_", "NCCL_", "OMP_", "PYTORCH_", "TORCH", "TRITON_", "VLLM_")
 
 
 @dataclass(frozen=True, slots=True)

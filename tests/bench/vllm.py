@@ -5,8 +5,8 @@
     tests/bench/vllm.py MODEL MODEL... [--runs 30] [--rounds 0] [--python PYTHON] [--argument=...]... [--json FILE]
 
 Each MODEL is the folder of a fine-tune; all have one architecture (tests/bench/random_models.py makes some). PYTHON has
-vLLM and flashd. What vLLM does by itself (a start from nothing, its sleep levels and wake, its reload) is measured in the
-same run.
+vLLM and flashd. What vLLM does by itself (a start from nothing, its sleep levels and wake, its reload) is measured in
+the same run.
 
 Every answer of flashd's engines is compared, token for token: with what the same engine answered to the same model
 before, which it must equal; and with that of other engines, and of a fresh vLLM that loads the model itself, from which
