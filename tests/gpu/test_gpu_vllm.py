@@ -34,11 +34,15 @@ kv_cache = "256MiB"
 arguments = ["--seed", "0", "--max-model-len", "256"]
 """
 
+# Without compiled code and graphs, which take most of a minute each time: what is tested has nothing to do with them.
+EAGER = CONFIG.replace('"256"]', '"256", "--enforce-eager"]')
+
 pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"),
-    pytest.mark.parametrize("machine", [CONFIG], indirect=True, ids=[""]),
 ]
+with_graphs = pytest.mark.parametrize("machine", [CONFIG], indirect=True, ids=[""])
+eagerly = pytest.mark.parametrize("machine", [EAGER], indirect=True, ids=[""])
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(sources: Path) -> dict[str, list[list[int]]]:
     """What vLLM answers with its own loader."""
     return answers_of_plain_vllm([sources / name for name in ("ada", "bob")])
+
+
+@pytest.fixture(scope="module")
+def expected_eagerly(sources: Path) -> dict[str, list[list[int]]]:
+    return answers_of_plain_vllm([sources / name for name in ("ada", "bob")], enforce_eager=True)
 
 
 def answers(client: flashd.Client) -> list[list[int]]:
@@ -79,6 +88,7 @@ def pool(client: flashd.Client) -> int:
     return next(device.used_bytes for device in client.devices() if device.name == "cuda:0")
 
 
+@with_graphs
 def test_every_path_answers_exactly(machine: Machine, sources: Path, expected: dict[str, Any]) -> None:
     with machine.connect() as client:
         for name in ("ada", "bob"):
@@ -120,8 +130,9 @@ def test_every_path_answers_exactly(machine: Machine, sources: Path, expected: d
         assert before and compiled_keys(machine) == before, "and compiles nothing"
 
 
+@eagerly
 def test_a_parked_engine_makes_the_image_of_a_new_fine_tune_before_anybody_asks(
-    machine: Machine, sources: Path, expected: dict[str, Any]
+    machine: Machine, sources: Path, expected_eagerly: dict[str, Any]
 ) -> None:
     with machine.connect() as client:
         client.import_(sources / "ada", "ada")
@@ -132,13 +143,14 @@ def test_a_parked_engine_makes_the_image_of_a_new_fine_tune_before_anybody_asks(
         until(lambda: client.model("bob").residency == "device")
         until(lambda: [engine.state for engine in client.engines()] == ["parked"])
         swap(client, "bob", "wake", "device")
-        assert answers(client) == expected["bob"]
+        assert answers(client) == expected_eagerly["bob"]
         swap(client, "ada", "rebind", "device")
-        assert answers(client) == expected["ada"]
+        assert answers(client) == expected_eagerly["ada"]
 
 
+@eagerly
 def test_an_engine_killed_in_its_sleep_leaves_nothing_and_another_takes_its_place(
-    machine: Machine, sources: Path, expected: dict[str, Any]
+    machine: Machine, sources: Path, expected_eagerly: dict[str, Any]
 ) -> None:
     with machine.connect() as client:
         client.import_(sources / "ada", "ada")
@@ -147,7 +159,7 @@ def test_an_engine_killed_in_its_sleep_leaves_nothing_and_another_takes_its_plac
         os.kill(client.engines()[0].pid, 9)
         until(lambda: not client.engines())
         swap(client, "ada", "start", "device")
-        assert answers(client) == expected["ada"]
+        assert answers(client) == expected_eagerly["ada"]
 
 
 @contextlib.contextmanager
@@ -175,8 +187,9 @@ def nothing_free() -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
+@eagerly
 def test_no_memory_at_wake_is_an_error_with_its_words_and_nothing_is_lost(
-    machine: Machine, sources: Path, expected: dict[str, Any]
+    machine: Machine, sources: Path, expected_eagerly: dict[str, Any]
 ) -> None:
     with machine.connect() as client:
         client.import_(sources / "ada", "ada")
@@ -186,16 +199,18 @@ def test_no_memory_at_wake_is_an_error_with_its_words_and_nothing_is_lost(
             client.swap("ada")
         assert client.status().active_model == "" and not client.engines()
         swap(client, "ada", "start", "device")
-        assert answers(client) == expected["ada"]
+        assert answers(client) == expected_eagerly["ada"]
 
 
+@eagerly
 def test_two_servers_started_by_hand_share_one_copy(machine: Machine, sources: Path, tmp_path: Path) -> None:
     large = make_large(sources / "ada", tmp_path / "large")
-    expected = answers_of_plain_vllm([large])["large"]
+    expected = answers_of_plain_vllm([large], enforce_eager=True)["large"]
     with machine.connect() as client:
         client.import_(large, "large")
         size_bytes = client.model("large").size_bytes
         options = {
+            "enforce_eager": True,
             "load_format": "flash",
             "model_loader_extra_config": {"bus": machine.daemon.address, "model": "large"},
         }
@@ -220,14 +235,16 @@ def test_two_servers_started_by_hand_share_one_copy(machine: Machine, sources: P
         client.evict("large")
 
 
+@eagerly
 def test_a_server_started_by_hand_answers_from_a_lease(
-    machine: Machine, sources: Path, expected: dict[str, Any]
+    machine: Machine, sources: Path, expected_eagerly: dict[str, Any]
 ) -> None:
     with machine.connect() as client:
         client.import_(sources / "ada", "ada")
     found = answers_of_plain_vllm(
         [sources / "ada"],
+        enforce_eager=True,
         load_format="flash",
         model_loader_extra_config={"bus": machine.daemon.address, "model": "ada", "device": "cuda:0"},
     )
-    assert found["ada"] == expected["ada"]
+    assert found["ada"] == expected_eagerly["ada"]

@@ -20,9 +20,9 @@ default = "vllm"
 [engines.vllm]
 python = "{sys.executable}"
 kv_cache = "256MiB"
-arguments = ["--seed", "0", "--max-model-len", "256"]
+arguments = ["--seed", "0", "--max-model-len", "256", "--enforce-eager"]
 """
-ON_THE_FLY = FP8.replace('"256"]', '"256", "--quantization", "fp8"]')
+ON_THE_FLY = FP8.replace('"--enforce-eager"]', '"--enforce-eager", "--quantization", "fp8"]')
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -41,8 +41,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(sources: Path) -> dict[str, list[list[int]]]:
     """What vLLM answers with its own loader, of checkpoints in eight bits, and of others that it quantises itself."""
-    own = answers_of_plain_vllm([sources / name for name in ("ada8", "bob8")])
-    return own | answers_of_plain_vllm([sources / name for name in ("ada", "bob")], quantization="fp8")
+    own = answers_of_plain_vllm([sources / name for name in ("ada8", "bob8")], enforce_eager=True)
+    on_the_fly = {"quantization": "fp8", "enforce_eager": True}
+    return own | answers_of_plain_vllm([sources / name for name in ("ada", "bob")], **on_the_fly)
 
 
 @pytest.mark.parametrize(
