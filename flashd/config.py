@@ -144,7 +144,9 @@ class EnginesConfig:
         0, "While the machine has less memory available, parked engines are stopped; 0: a 64th of it.", live=True
     )
     drain_timeout_s: float = _setting(10.0, "Requests in flight may take so long to finish before a swap cuts them.")
-    start_timeout_s: float = _setting(120.0, "An engine that does not answer after so long has failed.")
+    start_timeout_s: float = _setting(
+        600.0, "An engine that does not answer after so long has failed; the first of an architecture compiles first."
+    )
     idle_timeout_s: float = _setting(
         0.0, "Park the active model after so long without requests, until the next one wakes it; 0: never.", live=True
     )

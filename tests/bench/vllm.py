@@ -169,7 +169,7 @@ def compiled(caches: Path) -> set[Path]:
 
 def settings(python: str, arguments: Sequence[str]) -> str:
     return (
-        "[engines]\ndefault = 'vllm'\nwarm_new = false\nstart_timeout_s = 400\n"
+        "[engines]\ndefault = 'vllm'\nwarm_new = false\n"
         f"[engines.vllm]\npython = '{python}'\nkv_cache = '2GiB'\narguments = {json.dumps(list(arguments))}\n"
     )
 

@@ -22,7 +22,6 @@ from flashd.units import MiB
 CONFIG = f"""
 [engines]
 default = "vllm"
-start_timeout_s = 400
 
 [engines.vllm]
 python = "{sys.executable}"
