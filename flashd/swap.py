@@ -204,12 +204,15 @@ class Swapper:
                 await _to_the_end(self._tidy())
             return supply.is_image
 
-    async def park(self, target: Target | None = None) -> None:
-        """Parks the active engine, if it has `target`; no model is active then. Raises NotFound if none was."""
+    async def park(self, target: Target | None = None, *, move_endpoint: Callable[[], None] | None = None) -> None:
+        """Parks the active engine, if it has `target`; no model is active then. Raises NotFound if none was.
+
+        The endpoint is gone then, unless `move_endpoint` makes it lead elsewhere.
+        """
         async with self._turn:
             if self._active is None or (target is not None and not self._active.target.is_same(target)):
                 raise NotFound("no model is active", hint="there is nothing to park")
-            self._activate(None)
+            self._activate(None, move_endpoint)
             await _to_the_end(self._tidy())
 
     @property
@@ -433,9 +436,11 @@ class Swapper:
             return False
         return True
 
-    def _activate(self, seat: Seat | None) -> None:
+    def _activate(self, seat: Seat | None, move_endpoint: Callable[[], None] | None = None) -> None:
         """Moves the endpoint; whoever was active is among the parked, and soon will be parked."""
-        if seat is None:
+        if move_endpoint is not None:
+            move_endpoint()
+        elif seat is None:
             self._endpoint.point_to(None)
         else:
             self._endpoint.point_to(seat.engine.socket_path, is_private=seat.target.private_to is not None)

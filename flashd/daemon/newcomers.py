@@ -20,7 +20,7 @@ _LOOK_S = 0.5
 
 
 class Newcomers(Routine):
-    """One after another."""
+    """Has each warmed up in its turn."""
 
     def __init__(self, warm_up: Callable[[str], Awaitable[Job | None]], *, is_idle: Callable[[], bool]) -> None:
         """`warm_up` begins to make a model ready, unless it does not fit; `is_idle` tells whether nothing else runs."""

@@ -23,7 +23,7 @@ _SPARE = 64  # of so many parts, one
 
 
 class Pressure(Routine):
-    """Looks every so often."""
+    """Stops parked engines while too little memory is available."""
 
     def __init__(
         self,

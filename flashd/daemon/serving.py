@@ -158,12 +158,15 @@ class Serving:
     def rest(self, target: Target, owner: Owner, *, evict: bool) -> Job:
         """Parks a model, if it is still the active one, until somebody asks it; `evict` its weights meanwhile."""
 
+        def rests() -> None:
+            """A question wakes it from now on: at no moment is there nobody to ask."""
+            self._resting = target
+            self._on_rest()
+
         async def work(job: Job) -> Result:
-            await self._swapper.park(target)
+            # A private model's socket is nobody's, and so nobody asks it.
+            await self._swapper.park(target, move_endpoint=None if target.private_to is not None else rests)
             _begin(job)
-            if target.private_to is None:  # a private model's socket is nobody's, and so nobody asks it
-                self._resting = target
-                self._on_rest()
             if evict:
                 with contextlib.suppress(Busy):  # somebody leases it
                     await self._residency.evict(*self._catalog.forms(target.checkpoint.id))

@@ -43,29 +43,35 @@ def tell_defect(task: asyncio.Task[Any]) -> None:
 
 
 class Routine:
-    """What is done again and again from `start` until `close`. A defect ends one round, and is told."""
+    """What is done again and again from `start` until `close`. A defect ends one round, and is told once."""
 
     def __init__(self, name: str, one_round: Callable[[], Awaitable[None]]) -> None:
         """`one_round` waits for what it does next."""
         self._name = name
         self._one_round = one_round
         self._task: asyncio.Task[None] | None = None
+        self._is_closing = False
 
     def start(self) -> None:
+        self._is_closing = False
         self._task = asyncio.create_task(self._run(), name=self._name)
 
     async def close(self) -> None:
+        self._is_closing = True  # a round that must come to its end may not heed the cancel
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
     async def _run(self) -> None:
-        while True:
+        told = ""
+        while not self._is_closing:
             try:
                 await self._one_round()
-            except Exception:  # a boundary: nobody waits for the outcome
-                log.exception("defect in %s", self._name)
+            except Exception as defect:  # a boundary: nobody waits for the outcome
+                if repr(defect) != told:
+                    told = repr(defect)
+                    log.exception("defect in %s", self._name)
                 await asyncio.sleep(_AFTER_DEFECT_S)
 
 

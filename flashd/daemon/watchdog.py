@@ -48,7 +48,6 @@ class Watchdog(Routine):
         summary = ailment or self._summary()
         if self._wants_signs and not ailment:
             self._manager.tell("WATCHDOG=1")
-        if summary != self._told:
-            self._manager.tell(f"STATUS={summary}")
+        if summary != self._told and self._manager.tell(f"STATUS={summary}"):
             self._told = summary
         await asyncio.sleep(self._interval_s)

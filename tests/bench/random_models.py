@@ -3,8 +3,8 @@
 
     python tests/bench/random_models.py FOLDER NAME... [--layers 36] [--hidden 4096]
 
-All layers make 16.4 GB, in shards of 2 GB; five are 4.4 GB. A name always gives the same weights. The tokenizer is
-small, and trained on this project's own pages.
+All layers make 16.4 GB, in shards of 2 GB; five are 4.4 GB. A name always gives the same weights, and
+all have one small tokenizer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import shutil
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -24,8 +23,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-ROOT = Path(__file__).parents[2]
 SHARD_BYTES = 2 * 10**9
+# What the tokenizer learns from: other text would make other fine-tunes of those that are there already.
+TEXT = "Hello, who are you? I am a model that was made of random numbers, and nothing that I say means anything. " * 8
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -40,7 +40,7 @@ def make_base(folder: Path, layers: int, hidden: int) -> Qwen3Config:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=4000, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([(ROOT / "README.md").read_text()], trainer)
+    tokenizer.train_from_iterator([TEXT], trainer)
     saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[2], pad_token=special[0])
     saved.chat_template = TEMPLATE
     saved.save_pretrained(folder)
@@ -109,7 +109,7 @@ def main() -> None:
         for name in options.names:
             made = shutil.copytree(base, options.folder / name)
             index = {}
-            for number, shard in zip(count(1), shards, strict=False):
+            for number, shard in enumerate(shards, 1):
                 file = f"model-{number:05}-of-{len(shards):05}.safetensors"
                 index |= dict.fromkeys(shard, file)
                 seed = zlib.crc32(f"{name} {number}".encode())

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,11 +36,12 @@ from own_daemon import own_daemon
 
 import flashd
 from flashd.bench.copying import Link, device_of
-from flashd.bench.report import Row, cost_row, report
+from flashd.bench.report import Report, Row, cost_row, report
 from flashd.bench.stream import Ready
 from flashd.checkpoint import header
 from flashd.config import child_environment
 from flashd.engines.vllm.factory import environment
+from flashd.memory.device import Device
 from flashd.streamer import ALIGNMENT, raw_read
 from flashd.units import MiB
 
@@ -66,8 +68,8 @@ def main():
     ask = lambda how: llm.generate([prompt], how, use_tqdm=False)[0].outputs[0]
     def answer():
         found = ask(greedy)
-        likely = [sorted((entry.logprob for entry in place.values()), reverse=True) for place in found.logprobs]
-        return {"tokens": list(found.token_ids), "margins": [first - second for first, second, *_ in likely]}
+        likeliest = [{token: entry.logprob for token, entry in place.items()} for place in found.logprobs]
+        return {"tokens": list(found.token_ids), "likeliest": likeliest}
     ask(one)
     found = {"cold": time.perf_counter() - started, "first_token": [], "sleep1": [], "sleep2": []}
     found["answer"] = answer()
@@ -92,25 +94,34 @@ if __name__ == "__main__":
 """
 
 
-# Logits are of this size where the likeliest tokens are: two steps of bfloat16 there.
-_AS_LIKELY = 2 * 2**-5
+# Logits are of this size where the likeliest tokens are: two steps of bfloat16 there, of logarithms of probabilities.
+_AS_LIKELY_LOGPROB = 2 * 2**-5
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Token ids, and by how much the likeliest was likelier than the next, in logarithms."""
+    """Token ids, and for each place the likeliest two with their logarithms."""
 
     tokens: list[int]
-    margins: list[float]
+    likeliest: list[dict[int, float]]
+
+    @classmethod
+    def parse(cls, tokens: list[int], likeliest: Sequence[Mapping[str, float]]) -> Answer:
+        return cls(tokens, [{int(name.removeprefix("token_id:")): value for name, value in place.items()}
+                            for place in likeliest])  # fmt: skip
 
     def parted_from(self, other: Answer) -> str:
-        """Why this is another answer; empty if it is none."""
+        """Why this is another answer; empty if it is none: the same, until two tokens come that are as likely as each
+        other to both."""
         for place, (ours, theirs) in enumerate(zip(self.tokens, other.tokens, strict=False)):
             if ours != theirs:
-                margin = max(self.margins[place], other.margins[place])
-                print(f"parted at token {place}, where the two likeliest are {margin:.4f} apart", flush=True)
-                return "" if margin <= _AS_LIKELY else f"{self} is not {other}"
-        return ""
+                gaps = [abs(seen.get(ours, -math.inf) - seen.get(theirs, -math.inf))
+                        for seen in (self.likeliest[place], other.likeliest[place])]  # fmt: skip
+                print(
+                    f"parted at token {place}, between two that are {gaps[0]:.4f} and {gaps[1]:.4f} apart", flush=True
+                )
+                return "" if all(gap <= _AS_LIKELY_LOGPROB for gap in gaps) else f"{self.tokens} is not {other.tokens}"
+        return "" if len(self.tokens) == len(other.tokens) else f"{self.tokens} is not {other.tokens}"
 
 
 @dataclass(slots=True)
@@ -150,13 +161,13 @@ def differing(
         alike["gpu_memory_utilization"] = 0.01  # decides nothing beside a KV cache of a given size
     caches = folder / "state/compiled"
     compiled_before = compiled(caches)
-    with ThreadPoolExecutor(2 if len(models) == 2 else 5) as pool:
+    with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda model: plain(python, model, 0, alike, folder, caches)["answer"], models))
     if anew := compiled(caches) - compiled_before:
-        print(f"fresh engines compiled anew, so their rounding may differ: {len(anew)} folders")
+        print(f"fresh engines have {len(anew)} other keys of what is compiled, so their rounding may differ")
     different = []
     for model, answer in zip(models, found, strict=True):
-        if why := answers[model.name].parted_from(Answer(**answer)):
+        if why := answers[model.name].parted_from(Answer.parse(**answer)):
             different.append(model.name)
             print(f"{model.name}: {why}, a fresh vLLM's")
     return different
@@ -187,8 +198,7 @@ class Asking:
     def answer(self) -> Answer:
         more = {"return_token_ids": True, "return_tokens_as_token_ids": True, "logprobs": 2}
         found = self._ask({"max_tokens": TOKENS, "seed": 0, **more})
-        likely = [sorted(place.values(), reverse=True) for place in found["logprobs"]["top_logprobs"]]
-        return Answer(found["token_ids"], [first - second for first, second, *_ in likely])
+        return Answer.parse(found["token_ids"], found["logprobs"]["top_logprobs"])
 
     def _ask(self, how: dict[str, Any]) -> dict[str, Any]:
         answer = self._http.post("/v1/completions", json={"prompt": PROMPT, "temperature": 0, **how})
@@ -262,7 +272,7 @@ def measured(client: flashd.Client, models: Sequence[Path], runs: int, rounds: i
     for _ in range(3):
         stop_engines()
         first_token(names[0], "new_architecture_first_token", "start")
-    print(f"new engines compiled anew: {len(compiled(caches) - before_keys)} folders")
+    print(f"new engines have {len(compiled(caches) - before_keys)} new keys of what is compiled")
     return figures
 
 
@@ -329,6 +339,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    options.python = str(Path.cwd() / options.python)  # the links of an environment stay as they are
     models = [model.resolve() for model in options.models]
     device = device_of("auto")
     alone: dict[str, Any] = {"seed": 0, "max_model_len": options.length}
@@ -336,26 +347,15 @@ def main() -> None:
         alone |= {"enforce_cpu": True, "enforce_eager": True}
     arguments = ["--seed", "0", "--max-model-len", str(options.length), *options.argument]
     with tempfile.TemporaryDirectory(dir=options.folder or models[0].parent, prefix=".vllm-") as made:
-        folder = Path(made)
+        folder = Path(made).resolve()
         found = plain(options.python, models[0], options.runs, alone, folder, folder / "caches")
         print(f"vLLM by itself, in seconds: {json.dumps(found)}", flush=True)
         with own_daemon(folder, settings(options.python, arguments)) as client:
             figures = measured(client, models, options.runs, options.rounds, folder / "state/compiled")
             spent(folder)
         copy_ms, read_ms = limits(folder)
+        made_report = reported(options, figures, found, copy_ms, read_ms, device)
         different = differing(options.python, figures.answers, models, alone, folder)
-    rows = rows_of(figures, found, copy_ms, read_ms)
-    size_gb = sum(file.stat().st_size for file in models[0].glob("*.safetensors")) / 1e9
-    made_report = report(
-        "vllm",
-        f"tests/bench/vllm.py {' '.join(model.name for model in models)} --runs {options.runs} ({size_gb:.1f} GB each)",
-        rows,
-        driver=device.kind.value if device else "host",
-        gpu=device.gpu if device else None,
-    )
-    for row in made_report.rows:
-        beside = f"limit {row.limit:10.1f}" if row.limit else ""
-        print(f"{row.name:32s} {row.value:12.1f} {row.unit:3s} {beside}")
     if different:
         sys.exit(
             f"the answers of {', '.join(different)} are not those of a fresh vLLM, so these figures are worth nothing"
@@ -363,6 +363,31 @@ def main() -> None:
     print("every answer was that of a fresh vLLM, but for tokens that are as likely as each other")
     if options.json:
         options.json.write_text(made_report.to_json() + "\n")
+
+
+def reported(
+    options: argparse.Namespace,
+    figures: Figures,
+    found: dict[str, Any],
+    copy_ms: float | None,
+    read_ms: float,
+    device: Device | None,
+) -> Report:
+    """Also printed: what comes later may fail."""
+    rows = rows_of(figures, found, copy_ms, read_ms)
+    names = " ".join(model.name for model in options.models)
+    size_gb = sum(file.stat().st_size for file in options.models[0].glob("*.safetensors")) / 1e9
+    made = report(
+        "vllm",
+        f"tests/bench/vllm.py {names} --runs {options.runs} ({size_gb:.1f} GB each)",
+        rows,
+        driver=device.kind.value if device else "host",
+        gpu=device.gpu if device else None,
+    )
+    for row in made.rows:
+        beside = f"limit {row.limit:10.1f}" if row.limit else ""
+        print(f"{row.name:32s} {row.value:12.1f} {row.unit:3s} {beside}", flush=True)
+    return made
 
 
 def rows_of(figures: Figures, found: dict[str, Any], copy_ms: float | None, read_ms: float) -> list[Row]:

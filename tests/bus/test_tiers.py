@@ -96,10 +96,13 @@ def test_what_others_use_of_a_device_is_that_of_now(client: flashd.Client) -> No
     def host_used_bytes() -> int:
         return next(device.driver_used_bytes for device in client.devices() if device.name == "host")
 
-    before_bytes = host_used_bytes()
-    with mmap.mmap(-1, GiB) as taken:
-        taken.write(bytes(GiB))
-        assert host_used_bytes() > before_bytes + GiB // 2, "the list is of now"
+    def is_seen() -> bool:
+        before_bytes = host_used_bytes()
+        with mmap.mmap(-1, GiB // 2) as taken:
+            taken.write(bytes(GiB // 2))
+            return host_used_bytes() > before_bytes + GiB // 4
+
+    assert any(is_seen() for _ in range(10)), "the list is of now"  # others may give some back at that moment
 
 
 def test_a_lease_on_a_device_is_the_weights_there(client: flashd.Client, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_every_path_answers_exactly(machine: Machine, sources: Path, expected: d
         before = compiled_keys(machine)
         swap(client, "bob", "start", "stored")
         assert answers(client) == expected["bob"], "a new engine that loads nothing"
-        assert before and compiled_keys(machine) == before, "and compiles nothing"
+        assert before and compiled_keys(machine) == before, "and has no key of its own for what is compiled"
 
 
 @eagerly

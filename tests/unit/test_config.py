@@ -177,6 +177,9 @@ def test_engines_elsewhere_see_the_gpus_that_the_daemon_sees_and_no_secrets(monk
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("TORCHINDUCTOR_DETERMINISTIC", "1")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/root/cache")
     found = config.for_engines()
+    assert found["TORCHINDUCTOR_DETERMINISTIC"] == "1" and "TORCHINDUCTOR_CACHE_DIR" not in found
     assert (found["CUDA_VISIBLE_DEVICES"], found["NCCL_DEBUG"]) == ("3,1", "INFO")
     assert not found.keys() & {"HF_TOKEN", "PATH", "HOME", "NOTIFY_SOCKET"}

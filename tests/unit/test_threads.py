@@ -20,7 +20,7 @@ async def test_a_routine_goes_on_after_a_defect_and_tells_it(
     async def one_round() -> None:
         nonlocal rounds
         rounds += 1
-        if rounds == 1:
+        if rounds < 3:
             raise KeyError("a defect")
         enough.set()
         await asyncio.Event().wait()
@@ -31,7 +31,7 @@ async def test_a_routine_goes_on_after_a_defect_and_tells_it(
     async with asyncio.timeout(10):
         await enough.wait()
     await routine.close()
-    assert rounds == 2
+    assert rounds == 3
     (told,) = caplog.records
     assert told.getMessage() == "defect in looking around" and told.exc_info is not None
 
@@ -47,3 +47,20 @@ async def test_a_task_that_nobody_waits_for_tells_its_defect_and_nothing_else(ca
         await asyncio.wait({task})
         await asyncio.sleep(0)
     assert [record.getMessage() for record in caplog.records] == ["defect in this"]
+
+
+async def test_a_routine_ends_though_its_round_must_come_to_an_end_first() -> None:
+    begun = asyncio.Event()
+
+    async def one_round() -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            return  # what was under way is done
+
+    routine = Routine("a round", one_round)
+    routine.start()
+    async with asyncio.timeout(10):
+        await begun.wait()
+        await routine.close()

@@ -115,3 +115,32 @@ async def test_a_vllm_that_is_not_as_we_know_it_is_told_by_its_version(tmp_path:
 def test_whoever_allocates_says_it_in_other_words(said: str) -> None:
     assert lacks_memory(said)
     assert not lacks_memory("ValueError: the model's max seq len (40960) is larger than 100; see the memory profile")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "has_draft"),
+    [
+        (("--speculative-config", '{"method": "draft_model", "model": "/srv/ngram"}'), True),
+        (('--speculative_config={"method": "mtp"}', "--chat-template", "/etc/ngram.jinja"), True),
+        (("--speculative-config.method", "ngram", "--speculative-config.model", "/srv/draft"), True),
+        (("--spec-method", "ngram", "--spec_method", "mtp"), True),
+        (("-sc", '{"num_speculative_tokens": 2}'), True),
+        (("-sc", "not json"), True),
+        (("--speculative-config", '{"method": "ngram", "prompt_lookup_max": 4}'), False),
+        (("--spec-method=suffix", "--spec-tokens", "3"), False),
+        (("--max-model-len", "100"), False),
+    ],
+)
+async def test_an_engine_with_a_draft_model_is_its_checkpoints_own_and_makes_no_image(
+    arguments: tuple[str, ...], has_draft: bool, factory: VllmFactory, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    options = EngineOptions(arguments)
+    other = tmp_path / "other"
+    other.mkdir()
+    safetensors.numpy.save_file({"w": np.ones(16, np.float16)}, other / "model.safetensors")
+    (other / "config.json").write_bytes((tmp_path / "source" / "config.json").read_bytes())
+    fine_tune = converted(other, tmp_path / "fine-tune")
+    assert factory.rebind_key(checkpoint) == factory.rebind_key(fine_tune)
+    assert (factory.rebind_key(checkpoint, options) != factory.rebind_key(fine_tune, options)) is has_draft
+    found = await factory.gpu_plan(checkpoint, options)
+    assert found is not None and found.makes_image is not has_draft

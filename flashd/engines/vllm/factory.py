@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -28,8 +30,8 @@ _COMMUNICATION_BYTES = 1 * GiB  # what NCCL and vLLM's own all-reduce take of ea
 _TAKEN_IN_PLACE = {"fp8"}
 _PARKED = _TAKEN_IN_PLACE | {"modelopt", "mxfp4"}
 # The arguments that have vLLM guess ahead, and its ways of doing so without a second model.
-_SPECULATIVE = ("--speculative", "--spec-", "-sc")
-_WITHOUT_DRAFT = ("ngram", "suffix")
+_SPECULATIVE = ("--speculative-config", "--spec-", "-sc")
+_WITHOUT_DRAFT = {"ngram", "ngram_gpu", "suffix"}
 # What the libraries that save fine-tunes write of their own circumstances, and nothing reads again.
 _INCIDENTAL = (VOLATILE - {"torch_dtype", "dtype"}) | {"is_local", "local_files_only", "name_or_path"}
 _SETTINGS = {"config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}
@@ -136,9 +138,19 @@ class VllmFactory(ZygoteFactory):
 
 def _has_draft(arguments: Sequence[str]) -> bool:
     """Whether a second model guesses ahead. It may be a part of the checkpoint, and is of no use to another; no image
-    has its weights."""
-    is_told = any(argument.startswith(_SPECULATIVE) for argument in arguments)
-    return is_told and not any(method in argument for argument in arguments for method in _WITHOUT_DRAFT)
+    has its weights. What is not known to do without counts as one."""
+    said: dict[str, list[str]] = {}
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        name, _, value = argument.partition("=")
+        if (name := name.replace("_", "-")).startswith(_SPECULATIVE):
+            said.setdefault(name.rpartition("-config.")[2].removeprefix("--spec-"), []).append(value or following)
+    is_told = bool(said)
+    for value in said.pop("--speculative-config", []) + said.pop("-sc", []):
+        with contextlib.suppress(ValueError, AttributeError):
+            for name, told in json.loads(value).items():
+                said.setdefault(name, []).append(str(told))
+    methods = said.get("method", [])
+    return is_told and ("model" in said or not methods or not _WITHOUT_DRAFT.issuperset(methods))
 
 
 @dataclass(frozen=True, slots=True)

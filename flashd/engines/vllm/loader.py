@@ -21,6 +21,8 @@ from flashd.engines.vllm import extension, quantised, sources, versions
 from flashd.engines.vllm.weights import Wanted, weights
 from flashd.errors import CorruptCheckpoint, Unsupported
 
+_OF_TARGET = ("embed_tokens", "lm_head", "shared_head")  # which a draft model has of the model it guesses for
+_NO_DRAFT = "none has a draft model's"
 _SOURCE = "flashd_source"  # of a model: where its image came from, alive as long as it is
 log = logging.getLogger("vllm.flashd")  # below vllm's own, so that it is shown where vLLM's words are
 
@@ -31,7 +33,6 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
     def __init__(self, load_config: Any) -> None:
         super().__init__(load_config)
         self._is_image = False
-        self._is_draft = False
         self._wanted = Wanted.parse(load_config.model_loader_extra_config)
 
     def download_model(self, model_config: Any) -> None:
@@ -53,7 +54,6 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
         nothing is loaded, or one that is made of what was loaded, to be handed on. A draft model, which guesses ahead
         (speculative decoding), comes from where it is, or, if it is a part of this one, out of the same weights."""
         if versions.is_draft(model_config):
-            self._is_draft = True
             if not versions.is_part_of_target(model_config, vllm_config):
                 return versions.own_loader(self.load_config).load_model(
                     vllm_config, model_config, *arguments, **options
@@ -68,7 +68,7 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
             if source is not None and self._is_image:
                 extension.view(model, source)
             elif source is not None and is_wanted:
-                hindrance = quantised.hindrance(model, before)
+                hindrance = _NO_DRAFT if versions.has_draft(vllm_config) else quantised.hindrance(model, before)
                 if versions.all_agree(not hindrance):
                     extension.make(model, source)
                 else:
@@ -86,9 +86,10 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
             return
         started = time.perf_counter()
         named = {name for name, _ in model.named_parameters()}
+        if versions.is_draft(model_config):
+            named -= {name for name in named if any(shared in name for shared in _OF_TARGET)}
         loaded = model.load_weights(self.get_all_weights(model_config, model))
-        is_whole = loaded is not None and model_config.quantization is None and not self._is_draft
-        if is_whole and (missing := sorted(named - loaded)):
+        if loaded is not None and model_config.quantization is None and (missing := sorted(named - loaded)):
             raise CorruptCheckpoint(f"{model_config.model} has no weights for {', '.join(missing[:5])}")
         log.info("weights came from flashd's arena in %.2f s", time.perf_counter() - started)
 

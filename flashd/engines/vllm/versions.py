@@ -144,6 +144,13 @@ def is_draft(model_config: Any) -> bool:
     return getattr(model_config, "runner_type", "") == "draft"
 
 
+def has_draft(config: Any) -> bool:
+    """Whether another model guesses ahead for this one; n-grams need none."""
+    speculative = config.speculative_config
+    draft = getattr(speculative, "draft_model_config", None)
+    return draft is not None and draft is not speculative.target_model_config
+
+
 def is_part_of_target(draft_config: Any, config: Any) -> bool:
     """Whether a draft model's weights are in the checkpoint that it guesses ahead for (multi-token prediction)."""
     return bool(draft_config.model == config.speculative_config.target_model_config.model)

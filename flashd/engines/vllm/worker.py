@@ -39,7 +39,9 @@ from flashd.engines.vllm.plugin import LOAD_FORMAT
 from flashd.errors import EngineFailed, FlashdError, Unsupported
 from flashd.units import MiB
 
-_MODEL = "model"  # the folder of side files, in the scratch folder, which is the working directory
+# The folder of side files, in the scratch folder, which is the working directory. The path is a part of the key under
+# which vLLM keeps what it compiled: one that stays, or nothing is found again.
+_MODEL = "./model"
 _EXTENSION = "flashd.engines.vllm.extension.Extension"
 _MOST_SEQUENCES = "32"
 _LOOK_S = 0.5  # how often we look whether the engine core lives
@@ -206,7 +208,7 @@ class _Worker:
         self._handover.hold(ranks)
         close_all(frame.fds)
         try:
-            return versions.parse([*arguments(content["names"], self._options, self._adapters)])
+            return versions.parse([*vllm_arguments(content["names"], self._options, self._adapters)])
         except ValueError as error:
             raise EngineFailed(f"vLLM {versions.VERSION}: {error}", hint="see engines.vllm.arguments") from None
 
@@ -239,7 +241,9 @@ class _Worker:
             print(f"the adapter {name} is not applied: {why}", file=sys.stderr, flush=True)
 
 
-def arguments(names: Sequence[str], options: Mapping[str, Any], applied: Sequence[AppliedAdapter]) -> Iterator[str]:
+def vllm_arguments(
+    names: Sequence[str], options: Mapping[str, Any], applied: Sequence[AppliedAdapter]
+) -> Iterator[str]:
     """For `vllm serve`. What the user said comes later and wins, but for what the engine's being ours depends on."""
     yield from ("--disable-log-stats", "--max-model-len", "auto")
     if not versions.is_cpu():
@@ -252,8 +256,7 @@ def arguments(names: Sequence[str], options: Mapping[str, Any], applied: Sequenc
             yield from ("--gpu-memory-utilization", "0.01")
     yield from adapters.arguments(applied)
     yield from options["arguments"]
-    # The path is a part of the key under which vLLM keeps what it compiled: one that stays, or nothing is found again.
-    yield from ("--model", f"./{_MODEL}", "--served-model-name", *names)
+    yield from ("--model", _MODEL, "--served-model-name", *names)
     yield from ("--load-format", LOAD_FORMAT, "--worker-extension-cls", _EXTENSION)
     yield from ("--model-loader-extra-config", json.dumps({"handover": handover.SOCKET}))
     if versions.is_cpu():
