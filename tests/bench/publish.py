@@ -35,6 +35,12 @@ H200_ROWS = [
      "one plain copy of pinned memory"),
 ]  # fmt: skip
 H100_ROWS = [
+    ("vllm", "new_architecture_first_token", "vLLM, 16.4 GB model: a new engine, of an architecture compiled before",
+     "our limit"),
+    ("vllm", "first_swap_first_token", "the very first: read, loaded, all kernels compiled", ""),
+    ("vllm", "vllm_cold_first_token", "vLLM by itself, the very first", ""),
+    ("vllm", "vllm_sleep1_wake_first_token", "vLLM by itself, woken from its sleep mode", ""),
+    ("vllm", "vllm_sleep2_reload", "vLLM by itself, woken and loaded anew in place, the file in memory", ""),
     ("memory", "resident_lease", "lease of a model on the GPU: D-Bus call to tensors", "our limit"),
     ("memory", "resident_map", "of that, mapping its memory", "our limit"),
     ("memory", "host_to_device", "host tier to GPU", "one plain copy of pinned memory"),
