@@ -38,7 +38,7 @@ arguments = ["--seed", "0", "--max-model-len", "256"]
 EAGER = CONFIG.replace('"256"]', '"256", "--enforce-eager"]')
 
 pytestmark = [
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"),
 ]
 with_graphs = pytest.mark.parametrize("machine", [CONFIG], indirect=True, ids=[""])

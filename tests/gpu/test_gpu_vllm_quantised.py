@@ -25,7 +25,7 @@ arguments = ["--seed", "0", "--max-model-len", "256", "--enforce-eager"]
 ON_THE_FLY = FP8.replace('"--enforce-eager"]', '"--enforce-eager", "--quantization", "fp8"]')
 
 pytestmark = [
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"),
 ]
 
