@@ -48,6 +48,7 @@ _LOOK_S = 0.5  # how often we look whether the engine core lives
 _RESET_S = 10.0
 _LOG_BYTES = 4 * MiB
 _CAUSE = re.compile(r"(?:^|[\s)])((?:\w+\.)*\w*(?:Error|Exception|Interrupt)): (.+)$")
+_NO_ERROR = re.compile(r"\b(?:WARNING|INFO|DEBUG) \d\d-\d\d ")  # vLLM tells what it gets along without, too
 _NO_CAUSE = ("root cause", "EngineDeadError", "Engine core initialization failed")  # errors about errors
 
 
@@ -316,7 +317,8 @@ def _root_cause(since: int) -> str:
     with contextlib.suppress(OSError):
         said = os.pread(2, _LOG_BYTES, since)  # by its descriptor: the file is the daemon's, which may be another user
         for line in said.decode(errors="replace").splitlines():
-            if (found := _CAUSE.search(line)) and not any(word in line for word in _NO_CAUSE):
+            is_error = not _NO_ERROR.search(line) and not any(word in line for word in _NO_CAUSE)
+            if is_error and (found := _CAUSE.search(line)):
                 return f"{found[1].rsplit('.', 1)[-1]}: {found[2]}"
     return ""
 
