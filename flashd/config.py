@@ -422,8 +422,11 @@ def child_environment(changes: Mapping[str, str]) -> Mapping[str, str]:
 def for_engines() -> Mapping[str, str]:
     """What frameworks go by in our environment, for engines in units of their own: which GPU is the first, say, or what
     compilers are to leave out, must be the same for them. Folders for caches are not: another user writes to them."""
-    told = {name: value for name, value in os.environ.items() if name.startswith(_OF_FRAMEWORKS)}
-    return {name: value for name, value in told.items() if not name.endswith("_CACHE_DIR")}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(_OF_FRAMEWORKS) and not name.endswith("_CACHE_DIR")
+    }
 
 
 def _xdg(variable: str, default: Path) -> Path:

@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 
-from flashd.daemon.threads import Routine
+from flashd.daemon.threads import Routine, end
 from flashd.engines.engine import EngineState, EngineStats
 from flashd.engines.surroundings import family
 from flashd.errors import FlashdError
@@ -46,10 +46,7 @@ class EngineStatsBook(Routine):
 
     async def close(self) -> None:
         await super().close()
-        if self._asking is not None:
-            self._asking.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._asking
+        await end(self._asking)
 
     def of(self, number: int) -> EngineStats:
         return self._known.get(number, _NOTHING)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import os
@@ -12,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flashd.daemon.service_manager import ArenaKeeper, EngineKeeper, FdStore
-from flashd.daemon.threads import tell_defect
+from flashd.daemon.threads import end, tell_defect
 from flashd.engines.engine import Engine, EngineFactory, EngineState, Holding
 from flashd.engines.kept import Kept
 from flashd.errors import FlashdError, InvalidArgument
@@ -99,7 +98,5 @@ class Survivors:
             return bool(self._left)  # we end before we have looked at them
         if self._taking_over.done():
             return False
-        self._taking_over.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._taking_over
+        await end(self._taking_over)
         return True

@@ -42,6 +42,14 @@ def tell_defect(task: asyncio.Task[Any]) -> None:
         log.error("defect in %s", task.get_name(), exc_info=defect)
 
 
+async def end(task: asyncio.Task[Any] | None) -> None:
+    """Cancels a task, if there is one, and waits until it has ended."""
+    if task is not None:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
 class Routine:
     """What is done again and again from `start` until `close`. A defect ends one round, and is told once."""
 
@@ -58,10 +66,7 @@ class Routine:
 
     async def close(self) -> None:
         self._is_closing = True  # a round that must come to its end may not heed the cancel
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        await end(self._task)
 
     async def _run(self) -> None:
         told = ""

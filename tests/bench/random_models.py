@@ -3,8 +3,8 @@
 
     python tests/bench/random_models.py FOLDER NAME... [--layers 36] [--hidden 4096]
 
-All layers make 16.4 GB, in shards of 2 GB; five are 4.4 GB. A name always gives the same weights, and
-all have one small tokenizer.
+All layers make 16.4 GB, in shards of 2 GB; five are 4.4 GB. A name always gives the same weights, and all
+have one small tokenizer.
 """
 
 from __future__ import annotations

@@ -90,7 +90,6 @@ def test_the_card_is_shown_with_its_attributes(machine: Machine) -> None:
 def test_what_others_use_of_the_card_is_seen_by_the_driver_and_not_by_our_ledger(machine: Machine) -> None:
     with machine.connect() as client:
         machine.add(client, "a", SIZE)
-
         before_bytes = settled_driver_bytes(client)
         other = cuda.allocate(0, GiB)
         try:

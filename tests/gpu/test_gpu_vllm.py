@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,33 +15,22 @@ import httpx
 import pytest
 import torch
 from machine import Machine, until, used_bytes
-from vllm_models import PROMPTS, answers_of_plain_vllm, make_large, make_sources, staying
+from vllm_models import KV_BYTES, PROMPTS, answers_of_plain_vllm, make_large, make_sources, settings_with, staying
 
 import flashd
 from flashd import cuda, errors
 from flashd.units import MiB
 
-KV_BYTES = 256 * MiB
-CONFIG = f"""
-[engines]
-default = "vllm"
-warm_new = false
-
-[engines.vllm]
-python = "{sys.executable}"
-kv_cache = "256MiB"
-arguments = ["--seed", "0", "--max-model-len", "256"]
-"""
-
-# Without compiled code and graphs, which take most of a minute each time: what is tested has nothing to do with them.
-EAGER = CONFIG.replace('"256"]', '"256", "--enforce-eager"]')
+# Compiled code and graphs take most of a minute each time: where they have nothing to do with what is tested, it goes
+# without.
+EAGER = "--enforce-eager"
 
 pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"),
 ]
-with_graphs = pytest.mark.parametrize("machine", [CONFIG], indirect=True, ids=[""])
-eagerly = pytest.mark.parametrize("machine", [EAGER], indirect=True, ids=[""])
+with_graphs = pytest.mark.parametrize("machine", [settings_with()], indirect=True, ids=[""])
+eagerly = pytest.mark.parametrize("machine", [settings_with(EAGER)], indirect=True, ids=[""])
 
 
 @pytest.fixture(scope="module")

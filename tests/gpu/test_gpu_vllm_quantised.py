@@ -4,25 +4,16 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from machine import Machine, until
-from test_gpu_vllm import answers, stored_images, swap
-from vllm_models import answers_of_plain_vllm, make_fp8, make_sources
+from test_gpu_vllm import EAGER, answers, stored_images, swap
+from vllm_models import answers_of_plain_vllm, make_fp8, make_sources, settings_with
 
-FP8 = f"""
-[engines]
-default = "vllm"
-
-[engines.vllm]
-python = "{sys.executable}"
-kv_cache = "256MiB"
-arguments = ["--seed", "0", "--max-model-len", "256", "--enforce-eager"]
-"""
-ON_THE_FLY = FP8.replace('"--enforce-eager"]', '"--enforce-eager", "--quantization", "fp8"]')
+FP8 = settings_with(EAGER)
+ON_THE_FLY = settings_with(EAGER, "--quantization", "fp8")
 
 pytestmark = [
     pytest.mark.timeout(900),

@@ -5,36 +5,26 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from machine import Machine, until, used_bytes
-from test_gpu_vllm import KV_BYTES, answers, stored_images, swap
-from vllm_models import answers_of_plain_vllm, make_sources
+from test_gpu_vllm import EAGER, answers, stored_images, swap
+from vllm_models import KV_BYTES, answers_of_plain_vllm, make_sources, settings_with
 
 import flashd
 from flashd import cuda
 from flashd.units import MiB
 
-CONFIG = f"""
-[engines]
-default = "vllm"
-
-[engines.vllm]
-python = "{sys.executable}"
-kv_cache = "256MiB"
-arguments = ["--seed", "0", "--max-model-len", "256", "--tensor-parallel-size", "2"]
-"""
+TWO_RANKS = ("--tensor-parallel-size", "2")
 
 pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here"),
     pytest.mark.skipif(len(cuda.gpus()) < 2, reason="there are not two GPUs here"),
 ]
-EAGER = CONFIG.replace('"2"]', '"2", "--enforce-eager"]')
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,7 +57,7 @@ def pools(client: flashd.Client) -> list[int]:
     return [device.used_bytes for device in client.devices() if device.name in {"cuda:0", "cuda:1"}]
 
 
-@pytest.mark.parametrize("machine", [CONFIG], indirect=True, ids=[""])
+@pytest.mark.parametrize("machine", [settings_with(*TWO_RANKS)], indirect=True, ids=[""])
 def test_every_path_answers_exactly_on_two_gpus(machine: Machine, sources: Path, expected: dict[str, Any]) -> None:
     with machine.connect() as client:
         for name in ("ada", "bob"):
@@ -106,7 +96,7 @@ def test_every_path_answers_exactly_on_two_gpus(machine: Machine, sources: Path,
         assert answers(client) == expected["bob"], "a new engine that loads nothing"
 
 
-@pytest.mark.parametrize("machine", [EAGER], indirect=True, ids=[""])
+@pytest.mark.parametrize("machine", [settings_with(*TWO_RANKS, EAGER)], indirect=True, ids=[""])
 def test_a_rank_that_dies_takes_its_engine_along_and_leaves_nothing(
     machine: Machine, sources: Path, expected_eagerly: dict[str, Any]
 ) -> None:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+KV_BYTES = 256 << 20
 TOUR = Path(__file__).parents[2] / "packaging" / "tour"
 MAKE = """
 import sys, pathlib, small_models
@@ -26,8 +27,22 @@ small_models.make_base(folder / "ada")
 small_models.make_finetune(folder / "ada", folder / "bob")
 """
 # The share of the card only says how much must be free, as long as the KV cache has a size.
-OPTIONS = {"max_model_len": 256, "kv_cache_memory_bytes": 256 << 20, "gpu_memory_utilization": 0.1, "seed": 0}
+OPTIONS = {"max_model_len": 256, "kv_cache_memory_bytes": KV_BYTES, "gpu_memory_utilization": 0.1, "seed": 0}
 PROMPTS = ["Hello, who are you?", "I am", "I am Ada, the first model you dropped into the folder. " * 12]
+
+
+def settings_with(*arguments: str) -> str:
+    """Of a daemon whose engines are vLLM, told the same as the plain one, and this."""
+    told = ["--seed", "0", "--max-model-len", "256", *arguments]
+    return f"""
+[engines]
+default = "vllm"
+
+[engines.vllm]
+python = "{sys.executable}"
+kv_cache = "{KV_BYTES >> 20}MiB"
+arguments = {json.dumps(told)}
+"""
 
 
 def make_sources(folder: Path) -> Path:

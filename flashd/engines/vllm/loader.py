@@ -22,7 +22,7 @@ from flashd.engines.vllm.weights import Wanted, weights
 from flashd.errors import CorruptCheckpoint, Unsupported
 
 _OF_TARGET = ("embed_tokens", "lm_head", "shared_head")  # which a draft model has of the model it guesses for
-_NO_DRAFT = "none has a draft model's"
+_HAS_DRAFT = "a draft model guesses ahead, whose weights are in none"
 _SOURCE = "flashd_source"  # of a model: where its image came from, alive as long as it is
 log = logging.getLogger("vllm.flashd")  # below vllm's own, so that it is shown where vLLM's words are
 
@@ -54,11 +54,9 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
         nothing is loaded, or one that is made of what was loaded, to be handed on. A draft model, which guesses ahead
         (speculative decoding), comes from where it is, or, if it is a part of this one, out of the same weights."""
         if versions.is_draft(model_config):
-            if not versions.is_part_of_target(model_config, vllm_config):
-                return versions.own_loader(self.load_config).load_model(
-                    vllm_config, model_config, *arguments, **options
-                )
-            return super().load_model(vllm_config, model_config, *arguments, **options)
+            is_part = versions.is_part_of_target(model_config, vllm_config)
+            load = super().load_model if is_part else versions.own_loader(self.load_config).load_model
+            return load(vllm_config, model_config, *arguments, **options)
         source = sources.source(self._wanted, vllm_config)
         self._is_image = source is not None and bool(source.layout)
         is_wanted = source is not None and source.wants_image
@@ -68,7 +66,7 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
             if source is not None and self._is_image:
                 extension.view(model, source)
             elif source is not None and is_wanted:
-                hindrance = _NO_DRAFT if versions.has_draft(vllm_config) else quantised.hindrance(model, before)
+                hindrance = _HAS_DRAFT if versions.has_draft(vllm_config) else quantised.hindrance(model, before)
                 if versions.all_agree(not hindrance):
                     extension.make(model, source)
                 else:

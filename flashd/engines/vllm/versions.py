@@ -146,9 +146,7 @@ def is_draft(model_config: Any) -> bool:
 
 def has_draft(config: Any) -> bool:
     """Whether another model guesses ahead for this one; n-grams need none."""
-    speculative = config.speculative_config
-    draft = getattr(speculative, "draft_model_config", None)
-    return draft is not None and draft is not speculative.target_model_config
+    return is_draft(getattr(config.speculative_config, "draft_model_config", None))
 
 
 def is_part_of_target(draft_config: Any, config: Any) -> bool:
