@@ -201,14 +201,22 @@ class Job:
                 if event is None:
                     raise Unavailable("flashd ended during the job", hint="start it again: flash start")
                 if event.path == self.path:
-                    self.refresh()
+                    self._note(event)
         if on_progress:
             on_progress(self)
         if self.error_name:
             raise from_bus(self.error_name, self.error_message, self.error_hint)
         return self.result
 
+    def _note(self, event: Event) -> None:
+        """What changed comes with the event: at the end of a swap of milliseconds, asking again would show."""
+        if event.kind == "changed":
+            self._read({**self._properties, **event.properties})
+        else:
+            self.refresh()
+
     def _read(self, properties: Properties) -> None:
+        self._properties = properties
         self.number = int(self.path.rsplit("/", 1)[-1])
         self.kind: str = properties["Kind"]
         self.subject: str = properties["Subject"]

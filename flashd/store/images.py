@@ -61,6 +61,7 @@ class Images:
         self._mutex = threading.RLock()
         self._headers: dict[str, Header] = {}  # of those that were made since we started
         self._unsaved: dict[str, Checkpoint] = {}
+        self._layouts: dict[str, str] = {}  # as JSON: every swap needs one
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob("*.partial"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -88,8 +89,12 @@ class Images:
 
     def layout_json(self, image: Checkpoint) -> str:
         """Raises CorruptCheckpoint."""
-        made = self._headers.get(image.id)
-        return headers.as_json(made) if made else image.layout_json()
+        with self._mutex:
+            layout = self._layouts.get(image.id)
+            if layout is None:
+                made = self._headers.get(image.id)
+                layout = self._layouts[image.id] = headers.as_json(made) if made else image.layout_json()
+            return layout
 
     def describe(self, key: str, layout: str, data_bytes: int, made_of: str) -> Checkpoint:
         """An image that an engine says it has made of a checkpoint. Raises InvalidArgument or
@@ -120,6 +125,7 @@ class Images:
         image = Checkpoint(self._root / key, manifest)
         with self._mutex:
             self._headers[key] = header
+            self._layouts.pop(key, None)
             self._unsaved[key] = image
         return image
 
@@ -146,8 +152,8 @@ class Images:
     def drop(self, key: str) -> None:
         """It is not what it should be, or not needed any more. Whoever has it open keeps it."""
         with self._mutex:
-            self._headers.pop(key, None)
-            self._unsaved.pop(key, None)
+            for known in (self._headers, self._layouts, self._unsaved):
+                known.pop(key, None)
             if self._stored.pop(key, None) is None:
                 return
             doomed = self._root / f"{key}.partial"

@@ -35,9 +35,13 @@ H200_ROWS = [
      "one plain copy of pinned memory"),
 ]  # fmt: skip
 H100_ROWS = [
-    ("vllm", "new_architecture_first_token", "vLLM, 16.4 GB model: a new engine, of an architecture compiled before",
+    ("vllm", "resident_rebind_first_token", "vLLM, 16.4 GB model: swap between two on the GPU, to the first token",
      "our limit"),
+    ("vllm", "resident_wake_first_token", "the same, of an engine that was parked", "our limit"),
+    ("vllm", "new_architecture_first_token", "a new engine, of an architecture compiled before", "our limit"),
     ("vllm", "first_swap_first_token", "the very first: read, loaded, all kernels compiled", ""),
+    ("vllm", "parked_device_bytes", "what a parked engine has of the GPU: its context and graphs", ""),
+    ("vllm", "vllm_first_token", "vLLM by itself, a first token without any swap", ""),
     ("vllm", "vllm_cold_first_token", "vLLM by itself, the very first", ""),
     ("vllm", "vllm_sleep1_wake_first_token", "vLLM by itself, woken from its sleep mode", ""),
     ("vllm", "vllm_sleep2_reload", "vLLM by itself, woken and loaded anew in place, the file in memory", ""),
@@ -52,6 +56,8 @@ H100_ROWS = [
     ),
     ("stream", "nvme_to_device", "disk to GPU", "the best raw O_DIRECT read"),
     ("stream", "nvme_to_device.verified", "the same, every block verified", "the best raw O_DIRECT read"),
+    ("race", "peer.flashd.cold", "disk to GPU, twelve rounds, from the D-Bus call to tensors", "a raw O_DIRECT read"),
+    ("race", "peer.runai-model-streamer.cold", "the same, by the quickest peer", "a raw O_DIRECT read"),
     ("stream", "ram_file_to_device", "file in memory to GPU", "one plain copy of pinned memory"),
     ("stream", "nvme_to_host", "disk to host tier", "the best raw O_DIRECT read"),
     ("stream", "cpu_s_per_gb.device", "processor time of a load from disk to GPU", ""),

@@ -239,6 +239,8 @@ def measured(client: flashd.Client, models: Sequence[Path], runs: int, rounds: i
 
     first_token(names[0], "first_swap_first_token", "start")
     settle(client)
+    if any("is not stored" in line for line in (caches.parents[1] / "log").read_text().splitlines()):
+        sys.exit("the disk has no room for an image, without which swaps from there, or from the host, take a reload")
     for model in models[1:]:
         client.import_(model, model.name)
         first_token(model.name, "first_rebind_first_token", "rebind")
@@ -253,17 +255,18 @@ def measured(client: flashd.Client, models: Sequence[Path], runs: int, rounds: i
     for turn in range(rounds * len(names)):
         first_token(names[turn % len(names)], "round_robin_first_token", "rebind")
     client.park()
-    for _ in range(4):
+    for _ in range(3):
         client.evict(names[0])
         client.load(names[0], "host")
         time.sleep(3)  # it becomes known to the GPU meanwhile
         first_token(names[0], "host_wake_first_token", "wake")
         client.park()
-    for _ in range(4):
+    for _ in range(3):
         client.evict(names[0])
         first_token(names[0], "stored_swap_first_token", "wake")
         client.park()
-    counted, before = sum(engine.device_bytes for engine in client.engines()), driver_used_bytes(client)
+    before = driver_used_bytes(client)  # it knows of the park by then
+    counted = sum(engine.device_bytes for engine in client.engines())
     stop_engines()
     figures.ms["parked_device_bytes"].append(max(0, before - driver_used_bytes(client)))
     print(f"the driver counts {counted} bytes as the parked engine's, and has as many fewer in use without it: "

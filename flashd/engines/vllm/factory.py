@@ -45,6 +45,7 @@ def environment(caches: Path) -> Mapping[str, str]:
         "VLLM_CACHE_ROOT": str(caches / "vllm"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "VLLM_USE_MEGA_AOT_ARTIFACT": "1",  # what was compiled is loaded as it is; vLLM itself would trace it again
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_RPC_BASE_PATH": ".",  # its sockets lie in the engine's own folder, which is its working directory
         "VLLM_SERVER_DEV_MODE": "0",  # those endpoints can do anything, and the daemon needs none of them

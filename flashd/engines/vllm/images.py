@@ -85,6 +85,7 @@ class ImageWeights:
         Raises CorruptCheckpoint if the layout is of something else. Nothing may be captured yet.
         """
         self.header = _layout(model)
+        self.layout_json = headers.as_json(self.header)
         self.mapped_bytes = memory.rounded(self.header.data_bytes)
         if fd is not None:
             self.check(layout)
@@ -104,10 +105,6 @@ class ImageWeights:
             self.finish()
         else:
             self.restore_buffers()
-
-    @property
-    def layout_json(self) -> str:
-        return headers.as_json(self.header)
 
     def check(self, layout: str) -> None:
         """Raises CorruptCheckpoint unless an image has exactly our layout."""

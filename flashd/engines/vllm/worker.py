@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import re
@@ -49,6 +50,8 @@ _RESET_S = 10.0
 _LOG_BYTES = 4 * MiB
 _CAUSE = re.compile(r"(?:^|[\s)])((?:\w+\.)*\w*(?:Error|Exception|Interrupt)): (.+)$")
 _NO_ERROR = re.compile(r"\b(?:WARNING|INFO|DEBUG) \d\d-\d\d ")  # vLLM tells what it gets along without, too
+_BUSY = "busy or unavailable"  # CUDA, when a GPU has not even the memory for a context
+_BUSY_HINT = "others may have all of its memory, or all of it to themselves: nvidia-smi shows them"
 _NO_CAUSE = ("root cause", "EngineDeadError", "Engine core initialization failed")  # errors about errors
 
 
@@ -279,10 +282,15 @@ def _check(ranks: Sequence[Frame]) -> None:
     """Raises before anything is touched: a layout that does not fit its arena, an arena that is none."""
     for rank in ranks:
         arena_bytes, size_bytes = rank.content["arena_bytes"], os.fstat(rank.fds[0]).st_size
-        header.parse(rank.content["layout"].encode(), data_bytes=arena_bytes, path="the layout")
+        _check_layout(rank.content["layout"], arena_bytes)
         # Of a GPU's memory its driver checks the size when it is shown.
         if not rank.content["is_image"] and size_bytes < arena_bytes:
             raise EngineFailed(f"the arena has {size_bytes} bytes, and its layout says {arena_bytes}")
+
+
+@functools.lru_cache(maxsize=32)  # fine-tunes have one layout, and parsing it takes longer than showing an image
+def _check_layout(layout: str, arena_bytes: int) -> None:
+    header.parse(layout.encode(), data_bytes=arena_bytes, path="the layout")
 
 
 def _die(why: str) -> None:
@@ -297,7 +305,7 @@ def _refusal(error: BaseException) -> dict[str, Any]:
     if not isinstance(error, FlashdError) and any(word in said for word in _NO_CAUSE):
         said = _root_cause(0) or said
     is_unsupported = isinstance(error, Unsupported) or "are not supported for now" in said
-    hint = error.hint if isinstance(error, FlashdError) else ""
+    hint = error.hint if isinstance(error, FlashdError) else _BUSY_HINT if _BUSY in said else ""
     return {
         "error": f"vLLM {versions.VERSION}: {said}",
         "hint": hint,
