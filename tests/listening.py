@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+_ENDED = (FileNotFoundError, ProcessLookupError)  # the latter if it ends between opening and reading
 _WAITING = {"tcp": "0A", "tcp6": "0A", "udp": "07", "udp6": "07"}  # proc_net(5): listening; bound, connected to nobody
 
 
@@ -18,7 +19,7 @@ def family(pid: int) -> Iterator[int]:
     """The process, its children, theirs, ..."""
     yield pid
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(*_ENDED):
             for child in children.read_text().split():
                 yield from family(int(child))
 
@@ -37,9 +38,9 @@ def addresses(pid: int) -> set[str]:
 
 
 def _sockets(pid: int) -> Iterator[str]:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(*_ENDED):
         for fd in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(*_ENDED):
                 if (target := os.readlink(fd)).startswith("socket:["):
                     yield target.removeprefix("socket:[").removesuffix("]")
 
