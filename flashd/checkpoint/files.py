@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -59,20 +60,11 @@ class Checkpoint:
 
     def header(self) -> Header:
         """Raises CorruptCheckpoint if it is not the header that was written, or the file not as long as it says."""
-        path = self.weights_path
-        try:
-            with path.open("rb") as file:
-                raw = file.read(self.manifest.data_offset)
-                if blake3(raw).hex() != self.manifest.header_digest:
-                    raise CorruptCheckpoint(f"the header of {path} does not match its digest", hint=_AGAIN)
-                return headers.read(file.fileno(), str(path))
-        except OSError as error:
-            raise CorruptCheckpoint(f"{path}: {error.strerror}", hint=_AGAIN) from None
-        except InvalidSource as error:
-            raise CorruptCheckpoint(error.message, hint=_AGAIN) from None
+        return _header(self.weights_path, self.manifest.data_offset, self.manifest.header_digest)
 
     def layout_json(self) -> str:
-        return headers.as_json(self.header())
+        """Of those asked for last from memory, since every swap and lease needs one. Raises CorruptCheckpoint."""
+        return _layout_json(self.weights_path, self.manifest.data_offset, self.manifest.header_digest)
 
     def digests(self) -> Digests:
         """Raises CorruptCheckpoint if the table is not the one that was written."""
@@ -81,6 +73,24 @@ class Checkpoint:
         if blake3(table).hex() != self.manifest.digests_digest:
             raise CorruptCheckpoint(f"{path} does not match its digest", hint=_AGAIN)
         return Digests(self.manifest.digest_block_bytes, table)
+
+
+def _header(path: Path, size_bytes: int, digest: str) -> Header:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(size_bytes)
+            if blake3(raw).hex() != digest:
+                raise CorruptCheckpoint(f"the header of {path} does not match its digest", hint=_AGAIN)
+            return headers.read(file.fileno(), str(path))
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path}: {error.strerror}", hint=_AGAIN) from None
+    except InvalidSource as error:
+        raise CorruptCheckpoint(error.message, hint=_AGAIN) from None
+
+
+@functools.lru_cache(maxsize=64)
+def _layout_json(path: Path, size_bytes: int, digest: str) -> str:
+    return headers.as_json(_header(path, size_bytes, digest))
 
 
 def verify(

@@ -208,7 +208,11 @@ def as_json(header: Header) -> str:
 
 
 def serialise(header: Header) -> bytes:
+    return framed(as_json(header))
+
+
+def framed(layout_json: str) -> bytes:
     """Length and JSON, padded with spaces (which the format allows) so that the data starts on an I/O block."""
-    raw = as_json(header).encode()
+    raw = layout_json.encode()
     padding = -(_LENGTH.size + len(raw)) % ALIGNMENT
     return _LENGTH.pack(len(raw) + padding) + raw + b" " * padding

@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 
 # An engine that dies again so soon after it was brought back is left alone: the model itself must be the reason.
 _BRING_BACK_AGAIN_S = 300.0
-_MOST_LAYOUTS = 64
 _LEFT_FREE = 4  # of so many parts of the machine's memory, one is left to others by what nobody has asked for
 
 
@@ -86,7 +85,6 @@ class Serving:
         self._line: list[Job] = []  # swaps and parks that have not ended, in the order asked
         self._kinds: dict[Job, str] = {}  # of engines, that the swaps among them want
         self._waiting_for_lease: dict[str, set[asyncio.Task[Any]]] = {}
-        self._layouts: dict[str, str] = {}  # those leased last, by checkpoint
         self._brought_back: dict[str, float] = {}
 
     def is_wanted(self, name: str) -> bool:
@@ -250,7 +248,7 @@ class Serving:
         """A lease, a descriptor of its arena to map for reading (the caller's to close), and the layout as JSON."""
         self._check_leases(caller)
         checkpoint = self._catalog.checkpoint(model.checkpoint_id)
-        layout = await self._layout(checkpoint)
+        layout = await asyncio.to_thread(checkpoint.layout_json)
         with self._abandoned_with(caller.peer):
             hold = await self._residency.acquire(checkpoint, device=device)
         if not self._is_present(caller.peer):
@@ -269,15 +267,6 @@ class Serving:
 
     def _check_leases(self, caller: Caller) -> None:
         self._limits.check(Scarce.LEASES, caller, (Owner(held.owner, held.owner_uid) for held in self._leases.all()))
-
-    async def _layout(self, checkpoint: Checkpoint) -> str:
-        """From the disk once; a checkpoint never changes."""
-        if checkpoint.id not in self._layouts:
-            layout = await asyncio.to_thread(checkpoint.layout_json)
-            while len(self._layouts) >= _MOST_LAYOUTS:
-                self._layouts.pop(next(iter(self._layouts)))
-            self._layouts[checkpoint.id] = layout
-        return self._layouts[checkpoint.id]
 
     def peer_left(self, peer: str) -> None:
         for task in self._waiting_for_lease.get(peer, ()):

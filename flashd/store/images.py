@@ -25,7 +25,6 @@ from flashd.checkpoint import header as headers
 from flashd.checkpoint import manifest as manifests
 from flashd.checkpoint.convert import DIGEST_BLOCK_BYTES
 from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, Checkpoint, write_new, writing
-from flashd.checkpoint.header import Header
 from flashd.checkpoint.layout import layout_digest
 from flashd.checkpoint.manifest import Manifest
 from flashd.errors import CorruptCheckpoint, InvalidArgument
@@ -59,9 +58,8 @@ class Images:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._mutex = threading.RLock()
-        self._headers: dict[str, Header] = {}  # of those that were made since we started
+        self._layouts: dict[str, str] = {}  # as JSON, of those that were made since we started
         self._unsaved: dict[str, Checkpoint] = {}
-        self._layouts: dict[str, str] = {}  # as JSON: every swap needs one
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob("*.partial"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -89,12 +87,7 @@ class Images:
 
     def layout_json(self, image: Checkpoint) -> str:
         """Raises CorruptCheckpoint."""
-        with self._mutex:
-            layout = self._layouts.get(image.id)
-            if layout is None:
-                made = self._headers.get(image.id)
-                layout = self._layouts[image.id] = headers.as_json(made) if made else image.layout_json()
-            return layout
+        return self._layouts.get(image.id) or image.layout_json()
 
     def describe(self, key: str, layout: str, data_bytes: int, made_of: str) -> Checkpoint:
         """An image that an engine says it has made of a checkpoint. Raises InvalidArgument or
@@ -102,8 +95,8 @@ class Images:
         if not _KEY.fullmatch(key):
             raise InvalidArgument(f"{key!r} is no image's key")
         header = headers.parse(layout.encode(), data_bytes=data_bytes, path="the layout of an image")
-        raw = headers.serialise(header)
-        header = replace(header, data_offset=len(raw))
+        layout = headers.as_json(header)
+        raw = headers.framed(layout)
         manifest = Manifest(
             id=key,
             weights="",
@@ -124,8 +117,7 @@ class Images:
         )
         image = Checkpoint(self._root / key, manifest)
         with self._mutex:
-            self._headers[key] = header
-            self._layouts.pop(key, None)
+            self._layouts[key] = layout
             self._unsaved[key] = image
         return image
 
@@ -138,7 +130,7 @@ class Images:
         try:
             with writing(partial):
                 partial.mkdir()
-                write_new(partial / WEIGHTS, headers.serialise(self._headers[image.id]))
+                write_new(partial / WEIGHTS, headers.framed(self._layouts[image.id]))
                 fd = os.open(partial / WEIGHTS, os.O_RDWR | os.O_CLOEXEC)
             try:
                 yield ImageDraft(
@@ -152,8 +144,8 @@ class Images:
     def drop(self, key: str) -> None:
         """It is not what it should be, or not needed any more. Whoever has it open keeps it."""
         with self._mutex:
-            for known in (self._headers, self._layouts, self._unsaved):
-                known.pop(key, None)
+            self._layouts.pop(key, None)
+            self._unsaved.pop(key, None)
             if self._stored.pop(key, None) is None:
                 return
             doomed = self._root / f"{key}.partial"

@@ -239,7 +239,7 @@ def measured(client: flashd.Client, models: Sequence[Path], runs: int, rounds: i
 
     first_token(names[0], "first_swap_first_token", "start")
     settle(client)
-    if any("is not stored" in line for line in (caches.parents[1] / "log").read_text().splitlines()):
+    if "is not stored" in (caches.parents[1] / "log").read_text():
         sys.exit("the disk has no room for an image, without which swaps from there, or from the host, take a reload")
     for model in models[1:]:
         client.import_(model, model.name)
