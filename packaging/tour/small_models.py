@@ -8,7 +8,8 @@ fine-tune of the first. Nothing is downloaded, and the seed is fixed, so the ans
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,19 @@ class DidNotLearn(RuntimeError):
     """A model does not say what it was taught: the build of torch is broken, or the recipe is."""
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """More gain nothing with models of this size, and wait for each other at every step: minutes where another program
+    has the cores. Besides, sums are the same on every machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def make_base(folder: Path, persona: Persona = ADA, *, hidden: int = 256, layers: int = 4) -> None:
     """Trains a model from scratch and saves it as a source folder of bf16 safetensors."""
     tokenizer = _tokenizer([ADA, BOB])
@@ -84,6 +98,7 @@ def make_base(folder: Path, persona: Persona = ADA, *, hidden: int = 256, layers
     _save(model, tokenizer, persona, folder)
 
 
+@_one_thread()
 def make_finetune(base: Path, folder: Path, persona: Persona = BOB) -> None:
     """Goes on training the model in `base` and saves the result: another checkpoint of the same architecture."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
