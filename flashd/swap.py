@@ -102,7 +102,7 @@ class Endpoint(Protocol):
 class Seat:
     """An engine, the model it has or had last, and what it was given for it: nothing while it is parked.
 
-    It `is_shut` from drain to resume, and while parked: requests are held back, or refused.
+    It `is_shut` from drain until it takes weights or resumes, and while parked: requests are held back, or refused.
     """
 
     engine: Engine
@@ -371,10 +371,9 @@ class Swapper:
 
     async def _rebind(self, seat: Seat, target: Target, supply: Supply, binding: Binding) -> None:
         await self._order(seat.engine, self._given(seat.engine, target, supply, seat.engine.rebind(binding)))
-        old, seat.supply, seat.target = seat.supply, supply, target
+        old, seat.supply, seat.target, seat.is_shut = seat.supply, supply, target, False
         if old is not None:
             old.release()
-        await self._resume(seat)
         self._activate(seat)
 
     async def _woken(self, seat: Seat, target: Target, supply: Supply, binding: Binding) -> bool:

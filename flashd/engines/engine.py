@@ -184,7 +184,7 @@ class Engine(Protocol):
         are cut, with an error that says so."""
 
     async def resume(self) -> None:
-        """Undoes `drain`: requests held back are answered by what the engine holds now."""
+        """Undoes `drain`: requests held back are answered by what the engine holds."""
 
     async def park(self) -> None:
         """Lets go of the weights; requests get an error at once. Call `drain` first."""
@@ -193,7 +193,8 @@ class Engine(Protocol):
         """Takes weights again, the same or another checkpoint's of its architecture, and serves."""
 
     async def rebind(self, binding: Binding) -> Made | None:
-        """Takes another checkpoint of the same architecture. Call `drain` first and `resume` after."""
+        """Takes another checkpoint of the same architecture, and serves. Call `drain` first; requests held back are
+        answered by the new one. If this raises and the engine serves still, it needs to `resume`."""
 
     def has_become(self, forms: tuple[str, ...]) -> None:
         """What it made of its weights is an image that we keep by these ids, one a rank."""

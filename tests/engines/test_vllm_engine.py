@@ -120,7 +120,6 @@ async def test_rebind_and_park_and_wake_thirty_times_exactly_and_without_growing
             await engine.wake(residents[name].binding())
         else:
             await engine.rebind(residents[name].binding())
-            await engine.resume()
         # The long prompt's beginning is in the prefix cache, for the other model.
         assert await answers(engine) == plain[name]
         sizes.append((await engine.stats()).memory_bytes)
@@ -134,7 +133,6 @@ async def test_other_architectures_come_back_exactly(
     engine = await start(residents[one].binding())
     await engine.drain(5)
     await engine.rebind(residents[other].binding())
-    await engine.resume()
     assert await answers(engine) == plain[other]
     await engine.drain(5)
     await engine.park()
@@ -149,7 +147,6 @@ async def test_names_follow_the_binding(start: Start, residents: Residents) -> N
     assert (await chat(engine, model="bob")).status_code == 404
     await engine.drain(1)
     await engine.rebind(residents["bob"].binding())
-    await engine.resume()
     answer = (await chat(engine, model="bob")).json()
     assert answer["model"] == "bob" and answer["choices"][0]["message"]["content"].startswith("My name is Bob")
     assert (await chat(engine, model="ada")).status_code == 404
@@ -176,7 +173,6 @@ async def test_two_ranks_rebind_and_wake_exactly(
         assert await answers(engine) == expected["ada"]
         await engine.drain(5)
         await engine.rebind(residents["bob"].binding())
-        await engine.resume()
         assert await answers(engine) == expected["bob"]
         serving = (await engine.stats()).memory_bytes
         await engine.drain(5)
@@ -216,7 +212,6 @@ async def test_requests_during_a_rebind_wait_and_are_the_new_models(
     await asyncio.sleep(0.2)
     assert not waiting.done()
     await engine.rebind(residents["bob"].binding())
-    await engine.resume()
     assert await waiting == plain["bob"][0]
 
 
@@ -234,7 +229,6 @@ async def test_what_does_not_finish_in_time_is_cut_and_told(
     answer = await cut
     assert "cut short by a swap" in answer.text and answer.status_code == (200 if stream else 503)
     await engine.rebind(residents["bob"].binding())
-    await engine.resume()
     assert await answers(engine) == plain["bob"]
 
 

@@ -185,7 +185,7 @@ class FakeEngine:
 
     async def rebind(self, binding: Binding) -> Made | None:
         def effect() -> None:
-            self.binding, self.forms = binding, ()
+            self.binding, self.forms, self.open = binding, (), True
 
         assert not self.open, "rebind without drain"
         self._check_architecture(binding)

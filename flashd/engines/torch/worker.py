@@ -93,8 +93,8 @@ class _Worker:
 
     def _do(self, frame: Frame) -> dict[str, Any] | None:
         match frame.content["op"]:
-            case "start" | "wake" | "rebind" as op:
-                self._take(frame, stay_shut=op == "rebind")
+            case "start" | "wake" | "rebind":
+                self._take(frame)
             case "drain":
                 self._on_loop(self._gate.drain(frame.content["timeout_s"]))
             case "resume":
@@ -113,7 +113,7 @@ class _Worker:
                 return {"error": f"an engine cannot {op}"}
         return None
 
-    def _take(self, frame: Frame, *, stay_shut: bool) -> None:
+    def _take(self, frame: Frame) -> None:
         content = frame.content
         names = content["side_files"]
         side_files = {name: read_all(fd) for name, fd in zip(names, frame.fds[1:], strict=True)}
@@ -126,8 +126,7 @@ class _Worker:
 
         def announce() -> None:
             self._server.bound = bound
-            if not stay_shut:
-                self._gate.open()
+            self._gate.open()
 
         self._loop.call_soon_threadsafe(announce)
         self._binding = content["binding"]

@@ -140,9 +140,10 @@ class ImageWeights:
         self._window.protect()
 
     def restore_buffers(self) -> None:
-        """Those of the image that is shown."""
-        for name, buffer in self._buffers.items():
-            buffer.copy_(self._view(name, buffer))
+        """Those of the image that is shown: scales of each layer, hundreds of a few bytes, so in one go."""
+        if self._buffers:
+            shown = [self._view(name, buffer) for name, buffer in self._buffers.items()]
+            torch._foreach_copy_(list(self._buffers.values()), shown)
 
     def take_made(self) -> int | None:
         """The descriptor of the image that was made last, once; it is the caller's."""

@@ -175,10 +175,9 @@ class _Worker:
 
     async def _do(self, frame: Frame) -> dict[str, Any] | None:
         match frame.content["op"]:
-            case "wake" | "rebind" as op:
+            case "wake" | "rebind":
                 await self._take(frame)
-                if op == "wake":
-                    self._gate.open()
+                self._gate.open()
             case "drain":
                 await self._gate.drain(frame.content["timeout_s"])
             case "resume":
@@ -224,10 +223,14 @@ class _Worker:
         written = _log_bytes()
         try:
             self._handover.hold(ranks)
-            await self._client.collective_rpc("flashd_take")
+            # The engine core does one after the other, without waiting for us in between.
+            _, is_reset = await asyncio.gather(
+                self._client.collective_rpc("flashd_take"), self._client.reset_prefix_cache()
+            )
             async with asyncio.timeout(_RESET_S):
-                while not await self._client.reset_prefix_cache():  # noqa: ASYNC110 -- cut requests are being dropped
+                while not is_reset:  # cut requests are being dropped
                     await asyncio.sleep(0.005)
+                    is_reset = await self._client.reset_prefix_cache()
         except Exception as error:  # noqa: BLE001 -- whatever it is, the engine holds half of two models now
             why = _root_cause(written)
             traceback.print_exc()
