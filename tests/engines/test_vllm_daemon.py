@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,57 +21,56 @@ from vllm_greedy import PROMPTS
 import flashd
 from flashd import Client
 from flashd.compat.language_model import LanguageModel
-from flashd.errors import Unavailable
 from flashd.private_bus import PrivateBus
+
+sys.path.append(str(Path(__file__).parents[1] / "bus"))
+
+from manager import Manager, start
+from running import Daemon
 
 pytestmark = pytest.mark.timeout(300)
 ASK = [{"role": "user", "content": QUESTION}]
 
 
 @pytest.fixture(scope="module")
-def bus() -> Iterator[tuple[str, Path]]:
-    """A daemon whose inbox is empty, and the folder it keeps everything in."""
-    with tempfile.TemporaryDirectory(prefix="fd-") as folder, PrivateBus(Path(folder)) as bus:
-        yield bus.address, Path(folder)
+def manager() -> Iterator[Manager]:
+    with tempfile.TemporaryDirectory(prefix="fd-") as folder:
+        made = Manager(Path(folder) / "manager")
+        made.open()
+        yield made
+        made.close()
 
 
 @pytest.fixture(scope="module")
-def client(bus: tuple[str, Path], made: Path, vllm_python: str) -> Iterator[Client]:
-    address, root = bus
-    (root / "models").mkdir()
-    (root / "flashd.toml").write_text(
-        "[engines]\nwarm_up = false\nwarm_new = false\ndefault = 'vllm'\n"
-        f"[engines.vllm]\npython = '{vllm_python}'\nkv_cache = '64MiB'\narguments = ['--seed', '0']\n"
-    )
-    command = [sys.executable, "-m", "flashd.daemon.main", "--bus", address, "--config", root / "flashd.toml"]
-    folders = ["--state-dir", root / "state", "--models-dir", root / "models", "--runtime-dir", root / "run"]
-    with (root / "log").open("wb") as log, subprocess.Popen([*command, *folders], stdout=log, stderr=log) as daemon:
-        try:
-            with connected(address) as client:
-                for name in ("ada", "bob", "llama"):
-                    client.import_(made / name, name)
-                yield client
-        finally:
-            daemon.send_signal(signal.SIGTERM)
-            status = daemon.wait(20)
-    words = (root / "log").read_text()
+def daemon(manager: Manager, made: Path, vllm_python: str) -> Iterator[Daemon]:
+    """One whose inbox is empty, with three models, below a service manager."""
+    with tempfile.TemporaryDirectory(prefix="fd-") as folder, PrivateBus(Path(folder)) as bus:
+        running = Daemon(bus.address, Path(folder), Path(folder))
+        running.config.write_text(
+            "[engines]\nwarm_up = false\nwarm_new = false\ndefault = 'vllm'\n"
+            f"[engines.vllm]\npython = '{vllm_python}'\nkv_cache = '64MiB'\narguments = ['--seed', '0']\n"
+        )
+        start(running, manager)
+        with flashd.connect(bus.address) as client:
+            for name in ("ada", "bob", "llama"):
+                client.import_(made / name, name)
+        yield running
+        manager.empty()  # whose service is stopped, and not started again: engines end
+        status, words = running.stop(), running.log.read_text()
     assert status == 0 and "Traceback" not in words, words
 
 
-def connected(address: str) -> Client:
-    for _ in range(200):
-        try:
-            return flashd.connect(address)
-        except Unavailable:
-            time.sleep(0.1)
-    raise AssertionError("the daemon did not come")
+@pytest.fixture
+def client(daemon: Daemon) -> Iterator[Client]:
+    with flashd.connect(daemon.address) as client:
+        yield client
 
 
 def test_a_vllm_started_by_hand_answers_as_with_its_own_loader(
-    bus: tuple[str, Path], client: Client, vllm_python: str, compiled: Path, made: Path, plain: dict[str, Any]
+    daemon: Daemon, client: Client, vllm_python: str, compiled: Path, made: Path, plain: dict[str, Any]
 ) -> None:
     def job(folder: str, **extra: str) -> dict[str, Any]:
-        options = {"bus": bus[0], **extra}
+        options = {"bus": daemon.address, **extra}
         return {"model": str(made / folder), "load_format": "flash", "model_loader_extra_config": options}
 
     jobs = [
@@ -109,8 +107,8 @@ def test_swaps_between_models_and_kinds_of_engine(client: Client) -> None:
     assert {engine.kind: engine.state for engine in client.engines()} == {"vllm": "serving", "torch": "parked"}
 
 
-def test_asked_as_vllm_is_it_says_what_vllm_says(bus: tuple[str, Path], client: Client, plain: dict[str, Any]) -> None:
-    models = {name: LanguageModel(lambda: flashd.connect(bus[0]), name, "vllm") for name in ("ada", "bob")}
+def test_asked_as_vllm_is_it_says_what_vllm_says(daemon: Daemon, client: Client, plain: dict[str, Any]) -> None:
+    models = {name: LanguageModel(lambda: flashd.connect(daemon.address), name, "vllm") for name in ("ada", "bob")}
     greedy = SimpleNamespace(temperature=0, max_tokens=16)
     for name in ("ada", "bob", "ada"):
         found = models[name].generate(PROMPTS, greedy)
@@ -120,8 +118,8 @@ def test_asked_as_vllm_is_it_says_what_vllm_says(bus: tuple[str, Path], client: 
         assert [output.outputs[0].token_ids for output in models[name].generate(ids, greedy)] == plain[name]
 
 
-def test_vllms_further_parameters(bus: tuple[str, Path], client: Client) -> None:
-    model = LanguageModel(lambda: flashd.connect(bus[0]), "ada", "vllm")
+def test_vllms_further_parameters(daemon: Daemon, client: Client) -> None:
+    model = LanguageModel(lambda: flashd.connect(daemon.address), "ada", "vllm")
     (several,) = model.generate("I am", SimpleNamespace(n=3, temperature=1.0, seed=1, max_tokens=4, ignore_eos=True))
     assert [output.index for output in several.outputs] == [0, 1, 2]
     assert {len(output.token_ids) for output in several.outputs} == {4}
@@ -150,3 +148,25 @@ def test_an_engine_that_dies_is_brought_back_with_its_model(client: Client) -> N
         time.sleep(0.1)
     assert [other.kind for other in back] == ["vllm"]
     assert client.chat("ada", ASK, temperature=0) == ADA.introduction
+
+
+def test_a_daemon_after_one_that_was_killed_finds_them_and_goes_on(daemon: Daemon, manager: Manager) -> None:
+    def engines(client: Client) -> set[tuple[str, str, str, int]]:
+        return {(engine.model, engine.kind, engine.state, engine.pid) for engine in client.engines()}
+
+    with flashd.connect(daemon.address) as client:
+        for name, kind in (("bob", "torch"), ("ada", "vllm")):
+            client.swap(name, engine=kind)
+        before = engines(client)
+    assert {state for *_, state, _ in before} == {"serving", "parked"}
+    daemon.stop(signal.SIGKILL)
+    start(daemon, manager)
+    with flashd.connect(daemon.address) as client:
+        assert engines(client) == before
+        assert client.chat("ada", ASK, temperature=0) == ADA.introduction
+        assert client.swap("bob", engine="vllm").how == "rebind"
+        assert client.chat("bob", ASK, temperature=0) == BOB.introduction
+        client.park()
+        assert client.swap("ada", engine="vllm").how == "wake"
+        assert client.chat("ada", ASK, temperature=0) == ADA.introduction
+        assert {pid for *_, pid in engines(client)} == {pid for *_, pid in before}
