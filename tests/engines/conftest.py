@@ -248,3 +248,10 @@ async def soon(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+async def own_memory_bytes(engine: EngineProcess) -> int:
+    """What it says when it has had the time to measure, which it does when asked and for the next time."""
+    await engine.stats()
+    await asyncio.sleep(0.3)
+    return (await engine.stats()).memory_bytes

@@ -25,7 +25,7 @@ import uvicorn
 from flashd import sandbox
 from flashd.engines.control import Channel, Frame, close_all
 from flashd.engines.gate import Gate
-from flashd.engines.surroundings import lacks_memory, own_memory_bytes, read_all
+from flashd.engines.surroundings import OwnMemory, lacks_memory, read_all
 from flashd.engines.torch.model import Model, Weights
 from flashd.engines.torch.server import Bound, Server
 from flashd.errors import FlashdError, Unsupported
@@ -56,6 +56,7 @@ class _Worker:
         self._channel = channel
         self._turns = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._gate = Gate()
+        self._memory = OwnMemory()
         self._server = Server(self._gate, self._turns, options["max_tokens_default"])
         self._model: Model | None = None
         self._binding = ""  # what the daemon calls what we hold, or held before we were parked
@@ -106,7 +107,7 @@ class _Worker:
             case "stats":
                 return {
                     "active_requests": self._gate.active,
-                    "memory_bytes": own_memory_bytes(),
+                    "memory_bytes": self._memory.last_bytes(),
                     "seen_requests": self._gate.seen,
                 }
             case op:

@@ -31,7 +31,7 @@ from flashd import config, sandbox
 from flashd.checkpoint import header
 from flashd.engines.control import Channel, Frame, close_all
 from flashd.engines.gate import Gate
-from flashd.engines.surroundings import lacks_memory, own_memory_bytes, read_all
+from flashd.engines.surroundings import OwnMemory, lacks_memory, read_all
 from flashd.engines.vllm import adapters, handover, versions
 from flashd.engines.vllm.adapters import AppliedAdapter
 from flashd.engines.vllm.guard import Guard
@@ -88,6 +88,7 @@ class _Worker:
         self._listener = listener
         self._options = options
         self._gate = Gate()
+        self._memory = OwnMemory()
         self._binding = options["binding"]  # what the daemon calls what we hold, or held before we were parked
         tempfile.tempdir = str(Path.cwd())  # what vLLM leaves behind is removed with our folder
         self._handover = Handover(Path(handover.SOCKET))
@@ -190,7 +191,7 @@ class _Worker:
             case "stats":
                 return {
                     "active_requests": self._gate.active,
-                    "memory_bytes": own_memory_bytes(),
+                    "memory_bytes": self._memory.last_bytes(),
                     "seen_requests": self._gate.seen,
                 }
             case op:
