@@ -104,8 +104,8 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """`memory_bytes` is resident memory that is the process's own; the weights in the arena are not. `seen_requests`
-    counts all since the start."""
+    """`memory_bytes` is resident memory that is the process's own, as measured last, 0 at first; the weights in the
+    arena are not. `seen_requests` counts all since the start."""
 
     active_requests: int
     memory_bytes: int

@@ -8,11 +8,10 @@ import os
 import re
 import socket
 import threading
+import time
 from pathlib import Path
 
-from flashd.units import MiB
-
-_NOTED_BYTES = 16 * MiB  # the counters of a machine with many processors are not more exact
+_MEASURED_EVERY_S = 10.0
 
 _OF_MEMORY = re.compile(
     r"(?i)out of memory|OutOfMemory|MemoryError|no available memory|(?:cannot|can't) allocate memory"
@@ -34,41 +33,39 @@ def read_all(fd: int) -> bytes:
     return os.pread(fd, os.fstat(fd).st_size, 0)
 
 
+def own_memory_bytes(pid: int) -> int:
+    """Resident memory that is a process's and its children's own: shared arenas are not, and of pages that forks still
+    share, each counts for its part (proc(5), Pss_Anon)."""
+    total = 0
+    for member in family(pid):
+        with contextlib.suppress(OSError):  # it has just ended
+            memory = Path(f"/proc/{member}/smaps_rollup").read_text()
+            found = [line for line in memory.splitlines() if line.startswith("Pss_Anon:")]
+            total += sum(int(line.split()[1]) * 1024 for line in found)
+    return total
+
+
 class OwnMemory:
-    """Resident memory that is this process's and its children's own: shared arenas are not, and of pages that forks
-    still share, each counts for its part (proc(5), Pss_Anon).
+    """This process's `own_memory_bytes`, now and then. To measure them is to walk page tables, tens of milliseconds for
+    vLLM's processes, and no swap or token is to wait for it: a thread does."""
 
-    To measure that is to walk page tables, 40 ms for vLLM's processes, and no swap or token is to wait for it. So it is
-    done in a thread, and only when counters that cost nothing have changed.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, every_s: float = _MEASURED_EVERY_S) -> None:
+        self._every_s = every_s
         self._own_bytes = 0
-        self._counted_bytes = -_NOTED_BYTES
-        self._look = threading.Thread()
+        self._measured_at = -every_s
+        self._measuring = threading.Thread()
 
     def last_bytes(self) -> int:
-        """As it was when last asked; 0 the first time."""
-        if not self._look.is_alive():
-            self._look = threading.Thread(target=self._measure, daemon=True, name="own memory")
-            self._look.start()
-        return self._own_bytes
+        """As measured last; 0 the first time."""
+        known_bytes = self._own_bytes
+        if not self._measuring.is_alive() and time.monotonic() - self._measured_at >= self._every_s:
+            self._measuring = threading.Thread(target=self._measure, daemon=True, name="own memory")
+            self._measuring.start()
+        return known_bytes
 
     def _measure(self) -> None:
-        pids = family(os.getpid())
-        counted_bytes = sum(_line_bytes(pid, "status", "RssAnon:") for pid in pids)
-        if abs(counted_bytes - self._counted_bytes) >= _NOTED_BYTES:
-            self._own_bytes = sum(_line_bytes(pid, "smaps_rollup", "Pss_Anon:") for pid in pids)
-            self._counted_bytes = counted_bytes
-
-
-def _line_bytes(pid: int, file: str, name: str) -> int:
-    """What one line says of a process, which may just have ended."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/{file}").read_text().splitlines():
-            if line.startswith(name):
-                return int(line.split()[1]) * 1024
-    return 0
+        self._own_bytes = own_memory_bytes(os.getpid())
+        self._measured_at = time.monotonic()
 
 
 def lacks_memory(said: str) -> bool:

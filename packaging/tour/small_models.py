@@ -64,7 +64,7 @@ class DidNotLearn(RuntimeError):
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """More gain nothing with models of this size, and wait for each other at every step: minutes where another program
-    has the cores. Besides, sums are the same on every machine."""
+    has the cores. Besides, sums do not depend on how many cores there are."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -17,6 +17,8 @@ import httpx
 import pytest
 import pytest_asyncio
 
+sys.path.append(str(Path(__file__).parents[1] / "bus"))  # for a running daemon
+
 from flashd import config
 from flashd.checkpoint.convert import convert
 from flashd.checkpoint.files import Checkpoint
@@ -248,10 +250,3 @@ async def soon(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.01)
-
-
-async def own_memory_bytes(engine: EngineProcess) -> int:
-    """What it says when it has had the time to measure, which it does when asked and for the next time."""
-    await engine.stats()
-    await asyncio.sleep(0.3)
-    return (await engine.stats()).memory_bytes

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,11 +17,12 @@ import flashtensors as ft
 import pytest
 import torch
 from peft import PeftModel
+from running import CONFIG, Daemon
 from safetensors.torch import load_file, save_file
 from small_models import ADA, BOB, QUESTION
-from test_vllm_daemon import connected
 from transformers import AutoTokenizer
 
+import flashd
 from flashd import Client, errors, inference
 from flashd.engines.vllm import adapters
 from flashd.engines.vllm.adapters import AppliedAdapter
@@ -72,23 +72,18 @@ def client(made: Path, adapter: Path, vllm_python: str) -> Iterator[Client]:
         pytest.MonkeyPatch.context() as patched,
     ):
         patched.setenv("FLASHD_BUS_ADDRESS", bus.address)
-        root = Path(folder)
-        (root / "models").mkdir()
+        daemon = Daemon(bus.address, Path(folder), Path(folder))
         settings = f"python = '{vllm_python}'\nkv_cache = '64MiB'\nadapters = ['{adapter}']\n"
-        (root / "flashd.toml").write_text(f"[engines]\nwarm_up = false\n[engines.vllm]\n{settings}")
-        command = [sys.executable, "-m", "flashd.daemon.main", "--bus", bus.address, "--config", root / "flashd.toml"]
-        folders = ["--state-dir", root / "state", "--models-dir", root / "models", "--runtime-dir", root / "run"]
-        with (root / "log").open("wb") as log, subprocess.Popen([*command, *folders], stdout=log, stderr=log) as daemon:
-            try:
-                with connected(bus.address) as client:
-                    for name in ("ada", "bob"):
-                        client.import_(made / name, name)
-                    yield client
-            finally:
-                daemon.send_signal(signal.SIGTERM)
-                status = daemon.wait(20)
-        words = (root / "log").read_text()
-        assert status == 0 and "Traceback" not in words, words
+        daemon.config.write_text(f"{CONFIG}[engines.vllm]\n{settings}")
+        daemon.start()
+        try:
+            with flashd.connect(bus.address) as client:
+                for name in ("ada", "bob"):
+                    client.import_(made / name, name)
+                yield client
+        finally:
+            status, words = daemon.stop(), daemon.log.read_text()
+    assert status == 0 and "Traceback" not in words, words
 
 
 def test_merged_it_is_a_model_like_any_other(client: Client, adapter: Path) -> None:

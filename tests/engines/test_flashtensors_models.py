@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,9 +15,10 @@ from typing import Any
 
 import flashtensors as ft
 import pytest
+from running import Daemon
 from small_models import ADA, BOB, QUESTION
-from test_vllm_daemon import connected
 
+import flashd
 from flashd import Client, config, errors
 from flashd.private_bus import PrivateBus
 
@@ -31,20 +31,13 @@ GREEDY = SimpleNamespace(temperature=0, max_tokens=40)
 def bus() -> Iterator[str]:
     """A daemon whose default engine is torch."""
     with tempfile.TemporaryDirectory(prefix="fd-") as folder, PrivateBus(Path(folder)) as bus:
-        root = Path(folder)
-        (root / "models").mkdir()
-        (root / "flashd.toml").write_text("[engines]\nwarm_up = false\nwarm_new = false\n")
-        command = [sys.executable, "-m", "flashd.daemon.main", "--bus", bus.address, "--config", root / "flashd.toml"]
-        folders = ["--state-dir", root / "state", "--models-dir", root / "models", "--runtime-dir", root / "run"]
-        with (root / "log").open("wb") as log, subprocess.Popen([*command, *folders], stdout=log, stderr=log) as daemon:
-            try:
-                connected(bus.address).close()
-                yield bus.address
-            finally:
-                daemon.send_signal(signal.SIGTERM)
-                status = daemon.wait(20)
-        words = (root / "log").read_text()
-        assert status == 0 and "Traceback" not in words, words
+        daemon = Daemon(bus.address, Path(folder), Path(folder))
+        daemon.start()
+        try:
+            yield bus.address
+        finally:
+            status, words = daemon.stop(), daemon.log.read_text()
+    assert status == 0 and "Traceback" not in words, words
 
 
 @pytest.fixture
@@ -52,7 +45,7 @@ def client(bus: str, made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cl
     monkeypatch.setenv("FLASHD_BUS_ADDRESS", bus)
     for name in ("ada", "bob"):
         ft.register_model(str(made / name))
-    with connected(bus) as client:
+    with flashd.connect(bus) as client:
         yield client
 
 

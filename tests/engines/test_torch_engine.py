@@ -16,12 +16,14 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Resident, Start, complete, http, own_memory_bytes, soon
+from conftest import Resident, Start, complete, http, soon
+from tokenizers import Tokenizer
 
 from flashd.engines import kept
 from flashd.engines.control import close_all
 from flashd.engines.engine import EngineState
 from flashd.engines.process import EngineProcess, Settings, ZygoteFactory, torch_factory
+from flashd.engines.surroundings import own_memory_bytes
 from flashd.errors import EngineFailed, EngineOutOfMemory
 from flashd.units import MiB
 
@@ -86,7 +88,7 @@ async def test_rebind_and_park_and_wake_fifty_times_exactly_and_without_growing(
         else:
             await engine.rebind(residents[name].binding())
         assert await complete(engine, expected["prompt"]) == expected[name]
-        sizes.append(await own_memory_bytes(engine))
+        sizes.append(own_memory_bytes(engine.pid))
     assert sizes[-1] < sizes[9] + 30_000_000
 
 
@@ -316,6 +318,40 @@ async def test_wrong_weights_leave_the_engine_with_what_it_had(
     assert await complete(engine, expected["prompt"]) == expected["ada"]
 
 
+@pytest.mark.parametrize(("one", "other"), [("ada", "bob"), ("moe", "moe2")], ids=["viewed", "copied"])
+@pytest.mark.parametrize("broken", ["tokenizer.json", "generation_config.json"])
+async def test_side_files_that_make_no_sense_leave_the_model_as_it_was(
+    start: Start, residents: Residents, expected: dict[str, Any], tmp_path: Path, broken: str, one: str, other: str
+) -> None:
+    engine = await start(residents[one].binding())
+    before = await complete(engine, expected["prompt"])
+    (tmp_path / broken).write_text("{")
+    side_files = {**residents[other].checkpoint.side_files(), broken: tmp_path / broken}
+    await engine.drain(1)
+    with pytest.raises(EngineFailed):
+        await engine.rebind(residents[other].binding(side_files=side_files))
+    await engine.resume()
+    assert await complete(engine, expected["prompt"]) == before
+    answer = (await chat(engine)).json()
+    assert answer["model"] == one, "it knows who it is"
+
+
+async def test_a_finetune_brings_its_own_way_of_being_asked(start: Start, residents: Residents, tmp_path: Path) -> None:
+    """Where it ends, say: not where the model before it did."""
+    engine = await start(residents["ada"].binding())
+    ended = (await chat(engine)).json()["choices"][0]["message"]["content"]
+    tokenizer = Tokenizer.from_file(str(residents["ada"].checkpoint.directory / "tokenizer.json"))
+    tokens = tokenizer.encode(ended).ids
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens[3]}))
+    own = {"generation_config.json": tmp_path / "generation_config.json"}
+    side_files = {**residents["ada"].checkpoint.side_files(), **own}
+    for files, said in ((side_files, tokenizer.decode(tokens[:4])), (None, ended)):
+        await engine.drain(1)
+        changes = {"side_files": files} if files else {}
+        await engine.rebind(residents["ada"].binding(**changes))
+        assert (await chat(engine)).json()["choices"][0]["message"]["content"] == said
+
+
 async def test_an_engine_without_memory_says_so_and_keeps_what_it_had(start: Start, residents: Residents) -> None:
     engine = await start(residents["ada"].binding())
     before = await complete(engine, "Who")
@@ -423,7 +459,8 @@ async def test_one_that_is_left_in_the_middle_of_an_order_says_what_it_holds(
     assert rejoined.holding.model_name == ("ada" if then == "parked" else then)
     if then == "parked":
         await found.wake(residents["ada"].binding())
-    await found.resume()
+    elif rejoined.is_shut:
+        await found.resume()
     assert await complete(found, expected["prompt"]) == expected[rejoined.holding.model_name]
     await found.stop()
     await after.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from typing import Any
 
 import pytest
 from conftest import plain_vllm
+from manager import Manager, start
+from running import Daemon
 from small_models import ADA, BOB, QUESTION
 from vllm_greedy import PROMPTS
 
@@ -22,11 +23,6 @@ import flashd
 from flashd import Client
 from flashd.compat.language_model import LanguageModel
 from flashd.private_bus import PrivateBus
-
-sys.path.append(str(Path(__file__).parents[1] / "bus"))
-
-from manager import Manager, start
-from running import Daemon
 
 pytestmark = pytest.mark.timeout(300)
 ASK = [{"role": "user", "content": QUESTION}]
@@ -51,12 +47,14 @@ def daemon(manager: Manager, made: Path, vllm_python: str) -> Iterator[Daemon]:
             f"[engines.vllm]\npython = '{vllm_python}'\nkv_cache = '64MiB'\narguments = ['--seed', '0']\n"
         )
         start(running, manager)
-        with flashd.connect(bus.address) as client:
-            for name in ("ada", "bob", "llama"):
-                client.import_(made / name, name)
-        yield running
-        manager.empty()  # whose service is stopped, and not started again: engines end
-        status, words = running.stop(), running.log.read_text()
+        try:
+            with flashd.connect(bus.address) as client:
+                for name in ("ada", "bob", "llama"):
+                    client.import_(made / name, name)
+            yield running
+        finally:
+            manager.empty()  # whose service is stopped, and not started again: engines end
+            status, words = running.stop(), running.log.read_text()
     assert status == 0 and "Traceback" not in words, words
 
 

@@ -19,12 +19,13 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from conftest import Resident, http, own_memory_bytes, plain_vllm, soon
+from conftest import Resident, http, plain_vllm, soon
 from vllm_greedy import PROMPTS
 
 from flashd import config
 from flashd.engines.engine import Binding, EngineOptions, EngineState
 from flashd.engines.process import EngineProcess
+from flashd.engines.surroundings import own_memory_bytes
 from flashd.engines.vllm.factory import VllmFactory, environment
 from flashd.errors import EngineFailed, EngineOutOfMemory, Unavailable, Unsupported
 
@@ -122,7 +123,7 @@ async def test_rebind_and_park_and_wake_thirty_times_exactly_and_without_growing
             await engine.rebind(residents[name].binding())
         # The long prompt's beginning is in the prefix cache, for the other model.
         assert await answers(engine) == plain[name]
-        sizes.append(await own_memory_bytes(engine))
+        sizes.append(own_memory_bytes(engine.pid))
     assert sizes[-1] < sizes[9] + 30_000_000
 
 
@@ -174,10 +175,10 @@ async def test_two_ranks_rebind_and_wake_exactly(
         await engine.drain(5)
         await engine.rebind(residents["bob"].binding())
         assert await answers(engine) == expected["bob"]
-        serving = await own_memory_bytes(engine)
+        serving = own_memory_bytes(engine.pid)
         await engine.drain(5)
         await engine.park()
-        assert await own_memory_bytes(engine) < serving - 50_000_000, "both ranks' weights and KV cache"
+        assert own_memory_bytes(engine.pid) < serving - 50_000_000, "both ranks' weights and KV cache"
         await engine.wake(residents["ada"].binding())
         assert await answers(engine) == expected["ada"]
     finally:
@@ -187,11 +188,11 @@ async def test_two_ranks_rebind_and_wake_exactly(
 
 async def test_a_parked_engine_refuses_at_once_and_has_given_memory_back(start: Start, residents: Residents) -> None:
     engine = await start(residents["ada"].binding())
-    serving = await own_memory_bytes(engine)
+    serving = own_memory_bytes(engine.pid)
     await engine.drain(1)
     await engine.park()
     assert engine.state is EngineState.PARKED
-    assert await own_memory_bytes(engine) < serving - 50_000_000, "weights and KV cache"
+    assert own_memory_bytes(engine.pid) < serving - 50_000_000, "weights and KV cache"
     for pid in family(engine.pid):
         assert "memfd:flashd" not in Path(f"/proc/{pid}/maps").read_text()
         held = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()]

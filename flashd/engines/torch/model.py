@@ -13,6 +13,7 @@ import json
 import mmap
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,16 @@ class View:
 
 
 class Model:
-    """A model and its tokenizer, bound to weights. Not thread-safe: callers take turns."""
+    """A model and its tokenizer, bound to weights. Not thread-safe: callers take turns. What raises changes nothing."""
+
+    module: Any
+    tokenizer: Any
+    generation: GenerationConfig
+    _side_files: Mapping[str, bytes]
 
     def __init__(self, weights: Weights, scratch: Path) -> None:
         """Raises Unsupported if transformers itself does not have the architecture."""
         self._scratch = scratch
-        self.tokenizer: Any = None
-        self.generation: GenerationConfig = GenerationConfig()
         self._build(weights)
 
     @property
@@ -86,23 +90,27 @@ class Model:
         if self._copied_bytes:
             self._build(weights)
             return
-        self._point_at(_mapped(weights))
+        region = _mapped(weights)
         if weights.side_files != self._side_files:
-            self._read_side_files(weights.side_files)
+            with self._folder_of(weights.side_files) as folder:
+                tokenizer, generation = _tokenizer(folder), _generation(folder, self.module)
+            self.tokenizer, self.generation, self._side_files = tokenizer, generation, dict(weights.side_files)
+        self._point_at(region)
 
     def _build(self, weights: Weights) -> None:
-        config = self._read_side_files(weights.side_files)
         region = _mapped(weights)
         layout = header.parse(weights.layout.encode(), data_bytes=weights.arena_bytes, path="the layout")
-        tensors = torch_tensors(bytes_tensor(region), layout)
-        dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-        dtype = dtypes.pop() if len(dtypes) == 1 else getattr(config, "dtype", None) or torch.float32
-        cls = _class_of(config.architectures)
-        self.module = cls.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype)
-        self.module.eval().requires_grad_(False)
-        self.generation = self.module.generation_config if self.can_generate else GenerationConfig()
-        if "generation_config.json" in weights.side_files and self.can_generate:
-            self.generation = self._generation_config(weights.side_files)
+        with self._folder_of(weights.side_files) as folder:
+            config, tokenizer = _config(folder), _tokenizer(folder)
+            tensors = torch_tensors(bytes_tensor(region), layout)
+            dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+            dtype = dtypes.pop() if len(dtypes) == 1 else getattr(config, "dtype", None) or torch.float32
+            cls = _class_of(config.architectures)
+            module = cls.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype)
+            module.eval().requires_grad_(False)
+            generation = _generation(folder, module)
+        self.module, self.tokenizer, self.generation = module, tokenizer, generation
+        self._side_files = dict(weights.side_files)
         self._find_views(bytes_tensor(region))
 
     def _find_views(self, base: torch.Tensor) -> None:
@@ -125,23 +133,13 @@ class Model:
             raw = base[view.offset_bytes : view.offset_bytes + view.span_bytes].view(view.dtype)
             view.tensor.data = raw.as_strided(view.shape, view.stride)
 
-    def _read_side_files(self, side_files: Mapping[str, bytes]) -> Any:
-        """Tokenizer and configuration, from a folder that exists only while they are read."""
+    @contextmanager
+    def _folder_of(self, side_files: Mapping[str, bytes]) -> Iterator[Path]:
+        """transformers reads folders; this one exists only while it does."""
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             for name, content in side_files.items():
                 (Path(folder) / name).write_bytes(content)
-            config = _read_config(folder)
-            if any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for name in side_files):
-                self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            else:
-                self.tokenizer = None
-        self._side_files = dict(side_files)
-        return config
-
-    def _generation_config(self, side_files: Mapping[str, bytes]) -> GenerationConfig:
-        with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
-            (Path(folder) / "generation_config.json").write_bytes(side_files["generation_config.json"])
-            return GenerationConfig.from_pretrained(folder, local_files_only=True)
+            yield Path(folder)
 
 
 def _mapped(weights: Weights) -> memoryview:
@@ -150,14 +148,30 @@ def _mapped(weights: Weights) -> memoryview:
     return memoryview(mapping)[: weights.arena_bytes]
 
 
-def _read_config(folder: str) -> Any:
+def _config(folder: Path) -> Any:
     """Raises Unsupported if transformers itself does not know what config.json describes."""
-    _class_of(json.loads((Path(folder) / "config.json").read_text()).get("architectures"))
+    _class_of(json.loads((folder / "config.json").read_text()).get("architectures"))
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = str(error).split("\n", 1)[0].replace(folder, "this folder")
+        reason = str(error).split("\n", 1)[0].replace(str(folder), "this folder")
         raise Unsupported(f"transformers cannot read its config.json: {reason}", hint=_HINT) from None
+
+
+def _tokenizer(folder: Path) -> Any:
+    """None if there is none."""
+    if not any(path.name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for path in folder.iterdir()):
+        return None
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def _generation(folder: Path, module: Any) -> GenerationConfig:
+    """How a model wants to be sampled from, and where it ends: as its checkpoint says, or as its configuration does."""
+    if not module.can_generate():
+        return GenerationConfig()
+    if (folder / "generation_config.json").exists():
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_model_config(module.config)
 
 
 def _class_of(architectures: Any) -> Any:

@@ -140,7 +140,7 @@ class ImageWeights:
         self._window.protect()
 
     def restore_buffers(self) -> None:
-        """Those of the image that is shown: scales of each layer, hundreds of a few bytes, so in one go."""
+        """Those of the image that is shown: scales of each layer, hundreds of a few bytes, so not one by one."""
         if self._buffers:
             shown = [self._view(name, buffer) for name, buffer in self._buffers.items()]
             torch._foreach_copy_(list(self._buffers.values()), shown)

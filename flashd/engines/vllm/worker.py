@@ -224,7 +224,7 @@ class _Worker:
         written = _log_bytes()
         try:
             self._handover.hold(ranks)
-            # The engine core does one after the other, without waiting for us in between.
+            # Both at once, since each is a way to the engine core and back. Nothing is answered meanwhile.
             _, is_reset = await asyncio.gather(
                 self._client.collective_rpc("flashd_take"), self._client.reset_prefix_cache()
             )
@@ -232,15 +232,15 @@ class _Worker:
                 while not is_reset:  # cut requests are being dropped
                     await asyncio.sleep(0.005)
                     is_reset = await self._client.reset_prefix_cache()
+            versions.rename(self._app, frame.content["names"], _MODEL)
+            await self._offer_adapters(frame.content["names"])
+            self._binding = frame.content["binding"]
         except Exception as error:  # noqa: BLE001 -- whatever it is, the engine holds half of two models now
             why = _root_cause(written)
             traceback.print_exc()
             _die(why or f"{type(error).__name__}: {error}")
         finally:
             self._handover.drop()
-        versions.rename(self._app, frame.content["names"], _MODEL)
-        await self._offer_adapters(frame.content["names"])
-        self._binding = frame.content["binding"]
 
     async def _offer_adapters(self, names: Sequence[str]) -> None:
         """Those of the model that is called so. One that vLLM does not take is left out, and the log says why."""
