@@ -236,8 +236,8 @@ class Swapper:
     async def take_over(self, engines: Iterable[Engine], recall: Recall, active: Path | None) -> None:
         """Takes up engines that a daemon before us has left, each as soon as it says what it holds.
 
-        The one with the socket `active` is the active one; the others are parked, if they are not. What nobody can tell
-        the state of is ended. May take as long as an order that was under way.
+        The one with the socket `active`, to which the endpoint leads, is the active one; the others are parked, if they
+        are not. What nobody can tell the state of is ended. May take as long as an order that was under way.
         """
         async with self._turn:
             rejoining = [asyncio.ensure_future(self._rejoined(engine, recall)) for engine in engines]
@@ -248,7 +248,7 @@ class Swapper:
             finally:
                 for unfinished in rejoining:
                     unfinished.cancel()
-            if self._active is None:
+            if self._active is None and active is not None:
                 self._endpoint.point_to(None)
             await _to_the_end(self._tidy())
 

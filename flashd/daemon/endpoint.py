@@ -3,6 +3,7 @@
 
     RUNTIME/openai.sock     a symbolic link to the active engine's socket, absent while no model is active
     RUNTIME/doorman.sock    where it leads while a model rests (flashd/daemon/doorman.py)
+    RUNTIME/resting         which one that is, and in which kind of engine, for a daemon after us
     RUNTIME/engines/        the engines' own sockets
     RUNTIME/scratch/        private folders of engines that are our children
     RUNTIME/lock            held by the one daemon that owns this folder
@@ -95,10 +96,25 @@ class RuntimeFolder:
             return self.endpoint.readlink()
         return None
 
+    def note_resting(self, model_name: str, engine_kind: str) -> None:
+        """To be called before the endpoint leads to the doorman."""
+        (self.path / "resting").write_text(f"{engine_kind}\n{model_name}")
+
+    @property
+    def resting(self) -> tuple[str, str] | None:
+        """The model that a daemon before us let rest, and its kind of engine."""
+        if self.active != self.doorman:
+            return None
+        with contextlib.suppress(OSError, ValueError):
+            engine_kind, model_name = (self.path / "resting").read_text().split("\n")
+            return model_name, engine_kind
+        return None
+
     def _clean(self) -> None:
         if self.has_engines:
             return
         self.endpoint.unlink(missing_ok=True)
+        (self.path / "resting").unlink(missing_ok=True)
         for folder in (self.engines, self.scratch):
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -166,6 +166,7 @@ class Service:
         )
         self._survivors = survivors
         self._runtime = runtime
+        self._endpoint = EndpointLink(runtime.endpoint, runtime.shared_mode)
         self._mover = StreamMover(
             options, verify=config.streamer.verify, staging_bytes=config.streamer.staging_bytes, on_loaded=_log_load
         )
@@ -182,11 +183,10 @@ class Service:
             config, runtime, settings, self._residency, survivors, self._python, is_shared=address == "system"
         )
         self._supplier = supplier = Supplier(self._residency, self._factories, catalog.images, on_made=self._image_made)
-        endpoint = EndpointLink(runtime.endpoint, runtime.shared_mode)
         self._swapper = Swapper(
             supplier,
             self._factories,
-            endpoint,
+            self._endpoint,
             Policy(config.engines.drain_timeout_s, config.engines.max_parked),
             on_change=self._swapper_changed,
             on_lost=self._engine_lost,
@@ -207,7 +207,7 @@ class Service:
             on_leased=self._lease_began,
             on_used=self._model_changed,
             on_asked=self._newcomers.asked,
-            on_rest=lambda: endpoint.point_to(runtime.doorman),
+            on_rest=self._model_rests,
             limits=self._limits,
             ownership=self._ownership,
         )
@@ -277,9 +277,12 @@ class Service:
         """Appears on the bus, complete; then begins to look into the inbox."""
         await self._survivors.take_over_memory(self._catalog, self._residency)
         self._presence.appear()
+        resting, active = self._runtime.resting, self._runtime.active
         await self._survivors.take_over_engines(
-            self._catalog, self._factories, self._swapper, self._supplier, self._runtime.active
+            self._catalog, self._factories, self._swapper, self._supplier, None if resting else active
         )
+        if resting:
+            self._rest_on(*resting)
         await self._connection.watch_peers(self._peer_left)
         await self._doorman.open()
         await self._connection.own(wire.BUS_NAME, patience_s=_POLICY_S)
@@ -403,6 +406,17 @@ class Service:
         self._background.start(self._arrivals.look_for_bases())
         if self._settings.current.engines.warm_new:
             self._newcomers.arrived(model.name)
+
+    def _model_rests(self, target: Target) -> None:
+        self._runtime.note_resting(target.model_name, target.engine_kind)
+        self._endpoint.point_to(self._runtime.doorman)
+
+    def _rest_on(self, model_name: str, engine_kind: str) -> None:
+        try:
+            self._serving.rests_on(model_name, engine_kind if engine_kind in self._factories else "")
+        except FlashdError as error:
+            log.info("%s rests no longer: %s", model_name, error.message)
+            self._endpoint.point_to(None)
 
     async def _make_ready(self, name: str) -> Job | None:
         model, tier = self._catalog.resolve(name), self._settings.current.memory.prewarm_tier

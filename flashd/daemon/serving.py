@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -56,7 +57,7 @@ class Serving:
         is_present: Callable[[str], bool],
         on_leased: Callable[[Lease], None],
         on_used: Callable[[str], None],
-        on_rest: Callable[[], None],
+        on_rest: Callable[[Target], None],
         on_asked: Callable[[str], None],
         limits: Limits,
         ownership: Ownership,
@@ -156,14 +157,10 @@ class Serving:
     def rest(self, target: Target, owner: Owner, *, evict: bool) -> Job:
         """Parks a model, if it is still the active one, until somebody asks it; `evict` its weights meanwhile."""
 
-        def rests() -> None:
-            """A question wakes it from now on: at no moment is there nobody to ask."""
-            self._resting = target
-            self._on_rest()
-
         async def work(job: Job) -> Result:
             # A private model's socket is nobody's, and so nobody asks it.
-            await self._swapper.park(target, move_endpoint=None if target.private_to is not None else rests)
+            rests = None if target.private_to is not None else functools.partial(self._let_rest, target)
+            await self._swapper.park(target, move_endpoint=rests)
             _begin(job)
             if evict:
                 with contextlib.suppress(Busy):  # somebody leases it
@@ -171,6 +168,15 @@ class Serving:
             return {}
 
         return self._enqueue("park", target.model_name, owner, work)
+
+    def rests_on(self, name: str, engine_kind: str) -> None:
+        """A model that a daemon before us let rest. Raises NotFound if it is gone meanwhile, or private."""
+        self._let_rest(self._target(self._catalog.resolve(name, lambda model: not model.private), engine_kind))
+
+    def _let_rest(self, target: Target) -> None:
+        """A question wakes it from now on: at no moment is there nobody to ask."""
+        self._resting = target
+        self._on_rest(target)
 
     @property
     def is_resting(self) -> bool:

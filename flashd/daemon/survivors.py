@@ -68,7 +68,7 @@ class Survivors:
     ) -> None:
         """Returns when all are known; one in the middle of an order becomes so later, and swaps wait for it.
 
-        `active` is the socket that the endpoint leads to.
+        `active` is the engine's socket that the endpoint leads to, if it leads to one.
         """
         if not self._left:
             return

@@ -75,6 +75,13 @@ def kept(manager: Manager, prefix: str) -> list[str]:
     return sorted(name for name in manager.names() if name.startswith(prefix))
 
 
+def rests(client: flashd.Client) -> None:
+    """Returns when whoever is active was idle for long enough, and is parked until it is asked."""
+    client.set_config("engines.idle_timeout_s", "1")
+    until(lambda: client.status().active_model == "" and {engine.state for engine in client.engines()} == {"parked"})
+    client.set_config("engines.idle_timeout_s", "0")
+
+
 def asked(endpoint: str, begun: threading.Event) -> str:
     """A long answer of whoever is active, streamed to its end."""
     transport = httpx.HTTPTransport(uds=endpoint)
@@ -264,3 +271,43 @@ def test_one_in_the_middle_of_an_order_is_known_when_it_has_carried_it_out(daemo
             assert client.status().active_model == "ada" and client.chat("ada", WHO, temperature=0) == SAYS["ada"]
         until(lambda: engines(daemon) == {"ada": ("serving", before["ada"][1]), "carl": ("parked", before["carl"][1])})
         assert all(answer.result().endswith("data: [DONE]\n\n") for answer in requests)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_who_rests_is_woken_by_a_question_to_the_next_one(
+    daemon: Daemon, manager: Manager, end: signal.Signals
+) -> None:
+    def says(client: flashd.Client) -> str:
+        """Whoever answers, without being named."""
+        transport = httpx.HTTPTransport(uds=client.status().endpoint)
+        with httpx.Client(transport=transport, base_url="http://flashd", timeout=60) as http:
+            answer = http.post("/v1/chat/completions", json={"messages": WHO, "temperature": 0})
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+    with flashd.connect(daemon.address) as client:
+        client.swap("ada")
+        rests(client)
+        client.lease("bob").release()  # is used later than ada, and yet nobody who would be woken
+    before = engines(daemon)
+    daemon.stop(end)
+    start(daemon, manager)
+    with flashd.connect(daemon.address) as client:
+        assert client.status().active_model == "" and engines(daemon) == before
+        assert says(client) == SAYS["ada"]
+        assert client.status().active_model == "ada" and engines(daemon)["ada"][1] == before["ada"][1]
+    daemon.stop(end)
+    start(daemon, manager)
+    with flashd.connect(daemon.address) as client:
+        assert client.status().active_model == "ada", "it rests no more"
+
+
+def test_who_rests_and_is_removed_meanwhile_is_not_woken(daemon: Daemon, manager: Manager) -> None:
+    with flashd.connect(daemon.address) as client:
+        rests(client)
+        endpoint = Path(client.status().endpoint)
+    daemon.stop(signal.SIGKILL)
+    (daemon.runtime / "run" / "resting").write_text("torch\nnobody")
+    start(daemon, manager)
+    assert not endpoint.is_symlink(), "nobody is to be asked"
+    assert "nobody rests no longer" in daemon.log.read_text()
