@@ -7,6 +7,7 @@ imported is frozen out of the garbage collector, so that collections in workers 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import select
@@ -22,6 +23,7 @@ from typing import NoReturn
 from flashd import sandbox
 from flashd.engines import environments
 from flashd.engines.control import Channel, Frame, close_all
+from flashd.engines.surroundings import family
 
 # A worker's whole life, in a folder of its own: it obeys its channel, answers on its listening socket, and returns its
 # exit status.
@@ -64,7 +66,7 @@ class _Zygote:
                     self._obey(self._channel.receive())
         except (EOFError, ConnectionError):
             for pid, folder in self._workers.items():
-                os.kill(pid, signal.SIGKILL)
+                _kill(pid)
                 os.waitpid(pid, 0)
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -74,7 +76,7 @@ class _Zygote:
                 self._channel.send({"pid": self._fork(frame)})
             case "kill":
                 if (pid := frame.content["pid"]) in self._workers:
-                    os.kill(pid, signal.SIGKILL)
+                    _kill(pid)
                 self._channel.send({})
             case _:
                 self._channel.send({"build": dict(self._build), "workers": list(self._workers)})
@@ -116,3 +118,10 @@ def _become_worker(channel: Channel, folder: Path, frame: Frame, work: Work) -> 
     finally:
         sys.stderr.flush()
         os._exit(status)  # the zygote's own exit handlers are not ours to run
+
+
+def _kill(pid: int) -> None:
+    """With all below it: one that was just forked may not have asked yet to end with its parent."""
+    for member in family(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
