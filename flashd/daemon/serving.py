@@ -170,7 +170,8 @@ class Serving:
         return self._enqueue("park", target.model_name, owner, work)
 
     def rests_on(self, name: str, engine_kind: str) -> None:
-        """A model that a daemon before us let rest. Raises NotFound if it is gone meanwhile, or private."""
+        """A model that a daemon before us let rest. Raises NotFound if it is gone meanwhile, or private;
+        CorruptCheckpoint."""
         self._let_rest(self._target(self._catalog.resolve(name, lambda model: not model.private), engine_kind))
 
     def _let_rest(self, target: Target) -> None:
