@@ -23,7 +23,6 @@ from typing import NoReturn
 from flashd import sandbox
 from flashd.engines import environments
 from flashd.engines.control import Channel, Frame, close_all
-from flashd.engines.surroundings import family
 
 # A worker's whole life, in a folder of its own: it obeys its channel, answers on its listening socket, and returns its
 # exit status.
@@ -92,9 +91,11 @@ class _Zygote:
 
     def _report_exits(self) -> None:
         while self._workers:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is None:
                 return
+            _kill(ended.si_pid)
+            pid, status = os.waitpid(ended.si_pid, 0)
             shutil.rmtree(self._workers.pop(pid), ignore_errors=True)
             self._channel.send({"notice": True, "exited": pid, "status": os.waitstatus_to_exitcode(status)})
 
@@ -121,7 +122,9 @@ def _become_worker(channel: Channel, folder: Path, frame: Frame, work: Work) -> 
 
 
 def _kill(pid: int) -> None:
-    """With all below it: one that was just forked may not have asked yet to end with its parent."""
-    for member in family(pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(member, signal.SIGKILL)
+    """With all that it has started, and what those have: they are of its group, whoever is their parent by now. Some
+    ask to end with their parent, but not those that execute something else. The number is its own until we wait for it.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)  # it may not have got as far as having a group
