@@ -46,29 +46,40 @@ _CLOSE_TIMEOUT_S = 2.0  # for a caller that does not read its answer
 
 
 class _PatientWriter(_MessageWriter):  # type: ignore[misc]
-    """The library's writer, but EAGAIN leaves message, offset and file descriptors as they are and waits."""
+    """The library's writer, but EAGAIN leaves message, offset and file descriptors as they are and waits; and what the
+    socket takes is sent at once, and not when the event loop comes round to it."""
 
     buf: Any
     offset: int
     unix_fds: list[int] | None
     fut: Any
 
+    def schedule_write(self, msg: Message | None = None, future: asyncio.Future[None] | None = None) -> None:
+        if msg is not None:
+            self.buffer_message(msg, future)
+        if self.bus.unique_name and self.buf is None:  # else there was no room, and we are told when there is
+            self.write_callback()
+
     def write_callback(self) -> None:
         try:
             while self.buf is not None or self._next_message():
                 self._send()
                 if self.offset < len(self.buf):
+                    self._wait()
                     return
                 self.buf = None
                 _future_set_result(self.fut, None)
             self.loop.remove_writer(self.fd)
         except BlockingIOError:
-            return
+            self._wait()
         except Exception as error:  # noqa: BLE001 -- the connection is gone, whatever the reason; all waiters learn it
             _future_set_exception(self.fut, error)
             if self.fut is not None:
                 self.fut.exception()  # not everybody waits for a message to be sent
             self.bus._finalize(error)
+
+    def _wait(self) -> None:
+        self.loop.add_writer(self.fd, self.write_callback)
 
     def _next_message(self) -> bool:
         if self.messages.empty():

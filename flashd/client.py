@@ -194,14 +194,18 @@ class Job:
         """Its result, once it is done. Raises what made it fail. Interrupting the wait leaves the job running."""
         with self._client.subscribed() as events:
             self.refresh()
-            while not self.finished:
-                if on_progress:
-                    on_progress(self)
-                event = events.get()
-                if event is None:
-                    raise Unavailable("flashd ended during the job", hint="start it again: flash start")
-                if event.path == self.path:
-                    self._note(event)
+            return self._follow(events, on_progress)
+
+    def _follow(self, events: queue.SimpleQueue[Event | None], on_progress: OnProgress | None) -> Mapping[str, Any]:
+        """Like `wait`, with the events since it was read."""
+        while not self.finished:
+            if on_progress:
+                on_progress(self)
+            event = events.get()
+            if event is None:
+                raise Unavailable("flashd ended during the job", hint="start it again: flash start")
+            if event.path == self.path:
+                self._note(event)
         if on_progress:
             on_progress(self)
         if self.error_name:
@@ -469,7 +473,8 @@ class Client:
 
         `engine` is torch or vllm; by default what is configured, or the one that has the model already.
         """
-        return SwapOutcome.from_result(self.begin_swap(name, engine=engine).wait(on_progress))
+        with self.subscribed() as events:  # before, so that the job need be read only once
+            return SwapOutcome.from_result(self.begin_swap(name, engine=engine)._follow(events, on_progress))
 
     def begin_swap(self, name: str, *, engine: str = "") -> Job:
         """Like `swap`, without waiting."""

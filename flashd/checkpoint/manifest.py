@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import tomllib
 from collections import Counter
@@ -52,6 +53,7 @@ class Manifest:
         return tomli_w.dumps({"format": FORMAT, **dataclasses.asdict(self)})
 
     @classmethod
+    @functools.lru_cache(maxsize=256)  # swaps need it, and TOML takes half a millisecond to parse
     def from_toml(cls, text: str, path: str) -> Manifest:
         """Raises CorruptCheckpoint if this is not a manifest of a format we know."""
         try:

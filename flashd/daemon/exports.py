@@ -221,12 +221,12 @@ class ObjectTree:
             if self._flush is None:
                 self._flush = asyncio.get_running_loop().call_later(COALESCE_S, self.flush)
 
-    def flush(self) -> None:
-        """Tells at once what `changed` collected."""
+    def flush(self, first: str = "") -> None:
+        """Tells at once what `changed` collected, beginning with one object."""
         if self._flush is not None:
             self._flush.cancel()
             self._flush = None
-        for path in sorted(self._changed):
+        for path in sorted(self._changed, key=lambda path: (path != first, path)):
             exported, sent = self._objects[path], self._sent[path]
             now = dict(exported.properties())
             different = {name: value for name, value in now.items() if sent[name] != value}
@@ -237,8 +237,9 @@ class ObjectTree:
         self._changed.clear()
 
     def signal(self, exported: Exported, member: str, *values: Any) -> None:
-        """Emits a signal of the contract, after the property changes that came before it."""
-        self.flush()
+        """Emits a signal of the contract, after the property changes that came before it, of which its object's, which
+        somebody may wait for, go first."""
+        self.flush(first=exported.path)
         (signal,) = [s for s in contract(exported.interface).signals if s.name == member]
         self._emit(exported.audience(), exported.path, exported.interface, member, signal.signature, values)
 

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import IO
@@ -87,6 +88,29 @@ async def test_a_flood_of_20_000_signals_arrives_whole_and_in_order(service: Ser
     assert (await ask(connection, "Sender")).body == (connection.unique_name,)
     await asyncio.wait_for(complete.wait(), 60)
     assert got == list(range(20_000))
+
+
+async def test_what_is_told_does_not_wait_for_the_event_loop(service: Service, bus: PrivateBus) -> None:
+    """Whoever waits for a swap of milliseconds hears of its end before the daemon does what else there is to do."""
+    ready, heard = threading.Event(), threading.Event()
+
+    async def listen() -> None:
+        other = await connect(bus.address)
+        other.listen(lambda signal: heard.set() if signal.member == "Tick" else None)
+        await other.add_match("type='signal',interface='org.flashd1.Test'")
+        ready.set()
+        await asyncio.to_thread(heard.wait, 10)
+        await other.close()
+
+    listener = threading.Thread(target=lambda: asyncio.run(listen()))
+    listener.start()
+    try:
+        assert await asyncio.to_thread(ready.wait, 10)
+        service.connection.emit("/x", "org.flashd1.Test", "Tick", "u", [1])
+        assert heard.wait(5)  # and our event loop stands still
+    finally:
+        heard.set()
+        await asyncio.to_thread(listener.join)
 
 
 async def test_senders_stay_apart_in_400_interleaved_calls(service: Service, bus: PrivateBus) -> None:
@@ -272,3 +296,32 @@ async def test_gio_sees_objects_come_change_and_go(bus: PrivateBus, tree: Object
     finally:
         gio.kill()
         await gio.wait()
+
+
+async def test_what_a_signal_is_about_is_told_first_and_the_signal_last(
+    tree: ObjectTree, connection: Connection
+) -> None:
+    """Whoever waits for one job is not kept waiting by what is told of other objects."""
+    told: list[tuple[str, str]] = []
+    finished = asyncio.Event()
+
+    def listen(signal: Received) -> None:
+        if signal.path.startswith(wire.job_path(1)[:-1]):
+            told.append((signal.path, signal.member))
+            if signal.member == "Finished":
+                finished.set()
+
+    connection.listen(listen)
+    await connection.add_match(f"type='signal',sender='{NAME}'")
+    first, second = Job(2), Job(3)
+    for job in (first, second):
+        tree.add(job)
+        job.done_bytes = 1
+        tree.changed(job.path)
+    tree.signal(second, "Finished", "done", {}, ["", "", ""])
+    await asyncio.wait_for(finished.wait(), 10)
+    assert told == [
+        (second.path, "PropertiesChanged"),
+        (first.path, "PropertiesChanged"),
+        (second.path, "Finished"),
+    ]

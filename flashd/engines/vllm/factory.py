@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -104,7 +105,7 @@ class VllmFactory(ZygoteFactory):
         if build["platform"] != "cuda":
             return None
         told = self._told(options)
-        ranks = Ranks.parse(told["arguments"])
+        ranks = Ranks.parse(tuple(told["arguments"]))
         if ranks.count > len(self._gpus):
             raise Unsupported(
                 f"vLLM is to run on {ranks.count} GPUs, and there are {len(self._gpus)}",
@@ -163,7 +164,8 @@ class Ranks:
     count: int
 
     @classmethod
-    def parse(cls, arguments: Sequence[str]) -> Ranks:
+    @functools.lru_cache(maxsize=64)  # every swap asks, and an argument parser takes a while to make
+    def parse(cls, arguments: tuple[str, ...]) -> Ranks:
         """What `vllm serve` would make of these arguments; of what it would refuse, one rank: it says so itself."""
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         for short, name in (("-tp", "tensor"), ("-pp", "pipeline"), ("-dp", "data")):
