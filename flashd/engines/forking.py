@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from flashd import sandbox
+from flashd import __version__, sandbox
 from flashd.engines import environments
 from flashd.engines.control import Channel, Frame, close_all
 
@@ -78,7 +78,7 @@ class _Zygote:
                     _kill(pid)
                 self._channel.send({})
             case _:
-                self._channel.send({"build": dict(self._build), "workers": list(self._workers)})
+                self._channel.send({"flashd": __version__, "build": dict(self._build), "workers": list(self._workers)})
 
     def _fork(self, frame: Frame) -> int:
         folder = Path(tempfile.mkdtemp(prefix="engine-", dir=self._folder))

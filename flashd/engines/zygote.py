@@ -66,6 +66,7 @@ class Zygote:
         self._child = 0  # its process id, if we have started it ourselves
         self._channel: AsyncChannel | None = None
         self._starting: asyncio.Task[None] | None = None
+        self._flashd = ""  # the version that it is of
         self._build: dict[str, str] = {}
         self._exits: dict[int, asyncio.Future[int]] = {}
         self._listener: asyncio.Task[None] | None = None
@@ -164,6 +165,11 @@ class Zygote:
             ours = self._asked_for(words.fileno()) if self._program.service else self._spawned(words.fileno())
         self._channel = AsyncChannel(ours)
         await self._meet(self._channel)
+        if self._flashd != __version__:
+            await self._channel.close()  # so that the next one who asks finds what was put right meanwhile
+            why = f"{self._program.python} has flashd {self._flashd}, and the daemon is {__version__}"
+            hint = f"install flashd {__version__} there, or: {self._program.remedy}"
+            raise Unavailable(f"engines cannot start: {why}", hint=hint)
         self.name = f"{ZYGOTE_PREFIX}{self._program.kind}.{secrets.token_hex(4)}"
         record = Record.new({"name": self.name, "kind": self._program.kind, "stamp": self._program.stamp})
         if self._keeper.keep(self.name, (self._channel.fileno(), record.fd)):
@@ -225,6 +231,7 @@ class Zygote:
             if "No module named" in last or last.startswith("cannot run "):
                 raise Unavailable(f"engines cannot start: {last}", hint=self._program.remedy) from None
             raise EngineFailed(f"engines cannot start: {last}", hint=f"{self._log} has all that it wrote") from None
+        self._flashd = str(answer.get("flashd", "of another version"))
         self._build = {str(name): str(version) for name, version in answer["build"].items()}
         loop = asyncio.get_running_loop()
         self._exits = {int(pid): loop.create_future() for pid in answer["workers"]}
