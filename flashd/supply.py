@@ -260,6 +260,7 @@ class Supplier:
             arena_bytes=first.size_bytes,
             layout=first.layout,
             side_files=checkpoint.side_files(),
+            digests=checkpoint.manifest.side_files,
             devices=tuple(rank.device for rank in plan.ranks) if plan else (),
             is_image=supply.is_image,
             wants_image=plan is not None and plan.makes_image and not supply.is_image,

@@ -67,7 +67,8 @@ class Binding:
     """What an engine is to hold: one model's checkpoint, resident in an arena.
 
     `arena_fd` stays the caller's. `layout` is the safetensors header as JSON; `side_files` are opened by us and handed
-    over as descriptors, so that an engine needs no access to the store. `names` are what requests may call the model.
+    over as descriptors, so that an engine needs no access to the store; by their `digests` it knows again what it has
+    read before. `names` are what requests may call the model.
 
     An engine on GPUs, one of `devices` a rank, may be given the image of the checkpoint that its build made before
     (`is_image`), or be asked to make one (`wants_image`): then its answer is a Made, if it can. Of an image, what is
@@ -85,6 +86,7 @@ class Binding:
     arena_bytes: int
     layout: str
     side_files: Mapping[str, Path]
+    digests: Mapping[str, str]
     devices: tuple[str, ...] = ()
     is_image: bool = False
     wants_image: bool = False

@@ -225,7 +225,7 @@ class EngineProcess:
             "names": list(binding.names),
             "arena_bytes": binding.arena_bytes,
             "layout": binding.layout,
-            "side_files": sorted(binding.side_files),
+            "side_files": {name: binding.digests[name] for name in sorted(binding.side_files)},
             "devices": list(binding.devices),
             "is_image": binding.is_image,
             "wants_image": binding.wants_image,

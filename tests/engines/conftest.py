@@ -27,7 +27,7 @@ from flashd.engines.engine import Binding, EngineState
 from flashd.engines.process import EngineProcess, Settings, ZygoteFactory, torch_factory
 from flashd.engines.vllm.factory import VllmFactory, environment
 from flashd.memory.arena import HostArena, HugePages
-from flashd.streamer import OpenFile, Read, load
+from flashd.streamer import OpenFile, Read, blake3, load
 from flashd.units import MiB
 
 _MAKE = """
@@ -120,7 +120,9 @@ class Resident:
             "side_files": self.checkpoint.side_files(),
             "forms": (self.checkpoint.id,),
         }
-        return Binding(**{**fields, **changes})
+        fields |= changes
+        digests = {name: blake3(path.read_bytes()).hex() for name, path in fields["side_files"].items()}
+        return Binding(**{"digests": digests, **fields})
 
     def digest(self) -> int:
         with mmap.mmap(self.arena.fd, 0, mmap.MAP_SHARED, mmap.PROT_READ) as mapped:

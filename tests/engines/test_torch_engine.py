@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import resource
@@ -19,12 +20,13 @@ import pytest
 from conftest import Resident, Start, complete, http, soon
 from tokenizers import Tokenizer
 
+import flashd
 from flashd.engines import kept
 from flashd.engines.control import close_all
 from flashd.engines.engine import EngineState
 from flashd.engines.process import EngineProcess, Settings, ZygoteFactory, torch_factory
 from flashd.engines.surroundings import own_memory_bytes
-from flashd.errors import EngineFailed, EngineOutOfMemory
+from flashd.errors import EngineFailed, EngineOutOfMemory, Unavailable
 from flashd.units import MiB
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -287,6 +289,31 @@ async def test_what_transformers_cannot_build_is_an_error_with_its_words(
         await engine.stop()
 
 
+async def test_an_interpreter_with_another_flashd_is_refused_until_that_is_put_right(
+    factory: ZygoteFactory, residents: Residents, tmp_path: Path
+) -> None:
+    (tmp_path / "engines").mkdir()
+    other = tmp_path / "sitecustomize.py"
+    other.write_text("import flashd\nflashd.__version__ = '0.0.1'\n")
+    environment = {**factory._settings.environment, "PYTHONPATH": str(tmp_path)}
+    changed = dataclasses.replace(factory._settings, runtime=tmp_path, logs=tmp_path / "logs", environment=environment)
+    elsewhere = torch_factory(changed)
+    engine = elsewhere.create()
+    try:
+        with pytest.raises(Unavailable, match=r"has flashd 0\.0\.1, and the daemon is") as failed:
+            await engine.start(residents["ada"].binding())
+        assert failed.value.hint.startswith(
+            f"install flashd {flashd.__version__} there, or: flash engine install torch"
+        )
+        await engine.stop()
+        other.unlink()
+        engine = elsewhere.create()
+        await engine.start(residents["ada"].binding())
+    finally:
+        await engine.stop()
+        await elsewhere.close()
+
+
 async def test_code_that_comes_with_a_model_is_never_run(
     factory: ZygoteFactory, residents: Residents, tmp_path: Path
 ) -> None:
@@ -350,6 +377,33 @@ async def test_a_finetune_brings_its_own_way_of_being_asked(start: Start, reside
         changes = {"side_files": files} if files else {}
         await engine.rebind(residents["ada"].binding(**changes))
         assert (await chat(engine)).json()["choices"][0]["message"]["content"] == said
+
+
+async def test_a_tokenizer_that_was_read_lately_is_not_read_again(
+    start: Start, residents: Residents, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """One of 150,000 tokens takes a second."""
+    engine = await start(residents["ada"].binding())
+    known = residents["ada"].binding()
+    garbage = tmp_path / "tokenizer.json"
+    garbage.write_text("{")
+    unread = residents["ada"].binding(side_files={**known.side_files, "tokenizer.json": garbage}, digests=known.digests)
+    templates = [tmp_path / f"{number}.jinja" for number in range(4)]
+    for number, template in enumerate(templates):
+        template.write_text(f"{number}")
+    for bound in (residents["bob"].binding(), unread, residents["bob"].binding(), unread):
+        await engine.drain(1)
+        await engine.rebind(bound)
+        assert await complete(engine, expected["prompt"]) == expected[bound.model_name]
+    for template in templates:
+        await engine.drain(1)
+        own = {**known.side_files, "chat_template.jinja": template}
+        await engine.rebind(residents["ada"].binding(side_files=own))
+    await engine.drain(1)
+    with pytest.raises(EngineFailed):
+        await engine.rebind(unread)  # not all are kept
+    await engine.rebind(known)
+    assert await complete(engine, expected["prompt"]) == expected["ada"]
 
 
 async def test_an_engine_without_memory_says_so_and_keeps_what_it_had(start: Start, residents: Residents) -> None:

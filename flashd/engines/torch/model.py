@@ -23,20 +23,32 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from flashd.checkpoint import header
+from flashd.engines.surroundings import read_all
 from flashd.errors import Unsupported
 from flashd.tensors import bytes_tensor, torch_tensors
 
+# config.json is the same for all that one engine takes, but for what says nothing.
+_NOT_OF_TOKENIZERS = {"config.json", "generation_config.json"}
+_MOST_TOKENIZERS = 4  # of 150,000 tokens, one takes 100 MB
 _HINT = "a newer transformers may have it; code that comes with a model is never run"
 
 
 @dataclass(frozen=True, slots=True)
+class SideFile:
+    """The descriptor is the daemon's order's; files of equal digests are equal."""
+
+    digest: str
+    fd: int
+
+
+@dataclass(frozen=True, slots=True)
 class Weights:
-    """What the daemon hands over: an arena to map, its layout, and the side files' content by name."""
+    """What the daemon hands over: an arena to map, its layout, and the side files by name."""
 
     arena_fd: int
     arena_bytes: int
     layout: str
-    side_files: Mapping[str, bytes]
+    side_files: Mapping[str, SideFile]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +69,11 @@ class Model:
     module: Any
     tokenizer: Any
     generation: GenerationConfig
-    _side_files: Mapping[str, bytes]
 
     def __init__(self, weights: Weights, scratch: Path) -> None:
         """Raises Unsupported if transformers itself does not have the architecture."""
         self._scratch = scratch
+        self._tokenizers: dict[frozenset[tuple[str, str]], Any] = {}  # by their files; the one used last is the last
         self._build(weights)
 
     @property
@@ -91,17 +103,18 @@ class Model:
             self._build(weights)
             return
         region = _mapped(weights)
-        if weights.side_files != self._side_files:
-            with self._folder_of(weights.side_files) as folder:
-                tokenizer, generation = _tokenizer(folder), _generation(folder, self.module)
-            self.tokenizer, self.generation, self._side_files = tokenizer, generation, dict(weights.side_files)
+        tokenizer = self._tokenizer_of(weights.side_files)
+        with self._folder_of(weights.side_files, "generation_config.json") as folder:
+            generation = _generation(folder, self.module)
+        self.tokenizer, self.generation = tokenizer, generation
         self._point_at(region)
 
     def _build(self, weights: Weights) -> None:
         region = _mapped(weights)
         layout = header.parse(weights.layout.encode(), data_bytes=weights.arena_bytes, path="the layout")
-        with self._folder_of(weights.side_files) as folder:
-            config, tokenizer = _config(folder), _tokenizer(folder)
+        with self._folder_of(weights.side_files, "config.json", "generation_config.json") as folder:
+            config = _config(folder)
+            tokenizer = self._tokenizer_of(weights.side_files)
             tensors = torch_tensors(bytes_tensor(region), layout)
             dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
             dtype = dtypes.pop() if len(dtypes) == 1 else getattr(config, "dtype", None) or torch.float32
@@ -110,7 +123,6 @@ class Model:
             module.eval().requires_grad_(False)
             generation = _generation(folder, module)
         self.module, self.tokenizer, self.generation = module, tokenizer, generation
-        self._side_files = dict(weights.side_files)
         self._find_views(bytes_tensor(region))
 
     def _find_views(self, base: torch.Tensor) -> None:
@@ -133,12 +145,25 @@ class Model:
             raw = base[view.offset_bytes : view.offset_bytes + view.span_bytes].view(view.dtype)
             view.tensor.data = raw.as_strided(view.shape, view.stride)
 
+    def _tokenizer_of(self, side_files: Mapping[str, SideFile]) -> Any:
+        """Large vocabularies take a second to read: fine-tunes that have the same one, or come in turn, do not wait."""
+        key = frozenset((name, file.digest) for name, file in side_files.items() if name not in _NOT_OF_TOKENIZERS)
+        if key in self._tokenizers:
+            tokenizer = self._tokenizers.pop(key)
+        else:
+            with self._folder_of(side_files, *side_files) as folder:
+                tokenizer = _tokenizer(folder)
+        self._tokenizers[key] = tokenizer
+        if len(self._tokenizers) > _MOST_TOKENIZERS:
+            del self._tokenizers[next(iter(self._tokenizers))]
+        return tokenizer
+
     @contextmanager
-    def _folder_of(self, side_files: Mapping[str, bytes]) -> Iterator[Path]:
-        """transformers reads folders; this one exists only while it does."""
+    def _folder_of(self, side_files: Mapping[str, SideFile], *names: str) -> Iterator[Path]:
+        """transformers reads folders; this one, with those of the files that there are, exists only while it does."""
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
-            for name, content in side_files.items():
-                (Path(folder) / name).write_bytes(content)
+            for name in side_files.keys() & set(names):
+                (Path(folder) / name).write_bytes(read_all(side_files[name].fd))
             yield Path(folder)
 
 

@@ -25,8 +25,8 @@ import uvicorn
 from flashd import sandbox
 from flashd.engines.control import Channel, Frame, close_all
 from flashd.engines.gate import Gate
-from flashd.engines.surroundings import OwnMemory, lacks_memory, read_all
-from flashd.engines.torch.model import Model, Weights
+from flashd.engines.surroundings import OwnMemory, lacks_memory
+from flashd.engines.torch.model import Model, SideFile, Weights
 from flashd.engines.torch.server import Bound, Server
 from flashd.errors import FlashdError, Unsupported
 
@@ -116,8 +116,10 @@ class _Worker:
 
     def _take(self, frame: Frame) -> None:
         content = frame.content
-        names = content["side_files"]
-        side_files = {name: read_all(fd) for name, fd in zip(names, frame.fds[1:], strict=True)}
+        digests = content["side_files"]
+        side_files = {
+            name: SideFile(digest, fd) for (name, digest), fd in zip(digests.items(), frame.fds[1:], strict=True)
+        }
         weights = Weights(frame.fds[0], content["arena_bytes"], content["layout"], side_files)
         if self._model is None:
             self._model = Model(weights, Path.cwd())
