@@ -7,7 +7,6 @@ imported is frozen out of the garbage collector, so that collections in workers 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import select
@@ -16,6 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -27,6 +27,10 @@ from flashd.engines.control import Channel, Frame, close_all
 # A worker's whole life, in a folder of its own: it obeys its channel, answers on its listening socket, and returns its
 # exit status.
 Work = Callable[[Channel, socket.socket], int]
+
+# What a worker has started may outlive it so long: multiprocessing's tracker removes the shared memory that it left.
+_GRACE_S = 1.0
+_LOOK_S = 0.05
 
 
 def serve(arguments: Sequence[str], work: Work, build: Mapping[str, str]) -> None:
@@ -47,6 +51,7 @@ class _Zygote:
         self._work = work
         self._build = build
         self._workers: dict[int, Path] = {}  # those that have not ended, and their folders
+        self._remnants: dict[int, float] = {}  # process groups of those that have, and when they are ended
 
     def run(self) -> None:
         wake_up, woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -57,17 +62,21 @@ class _Zygote:
         control = self._channel.socket.fileno()
         try:
             while True:
-                ready, _, _ = select.select([control, wake_up], [], [])
+                ready, _, _ = select.select([control, wake_up], [], [], _LOOK_S if self._remnants else None)
                 if wake_up in ready:
                     os.read(wake_up, 4096)
                     self._report_exits()
+                self._end_remnants()
                 if control in ready:
                     self._obey(self._channel.receive())
         except (EOFError, ConnectionError):
-            for pid, folder in self._workers.items():
-                _kill(pid)
+            for pid in list(self._workers):
+                os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-                shutil.rmtree(folder, ignore_errors=True)
+                self._ended(pid)
+            while self._remnants:
+                self._end_remnants()
+                time.sleep(_LOOK_S)
 
     def _obey(self, frame: Frame) -> None:
         match frame.content["op"]:
@@ -75,7 +84,7 @@ class _Zygote:
                 self._channel.send({"pid": self._fork(frame)})
             case "kill":
                 if (pid := frame.content["pid"]) in self._workers:
-                    _kill(pid)
+                    os.kill(pid, signal.SIGKILL)
                 self._channel.send({})
             case _:
                 self._channel.send({"flashd": __version__, "build": dict(self._build), "workers": list(self._workers)})
@@ -91,13 +100,27 @@ class _Zygote:
 
     def _report_exits(self) -> None:
         while self._workers:
-            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if ended is None:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
                 return
-            _kill(ended.si_pid)
-            pid, status = os.waitpid(ended.si_pid, 0)
-            shutil.rmtree(self._workers.pop(pid), ignore_errors=True)
+            self._ended(pid)
             self._channel.send({"notice": True, "exited": pid, "status": os.waitstatus_to_exitcode(status)})
+
+    def _ended(self, pid: int) -> None:
+        shutil.rmtree(self._workers.pop(pid), ignore_errors=True)
+        self._remnants[pid] = time.monotonic() + _GRACE_S
+
+    def _end_remnants(self) -> None:
+        """What a worker has forked ends with its parent, if it got as far as asking for that; what has executed
+        something else does not. All are of its group, whose number is nobody else's as long as one of them is there."""
+        for group, deadline in list(self._remnants.items()):
+            is_due = time.monotonic() >= deadline
+            try:
+                os.killpg(group, signal.SIGKILL if is_due else 0)
+            except ProcessLookupError:
+                is_due = True
+            if is_due:
+                del self._remnants[group]
 
 
 def _become_worker(channel: Channel, folder: Path, frame: Frame, work: Work) -> NoReturn:
@@ -119,12 +142,3 @@ def _become_worker(channel: Channel, folder: Path, frame: Frame, work: Work) -> 
     finally:
         sys.stderr.flush()
         os._exit(status)  # the zygote's own exit handlers are not ours to run
-
-
-def _kill(pid: int) -> None:
-    """With all that it has started, and what those have: they are of its group, whoever is their parent by now. Some
-    ask to end with their parent, but not those that execute something else. The number is its own until we wait for it.
-    """
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    os.kill(pid, signal.SIGKILL)  # it may not have got as far as having a group
