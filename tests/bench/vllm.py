@@ -50,6 +50,7 @@ _SPENT = re.compile(r"(\d\d:\d\d:\d\d) \[[\w.:/]+\] (.*\d\.?\d* ?(?:s|secs|secon
 PROMPT = "Hello, who are you?"
 TOKENS = 16
 KV_CACHE = 2 << 30
+_SMALL_BYTES = 2 << 30  # five such models fit on any card, with what their engines need besides
 
 # What vLLM does alone, in a process of its own: prints one JSON object.
 PLAIN = """
@@ -161,7 +162,7 @@ def differing(
         alike["gpu_memory_utilization"] = 0.01  # decides nothing beside a KV cache of a given size
     caches = folder / "state/compiled"
     compiled_before = compiled(caches)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2 if weights_bytes(models[0]) > _SMALL_BYTES else 5) as pool:
         found = list(pool.map(lambda model: plain(python, model, 0, alike, folder, caches)["answer"], models))
     if anew := compiled(caches) - compiled_before:
         print(f"fresh engines have {len(anew)} other keys of what is compiled, so their rounding may differ")
@@ -171,6 +172,10 @@ def differing(
             different.append(model.name)
             print(f"{model.name}: {why}, a fresh vLLM's")
     return different
+
+
+def weights_bytes(model: Path) -> int:
+    return sum(file.stat().st_size for file in model.glob("*.safetensors"))
 
 
 def compiled(caches: Path) -> set[Path]:
@@ -379,7 +384,7 @@ def reported(
     """Also printed: what comes later may fail."""
     rows = rows_of(figures, found, copy_ms, read_ms)
     names = " ".join(model.name for model in options.models)
-    size_gb = sum(file.stat().st_size for file in options.models[0].glob("*.safetensors")) / 1e9
+    size_gb = weights_bytes(options.models[0]) / 1e9
     made = report(
         "vllm",
         f"tests/bench/vllm.py {names} --runs {options.runs} ({size_gb:.1f} GB each)",
