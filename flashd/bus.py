@@ -76,7 +76,9 @@ class _PatientWriter(_MessageWriter):  # type: ignore[misc]
             _future_set_exception(self.fut, error)
             if self.fut is not None:
                 self.fut.exception()  # not everybody waits for a message to be sent
-            self.bus._finalize(error)
+            self.loop.remove_writer(self.fd)
+            # Not here: the library asks to be told of an answer only after it has sent the question.
+            self.loop.call_soon(self.bus._finalize, error)
 
     def _wait(self) -> None:
         self.loop.add_writer(self.fd, self.write_callback)

@@ -197,7 +197,7 @@ class Job:
             return self._follow(events, on_progress)
 
     def _follow(self, events: queue.SimpleQueue[Event | None], on_progress: OnProgress | None) -> Mapping[str, Any]:
-        """Like `wait`, with the events since it was read."""
+        """Like `wait`, with the events since before it was read."""
         while not self.finished:
             if on_progress:
                 on_progress(self)
@@ -214,7 +214,7 @@ class Job:
 
     def _note(self, event: Event) -> None:
         """What changed comes with the event: at the end of a swap of milliseconds, asking again would show."""
-        if event.kind == "changed":
+        if event.kind in {"added", "changed"}:
             self._read({**self._properties, **event.properties})
         else:
             self.refresh()

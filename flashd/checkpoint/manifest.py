@@ -53,18 +53,9 @@ class Manifest:
         return tomli_w.dumps({"format": FORMAT, **dataclasses.asdict(self)})
 
     @classmethod
-    @functools.lru_cache(maxsize=256)  # swaps need it, and TOML takes half a millisecond to parse
     def from_toml(cls, text: str, path: str) -> Manifest:
         """Raises CorruptCheckpoint if this is not a manifest of a format we know."""
-        try:
-            document = tomllib.loads(text)
-            if document.pop("format", None) != FORMAT:
-                raise CorruptCheckpoint(f"{path} is of a format that this version does not know", hint="update flashd")
-            return cls(**document)._checked()
-        except (tomllib.TOMLDecodeError, TypeError) as error:
-            raise CorruptCheckpoint(
-                f"{path} is damaged: {error}", hint="remove the model and convert it again"
-            ) from None
+        return _parsed(text, path)
 
     def _checked(self) -> Manifest:
         """Raises TypeError for values of another kind than declared: dataclasses do not look."""
@@ -82,6 +73,17 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> Manifest:
         return cls.from_toml(path.read_text(encoding="utf-8"), str(path))
+
+
+@functools.lru_cache(maxsize=256)  # every swap needs one, and TOML takes half a millisecond to parse
+def _parsed(text: str, path: str) -> Manifest:
+    try:
+        document = tomllib.loads(text)
+        if document.pop("format", None) != FORMAT:
+            raise CorruptCheckpoint(f"{path} is of a format that this version does not know", hint="update flashd")
+        return Manifest(**document)._checked()
+    except (tomllib.TOMLDecodeError, TypeError) as error:
+        raise CorruptCheckpoint(f"{path} is damaged: {error}", hint="remove the model and convert it again") from None
 
 
 def weights_id(header_digest: bytes, digest_table: bytes) -> str:

@@ -51,7 +51,7 @@ class _Zygote:
         self._work = work
         self._build = build
         self._workers: dict[int, Path] = {}  # those that have not ended, and their folders
-        self._remnants: dict[int, float] = {}  # process groups of those that have, and when they are ended
+        self._remnants: dict[int, tuple[float, Path]] = {}  # process groups of those that have: until when, and where
 
     def run(self) -> None:
         wake_up, woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -70,8 +70,9 @@ class _Zygote:
                 if control in ready:
                     self._obey(self._channel.receive())
         except (EOFError, ConnectionError):
-            for pid in list(self._workers):
+            for pid in self._workers:
                 os.kill(pid, signal.SIGKILL)
+            for pid in list(self._workers):
                 os.waitpid(pid, 0)
                 self._ended(pid)
             while self._remnants:
@@ -107,13 +108,12 @@ class _Zygote:
             self._channel.send({"notice": True, "exited": pid, "status": os.waitstatus_to_exitcode(status)})
 
     def _ended(self, pid: int) -> None:
-        shutil.rmtree(self._workers.pop(pid), ignore_errors=True)
-        self._remnants[pid] = time.monotonic() + _GRACE_S
+        self._remnants[pid] = time.monotonic() + _GRACE_S, self._workers.pop(pid)
 
     def _end_remnants(self) -> None:
         """What a worker has forked ends with its parent, if it got as far as asking for that; what has executed
         something else does not. All are of its group, whose number is nobody else's as long as one of them is there."""
-        for group, deadline in list(self._remnants.items()):
+        for group, (deadline, folder) in list(self._remnants.items()):
             is_due = time.monotonic() >= deadline
             try:
                 os.killpg(group, signal.SIGKILL if is_due else 0)
@@ -121,6 +121,7 @@ class _Zygote:
                 is_due = True
             if is_due:
                 del self._remnants[group]
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _become_worker(channel: Channel, folder: Path, frame: Frame, work: Work) -> NoReturn:

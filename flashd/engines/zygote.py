@@ -28,7 +28,7 @@ from flashd.errors import EngineFailed, Unavailable
 log = logging.getLogger(__name__)
 
 _CONTROL = 3  # the descriptor of its control channel, in a child of ours
-_GRACE_S = 2.0
+_GRACE_S = 5.0  # its workers' remnants have a second
 LAST_WORDS_BYTES = 4096
 
 

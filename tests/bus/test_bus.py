@@ -222,6 +222,14 @@ async def test_no_bus_is_unavailable(short_path: Path) -> None:
         await connect("nonsense")
 
 
+async def test_a_bus_that_ends_under_a_question_is_an_error_and_no_wait(short_path: Path) -> None:
+    with PrivateBus(short_path) as bus:
+        made = await connect(bus.address)
+    with pytest.raises((EOFError, ConnectionError)):
+        await asyncio.wait_for(made.own(NAME), 10)
+    await made.close()
+
+
 async def test_nobody_there_is_unavailable(connection: Connection) -> None:
     with pytest.raises(Unavailable, match="not running"):
         await connection.call("org.flashd1", "/", "org.flashd1.Manager", "Park")

@@ -168,6 +168,7 @@ def plain_vllm(
     script = Path(__file__).parent / "vllm_greedy.py"
     done = subprocess.run(
         [python, script, json.dumps(jobs)],
+        cwd=compiled,
         capture_output=True,
         text=True,
         check=False,

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 import flashd
 from flashd.engines import kept
 from flashd.engines.control import close_all
-from flashd.engines.engine import EngineState
+from flashd.engines.engine import Binding, EngineState
 from flashd.engines.process import EngineProcess, Settings, ZygoteFactory, torch_factory
 from flashd.engines.surroundings import own_memory_bytes
 from flashd.errors import EngineFailed, EngineOutOfMemory, Unavailable
@@ -379,31 +379,52 @@ async def test_a_finetune_brings_its_own_way_of_being_asked(start: Start, reside
         assert (await chat(engine)).json()["choices"][0]["message"]["content"] == said
 
 
+def unread(residents: Residents, folder: Path) -> Binding:
+    """Ada, with a tokenizer that nobody can read, and says it is hers: it is only taken by who has read hers."""
+    known = residents["ada"].binding()
+    garbage = folder / "tokenizer.json"
+    garbage.write_text("{")
+    return residents["ada"].binding(side_files={**known.side_files, garbage.name: garbage}, digests=known.digests)
+
+
 async def test_a_tokenizer_that_was_read_lately_is_not_read_again(
     start: Start, residents: Residents, expected: dict[str, Any], tmp_path: Path
 ) -> None:
     """One of 150,000 tokens takes a second."""
     engine = await start(residents["ada"].binding())
-    known = residents["ada"].binding()
-    garbage = tmp_path / "tokenizer.json"
-    garbage.write_text("{")
-    unread = residents["ada"].binding(side_files={**known.side_files, "tokenizer.json": garbage}, digests=known.digests)
-    templates = [tmp_path / f"{number}.jinja" for number in range(4)]
-    for number, template in enumerate(templates):
-        template.write_text(f"{number}")
-    for bound in (residents["bob"].binding(), unread, residents["bob"].binding(), unread):
+    ada, bob = unread(residents, tmp_path), residents["bob"].binding()
+    for bound in (bob, ada, bob, ada):
         await engine.drain(1)
         await engine.rebind(bound)
         assert await complete(engine, expected["prompt"]) == expected[bound.model_name]
-    for template in templates:
+    for number in range(4):
+        template = tmp_path / f"{number}.jinja"
+        template.write_text(f"{number}")
+        own = {**residents["ada"].binding().side_files, "chat_template.jinja": template}
         await engine.drain(1)
-        own = {**known.side_files, "chat_template.jinja": template}
         await engine.rebind(residents["ada"].binding(side_files=own))
     await engine.drain(1)
     with pytest.raises(EngineFailed):
-        await engine.rebind(unread)  # not all are kept
-    await engine.rebind(known)
+        await engine.rebind(ada)  # not all are kept
+    await engine.rebind(residents["ada"].binding())
     assert await complete(engine, expected["prompt"]) == expected["ada"]
+
+
+async def test_a_tokenizer_is_read_again_where_transformers_may_choose_another(
+    start: Start, residents: Residents, tmp_path: Path
+) -> None:
+    """By what config.json says, but for where it was saved once."""
+    engine = await start(residents["ada"].binding())
+    ada, file = unread(residents, tmp_path), tmp_path / "config.json"
+    config = json.loads(ada.side_files["config.json"].read_text())
+    other = dataclasses.replace(ada, side_files={**ada.side_files, "config.json": file})
+    file.write_text(json.dumps({**config, "_name_or_path": "elsewhere"}))
+    await engine.drain(1)
+    await engine.rebind(other)
+    file.write_text(json.dumps({**config, "transformers_version": "0.1"}))
+    await engine.drain(1)
+    with pytest.raises(EngineFailed):
+        await engine.rebind(other)
 
 
 async def test_an_engine_without_memory_says_so_and_keeps_what_it_had(start: Start, residents: Residents) -> None:

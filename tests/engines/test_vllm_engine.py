@@ -282,7 +282,8 @@ async def test_a_start_that_is_given_up_leaves_nothing(vllm_factory: VllmFactory
     await asyncio.gather(starting, return_exceptions=True)
     await engine.stop()
     await soon(lambda: not any(alive(pid) for pid in pids))
-    assert not list((engine.socket_path.parents[1] / "scratch").iterdir())
+    scratch = engine.socket_path.parents[1] / "scratch"
+    await soon(lambda: not list(scratch.iterdir()))
 
 
 async def test_a_start_that_hangs_is_ended_with_all_below_it(vllm_factory: VllmFactory, residents: Residents) -> None:

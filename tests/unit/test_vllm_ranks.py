@@ -44,7 +44,7 @@ MANIFEST = Manifest(
     ],
 )
 def test_ranks(arguments: list[str], tensor: int, count: int) -> None:
-    assert Ranks.parse(tuple(arguments)) == Ranks(tensor, count)
+    assert Ranks.parse(arguments) == Ranks(tensor, count)
 
 
 class Zygote:

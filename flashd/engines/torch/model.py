@@ -27,9 +27,8 @@ from flashd.engines.surroundings import read_all
 from flashd.errors import Unsupported
 from flashd.tensors import bytes_tensor, torch_tensors
 
-# config.json is the same for all that one engine takes, but for what says nothing.
-_NOT_OF_TOKENIZERS = {"config.json", "generation_config.json"}
-_MOST_TOKENIZERS = 4  # of 150,000 tokens, one takes 100 MB
+_MOST_TOKENIZERS = 2  # of 150,000 tokens, one takes 100 MB, and people go to and fro between two models
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
 _HINT = "a newer transformers may have it; code that comes with a model is never run"
 
 
@@ -73,7 +72,7 @@ class Model:
     def __init__(self, weights: Weights, scratch: Path) -> None:
         """Raises Unsupported if transformers itself does not have the architecture."""
         self._scratch = scratch
-        self._tokenizers: dict[frozenset[tuple[str, str]], Any] = {}  # by their files; the one used last is the last
+        self._tokenizers: dict[frozenset[tuple[str, str]], Any] = {}  # by their files; what was used last is last
         self._build(weights)
 
     @property
@@ -104,7 +103,7 @@ class Model:
             return
         region = _mapped(weights)
         tokenizer = self._tokenizer_of(weights.side_files)
-        with self._folder_of(weights.side_files, "generation_config.json") as folder:
+        with self._folder_of(weights.side_files, _GENERATION) as folder:
             generation = _generation(folder, self.module)
         self.tokenizer, self.generation = tokenizer, generation
         self._point_at(region)
@@ -112,7 +111,7 @@ class Model:
     def _build(self, weights: Weights) -> None:
         region = _mapped(weights)
         layout = header.parse(weights.layout.encode(), data_bytes=weights.arena_bytes, path="the layout")
-        with self._folder_of(weights.side_files, "config.json", "generation_config.json") as folder:
+        with self._folder_of(weights.side_files, _CONFIG, _GENERATION) as folder:
             config = _config(folder)
             tokenizer = self._tokenizer_of(weights.side_files)
             tensors = torch_tensors(bytes_tensor(region), layout)
@@ -147,7 +146,7 @@ class Model:
 
     def _tokenizer_of(self, side_files: Mapping[str, SideFile]) -> Any:
         """Large vocabularies take a second to read: fine-tunes that have the same one, or come in turn, do not wait."""
-        key = frozenset((name, file.digest) for name, file in side_files.items() if name not in _NOT_OF_TOKENIZERS)
+        key = frozenset((name, _essence(name, file)) for name, file in side_files.items() if name != _GENERATION)
         if key in self._tokenizers:
             tokenizer = self._tokenizers.pop(key)
         else:
@@ -175,12 +174,21 @@ def _mapped(weights: Weights) -> memoryview:
 
 def _config(folder: Path) -> Any:
     """Raises Unsupported if transformers itself does not know what config.json describes."""
-    _class_of(json.loads((folder / "config.json").read_text()).get("architectures"))
+    _class_of(json.loads((folder / _CONFIG).read_text()).get("architectures"))
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = str(error).split("\n", 1)[0].replace(str(folder), "this folder")
         raise Unsupported(f"transformers cannot read its config.json: {reason}", hint=_HINT) from None
+
+
+def _essence(name: str, file: SideFile) -> str:
+    """Equal for what makes equal tokenizers: of config.json all may count, but for where it was saved once."""
+    if name != _CONFIG:
+        return file.digest
+    config = json.loads(read_all(file.fd))
+    config.pop("_name_or_path", None)
+    return json.dumps(config, sort_keys=True)
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -194,7 +202,7 @@ def _generation(folder: Path, module: Any) -> GenerationConfig:
     """How a model wants to be sampled from, and where it ends: as its checkpoint says, or as its configuration does."""
     if not module.can_generate():
         return GenerationConfig()
-    if (folder / "generation_config.json").exists():
+    if (folder / _GENERATION).exists():
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
     return GenerationConfig.from_model_config(module.config)
 

@@ -105,7 +105,7 @@ class VllmFactory(ZygoteFactory):
         if build["platform"] != "cuda":
             return None
         told = self._told(options)
-        ranks = Ranks.parse(tuple(told["arguments"]))
+        ranks = Ranks.parse(told["arguments"])
         if ranks.count > len(self._gpus):
             raise Unsupported(
                 f"vLLM is to run on {ranks.count} GPUs, and there are {len(self._gpus)}",
@@ -164,19 +164,23 @@ class Ranks:
     count: int
 
     @classmethod
-    @functools.lru_cache(maxsize=64)  # every swap asks, and an argument parser takes a while to make
-    def parse(cls, arguments: tuple[str, ...]) -> Ranks:
+    def parse(cls, arguments: Sequence[str]) -> Ranks:
         """What `vllm serve` would make of these arguments; of what it would refuse, one rank: it says so itself."""
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-        for short, name in (("-tp", "tensor"), ("-pp", "pipeline"), ("-dp", "data")):
-            long = f"--{name}-parallel-size"
-            parser.add_argument(short, long, long.replace("-", "_").replace("__", "--"), dest=name, type=int, default=1)
         try:
-            found, _ = parser.parse_known_args(list(arguments))
+            found, _ = _parser().parse_known_args(list(arguments))
         except argparse.ArgumentError:
             return cls(1, 1)
         sizes = (max(1, found.tensor), max(1, found.pipeline), max(1, found.data))
         return cls(sizes[0], math.prod(sizes))
+
+
+@functools.cache  # every swap asks, and it takes a while to make
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for short, name in (("-tp", "tensor"), ("-pp", "pipeline"), ("-dp", "data")):
+        long = f"--{name}-parallel-size"
+        parser.add_argument(short, long, long.replace("-", "_").replace("__", "--"), dest=name, type=int, default=1)
+    return parser
 
 
 def _digest(parts: object) -> str:

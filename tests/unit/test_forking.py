@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker has started ends with it, after a moment in which it may clean up, and nothing of it stays."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from flashd.engines.control import Channel, pair
+
+# A zygote whose workers run a command of a shell and end at once.
+ZYGOTE = """
+import subprocess, sys
+from flashd.engines import forking
+
+def work(channel, listener):
+    subprocess.Popen(["sh", "-c", sys.argv[3]])
+    return 7
+
+forking.serve(sys.argv[:3], work, {"of": "test"})
+"""
+
+
+class Zygote:
+    def __init__(self, folder: Path, command: str) -> None:
+        self.scratch = folder / "scratch"
+        self.scratch.mkdir()
+        ours, theirs = pair()
+        with theirs:
+            arguments = [sys.executable, "-c", ZYGOTE, str(theirs.fileno()), str(self.scratch), command]
+            self.process = subprocess.Popen(arguments, pass_fds=[theirs.fileno()])
+        self.channel = Channel(ours)
+
+    def fork(self) -> int:
+        control, listener = pair()
+        with control, listener, open(os.devnull, "w") as words:  # noqa: PTH123
+            socket.send_fds(
+                self.channel.socket, [b'{"op": "fork"}'], [control.fileno(), words.fileno(), listener.fileno()]
+            )
+            return int(self.channel.receive().content["pid"])
+
+    def close(self) -> None:
+        """As a daemon that is killed does."""
+        self.channel.socket.close()
+        self.process.wait(10)
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Callable[[str], Zygote]]:
+    zygotes: list[Zygote] = []
+
+    def start(command: str) -> Zygote:
+        zygotes.append(Zygote(tmp_path, command))
+        return zygotes[-1]
+
+    yield start
+    for zygote in zygotes:
+        zygote.close()
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+def written(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def test_what_a_worker_leaves_behind_may_clean_up(started: Callable[[str], Zygote], tmp_path: Path) -> None:
+    zygote = started(f"sleep 0.3; pwd >{tmp_path}/late; rm -f *")
+    pid = zygote.fork()
+    notice = zygote.channel.receive().content
+    assert (notice["exited"], notice["status"]) == (pid, 7)
+    until(lambda: written(tmp_path / "late").endswith("\n"))
+    assert written(tmp_path / "late").startswith(str(zygote.scratch)), "its folder is there as long as it is"
+    until(lambda: not list(zygote.scratch.iterdir()))
+
+
+def test_what_does_not_end_is_ended_and_its_folder_goes(started: Callable[[str], Zygote], tmp_path: Path) -> None:
+    """Also one that hangs, and one that goes on writing."""
+    zygote = started(
+        f"echo $$ >{tmp_path}/first; sh -c 'echo $$ >{tmp_path}/second; while :; do : >$$; done' & kill -STOP $$"
+    )
+    zygote.fork()
+    zygote.channel.receive()
+    until(lambda: all(written(tmp_path / name).endswith("\n") for name in ("first", "second")))
+    left = [int(written(tmp_path / name)) for name in ("first", "second")]
+    until(lambda: not any(map(is_alive, left)) and not list(zygote.scratch.iterdir()))
+
+
+def test_nothing_is_left_of_those_that_ended_when_the_daemon_hangs_up(
+    started: Callable[[str], Zygote], tmp_path: Path
+) -> None:
+    zygote = started(f"echo $$ >{tmp_path}/first; kill -STOP $$")
+    zygote.fork()
+    zygote.channel.receive()
+    until(lambda: written(tmp_path / "first").endswith("\n"))
+    zygote.close()
+    assert not is_alive(int(written(tmp_path / "first"))) and not list(zygote.scratch.iterdir())
+    assert zygote.process.returncode == 0
