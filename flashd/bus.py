@@ -2,7 +2,8 @@
 """How do we speak D-Bus, with the defects of dbus-next 0.2.3 closed in one place?
 
 Closed here, each with its test in tests/bus/test_bus.py:
-- a full socket buffer ended the connection (its writer does not survive EAGAIN): `_PatientWriter`;
+- a full socket buffer ended the connection (its writer does not survive EAGAIN), and what could be sent at once waited
+  for a turn of the event loop: `_PatientWriter`;
 - unexpected exceptions went to the caller with a traceback: `error_reply`;
 - received and sent file descriptors were never closed, and programs that are started had those received:
   `Received.close_fds`, `Connection.reply`;

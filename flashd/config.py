@@ -107,7 +107,8 @@ class TorchConfig:
 
     python: str = _setting(
         "",
-        "Interpreter that has torch and transformers. Default: what flash engine install made, else the daemon's own.",
+        "Interpreter that has torch, transformers and this version of flashd. "
+        "Default: what flash engine install made, else the daemon's own.",
     )
     threads: int = _setting(0, "Threads of one engine; 0 for as many as there are cores.")
     max_tokens_default: int = _setting(512, "Tokens generated for a request that does not say how many.")
@@ -118,7 +119,9 @@ class VllmConfig:
     """[engines.vllm]: vLLM, in an environment of its own."""
 
     python: str = _setting(
-        "", "Interpreter that has vLLM and flashd. Default: what flash engine install made, else the daemon's own."
+        "",
+        "Interpreter that has vLLM and this version of flashd. "
+        "Default: what flash engine install made, else the daemon's own.",
     )
     arguments: tuple[str, ...] = _setting((), "What every engine is told besides, as to vllm serve.")
     environment: tuple[str, ...] = _setting(

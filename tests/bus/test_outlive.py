@@ -15,6 +15,7 @@ import httpx
 import pytest
 from conftest import SAYS
 from manager import Manager, start
+from processes import is_alive
 from running import CONFIG, Daemon
 
 import flashd
@@ -54,14 +55,6 @@ def engines(daemon: Daemon) -> dict[str, tuple[str, int]]:
     """State and process of each model's engine."""
     with flashd.connect(daemon.address) as client:
         return {engine.model: (engine.state, engine.pid) for engine in client.engines()}
-
-
-def is_alive(pid: int) -> bool:
-    """Whether it runs; what nobody has waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):  # the latter if it ends between opening and reading
-        return False
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -12,13 +12,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from manager import Manager, start
+from processes import until
 from running import CONFIG, Daemon
 from safetensors.torch import save_file
 
@@ -66,13 +66,6 @@ def model(client: flashd.Client, folder: Path, name: str, size_bytes: int, seed:
     save_file({"w": tensor}, folder / name / "model.safetensors")
     client.import_(folder / name, name)
     return tensor
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_card_is_a_device_with_a_ledger_of_its_own(client: flashd.Client, tmp_path: Path) -> None:

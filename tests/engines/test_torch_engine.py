@@ -27,6 +27,7 @@ from flashd.engines.engine import Binding, EngineState
 from flashd.engines.process import EngineProcess, Settings, ZygoteFactory, torch_factory
 from flashd.engines.surroundings import own_memory_bytes
 from flashd.errors import EngineFailed, EngineOutOfMemory, Unavailable
+from flashd.streamer import blake3
 from flashd.units import MiB
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -415,16 +416,20 @@ async def test_a_tokenizer_is_read_again_where_transformers_may_choose_another(
 ) -> None:
     """By what config.json says, but for where it was saved once."""
     engine = await start(residents["ada"].binding())
-    ada, file = unread(residents, tmp_path), tmp_path / "config.json"
+    ada = unread(residents, tmp_path)
     config = json.loads(ada.side_files["config.json"].read_text())
-    other = dataclasses.replace(ada, side_files={**ada.side_files, "config.json": file})
-    file.write_text(json.dumps({**config, "_name_or_path": "elsewhere"}))
+
+    def with_setting(name: str, value: str) -> Binding:
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps({**config, name: value}))
+        digests = {**ada.digests, file.name: blake3(file.read_bytes()).hex()}
+        return dataclasses.replace(ada, side_files={**ada.side_files, file.name: file}, digests=digests)
+
     await engine.drain(1)
-    await engine.rebind(other)
-    file.write_text(json.dumps({**config, "transformers_version": "0.1"}))
+    await engine.rebind(with_setting("_name_or_path", "elsewhere"))
     await engine.drain(1)
     with pytest.raises(EngineFailed):
-        await engine.rebind(other)
+        await engine.rebind(with_setting("transformers_version", "0.1"))
 
 
 async def test_an_engine_without_memory_says_so_and_keeps_what_it_had(start: Start, residents: Residents) -> None:

@@ -21,6 +21,7 @@ import httpx
 import pytest
 import pytest_asyncio
 from conftest import Resident, http, plain_vllm, soon
+from processes import is_alive
 from vllm_greedy import PROMPTS
 
 from flashd import config
@@ -55,7 +56,7 @@ async def start(vllm_factory: VllmFactory) -> AsyncIterator[Start]:
         pids = family(engine.pid)
         await engine.stop()
         assert engine.state is EngineState.FAILED and not engine.socket_path.exists()
-        await soon(lambda pids=pids: not any(alive(pid) for pid in pids))
+        await soon(lambda pids=pids: not any(is_alive(pid) for pid in pids))
     await soon(lambda: not set(Path("/dev/shm").iterdir()) - shared)
 
 
@@ -85,13 +86,6 @@ def family(pid: int) -> list[int]:
         for children in Path(f"/proc/{known}").glob("task/*/children"):
             found += [int(child) for child in children.read_text().split()]
     return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
 
 
 def named(pid: int, word: str) -> int:
@@ -250,7 +244,7 @@ async def test_a_death_is_noticed_and_takes_the_others_along(who: str, start: St
     os.kill(named(engine.pid, who) if who else engine.pid, signal.SIGKILL)
     await soon(lambda: bool(words))
     assert engine.state is EngineState.FAILED and not engine.socket_path.exists()
-    await soon(lambda: not any(alive(pid) for pid in pids))
+    await soon(lambda: not any(is_alive(pid) for pid in pids))
     with pytest.raises(EngineFailed):
         await engine.stats()
 
@@ -265,7 +259,7 @@ async def test_engines_end_with_their_daemon(vllm_factory: VllmFactory, resident
     for pid in pids[1:] if hangs else ():
         os.kill(pid, signal.SIGSTOP)  # and what was executed, as a compiler is, does not ask to end with its parent
     engine._channel._socket.close()  # what the kernel does to the sockets of a daemon that was killed
-    await soon(lambda: not any(alive(pid) for pid in pids))
+    await soon(lambda: not any(is_alive(pid) for pid in pids))
     left = set(Path("/dev/shm").iterdir()) - shared
     assert hangs or not left
     for path in left:  # multiprocessing's tracker would have removed it, and was among those that hung
@@ -281,7 +275,7 @@ async def test_a_start_that_is_given_up_leaves_nothing(vllm_factory: VllmFactory
     starting.cancel()
     await asyncio.gather(starting, return_exceptions=True)
     await engine.stop()
-    await soon(lambda: not any(alive(pid) for pid in pids))
+    await soon(lambda: not any(is_alive(pid) for pid in pids))
     scratch = engine.socket_path.parents[1] / "scratch"
     await soon(lambda: not list(scratch.iterdir()))
 
@@ -298,7 +292,7 @@ async def test_a_start_that_hangs_is_ended_with_all_below_it(vllm_factory: VllmF
     starting.cancel()
     await asyncio.gather(starting, return_exceptions=True)
     await engine.stop()
-    await soon(lambda: not any(alive(pid) for pid in pids))
+    await soon(lambda: not any(is_alive(pid) for pid in pids))
     scratch = engine.socket_path.parents[1] / "scratch"
     await soon(lambda: not list(scratch.iterdir()))
 
@@ -410,7 +404,7 @@ async def test_weights_of_another_shape_end_the_engine_rather_than_mix(start: St
     with pytest.raises(EngineFailed):
         await engine.rebind(residents["llama"].binding())
     assert engine.state is EngineState.FAILED
-    await soon(lambda: not any(alive(pid) for pid in pids))
+    await soon(lambda: not any(is_alive(pid) for pid in pids))
 
 
 _KEY = """

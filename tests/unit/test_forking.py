@@ -7,11 +7,11 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from processes import is_alive, until
 
 from flashd.engines.control import Channel, pair
 
@@ -65,31 +65,16 @@ def started(tmp_path: Path) -> Iterator[Callable[[str], Zygote]]:
         zygote.close()
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-
-
 def written(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
 def test_what_a_worker_leaves_behind_may_clean_up(started: Callable[[str], Zygote], tmp_path: Path) -> None:
-    zygote = started(f"sleep 0.3; pwd >{tmp_path}/late; rm -f *")
+    zygote = started(f"sleep 0.3; echo done >own && cat own >{tmp_path}/late")  # its folder is there as long as it is
     pid = zygote.fork()
     notice = zygote.channel.receive().content
     assert (notice["exited"], notice["status"]) == (pid, 7)
-    until(lambda: written(tmp_path / "late").endswith("\n"))
-    assert written(tmp_path / "late").startswith(str(zygote.scratch)), "its folder is there as long as it is"
+    until(lambda: written(tmp_path / "late") == "done\n")
     until(lambda: not list(zygote.scratch.iterdir()))
 
 

@@ -34,7 +34,7 @@ _HINT = "a newer transformers may have it; code that comes with a model is never
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
-    """The descriptor is the daemon's order's; files of equal digests are equal."""
+    """Files of equal digests are equal. The descriptor lasts as long as the order that it came with."""
 
     digest: str
     fd: int
@@ -48,6 +48,10 @@ class Weights:
     arena_bytes: int
     layout: str
     side_files: Mapping[str, SideFile]
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        return {name: file.digest for name, file in self.side_files.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,7 @@ class Model:
     module: Any
     tokenizer: Any
     generation: GenerationConfig
+    _digests: Mapping[str, str]  # of the side files that count now
 
     def __init__(self, weights: Weights, scratch: Path) -> None:
         """Raises Unsupported if transformers itself does not have the architecture."""
@@ -102,10 +107,11 @@ class Model:
             self._build(weights)
             return
         region = _mapped(weights)
-        tokenizer = self._tokenizer_of(weights.side_files)
-        with self._folder_of(weights.side_files, _GENERATION) as folder:
-            generation = _generation(folder, self.module)
-        self.tokenizer, self.generation = tokenizer, generation
+        if weights.digests != self._digests:
+            tokenizer = self._tokenizer_of(weights.side_files)
+            with self._folder_of(weights.side_files, _GENERATION) as folder:
+                generation = _generation(folder, self.module)
+            self.tokenizer, self.generation, self._digests = tokenizer, generation, weights.digests
         self._point_at(region)
 
     def _build(self, weights: Weights) -> None:
@@ -122,6 +128,7 @@ class Model:
             module.eval().requires_grad_(False)
             generation = _generation(folder, module)
         self.module, self.tokenizer, self.generation = module, tokenizer, generation
+        self._digests = weights.digests
         self._find_views(bytes_tensor(region))
 
     def _find_views(self, base: torch.Tensor) -> None:
