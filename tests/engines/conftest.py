@@ -33,7 +33,8 @@ from flashd.units import MiB
 _MAKE = """
 import sys, pathlib, json, shutil, torch, transformers
 sys.path.insert(0, sys.argv[2])
-import small_models
+sys.path.insert(0, sys.argv[3])
+import small_models, quantised_models
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 folder = pathlib.Path(sys.argv[1])
 small_models.make_base(folder / "ada")
@@ -55,6 +56,7 @@ for name, model in models.items():
     for file in (folder / "ada").glob("*token*"):
         shutil.copy(file, folder / name)
     shutil.copy(folder / "ada" / "chat_template.jinja", folder / name)
+quantised_models.make_quantised(folder / "ada", folder / "int8", "compressed-tensors")
 prompt = "Hello, who are you?"
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "ada")
 expected = {}
@@ -74,11 +76,11 @@ expected["bert"] = torch.nn.functional.normalize(hidden, dim=0).tolist()
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Source folders of four architectures, and what transformers itself answers with them."""
+    """Source folders of four architectures, one also quantised, and what transformers itself answers with them."""
     folder = tmp_path_factory.mktemp("sources")
     tour = Path(__file__).parents[2] / "packaging" / "tour"
     one_thread = config.child_environment({"OMP_NUM_THREADS": "1"})  # on a busy machine more wait for each other
-    command = [sys.executable, "-c", _MAKE, folder, tour]
+    command = [sys.executable, "-c", _MAKE, folder, tour, Path(__file__).parents[1]]
     done = subprocess.run(command, env=one_thread, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder
@@ -132,7 +134,7 @@ class Resident:
 @pytest.fixture(scope="session")
 def residents(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Resident]:
     root = tmp_path_factory.mktemp("checkpoints")
-    return {name: Resident(made / name, root / name) for name in ("ada", "bob", "llama", "moe", "moe2", "bert")}
+    return {name: Resident(made / name, root / name) for name in ("ada", "bob", "llama", "moe", "moe2", "bert", "int8")}
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -182,7 +184,7 @@ def plain_vllm(
 @pytest.fixture(scope="session")
 def plain(vllm_python: str, compiled: Path, made: Path) -> dict[str, list[list[int]]]:
     """What vLLM answers with its own loader."""
-    names = ["ada", "bob", "llama", "moe", "moe2"]
+    names = ["ada", "bob", "llama", "moe", "moe2", "int8"]
     jobs = [{"model": str(made / name), "load_format": "auto"} for name in names]
     return dict(zip(names, plain_vllm(vllm_python, compiled, jobs), strict=True))
 

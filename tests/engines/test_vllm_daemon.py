@@ -25,6 +25,7 @@ from flashd.compat.language_model import LanguageModel
 from flashd.private_bus import PrivateBus
 
 pytestmark = pytest.mark.timeout(300)
+_NO_IMAGE = "no image is made of these weights, so they stay where they are: CompressedTensorsLinearMethod"
 ASK = [{"role": "user", "content": QUESTION}]
 
 
@@ -39,7 +40,7 @@ def manager() -> Iterator[Manager]:
 
 @pytest.fixture(scope="module")
 def daemon(manager: Manager, made: Path, vllm_python: str) -> Iterator[Daemon]:
-    """One whose inbox is empty, with three models, below a service manager."""
+    """One whose inbox is empty, with four models, below a service manager."""
     with tempfile.TemporaryDirectory(prefix="fd-") as folder, PrivateBus(Path(folder)) as bus:
         running = Daemon(bus.address, Path(folder), Path(folder))
         running.config.write_text(
@@ -49,7 +50,7 @@ def daemon(manager: Manager, made: Path, vllm_python: str) -> Iterator[Daemon]:
         start(running, manager)
         try:
             with flashd.connect(bus.address) as client:
-                for name in ("ada", "bob", "llama"):
+                for name in ("ada", "bob", "llama", "int8"):
                     client.import_(made / name, name)
             yield running
         finally:
@@ -64,6 +65,10 @@ def client(daemon: Daemon) -> Iterator[Client]:
         yield client
 
 
+def log_of(daemon: Daemon, engine: flashd.Engine) -> str:
+    return (daemon.state / "logs" / f"engine-{Path(engine.endpoint).stem}.log").read_text()
+
+
 def test_a_vllm_started_by_hand_answers_as_with_its_own_loader(
     daemon: Daemon, client: Client, vllm_python: str, compiled: Path, made: Path, plain: dict[str, Any]
 ) -> None:
@@ -72,7 +77,7 @@ def test_a_vllm_started_by_hand_answers_as_with_its_own_loader(
         return {"model": str(made / folder), "load_format": "flash", "model_loader_extra_config": options}
 
     jobs = [
-        *(job(name, model=name) for name in ("ada", "bob", "llama")),
+        *(job(name, model=name) for name in ("ada", "bob", "llama", "int8")),
         job("ada", model="bob"),
         job("ada"),  # the daemon was handed files, not this folder
         job("ada", model="nobody"),
@@ -80,11 +85,11 @@ def test_a_vllm_started_by_hand_answers_as_with_its_own_loader(
         job("ada", bus="unix:path=/nonexistent"),
     ]
     found = plain_vllm(vllm_python, compiled, jobs)
-    assert found[:4] == [plain["ada"], plain["bob"], plain["llama"], plain["bob"]]
-    assert found[4].startswith("NotFound") and "flash import" in found[4]
-    assert found[5].startswith("NotFound") and "nobody" in found[5]
-    assert found[6].startswith("InvalidArgument") and "modell" in found[6]
-    assert found[7].startswith("Unavailable")
+    assert found[:5] == [plain[name] for name in ("ada", "bob", "llama", "int8", "bob")]
+    assert found[5].startswith("NotFound") and "flash import" in found[5]
+    assert found[6].startswith("NotFound") and "nobody" in found[6]
+    assert found[7].startswith("InvalidArgument") and "modell" in found[7]
+    assert found[8].startswith("Unavailable")
     assert all(model.leases == 0 for model in client.models()), "what is loaded needs no lease any more"
 
 
@@ -114,6 +119,25 @@ def test_asked_as_vllm_is_it_says_what_vllm_says(daemon: Daemon, client: Client,
         assert all(output.prompt_token_ids for output in found)
         ids = [output.prompt_token_ids for output in found]
         assert [output.outputs[0].token_ids for output in models[name].generate(ids, greedy)] == plain[name]
+
+
+def test_what_takes_no_other_weights_in_place_is_started_anew_and_answers_exactly(
+    daemon: Daemon, client: Client, plain: dict[str, Any]
+) -> None:
+    quantised = LanguageModel(lambda: flashd.connect(daemon.address), "int8", "vllm")
+    assert plain["int8"] != plain["ada"]
+    for _ in range(2):
+        client.swap("ada", engine="vllm")
+        assert [engine.model for engine in client.engines() if engine.kind == "vllm"] == ["ada"]
+        assert client.swap("int8", engine="vllm").how == "start"
+        found = quantised.generate(PROMPTS, SimpleNamespace(temperature=0, max_tokens=16))
+        assert [output.outputs[0].token_ids for output in found] == plain["int8"]
+        (engine,) = [engine for engine in client.engines() if engine.model == "int8"]
+        assert engine.weights == "checkpoint"
+        told = {found.model: _NO_IMAGE in log_of(daemon, found) for found in client.engines() if found.kind == "vllm"}
+        assert told == {"ada": False, "int8": True}
+    client.park()
+    assert not [engine for engine in client.engines() if engine.model == "int8"], "what cannot be parked is stopped"
 
 
 def test_vllms_further_parameters(daemon: Daemon, client: Client) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 KV_BYTES = 256 << 20
@@ -67,22 +66,6 @@ def make_large(source: Path, folder: Path) -> Path:
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    return folder
-
-
-def make_fp8(source: Path, folder: Path) -> Path:
-    """The same model as a checkpoint of vLLM's own FP8 form: linear layers in eight bits, with a scale each."""
-    shutil.copytree(source, folder)
-    tensors = load_file(source / "model.safetensors")
-    for name, weight in list(tensors.items()):
-        if name.endswith("_proj.weight"):
-            scale = weight.float().abs().max() / torch.finfo(torch.float8_e4m3fn).max
-            tensors[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
-            tensors[f"{name}_scale"] = scale.reshape(1)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
-    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -60,17 +60,16 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
         source = sources.source(self._wanted, vllm_config)
         self._is_image = source is not None and bool(source.layout)
         is_wanted = source is not None and source.wants_image
-        before = quantised.storages(torch.device("cuda", torch.cuda.current_device())) if is_wanted else set()
+        before = quantised.storages(torch.device("cuda", torch.cuda.current_device())) if is_wanted else None
         try:
             model: nn.Module = super().load_model(vllm_config, model_config, *arguments, **options)
             if source is not None and self._is_image:
                 extension.view(model, source)
-            elif source is not None and is_wanted:
+            elif source is not None:
                 hindrance = _HAS_DRAFT if versions.has_draft(vllm_config) else quantised.hindrance(model, before)
-                if versions.all_agree(not hindrance):
+                if is_wanted and versions.all_agree(not hindrance):
                     extension.make(model, source)
-                else:
-                    why = hindrance or "another rank makes none"
+                elif why := hindrance or ("another rank makes none" if is_wanted else ""):
                     log.warning("no image is made of these weights, so they stay where they are: %s", why)
             setattr(model, _SOURCE, source)
             return model

@@ -34,9 +34,9 @@ def storages(device: torch.device) -> set[int]:
     return {address for address, _ in _tensors(device)}
 
 
-def hindrance(model: nn.Module, before: Collection[int]) -> str:
+def hindrance(model: nn.Module, before: Collection[int] | None) -> str:
     """Why no image can be made of a model that was just loaded; empty if one can. `before` are the `storages` that
-    there were before it was."""
+    there were before it was; without them only what is said of its methods counts."""
     methods = {type(method).__name__: method for module in model.modules() if (method := _method_of(module))}
     if methods.keys() <= _PLAIN:
         return ""
@@ -47,6 +47,8 @@ def hindrance(model: nn.Module, before: Collection[int]) -> str:
     for name, module in model.named_modules():
         if any(getattr(module, factor, 1.0) != 1.0 for factor in _FACTORS):
             return f"{name} has factors of its own for a quantised KV cache"
+    if before is None:
+        return ""
     device = next(model.parameters()).device
     own = {tensor.untyped_storage().data_ptr() for tensor in _kept(model)}
     gc.collect()
