@@ -25,6 +25,7 @@ BEGIN, END = "<!-- figures: made by tests/bench/publish.py -->", "<!-- end of fi
 VLLM_ROWS = [
     ("vllm", "resident_rebind_first_token", "vLLM, 16.4 GB model: swap between two on the GPU, to the first token",
      "our limit"),
+    ("vllm", "first_token", "of that, the first token: the same engine asked without a swap", ""),
     ("vllm", "resident_wake_first_token", "the same, of an engine that was parked", "our limit"),
     ("vllm", "host_wake_first_token", "the same, its weights in host memory", "our limit"),
     ("vllm", "stored_swap_first_token", "the same, its weights on the disk", "our limit"),
@@ -43,7 +44,8 @@ H200_ROWS = [
      "one plain copy of pinned memory"),
 ]  # fmt: skip
 H100_ROWS = [
-    *(row for row in VLLM_ROWS if row[1] not in {"host_wake_first_token", "stored_swap_first_token"}),
+    *VLLM_ROWS,
+    ("robin", "round_robin_first_token", "ten fine-tunes of 0.7 GB on one engine, each in turn, a thousand swaps", ""),
     ("memory", "resident_lease", "lease of a model on the GPU: D-Bus call to tensors", "our limit"),
     ("memory", "resident_map", "of that, mapping its memory", "our limit"),
     ("memory", "host_to_device", "host tier to GPU", "one plain copy of pinned memory"),

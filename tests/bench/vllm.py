@@ -384,10 +384,11 @@ def reported(
     """Also printed: what comes later may fail."""
     rows = rows_of(figures, found, copy_ms, read_ms)
     names = " ".join(model.name for model in options.models)
+    rounds = f" --rounds {options.rounds}" if options.rounds else ""
     size_gb = weights_bytes(options.models[0]) / 1e9
     made = report(
-        "vllm",
-        f"tests/bench/vllm.py {names} --runs {options.runs} ({size_gb:.1f} GB each)",
+        "robin" if rounds else "vllm",
+        f"tests/bench/vllm.py {names} --runs {options.runs}{rounds} ({size_gb:.1f} GB each)",
         rows,
         driver=device.kind.value if device else "host",
         gpu=device.gpu if device else None,
