@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import pytest
 from dbus_next import Variant
 from running import Daemon
 from safetensors.numpy import save_file
+from waiting import eventually
 
 from flashd import wire
 from flashd.bus import OBJECT_MANAGER, PROPERTIES, Connection, Received, connect, plain
@@ -116,7 +115,7 @@ class Remote:
 
     async def finished(self, job: str) -> dict[str, Any]:
         """The job's properties when it has ended."""
-        await until(lambda: self._has_finished(job))
+        await eventually(lambda: self._has_finished(job))
         return await self.all(job, wire.JOB)
 
     async def _has_finished(self, job: str) -> bool:
@@ -129,7 +128,7 @@ class Remote:
         async def is_there() -> bool:
             return path in await self.objects()
 
-        await until(is_there)
+        await eventually(is_there)
         return await self.all(path, wire.MODEL)
 
     async def import_folder(self, folder: Path, name: str, **options: Variant) -> str:
@@ -162,19 +161,6 @@ async def remote(daemon: Daemon, connection: Connection) -> Remote:
     connection.listen(made.signals.append)
     await connection.add_match(f"type='signal',sender='{wire.BUS_NAME}'")
     return made
-
-
-async def until(condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
-    """Returns when the condition holds, a coroutine or not; fails after a while."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        holds = condition()
-        if asyncio.iscoroutine(holds):
-            holds = await holds
-        if holds:
-            return
-        assert time.monotonic() < deadline, "it did not come to pass"
-        await asyncio.sleep(0.02)
 
 
 def make_source(

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Daemon, Remote, import_model, make_source, until
+from conftest import Daemon, Remote, import_model, make_source
 from dbus_next import Variant
 from safetensors.numpy import load_file
+from waiting import eventually
 
 from flashd import wire
 from flashd.bus import OBJECT_MANAGER, PROPERTIES, Connection, connect, plain
@@ -56,7 +57,7 @@ async def test_what_cannot_be_converted_is_shown_and_tried_again_when_it_changes
     async def items() -> list[list[str]]:
         return [item for item in await remote.get(wire.ROOT_PATH, wire.MANAGER, "InboxItems") if item[1] == "failed"]
 
-    await until(items)
+    await eventually(items)
     ((name, _, detail),) = await items()
     assert name == "broken"
     assert "header" in detail
@@ -77,7 +78,7 @@ async def test_gguf_that_is_dropped_is_told_what_to_take_instead(remote: Remote,
     async def both() -> bool:
         return (await failed()).keys() == {"folder", "tuned"}
 
-    await until(both)
+    await eventually(both)
     assert all("GGUF" in detail and "safetensors" in detail for detail in (await failed()).values())
 
 
@@ -95,11 +96,11 @@ async def test_a_saved_again_source_is_a_new_version_and_the_old_one_stays_while
     async def has_changed() -> bool:
         return (await remote.model("tiny"))["Checkpoint"] != first
 
-    await until(has_changed)
+    await eventually(has_changed)
     await asyncio.sleep(0.2)
     assert weights_of(daemon, first).exists()
     await remote.call("Release", path=lease, interface=wire.LEASE)
-    await until(lambda: not weights_of(daemon, first).exists())
+    await eventually(lambda: not weights_of(daemon, first).exists())
 
 
 @pytest.mark.parametrize(("on_remove", "stays"), [("keep", True), ("remove", False)])
@@ -118,7 +119,7 @@ async def test_a_removed_source_keeps_its_model_unless_configured(
         await asyncio.sleep(1.5)
         assert not await is_gone()
     else:
-        await until(is_gone)
+        await eventually(is_gone)
 
 
 async def test_a_restart_converts_nothing_again(remote: Remote, daemon: Daemon) -> None:
@@ -140,7 +141,7 @@ async def test_a_source_moved_out_and_back_is_a_model_again(remote: Remote, daem
     async def is_gone() -> bool:
         return wire.model_path("tiny") not in await remote.objects()
 
-    await until(is_gone)
+    await eventually(is_gone)
     (tmp_path / "elsewhere").rename(folder)
     await remote.model("tiny")
 
@@ -159,7 +160,7 @@ async def test_a_removed_model_stays_removed_until_its_source_changes(remote: Re
 
 async def test_killed_in_a_conversion_it_starts_again_and_does_it_again(remote: Remote, daemon: Daemon) -> None:
     make_source(daemon.models / "large", elements=50_000_000)
-    await until(lambda: list((daemon.state / "store" / "partial").glob("*/model.safetensors")))
+    await eventually(lambda: list((daemon.state / "store" / "partial").glob("*/model.safetensors")))
     daemon.stop(signal.SIGKILL)
     daemon.start()
     model = await remote.model("large")
@@ -236,7 +237,7 @@ async def test_an_import_that_waits_for_files_dies_with_its_caller(
 async def test_cancelling_an_import_leaves_nothing(remote: Remote, daemon: Daemon, tmp_path: Path) -> None:
     source = make_source(tmp_path / "source", elements=100_000_000)
     job = await remote.import_folder(source, "large")
-    await until(lambda: list((daemon.state / "store" / "partial").glob("*/model.safetensors")))
+    await eventually(lambda: list((daemon.state / "store" / "partial").glob("*/model.safetensors")))
     started = time.monotonic()
     await remote.call("Cancel", path=job, interface=wire.JOB)
     ended = await remote.finished(job)
@@ -296,7 +297,7 @@ async def test_a_lease_ends_with_its_owner_and_outlives_its_model(
     await asyncio.sleep(0.2)
     assert weights_of(daemon, checkpoint).exists()
     await owner.close()
-    await until(lambda: not weights_of(daemon, checkpoint).exists())
+    await eventually(lambda: not weights_of(daemon, checkpoint).exists())
     assert path not in await remote.objects()
     assert await remote.get(wire.device_path("host"), wire.DEVICE, "UsedBytes") == 0
 
@@ -370,12 +371,12 @@ async def test_changes_are_told_and_finished_jobs_say_so(remote: Remote, tmp_pat
     def told(member: str, interface: str) -> list[tuple[object, ...]]:
         return [plain(s.body) for s in remote.signals if (s.member, s.interface) == (member, interface)]
 
-    await until(lambda: told("Finished", wire.JOB))
+    await eventually(lambda: told("Finished", wire.JOB))
     assert told("Finished", wire.JOB) == [["done", {"model": wire.model_path("tiny")}, ["", "", ""]]]
     added = [body[0] for body in told("InterfacesAdded", OBJECT_MANAGER)]
     assert added == [job, wire.model_path("tiny")]
     await remote.call("Pin", path=wire.model_path("tiny"), interface=wire.MODEL)
-    await until(lambda: [wire.MODEL, {"Pinned": True}, []] in told("PropertiesChanged", PROPERTIES))
+    await eventually(lambda: [wire.MODEL, {"Pinned": True}, []] in told("PropertiesChanged", PROPERTIES))
 
 
 async def test_a_listing_says_what_the_objects_say(remote: Remote, tmp_path: Path) -> None:
@@ -391,7 +392,7 @@ async def test_a_listing_says_what_the_objects_say(remote: Remote, tmp_path: Pat
     async def use_is_noted() -> bool:
         return (await remote.model("a"))["LastUsedAt"] > 0
 
-    await until(use_is_noted)
+    await eventually(use_is_noted)
     listed = await remote.objects()
     assert len([path for path in listed if "/model/" in path]) == 3
     for path, interfaces in listed.items():

@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 import pytest
 from conftest import make_source
 from running import Daemon
+from waiting import until
 
 from flashd.client import Client, connect
 from flashd.errors import Busy, Cancelled, EngineFailed, InvalidSource, StoreFull
@@ -220,7 +220,7 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_it_is_unpacked(client: 
 def test_cancelling_leaves_the_old_one(daemon: Daemon, client: Client, tmp_path: Path) -> None:
     client.begin_install("torch", torch_wheels(tmp_path / "old")).wait()
     job = client.begin_install("torch", torch_wheels(tmp_path / "slow", "9.2", code="import time; time.sleep(600)"))
-    wait_for(lambda: leftovers(daemon))
+    until(lambda: leftovers(daemon))
     job.cancel()
     with pytest.raises(Cancelled):
         job.wait()
@@ -232,13 +232,13 @@ def test_a_daemon_killed_half_way_leaves_the_old_one_and_the_next_cleans_up(daem
     with connect(daemon.address) as client:
         client.begin_install("torch", torch_wheels(tmp_path / "old")).wait()
         client.begin_install("torch", torch_wheels(tmp_path / "slow", "9.2", code="import time; time.sleep(5)"))
-        wait_for(lambda: leftovers(daemon))
+        until(lambda: leftovers(daemon))
     assert daemon.process is not None
     os.kill(daemon.process.pid, signal.SIGKILL)
     daemon.process.wait()
     assert leftovers(daemon)
     daemon.start()
-    wait_for(lambda: not leftovers(daemon))
+    until(lambda: not leftovers(daemon))
     with connect(daemon.address) as client:
         assert [(e.number, e.version, e.current) for e in client.environments()] == [(1, "9.1", True)]
 
@@ -264,13 +264,6 @@ def test_a_folder_that_lacks_something_says_what_to_fetch(daemon: Daemon, tmp_pa
     done = flash(daemon, "engine", "install", "torch", "--wheels", tmp_path / "wheels")
     assert done.returncode == 11
     assert "pip download --only-binary :all: torch>=" in done.stderr.replace("\n", "")
-
-
-def wait_for(condition: object, timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def make_model(tmp_path: Path, client: Client) -> None:

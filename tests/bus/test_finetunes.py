@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Daemon, Remote, import_model, make_source, until
+from conftest import Daemon, Remote, import_model, make_source
 from safetensors.numpy import load_file, save_file
+from waiting import eventually
 
 from flashd import wire
 
@@ -49,7 +50,7 @@ async def model_of(remote: Remote, name: str) -> dict[str, Any]:
     async def is_there() -> bool:
         return wire.model_path(name) in await remote.objects()
 
-    await until(is_there, MERGED_S)
+    await eventually(is_there, MERGED_S)
     return await remote.model(name)
 
 
@@ -68,12 +69,12 @@ async def test_an_adapter_waits_for_its_base_and_becomes_a_model_by_itself(remot
     async def waits() -> bool:
         return [item[:2] for item in await items(remote)] == [["poet", "incomplete"]]
 
-    await until(waits)
+    await eventually(waits)
     ((_, _, detail),) = await items(remote)
     assert "needs its base, 'Tiny/base'" in detail and "flash pull Tiny/base" in detail
     daemon.stop()  # it still waits after a restart
     daemon.start()
-    await until(waits)
+    await eventually(waits)
     make_source(daemon.models / "unrelated")
     await remote.model("unrelated")
     assert await waits()
@@ -94,7 +95,7 @@ async def test_an_alias_names_the_base_and_the_base_may_go(remote: Remote, daemo
     async def waits() -> bool:
         return [item[:2] for item in await items(remote)] == [["poet", "incomplete"]]
 
-    await until(waits)
+    await eventually(waits)
     await remote.call("SetAliases", "as", ["Tiny-base"], path=wire.model_path("mine"), interface=wire.MODEL)
     await model_of(remote, "poet")
     await remote.call("Remove", path=wire.model_path("mine"), interface=wire.MODEL)
@@ -117,7 +118,7 @@ async def test_an_import_without_its_base_says_what_to_pull(remote: Remote, tmp_
     async def has_ended() -> bool:
         return await remote.get(job, wire.JOB, "State") not in {"collecting", "queued", "running"}
 
-    await until(has_ended, MERGED_S)
+    await eventually(has_ended, MERGED_S)
     assert (await model_of(remote, "poet"))["TensorCount"] == 2
 
 
@@ -132,7 +133,7 @@ async def test_an_adapter_that_is_saved_again_is_merged_into_its_base_and_not_in
     async def has_changed() -> bool:
         return (await model_of(remote, "out/base"))["Checkpoint"] != first
 
-    await until(has_changed, MERGED_S)
+    await eventually(has_changed, MERGED_S)
     merged = await stored(remote, daemon, "out/base")
     np.testing.assert_allclose(merged["layer.1.weight"], weight + delta, rtol=1e-5, atol=1e-5)
 
@@ -190,12 +191,12 @@ async def test_a_training_that_goes_on_is_one_model_of_its_latest_checkpoint(rem
     async def is_now(ending: str) -> bool:
         return (await remote.model("tune"))["Source"].endswith(ending)
 
-    await until(lambda: is_now("checkpoint-1000"))
+    await eventually(lambda: is_now("checkpoint-1000"))
     shutil.rmtree(out / "checkpoint-500")  # as save_total_limit does
     make_source(out, seed=3)  # the end of the training
-    await until(lambda: is_now("/tune"))
+    await eventually(lambda: is_now("/tune"))
     shutil.rmtree(out / "checkpoint-1000")
-    await until(lambda: is_now("/tune"))
+    await eventually(lambda: is_now("/tune"))
     models = [path for path in await remote.objects() if "/model/" in path]
     assert models == [wire.model_path("tune")]
 
@@ -220,6 +221,6 @@ async def test_shards_of_a_distributed_training_are_refused_with_the_way_out(
     async def failed() -> list[list[str]]:
         return [item for item in await items(remote) if item[1] == "failed"]
 
-    await until(failed)
+    await eventually(failed)
     ((_, _, detail),) = await failed()
     assert what in detail and remedy in detail

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Daemon, Remote, make_source, until
+from conftest import Daemon, Remote, make_source
+from waiting import eventually
 
 from flashd import wire
 
@@ -58,7 +59,7 @@ async def test_what_settles_is_handed_over_once_and_again_when_it_changes(
     start()
     first = await remote.model("team/mine")
     assert first["Source"] == f"imported by user {os.getuid()}"
-    await until(lambda: "is a model" in said(home))
+    await eventually(lambda: "is a model" in said(home))
 
     start().send_signal(signal.SIGTERM)
     shutil.rmtree(home / "models" / "team" / "mine")
@@ -67,18 +68,18 @@ async def test_what_settles_is_handed_over_once_and_again_when_it_changes(
     async def is_new() -> bool:
         return (await remote.model("team/mine"))["Checkpoint"] != first["Checkpoint"]
 
-    await until(is_new)
+    await eventually(is_new)
 
 
 async def test_another_start_hands_nothing_over_again(start: Start, home: Path, remote: Remote) -> None:
     make_source(home / "models" / "mine", seed=1)
     process = start()
-    await until(lambda: "mine is a model" in said(home))
+    await eventually(lambda: "mine is a model" in said(home))
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 0
     make_source(home / "models" / "other", seed=2)
     start()
-    await until(lambda: "other is a model" in said(home))
+    await eventually(lambda: "other is a model" in said(home))
     assert said(home).count("mine is a model") == 1
 
 
@@ -86,9 +87,9 @@ async def test_it_waits_for_a_daemon_that_is_not_there(start: Start, home: Path,
     assert daemon.stop() == 0
     make_source(home / "models" / "mine", seed=1)
     start()
-    await until(lambda: "mine has to wait" in said(home))
+    await eventually(lambda: "mine has to wait" in said(home))
     daemon.start()
-    await until(lambda: "mine is a model" in said(home))
+    await eventually(lambda: "mine is a model" in said(home))
     assert said(home).count("has to wait") == 1, "it is said once"
 
 
@@ -100,8 +101,8 @@ async def test_a_model_of_somebody_elses_making_is_not_replaced(
     make_source(home / "models" / "taken", seed=2)
     make_source(home / "models" / "free", seed=3)
     start()
-    await until(lambda: "free is a model" in said(home))
-    await until(lambda: "taken does not become a model" in said(home))
+    await eventually(lambda: "free is a model" in said(home))
+    await eventually(lambda: "taken does not become a model" in said(home))
     assert (await remote.all(wire.model_path("taken"), wire.MODEL))["Checkpoint"] == theirs["Checkpoint"]
 
 
@@ -109,12 +110,12 @@ async def test_what_is_malformed_is_offered_once(start: Start, home: Path, remot
     source = make_source(home / "models" / "broken", seed=1)
     os.truncate(source / "model.safetensors", 100)
     process = start()
-    await until(lambda: "broken does not become a model" in said(home))
+    await eventually(lambda: "broken does not become a model" in said(home))
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=20)
     make_source(home / "models" / "good", seed=2)
     start()
-    await until(lambda: "good is a model" in said(home))
+    await eventually(lambda: "good is a model" in said(home))
     assert said(home).count("broken does not become a model") == 1
 
 
@@ -127,7 +128,7 @@ async def test_an_inbox_may_make_private_models_and_what_was_said_since_stays_so
     start()
     first = await remote.model("mine")
     assert (first["Private"], first["OwnerUid"]) == (True, os.getuid())
-    await until(lambda: "mine is a model" in said(home))
+    await eventually(lambda: "mine is a model" in said(home))
     await remote.call("SetPrivate", "b", False, path=wire.model_path("mine"), interface=wire.MODEL)
     shutil.rmtree(home / "models" / "mine")
     make_source(home / "models" / "mine", seed=2)
@@ -135,5 +136,5 @@ async def test_an_inbox_may_make_private_models_and_what_was_said_since_stays_so
     async def is_new() -> bool:
         return (await remote.model("mine"))["Checkpoint"] != first["Checkpoint"]
 
-    await until(is_new)
+    await eventually(is_new)
     assert (await remote.model("mine"))["Private"] is False

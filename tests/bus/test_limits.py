@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Daemon, Remote, import_model, make_source, until
+from conftest import Daemon, Remote, import_model, make_source
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import eventually
 
 from flashd import wire
 from flashd.bus import connect
@@ -117,7 +118,7 @@ async def test_a_connection_has_half_a_user_all_and_the_next_peer_what_the_last_
             return False
         return True
 
-    await until(is_given_back)
+    await eventually(is_given_back)
     await act(others[2])
     for other in others[1:]:
         await other.connection.close()
@@ -126,7 +127,7 @@ async def test_a_connection_has_half_a_user_all_and_the_next_peer_what_the_last_
         found = await limited.objects()
         return not any(wire.LEASE in o or o.get(wire.JOB, {}).get("State") == "collecting" for o in found.values())
 
-    await until(is_all_gone)
+    await eventually(is_all_gone)
 
 
 async def test_descriptors_are_counted_and_those_that_were_refused_are_not_kept(
@@ -146,7 +147,7 @@ async def test_descriptors_are_counted_and_those_that_were_refused_are_not_kept(
     assert len(list(ours.iterdir())) <= before + 5
     await greedy.connection.close()
     os.close(fd)
-    await until(lambda: len(list(ours.iterdir())) <= before)
+    await eventually(lambda: len(list(ours.iterdir())) <= before)
 
 
 async def test_a_flood_of_calls_is_refused_and_others_are_served(limited: Remote, bus: PrivateBus) -> None:

@@ -6,8 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from conftest import SAYS
 from manager import Manager, start
 from processes import is_alive
 from running import CONFIG, Daemon
+from waiting import until
 
 import flashd
 from flashd.private_bus import PrivateBus
@@ -55,13 +55,6 @@ def engines(daemon: Daemon) -> dict[str, tuple[str, int]]:
     """State and process of each model's engine."""
     with flashd.connect(daemon.address) as client:
         return {engine.model: (engine.state, engine.pid) for engine in client.engines()}
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def kept(manager: Manager, prefix: str) -> list[str]:

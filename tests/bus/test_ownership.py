@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import Remote, import_model, make_source, until
+from conftest import Remote, import_model, make_source
 from dbus_next import Variant
 from people import ALICE, BOB, CAROL, Polkit, connect_as, heard, shared_bus
 from running import CONFIG, Daemon
 from test_serving import SAYS, swap
+from waiting import eventually
 
 from flashd import wire
 from flashd.errors import AlreadyExists, Busy, FlashdError, NotAuthorized, NotFound
@@ -115,8 +116,8 @@ async def test_what_becomes_private_disappears_and_comes_back(people: People) ->
     (lease, *_) = await people.alice.call("Lease", "sa{sv}", "secret", {})
     people.bob.signals.clear()
     await people.alice.call("SetPrivate", "b", True, path=SECRET, interface=wire.MODEL)
-    await until(lambda: [s for s in people.bob.signals if s.member == "InterfacesRemoved" and s.body[0] == SECRET])
-    await until(lambda: [s for s in people.bob.signals if s.member == "InterfacesRemoved" and s.body[0] == lease])
+    await eventually(lambda: [s for s in people.bob.signals if s.member == "InterfacesRemoved" and s.body[0] == SECRET])
+    await eventually(lambda: [s for s in people.bob.signals if s.member == "InterfacesRemoved" and s.body[0] == lease])
     people.bob.signals.clear()
     assert await listed(people.bob) == set()
     assert await listed(people.alice) == {"secret"}
@@ -126,7 +127,7 @@ async def test_what_becomes_private_disappears_and_comes_back(people: People) ->
     assert await listed(people.bob) == set()
     people.bob.signals.clear()
     await people.alice.call("SetPrivate", "b", False, path=SECRET, interface=wire.MODEL)
-    await until(lambda: [s for s in people.bob.signals if s.member == "InterfacesAdded" and s.body[0] == SECRET])
+    await eventually(lambda: [s for s in people.bob.signals if s.member == "InterfacesAdded" and s.body[0] == SECRET])
     assert await listed(people.bob) == {"secret"}
 
 
@@ -155,7 +156,7 @@ async def test_a_name_is_changed_by_its_owner_or_an_administrator_only(people: P
         items = await people.root.get(wire.ROOT_PATH, wire.MANAGER, "InboxItems")
         return any(name == "hers" and state == "failed" and "another user" in detail for name, state, detail in items)
 
-    await until(is_refused)
+    await eventually(is_refused)
     assert (await people.alice.all(hers, wire.MODEL))["Checkpoint"] == before
     await people.give(people.alice, "hers", seed=11)
     await people.give(people.root, "hers", seed=12)
@@ -208,7 +209,7 @@ async def test_the_active_model_of_one_is_nobody_elses(people: People, sources: 
     assert swapped["State"] == "done", swapped
     assert await alice.get(wire.ROOT_PATH, wire.MANAGER, "ActiveModel") == SECRET
     assert await bob.get(wire.ROOT_PATH, wire.MANAGER, "ActiveModel") == "/"
-    await until(lambda: SECRET in str([s.body for s in alice.signals if s.path == wire.ROOT_PATH]))
+    await eventually(lambda: SECRET in str([s.body for s in alice.signals if s.path == wire.ROOT_PATH]))
     assert not [o for o in (await bob.objects()).values() if wire.ENGINE in o]
     assert "secret" not in await heard(bob)
     endpoint = Path(await bob.get(wire.ROOT_PATH, wire.MANAGER, "Endpoint"))
@@ -244,14 +245,14 @@ async def test_what_rests_wakes_for_those_who_may_ask_it_and_a_private_model_for
         return bool(await people.root.get(wire.ROOT_PATH, wire.MANAGER, "ActiveModel") == "/")
 
     assert (await swap(bob, "bob"))["State"] == "done"
-    await until(none_is_active)
+    await eventually(none_is_active)
     assert endpoint.stat().st_mode & 0o777 == 0o660, "who may ask the model may wake it"
     assert SAYS["bob"] in await asyncio.to_thread(asked, (await alice.call("OpenEndpoint"))[0], "bob")
     doorman = endpoint.with_name("doorman.sock")
     assert (await swap(alice, "secret"))["State"] == "done"
     asked_directly = await asyncio.to_thread(question, doorman)
     assert asked_directly.startswith(b"HTTP/1.1 503 ") and b"no model is active" in asked_directly
-    await until(none_is_active)
+    await eventually(none_is_active)
     assert not endpoint.is_symlink()
     assert b"no model is active" in await asyncio.to_thread(question, doorman), "what rested before does not wake"
     for who in (alice, bob):

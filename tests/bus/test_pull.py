@@ -12,16 +12,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hub as fake
 import pytest
-from conftest import Daemon, Remote, import_model, make_source, until
+from conftest import Daemon, Remote, import_model, make_source
 from dbus_next import Variant
 from hub import Fault, Hub
 from safetensors.numpy import load_file, save_file
+from waiting import eventually, until
 
 from flashd import errors, wire
 from flashd.units import MiB
@@ -174,8 +175,8 @@ def test_what_has_arrived_is_converted_while_the_rest_is_on_its_way(
     last = "model-00004-of-00004.safetensors"
     hub.holds[last] = threading.Event()
     pull = flash.begin("pull", NAME, "--json")
-    wait_until(lambda: len(list(flash.home.glob("cache/flashd/hub/*/*/*.safetensors"))) == 3)
-    wait_until(lambda: has_first_block(daemon))
+    until(lambda: len(list(flash.home.glob("cache/flashd/hub/*/*/*.safetensors"))) == 3)
+    until(lambda: has_first_block(daemon))
     time.sleep(1)  # until it has counted that, too
     hub.holds[last].set()
     output, words = pull.communicate(timeout=60)
@@ -189,7 +190,7 @@ def test_shards_arrive_side_by_side(flash: Puller, hub: Hub, published: dict[str
     released = threading.Event()
     hub.holds = dict.fromkeys(shards, released)
     pull = flash.begin("pull", NAME)
-    wait_until(lambda: hub.answering == len(shards) == 4)  # the hub keeps each waiting for the others
+    until(lambda: hub.answering == len(shards) == 4)  # the hub keeps each waiting for the others
     released.set()
     _, words = pull.communicate(timeout=60)
     assert pull.returncode == 0, words
@@ -219,17 +220,17 @@ def test_a_killed_pull_goes_on_where_it_stopped(
     hub.bytes_per_s = 30e6
     hub.holds[last] = threading.Event()
     pull = flash.begin("pull", "me/big")
-    wait_until(lambda: sum(flash.partial_sizes()) > 20 * MiB)
+    until(lambda: sum(flash.partial_sizes()) > 20 * MiB)
     pull.kill()
     pull.communicate()
-    wait_until(lambda: not list((daemon.state / "store" / "partial").iterdir()))
+    until(lambda: not list((daemon.state / "store" / "partial").iterdir()))
     (job,) = json.loads(flash("jobs", "--json").stdout)
     assert job["state"] == "cancelled" and "left" in job["error_message"]
     hub.holds.pop(last).set()
     hub.bytes_per_s = 0
     here = sum(path.stat().st_size for path in flash.home.glob("cache/flashd/hub/*/*/*"))
     assert here > 20 * MiB
-    wait_until(lambda: not hub.is_busy)  # with what nobody reads any more
+    until(lambda: not hub.is_busy)  # with what nobody reads any more
     before = hub.total_served_bytes()
     done = flash("pull", "me/big")
     assert done.returncode == 0, done.stderr
@@ -455,13 +456,13 @@ def test_a_pull_can_be_cancelled(
 ) -> None:
     hub.holds["model-00004-of-00004.safetensors"] = threading.Event()
     pull = flash.begin("pull", NAME)
-    wait_until(lambda: len(list(flash.home.glob("cache/flashd/hub/*/*/*.safetensors"))) == 3)
+    until(lambda: len(list(flash.home.glob("cache/flashd/hub/*/*/*.safetensors"))) == 3)
 
     def job() -> dict[str, Any]:
         (found,) = json.loads(flash("jobs", "--json").stdout)
         return dict(found)
 
-    wait_until(lambda: job()["done_bytes"] > 9 * MiB)  # it is told a few times a second
+    until(lambda: job()["done_bytes"] > 9 * MiB)  # it is told a few times a second
     assert (job()["kind"], job()["subject"], job()["phase"]) == ("pull", NAME, "downloading")
     assert job()["done_bytes"] < job()["total_bytes"]
     number = job()["number"]
@@ -474,7 +475,7 @@ def test_a_pull_can_be_cancelled(
     _, words = pull.communicate(timeout=10)
     assert pull.returncode == errors.Cancelled.exit_status, words
     assert "Traceback" not in words
-    wait_until(lambda: json.loads(flash("jobs", "--json").stdout)[0]["state"] == "cancelled")
+    until(lambda: json.loads(flash("jobs", "--json").stdout)[0]["state"] == "cancelled")
     assert json.loads(flash("jobs", "--json").stdout)[1]["state"] == "failed"
     assert_nothing_is_left(daemon)
     hub.holds.popitem()[1].set()
@@ -486,7 +487,7 @@ def test_a_daemon_that_dies_costs_nothing_that_was_downloaded(
 ) -> None:
     hub.holds["model-00004-of-00004.safetensors"] = threading.Event()
     pull = flash.begin("pull", NAME)
-    wait_until(lambda: len(list(flash.home.glob("cache/flashd/hub/*/*/*.safetensors"))) == 3)
+    until(lambda: len(list(flash.home.glob("cache/flashd/hub/*/*/*.safetensors"))) == 3)
     daemon.stop(signal.SIGKILL)
     _, words = pull.communicate(timeout=30)
     assert pull.returncode == errors.Unavailable.exit_status and "Traceback" not in words, words
@@ -558,7 +559,7 @@ async def test_a_pull_that_a_program_asked_for_can_be_cancelled(
     (job,) = await remote.call("Pull", "sa{sv}", NAME, {})
     with pytest.raises(errors.NotAuthorized):
         await remote.call("PullProgress", "ott", job, 1, 2)
-    await until(lambda: len(list(tmp_path.glob("home/cache/flashd/hub/*/*/*.safetensors"))) == 3)
+    await eventually(lambda: len(list(tmp_path.glob("home/cache/flashd/hub/*/*/*.safetensors"))) == 3)
     await remote.call("Cancel", path=job, interface=wire.JOB)
     assert (await remote.finished(job))["State"] == "cancelled"
     assert_nothing_is_left(daemon)
@@ -628,10 +629,3 @@ async def test_many_pulls_at_once_keep_nobody_waiting(remote: Remote, daemon: Da
         assert (await remote.finished(job))["State"] == "done"
     for fd in fds.values():
         os.close(fd)
-
-
-def wait_until(condition: Callable[[], Any], timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.05)

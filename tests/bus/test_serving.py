@@ -15,7 +15,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import SAYS, Daemon, Remote, import_model, make_source, until
+from conftest import SAYS, Daemon, Remote, import_model, make_source
+from waiting import eventually
 
 from flashd import wire
 from flashd.errors import Busy, FlashdError, NotFound, Unsupported
@@ -150,7 +151,7 @@ async def test_an_engine_that_dies_is_replaced_once(three: Remote, daemon: Daemo
         there = await engines(three)
         return path not in there and [e["State"] for e in there.values()] == ["serving"]
 
-    await until(answers_again)
+    await eventually(answers_again)
     assert await ask(three) == SAYS["ada"]
     ((_, engine),) = (await engines(three)).items()
     os.kill(engine["Pid"], signal.SIGKILL)
@@ -158,7 +159,7 @@ async def test_an_engine_that_dies_is_replaced_once(three: Remote, daemon: Daemo
     async def none_left() -> bool:
         return await engines(three) == {}
 
-    await until(none_left)
+    await eventually(none_left)
     await asyncio.sleep(0.5)
     assert await active(three) == "/"
     assert await engines(three) == {}
@@ -173,7 +174,7 @@ async def is_parked(remote: Remote) -> bool:
 async def test_an_idle_model_is_parked_and_who_asks_wakes_it(three: Remote) -> None:
     await three.call("SetConfig", "ss", "engines.idle_timeout_s", "1")
     assert await how(three, "ada") == "start"
-    await until(lambda: is_parked(three))
+    await eventually(lambda: is_parked(three))
     assert await active(three) == "/"
     assert (await three.model("ada"))["Residency"] == "host"
     endpoint = await three.get(wire.ROOT_PATH, wire.MANAGER, "Endpoint")
@@ -193,7 +194,7 @@ async def test_a_connection_that_was_open_before_the_rest_is_told_to_come_again(
     await three.call("SetConfig", "ss", "engines.idle_timeout_s", "1")
     assert await how(three, "ada") == "start"
     engine = Path(await three.get(wire.ROOT_PATH, wire.MANAGER, "Endpoint")).resolve()
-    await until(lambda: is_parked(three))
+    await eventually(lambda: is_parked(three))
     async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(engine)), base_url="http://e") as client:
         refused = await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
     assert (refused.status_code, refused.headers["connection"]) == (503, "close")
@@ -207,12 +208,12 @@ async def test_a_model_may_stay_while_others_rest_and_what_rests_may_leave_memor
     ):
         assert await three.call("SetConfig", "ss", key, value) == (False,), "it is in force at once"
     assert await how(three, "bob") == "start"
-    await until(lambda: is_parked(three))
+    await eventually(lambda: is_parked(three))
 
     async def is_stored() -> bool:
         return bool((await three.model("bob"))["Residency"] == "stored")
 
-    await until(is_stored)
+    await eventually(is_stored)
     assert await how(three, "ada") == "wake"
     await asyncio.sleep(5)  # twice as long as it takes to notice, and more
     assert await active(three) == wire.model_path("ada")
@@ -227,7 +228,7 @@ async def test_the_model_that_the_configuration_names_answers_after_a_start(thre
     async def answers() -> bool:
         return await active(three) == wire.model_path("bob")
 
-    await until(answers)
+    await eventually(answers)
     assert await how(three, "bob") == "already-active"
     assert await ask(three) == SAYS["bob"]
 
@@ -244,7 +245,7 @@ async def test_a_new_fine_tune_is_ready_before_anybody_asks_for_it(
     async def is_warm() -> bool:
         return bool((await remote.model("bob"))["Residency"] == "host")
 
-    await until(is_warm)
+    await eventually(is_warm)
     jobs = {o[wire.JOB]["Kind"]: o[wire.JOB] for o in (await remote.objects()).values() if wire.JOB in o}
     assert jobs["warm-up"]["Subject"] == "bob"
     assert await active(remote) == wire.model_path("ada"), "who answers was not disturbed"
@@ -266,7 +267,7 @@ async def test_where_memory_is_full_a_new_model_stays_on_the_disk(
     await remote.finished((await remote.call("Load", "ssa{sv}", "ada", "host", {}))[0])
     await remote.call("SetConfig", "ss", "engines.warm_new", "true")
     await import_model(remote, sources / "bob", "bob")
-    await until(lambda: "bob is not made ready: no memory is free for it" in daemon.log.read_text())
+    await eventually(lambda: "bob is not made ready: no memory is free for it" in daemon.log.read_text())
     assert ((await remote.model("ada"))["Residency"], (await remote.model("bob"))["Residency"]) == ("host", "stored")
 
 
@@ -278,7 +279,7 @@ async def test_parked_engines_go_where_memory_is_short(three: Remote, daemon: Da
     async def one_is_left() -> bool:
         return [engine["State"] for engine in (await engines(three)).values()] == ["serving"]
 
-    await until(one_is_left)
+    await eventually(one_is_left)
     assert await active(three) == wire.model_path("carl")
     assert "a parked engine is stopped" in daemon.log.read_text()
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 from manager import Manager, start
-from processes import until
 from running import CONFIG, Daemon
 from safetensors.torch import save_file
+from waiting import until
 
 import flashd
 from flashd import errors

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import until
 from dbus_next import Variant
 from flashd_tray.actions import Actions
 from flashd_tray.desktop_bus import APPLICATION, NAME, NOTIFICATIONS, NOTIFICATIONS_PATH, PATH, DesktopBus
@@ -21,6 +20,7 @@ from flashd_tray.preferences import Preferences, PreferencesFile, Topic
 from flashd_tray.snapshot import JobView, Snapshot, State
 from flashd_tray.watcher import Watcher
 from flashd_tray.words import Words
+from waiting import eventually
 
 import flashd.client
 from flashd import wire
@@ -119,35 +119,35 @@ def now(seen: list[Snapshot], condition: Callable[[Snapshot], object]) -> Callab
 
 
 async def test_what_the_daemon_says_is_seen_and_followed(peer: FakeDaemon, seen: list[Snapshot]) -> None:
-    await until(now(seen, lambda shown: shown.state is State.SWAPPING))
+    await eventually(now(seen, lambda shown: shown.state is State.SWAPPING))
     assert [model.name for model in seen[-1].models] == ["ada", "bob"]
     assert [job.number for job in seen[-1].jobs] == [7]
     peer.job = job("swap", "bob", "done")
     peer.active, peer.models[BOB]["Residency"] = BOB, "host"
     peer.tell(JOB, wire.JOB, State=Variant("s", "done"))
     peer.tell(BOB, wire.MODEL, Residency=Variant("s", "host"))
-    await until(now(seen, lambda shown: shown.active is not None and shown.active.residency == "host"))
+    await eventually(now(seen, lambda shown: shown.active is not None and shown.active.residency == "host"))
     assert seen[-1].state is State.SERVING
 
 
 async def test_a_burst_of_changes_is_one_look(peer: FakeDaemon, seen: list[Snapshot]) -> None:
-    await until(now(seen, lambda shown: shown.status))
+    await eventually(now(seen, lambda shown: shown.status))
     before = len(seen)
     for number in range(200):
         peer.tell(JOB, wire.JOB, DoneBytes=Variant("t", number))
     peer.models[ADA]["Residency"] = "host"
     peer.tell(ADA, wire.MODEL, Residency=Variant("s", "host"))
-    await until(now(seen, lambda shown: any(model.residency == "host" for model in shown.models)))
+    await eventually(now(seen, lambda shown: any(model.residency == "host" for model in shown.models)))
     assert len(seen) - before < 20
 
 
 async def test_a_daemon_that_goes_and_comes_is_noticed(bus: PrivateBus, seen: list[Snapshot]) -> None:
-    await until(now(seen, lambda shown: shown.state is State.AWAY))
+    await eventually(now(seen, lambda shown: shown.state is State.AWAY))
     for _ in range(2):
         peer = await appear(bus)
-        await until(now(seen, lambda shown: shown.status))
+        await eventually(now(seen, lambda shown: shown.status))
         await peer.connection.close()
-        await until(now(seen, lambda shown: shown.state is State.AWAY))
+        await eventually(now(seen, lambda shown: shown.state is State.AWAY))
 
 
 async def test_a_daemon_of_another_kind_is_no_reason_to_end(
@@ -155,7 +155,7 @@ async def test_a_daemon_of_another_kind_is_no_reason_to_end(
 ) -> None:
     peer.models = {ADA: {"Name": "ada"}}
     with caplog.at_level(logging.ERROR):
-        await until(lambda: "unforeseen" in caplog.text)
+        await eventually(lambda: "unforeseen" in caplog.text)
     assert seen[-1].state is State.AWAY
 
 
@@ -230,7 +230,7 @@ async def test_clicks_that_ask_the_daemon(
     peer: FakeDaemon, clicks: Clicks, verb: Verb, subject: str, asked: tuple[Any, ...]
 ) -> None:
     clicks.actions.do(Action(verb, subject))
-    await until(lambda: peer.asked)
+    await eventually(lambda: peer.asked)
     assert peer.asked == [asked]
     assert clicks.desktop.calls == []
 
@@ -238,14 +238,14 @@ async def test_clicks_that_ask_the_daemon(
 async def test_parking_waits_for_its_end(peer: FakeDaemon, clicks: Clicks) -> None:
     peer.job = job("park", "ada", "done")
     clicks.actions.do(Action(Verb.PARK))
-    await until(lambda: peer.asked == [("Park", "")])
+    await eventually(lambda: peer.asked == [("Park", "")])
 
 
 async def test_what_has_ended_is_not_cancelled(peer: FakeDaemon, clicks: Clicks) -> None:
     peer.job = job("swap", "bob", "done")
     clicks.actions.do(Action(Verb.CANCEL, "7"))
     clicks.actions.do(Action(Verb.PIN, "ada"))
-    await until(lambda: ("Pin", ADA) in peer.asked)
+    await eventually(lambda: ("Pin", ADA) in peer.asked)
     assert peer.asked == [("Pin", ADA)]
 
 
@@ -261,23 +261,23 @@ async def test_what_has_ended_is_not_cancelled(peer: FakeDaemon, clicks: Clicks)
 )
 async def test_clicks_that_show_something(peer: FakeDaemon, clicks: Clicks, verb: Verb, call: tuple[Any, ...]) -> None:
     clicks.actions.do(Action(verb))
-    await until(lambda: clicks.desktop.calls)
+    await eventually(lambda: clicks.desktop.calls)
     assert clicks.desktop.calls == [call]
 
 
 async def test_choices_are_kept_and_shown(peer: FakeDaemon, clicks: Clicks, tmp_path: Path) -> None:
     clicks.actions.do(Action(Verb.TOGGLE_TOPIC, Topic.READY))
-    await until(lambda: clicks.noted == ["chosen"])
+    await eventually(lambda: clicks.noted == ["chosen"])
     kept = PreferencesFile(tmp_path / "config", [], ["flashd-tray"])
     assert kept.read() == Preferences(frozenset(Topic) - {Topic.READY})
     clicks.actions.do(Action(Verb.DISMISS_ERRORS))
-    await until(lambda: clicks.noted == ["chosen", "dismissed"])
+    await eventually(lambda: clicks.noted == ["chosen", "dismissed"])
 
 
 async def test_a_denial_is_put_into_words(peer: FakeDaemon, clicks: Clicks) -> None:
     peer.refusal = NotAuthorized("swapping is for members of the group flashd", hint="sudo usermod -aG flashd eve")
     clicks.actions.do(Action(Verb.SWAP, "ada"))
-    await until(lambda: clicks.desktop.calls)
+    await eventually(lambda: clicks.desktop.calls)
     words = "swapping is for members of the group flashd\nsudo usermod -aG flashd eve"
     assert clicks.desktop.calls == [("error", "Not permitted", words)]
 
@@ -285,7 +285,7 @@ async def test_a_denial_is_put_into_words(peer: FakeDaemon, clicks: Clicks) -> N
 async def test_what_fails_is_named(peer: FakeDaemon, clicks: Clicks) -> None:
     peer.refusal = Busy("ada is being replaced")
     clicks.actions.do(Action(Verb.SWAP, "ada"))
-    await until(lambda: clicks.desktop.calls)
+    await eventually(lambda: clicks.desktop.calls)
     assert clicks.desktop.calls == [("error", "No swap to ada", "ada is being replaced")]
 
 
@@ -354,16 +354,16 @@ async def test_a_notice_replaces_the_last_of_its_kind_while_that_is_there(
     notifications: FakeNotifications, desktop_bus: DesktopBus
 ) -> None:
     desktop_bus.notify("one", "<b>", replaces="ready")
-    await until(shown(notifications, 1))
+    await eventually(shown(notifications, 1))
     desktop_bus.notify("two", "", replaces="ready")
     desktop_bus.notify("other", "", replaces="failed")
-    await until(shown(notifications, 3))
+    await eventually(shown(notifications, 3))
     assert [(call[3], call[1]) for call in notifications.shown] == [("one", 0), ("two", 1), ("other", 0)]
     assert notifications.shown[0][4] == "&lt;b&gt;"
     notifications.tell("NotificationClosed", "uu", 1, 2)
     await heard(notifications)
     desktop_bus.notify("three", "", replaces="ready")
-    await until(lambda: notifications.shown[-1][3] == "three")
+    await eventually(lambda: notifications.shown[-1][3] == "three")
     assert notifications.shown[-1][1] == 0
 
 
@@ -372,12 +372,12 @@ async def test_a_click_on_a_notice_does_what_it_says_once_it_is_shown(
 ) -> None:
     clicked: list[str] = []
     desktop_bus.notify("ada is ready", "", actions={"swap": ("Switch", lambda: clicked.append("swap"))})
-    await until(shown(notifications, 1))
+    await eventually(shown(notifications, 1))
     await heard(notifications)
     notifications.tell("ActionInvoked", "us", 99, "swap")
     notifications.tell("ActionInvoked", "us", 1, "default")
     notifications.tell("ActionInvoked", "us", 1, "swap")
-    await until(lambda: clicked)
+    await eventually(lambda: clicked)
     assert clicked == ["swap"]
 
 
@@ -386,7 +386,7 @@ async def test_without_a_notification_daemon_notices_are_lost_without_a_word(
 ) -> None:
     with caplog.at_level(logging.INFO):
         desktop_bus.notify("lost", "")
-        await until(lambda: "could not be shown" in caplog.text)
+        await eventually(lambda: "could not be shown" in caplog.text)
     assert [record.levelname for record in caplog.records] == ["INFO"]
 
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import Remote, make_source, until
+from conftest import Remote, make_source
 from manager import Manager, start
 from running import CONFIG, Daemon
+from waiting import eventually
 
 from flashd import config, wire
 from flashd.bus import connect
@@ -161,10 +162,10 @@ async def test_a_streamer_that_is_stuck_ends_the_signs_while_everybody_is_answer
         make_source(daemon.models / "large", elements=3_000_000)
         await remote.model("large")
         before = signs()
-        await until(lambda: signs() > before + 3)
+        await eventually(lambda: signs() > before + 3)
         trigger.touch()
         (job,) = await remote.call("Load", "ssa{sv}", "large", "host", {})
-        await until(lambda: "a transfer is stuck" in statuses()[-1])
+        await eventually(lambda: "a transfer is stuck" in statuses()[-1])
         before = signs()
         await asyncio.sleep(1.0)
         assert signs() == before, "systemd ends it now"
@@ -172,7 +173,7 @@ async def test_a_streamer_that_is_stuck_ends_the_signs_while_everybody_is_answer
         assert "a transfer is stuck" in daemon.log.read_text()
         trigger.unlink()
         assert (await remote.finished(job))["State"] == "done"
-        await until(lambda: signs() > before + 3)
+        await eventually(lambda: signs() > before + 3)
         await remote.connection.close()
     finally:
         trigger.unlink(missing_ok=True)

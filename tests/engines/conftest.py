@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import mmap
 import subprocess
@@ -249,9 +248,3 @@ async def complete(engine: EngineProcess, prompt: str, **parameters: Any) -> str
         response = await client.post("/v1/completions", json=body)
         assert response.status_code == 200, response.text
         return str(response.json()["choices"][0]["text"])
-
-
-async def soon(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.01)

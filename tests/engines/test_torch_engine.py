@@ -17,8 +17,9 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Resident, Start, complete, http, soon
+from conftest import Resident, Start, complete, http
 from tokenizers import Tokenizer
+from waiting import eventually
 
 import flashd
 from flashd.engines import kept
@@ -204,7 +205,7 @@ async def test_the_process_is_unprivileged(start: Start, residents: Residents) -
 async def test_requests_in_flight_finish_within_the_drain(start: Start, residents: Residents) -> None:
     engine = await start(residents["ada"].binding())
     asked = asyncio.create_task(chat(engine))
-    await soon(lambda: not asked.done())
+    await eventually(lambda: not asked.done())
     while (await engine.stats()).active_requests == 0 and not asked.done():
         await asyncio.sleep(0.001)
     await engine.drain(10)
@@ -265,7 +266,7 @@ async def test_a_killed_engine_is_told_of_with_its_last_words(start: Start, resi
     told: list[str] = []
     engine.on_exit = told.append
     os.kill(engine.pid, signal.SIGKILL)
-    await soon(lambda: bool(told))
+    await eventually(lambda: bool(told))
     assert told[0].startswith("signal 9") and engine.state is EngineState.FAILED
     assert not engine.socket_path.exists()
     with pytest.raises(EngineFailed):
@@ -520,9 +521,9 @@ async def test_one_that_is_left_in_the_middle_of_an_order_says_what_it_holds(
         "wake": lambda: engine.wake(residents["bob"].binding()),
     }
     os.kill(engine.pid, signal.SIGSTOP)  # it carries the order out when nobody waits for the answer any more
-    await soon(lambda: has_stopped(engine.pid))
+    await eventually(lambda: has_stopped(engine.pid))
     under_way = asyncio.create_task(orders[order]())
-    await soon(lambda: engine._channel is not None and engine._channel._asked is not None)
+    await eventually(lambda: engine._channel is not None and engine._channel._asked is not None)
     await engine.leave()
     with pytest.raises(EngineFailed):
         await under_way
@@ -551,5 +552,5 @@ async def test_engines_end_with_their_daemon(factory: ZygoteFactory, residents: 
     await engine.start(residents["ada"].binding())
     assert engine._channel is not None
     engine._channel._socket.close()  # what the kernel does to the sockets of a daemon that was killed
-    await soon(lambda: not Path(f"/proc/{engine.pid}").exists())
+    await eventually(lambda: not Path(f"/proc/{engine.pid}").exists())
     await engine.stop()

@@ -20,9 +20,10 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from conftest import Resident, http, plain_vllm, soon
+from conftest import Resident, http, plain_vllm
 from processes import is_alive
 from vllm_greedy import PROMPTS
+from waiting import eventually
 
 from flashd import config
 from flashd.engines.engine import Binding, EngineOptions, EngineState
@@ -56,8 +57,8 @@ async def start(vllm_factory: VllmFactory) -> AsyncIterator[Start]:
         pids = family(engine.pid)
         await engine.stop()
         assert engine.state is EngineState.FAILED and not engine.socket_path.exists()
-        await soon(lambda pids=pids: not any(is_alive(pid) for pid in pids))
-    await soon(lambda: not set(Path("/dev/shm").iterdir()) - shared)
+        await eventually(lambda pids=pids: not any(is_alive(pid) for pid in pids))
+    await eventually(lambda: not set(Path("/dev/shm").iterdir()) - shared)
 
 
 async def answers(engine: EngineProcess, prompts: list[str] = PROMPTS) -> list[list[int]]:
@@ -242,9 +243,9 @@ async def test_a_death_is_noticed_and_takes_the_others_along(who: str, start: St
     engine.on_exit = words.append
     pids = family(engine.pid)
     os.kill(named(engine.pid, who) if who else engine.pid, signal.SIGKILL)
-    await soon(lambda: bool(words))
+    await eventually(lambda: bool(words))
     assert engine.state is EngineState.FAILED and not engine.socket_path.exists()
-    await soon(lambda: not any(is_alive(pid) for pid in pids))
+    await eventually(lambda: not any(is_alive(pid) for pid in pids))
     with pytest.raises(EngineFailed):
         await engine.stats()
 
@@ -259,7 +260,7 @@ async def test_engines_end_with_their_daemon(vllm_factory: VllmFactory, resident
     for pid in pids[1:] if hangs else ():
         os.kill(pid, signal.SIGSTOP)  # and what was executed, as a compiler is, does not ask to end with its parent
     engine._channel._socket.close()  # what the kernel does to the sockets of a daemon that was killed
-    await soon(lambda: not any(is_alive(pid) for pid in pids))
+    await eventually(lambda: not any(is_alive(pid) for pid in pids))
     left = set(Path("/dev/shm").iterdir()) - shared
     assert hangs or not left
     for path in left:  # multiprocessing's tracker would have removed it, and was among those that hung
@@ -270,21 +271,21 @@ async def test_engines_end_with_their_daemon(vllm_factory: VllmFactory, resident
 async def test_a_start_that_is_given_up_leaves_nothing(vllm_factory: VllmFactory, residents: Residents) -> None:
     engine = vllm_factory.create()
     starting = asyncio.create_task(engine.start(residents["ada"].binding()))
-    await soon(lambda: engine.pid > 0 and len(family(engine.pid)) > 1, 60)
+    await eventually(lambda: engine.pid > 0 and len(family(engine.pid)) > 1, 60)
     pids = family(engine.pid)
     starting.cancel()
     await asyncio.gather(starting, return_exceptions=True)
     await engine.stop()
-    await soon(lambda: not any(is_alive(pid) for pid in pids))
+    await eventually(lambda: not any(is_alive(pid) for pid in pids))
     scratch = engine.socket_path.parents[1] / "scratch"
-    await soon(lambda: not list(scratch.iterdir()))
+    await eventually(lambda: not list(scratch.iterdir()))
 
 
 async def test_a_start_that_hangs_is_ended_with_all_below_it(vllm_factory: VllmFactory, residents: Residents) -> None:
     """vLLM itself, told to end while it starts, may hang for minutes after its engine has died."""
     engine = vllm_factory.create()
     starting = asyncio.create_task(engine.start(residents["ada"].binding()))
-    await soon(lambda: engine.pid > 0 and len(family(engine.pid)) > 1, 60)
+    await eventually(lambda: engine.pid > 0 and len(family(engine.pid)) > 1, 60)
     pids = family(engine.pid)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):  # the first of them only looks at something and ends
@@ -292,9 +293,9 @@ async def test_a_start_that_hangs_is_ended_with_all_below_it(vllm_factory: VllmF
     starting.cancel()
     await asyncio.gather(starting, return_exceptions=True)
     await engine.stop()
-    await soon(lambda: not any(is_alive(pid) for pid in pids))
+    await eventually(lambda: not any(is_alive(pid) for pid in pids))
     scratch = engine.socket_path.parents[1] / "scratch"
-    await soon(lambda: not list(scratch.iterdir()))
+    await eventually(lambda: not list(scratch.iterdir()))
 
 
 _SAID = """\
@@ -404,7 +405,7 @@ async def test_weights_of_another_shape_end_the_engine_rather_than_mix(start: St
     with pytest.raises(EngineFailed):
         await engine.rebind(residents["llama"].binding())
     assert engine.state is EngineState.FAILED
-    await soon(lambda: not any(is_alive(pid) for pid in pids))
+    await eventually(lambda: not any(is_alive(pid) for pid in pids))
 
 
 _KEY = """

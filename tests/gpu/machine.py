@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +29,6 @@ def check_freed(before: int) -> None:
     while used_bytes() > before + 16 * MiB:
         assert time.monotonic() < deadline, f"{(used_bytes() - before) / MiB:.1f} MiB of the card are still in use"
         time.sleep(0.05)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @dataclass(slots=True)

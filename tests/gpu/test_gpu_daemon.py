@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from machine import Machine, check_freed, until, used_bytes
+from machine import Machine, check_freed, used_bytes
+from waiting import until
 
 import flashd
 from flashd import cuda, errors

@@ -14,8 +14,9 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from machine import Machine, until, used_bytes
+from machine import Machine, used_bytes
 from vllm_models import KV_BYTES, PROMPTS, answers_of_plain_vllm, make_large, make_sources, settings_with, staying
+from waiting import until
 
 import flashd
 from flashd import cuda, errors

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machine import Machine, until
+from machine import Machine
 from quantised_models import make_quantised
 from test_gpu_vllm import EAGER, answers, stored_images, swap
 from vllm_models import answers_of_plain_vllm, make_sources, settings_with
+from waiting import until
 
 AS_IT_IS = settings_with(EAGER)
 ON_THE_FLY = settings_with(EAGER, "--quantization", "fp8")

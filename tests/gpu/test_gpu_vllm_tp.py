@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machine import Machine, until, used_bytes
+from machine import Machine, used_bytes
 from test_gpu_vllm import EAGER, answers, stored_images, swap
 from vllm_models import KV_BYTES, answers_of_plain_vllm, make_sources, settings_with
+from waiting import until
 
 import flashd
 from flashd import cuda

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from processes import is_alive, until
+from processes import is_alive
+from waiting import until
 
 from flashd.engines.control import Channel, pair
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from sources import entry, forge
+from waiting import eventually
 
 from flashd.checkpoint.source import SourceFiles
 from flashd.errors import InvalidSource
@@ -63,12 +64,6 @@ async def recorder(folder: Path) -> AsyncIterator[Recorder]:
     await inbox.close()
 
 
-async def until(condition: object, timeout_s: float = 8.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # type: ignore[operator]
-            await asyncio.sleep(0.02)
-
-
 async def quiet(seconds: float = 3 * SETTLE_S) -> None:
     await asyncio.sleep(seconds)
 
@@ -81,14 +76,14 @@ def made(folder: Path, data: bytes = b"data") -> Path:
 
 async def test_a_copied_folder(recorder: Recorder, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(made(tmp_path / "elsewhere"), folder / "tune")
-    await until(lambda: recorder.names == ["tune"])
+    await eventually(lambda: recorder.names == ["tune"])
     await quiet()
     assert recorder.names == ["tune"]
 
 
 async def test_a_folder_moved_in(recorder: Recorder, folder: Path, tmp_path: Path) -> None:
     made(tmp_path / "tune").rename(folder / "tune")
-    await until(lambda: recorder.names == ["tune"])
+    await eventually(lambda: recorder.names == ["tune"])
 
 
 async def test_a_file_moved_hard_linked_and_copied_in(recorder: Recorder, folder: Path, tmp_path: Path) -> None:
@@ -96,20 +91,20 @@ async def test_a_file_moved_hard_linked_and_copied_in(recorder: Recorder, folder
     shutil.copy(outside, folder / "copied.safetensors")
     os.link(outside, folder / "linked.safetensors")
     outside.rename(folder / "moved.safetensors")
-    await until(lambda: sorted(recorder.names) == ["copied", "linked", "moved"])
+    await eventually(lambda: sorted(recorder.names) == ["copied", "linked", "moved"])
 
 
 async def test_a_download_under_another_name_waits_for_its_end(recorder: Recorder, folder: Path) -> None:
     target = folder / "tune"
     target.mkdir()
     forge(target / "model.safetensors.part", HEADER, b"da")
-    await until(lambda: [item.state for item in recorder.unsettled] == ["incomplete"])
+    await eventually(lambda: [item.state for item in recorder.unsettled] == ["incomplete"])
     await quiet()
     assert recorder.names == []
     assert "still being downloaded" in recorder.unsettled[0].detail
     forge(target / "model.safetensors.part", HEADER, b"data")
     (target / "model.safetensors.part").rename(target / "model.safetensors")
-    await until(lambda: recorder.names == ["tune"])
+    await eventually(lambda: recorder.names == ["tune"])
 
 
 async def test_rsync(recorder: Recorder, folder: Path, tmp_path: Path) -> None:
@@ -117,7 +112,7 @@ async def test_rsync(recorder: Recorder, folder: Path, tmp_path: Path) -> None:
         pytest.skip("needs rsync")
     command = ["rsync", "-a", str(made(tmp_path / "tune")), f"{folder}/"]
     await asyncio.to_thread(subprocess.run, command, check=True)
-    await until(lambda: recorder.names == ["tune"])
+    await eventually(lambda: recorder.names == ["tune"])
 
 
 async def test_slow_writes_are_waited_for(recorder: Recorder, folder: Path) -> None:
@@ -129,7 +124,7 @@ async def test_slow_writes_are_waited_for(recorder: Recorder, folder: Path) -> N
             file.flush()
             await asyncio.sleep(SETTLE_S / 2)
             assert recorder.names == []
-    await until(lambda: recorder.names == ["tune"])
+    await eventually(lambda: recorder.names == ["tune"])
 
 
 async def test_shards_that_appear_one_by_one(recorder: Recorder, folder: Path) -> None:
@@ -142,7 +137,7 @@ async def test_shards_that_appear_one_by_one(recorder: Recorder, folder: Path) -
         assert recorder.names == []
     assert shards[2] in recorder.unsettled[0].detail
     forge(target / shards[2], HEADER, b"data")
-    await until(lambda: recorder.names == ["tune"])
+    await eventually(lambda: recorder.names == ["tune"])
 
 
 async def test_an_index_before_its_shards(recorder: Recorder, folder: Path) -> None:
@@ -154,39 +149,39 @@ async def test_an_index_before_its_shards(recorder: Recorder, folder: Path) -> N
     await quiet()
     assert recorder.names == []
     forge(target / "two.safetensors", {"b": entry("U8", [4], 0, 4)}, b"data")
-    await until(lambda: recorder.names == ["tune"])
+    await eventually(lambda: recorder.names == ["tune"])
 
 
 async def test_a_fine_tune_saved_again_is_handed_on_again(recorder: Recorder, folder: Path) -> None:
     made(folder / "tune", b"old!")
-    await until(lambda: recorder.names == ["tune"])
+    await eventually(lambda: recorder.names == ["tune"])
     made(folder / "tune", b"new!")
-    await until(lambda: recorder.names == ["tune", "tune"])
+    await eventually(lambda: recorder.names == ["tune", "tune"])
     assert recorder.handed_on[0].fingerprint != recorder.handed_on[1].fingerprint
 
 
 async def test_a_removed_source_is_told_of(recorder: Recorder, folder: Path) -> None:
     made(folder / "tune")
-    await until(lambda: recorder.names == ["tune"])
+    await eventually(lambda: recorder.names == ["tune"])
     shutil.rmtree(folder / "tune")
-    await until(lambda: [item.name for item in recorder.gone] == ["tune"])
+    await eventually(lambda: [item.name for item in recorder.gone] == ["tune"])
 
 
 async def test_the_folder_deleted_and_made_again(recorder: Recorder, folder: Path) -> None:
     made(folder / "one")
-    await until(lambda: recorder.names == ["one"])
+    await eventually(lambda: recorder.names == ["one"])
     shutil.rmtree(folder)
     await quiet()
     assert recorder.gone == [], "a folder that went away is no wish to remove models"
     made(folder / "two")
-    await until(lambda: "two" in recorder.names)
+    await eventually(lambda: "two" in recorder.names)
     made(folder / "three")
-    await until(lambda: "three" in recorder.names)
+    await eventually(lambda: "three" in recorder.names)
 
 
 async def test_an_owner_and_a_name(recorder: Recorder, folder: Path) -> None:
     made(folder / "Qwen" / "Qwen3-0.6B")
-    await until(lambda: recorder.names == ["Qwen/Qwen3-0.6B"])
+    await eventually(lambda: recorder.names == ["Qwen/Qwen3-0.6B"])
 
 
 async def test_what_is_no_model_is_left_alone(recorder: Recorder, folder: Path) -> None:
@@ -202,7 +197,7 @@ async def test_a_link_is_handed_on_for_the_conversion_to_refuse(
 ) -> None:
     """Ignoring it would leave its owner wondering; flashd/checkpoint/source.py says what to do instead."""
     (folder / "linked").symlink_to(made(tmp_path / "outside"))
-    await until(lambda: recorder.names == ["linked"])
+    await eventually(lambda: recorder.names == ["linked"])
     with pytest.raises(InvalidSource, match="symbolic link"):
         SourceFiles.from_path(folder / "linked")
 
@@ -215,7 +210,7 @@ async def test_what_an_earlier_run_handled_is_not_handed_on_again(folder: Path) 
         inbox = Inbox([folder], recorder, settle_s=SETTLE_S, rescan_s=30)
         inbox.start()
         if recorder is first:
-            await until(lambda: first.names == ["tune"])
+            await eventually(lambda: first.names == ["tune"])
         else:
             await quiet()
         await inbox.close()
@@ -228,5 +223,5 @@ async def test_a_thousand_entries_are_looked_at_quickly(folder: Path) -> None:
     recorder = Recorder()
     inbox = Inbox([folder], recorder, settle_s=SETTLE_S, rescan_s=30)
     inbox.start()
-    await until(lambda: len(recorder.names) == 300, 20)
+    await eventually(lambda: len(recorder.names) == 300, 20)
     await inbox.close()

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule
 from sources import converted
 from test_memory import FakeMover, PoolMachine, checkpoint, host_of, open_descriptors, sealed_arena, tiers
+from waiting import eventually
 
 from flashd import config, cuda, tensors
 from flashd.checkpoint.files import Checkpoint
@@ -51,12 +52,6 @@ class SlowDevice(HostDevice):
 async def turns(count: int = 20) -> None:
     for _ in range(count):
         await asyncio.sleep(0)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def test_an_arena_that_comes_after_its_load_was_cancelled_is_let_go_of() -> None:
@@ -266,7 +261,7 @@ async def test_a_load_to_the_host_never_loads_to_a_device() -> None:
 
     residency = Residency(tiers(1 << 20, 4096), SlowToEnd())
     given_up = asyncio.create_task(residency.acquire(checkpoint("a", 4096), device="sim:0"))
-    await until(lambda: bool(reading))
+    await eventually(lambda: bool(reading))
     given_up.cancel()
     await asyncio.sleep(0)
     (await residency.acquire(checkpoint("a", 4096))).release()
@@ -285,7 +280,7 @@ async def test_what_is_read_but_not_quite_there_is_not_read_again(monkeypatch: p
     mover = FakeMover()
     residency = Residency(tiers(1 << 20, 1 << 20), mover)
     on_host = asyncio.create_task(residency.acquire(checkpoint("a", 4096)))
-    await until(lambda: bool(mover.started))
+    await eventually(lambda: bool(mover.started))
     await asyncio.sleep(0.01)
     (await residency.acquire(checkpoint("a", 4096), device="sim:0")).release()
     (await on_host).release()
@@ -310,7 +305,7 @@ async def test_a_device_that_fails_is_no_reason_not_to_load_to_the_host() -> Non
     mover.load = fails_on_the_device  # type: ignore[method-assign]
     residency = Residency(tiers(1 << 20, 1 << 20), mover)
     on_device = asyncio.create_task(residency.acquire(checkpoint("a", 4096), device="sim:0"))
-    await until(lambda: bool(mover.started))
+    await eventually(lambda: bool(mover.started))
     on_host = asyncio.create_task(residency.acquire(checkpoint("a", 4096)))
     await turns()
     await asyncio.sleep(0.02)
