@@ -352,7 +352,8 @@ class Supplier:
         parts = [part for part in found if part is not None]
         if len(parts) == len(found):
             return parts
-        self._drop(plan)
+        if parts:
+            self._drop(plan)
         for part in parts:
             with contextlib.suppress(Busy):
                 await self._residency.evict(part.id)

@@ -4,9 +4,9 @@
 from        to                     what happens
 idle        loading                a swap's turn has come
 loading     making_way, switching  the new weights are brought into memory, while the old model answers
-making_way  loading                both do not fit: the old engine is drained and parked, its weights may be evicted
+making_way  loading                both do not fit: the old engine is put away, its weights may be evicted
 switching   serving                an engine is rebound, woken or started with the new weights; the endpoint moves
-serving     idle                   the new model answers; the old engine is drained and parked
+serving     idle                   the new model answers; the old engine is put away: drained, and parked if it can be
 any but serving  rolling_back      something failed, or was cancelled
 rolling_back idle                  the old model answers again: in its own engine if that is intact, else in another
 
@@ -109,6 +109,11 @@ class Seat:
     target: Target
     supply: Supply | None
     is_shut: bool = False
+
+    @property
+    def takes_others(self) -> bool:
+        """Not on a GPU with weights that are no image: what made them none, an engine may hold as well."""
+        return self.supply is None or self.supply.plan is None or self.supply.is_image
 
 
 # What an engine was given by a daemon before us: nothing, if it is parked. Raises if it cannot be found again.
@@ -324,7 +329,7 @@ class Swapper:
             if old is None or old.supply is None or not await self._supplier.fits_without(target, old.supply):
                 raise
             self._enter(SwapState.MAKING_WAY)
-            await self._park(old)
+            await self._put_away(old)
             self._enter(SwapState.LOADING)
             return await self._supplier.provide(target, on_progress)
 
@@ -361,7 +366,7 @@ class Swapper:
     async def _takers(self, target: Target) -> list[Seat]:
         """The engines that can take a model, the active one first."""
         key = await asyncio.to_thread(self._key, target)  # files are read for it, the first time
-        return [seat for seat in self.seats if key and self._key(seat.target) == key]
+        return [seat for seat in self.seats if key and seat.takes_others and self._key(seat.target) == key]
 
     def _key(self, target: Target) -> tuple[object, ...]:
         """What two models have in common that one engine can take in turn; empty if no engine can."""
@@ -451,17 +456,20 @@ class Swapper:
         self._on_change()
 
     async def _tidy(self) -> None:
-        """Parks whoever is not active any more, or stops it if it cannot be parked, or never would be woken; stops
-        those that are too many."""
+        """Puts away whoever is not active any more, and stops those that are too many."""
         for seat in list(self._parked):
-            try:
-                if seat.engine.state is EngineState.SERVING and self._key(seat.target):
-                    await self._park(seat)
-            except EngineFailed as error:
-                log.warning("engine %d could not be parked: %s", seat.engine.number, error)
-            if seat.engine.state is not EngineState.PARKED:
-                await self._discard(seat)
+            await self._put_away(seat)
         await self._stop_parked(len(self._parked) - self._policy.max_parked)
+
+    async def _put_away(self, seat: Seat) -> None:
+        """Parks it, or stops it if it cannot be parked, or never would be woken; what it is answering has its time."""
+        try:
+            if seat.engine.state is EngineState.SERVING:
+                await (self._park(seat) if self._key(seat.target) else self._drain(seat))
+        except EngineFailed as error:
+            log.warning("engine %d could not be parked: %s", seat.engine.number, error)
+        if seat.engine.state is not EngineState.PARKED:
+            await _to_the_end(self._discard(seat))
 
     async def _stop_parked(self, at_most: int) -> int:
         doomed = [seat for seat in self._parked if seat.engine.state is EngineState.PARKED][: max(0, at_most)]

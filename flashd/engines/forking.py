@@ -82,7 +82,12 @@ class _Zygote:
     def _obey(self, frame: Frame) -> None:
         match frame.content["op"]:
             case "fork":
-                self._channel.send({"pid": self._fork(frame)})
+                try:
+                    self._channel.send({"pid": self._fork(frame)})
+                except OSError as error:  # no room for a folder, too many processes: the others are not to end of that
+                    self._channel.send({"error": f"no process for an engine: {error}"})
+                finally:
+                    close_all(frame.fds)
             case "kill":
                 if (pid := frame.content["pid"]) in self._workers:
                     os.kill(pid, signal.SIGKILL)
@@ -92,10 +97,13 @@ class _Zygote:
 
     def _fork(self, frame: Frame) -> int:
         folder = Path(tempfile.mkdtemp(prefix="engine-", dir=self._folder))
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            folder.rmdir()
+            raise
         if pid == 0:
             _become_worker(self._channel, folder, frame, self._work)
-        close_all(frame.fds)
         self._workers[pid] = folder
         return pid
 
@@ -104,6 +112,8 @@ class _Zygote:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
+            if pid not in self._workers:
+                continue  # something that was imported has started it
             self._ended(pid)
             self._channel.send({"notice": True, "exited": pid, "status": os.waitstatus_to_exitcode(status)})
 

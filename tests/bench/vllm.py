@@ -11,7 +11,8 @@ the same run.
 Every answer of flashd's engines is compared, token for token: with what the same engine answered to the same model
 before, which it must equal; and with that of other engines, and of a fresh vLLM that loads the model itself, from which
 it may part only where two tokens are as likely as each other. Kernels are chosen anew when an engine is compiled or
-loads what was, and round otherwise; of random weights nearly all tokens are alike, so that this shows soon.
+loads what was, and round otherwise; of random weights nearly all tokens are alike, so that this shows soon. How many
+answers did is the row `answers_parted`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ if __name__ == "__main__":
 
 # Logits are of this size where the likeliest tokens are: two steps of bfloat16 there, of logarithms of probabilities.
 _AS_LIKELY_LOGPROB = 2 * 2**-5
+partings: list[str] = []  # of answers, where two tokens were as likely as each other, or not
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +120,8 @@ class Answer:
             if ours != theirs:
                 gaps = [abs(seen.get(ours, -math.inf) - seen.get(theirs, -math.inf))
                         for seen in (self.likeliest[place], other.likeliest[place])]  # fmt: skip
-                print(
-                    f"parted at token {place}, between two that are {gaps[0]:.4f} and {gaps[1]:.4f} apart", flush=True
-                )
+                partings.append(f"at token {place}, between two that are {gaps[0]:.4f} and {gaps[1]:.4f} apart")
+                print(f"parted {partings[-1]}", flush=True)
                 return "" if all(gap <= _AS_LIKELY_LOGPROB for gap in gaps) else f"{self.tokens} is not {other.tokens}"
         return "" if len(self.tokens) == len(other.tokens) else f"{self.tokens} is not {other.tokens}"
 
@@ -368,9 +369,12 @@ def main() -> None:
         sys.exit(
             f"the answers of {', '.join(different)} are not those of a fresh vLLM, so these figures are worth nothing"
         )
-    print("every answer was that of a fresh vLLM, but for tokens that are as likely as each other")
+    print(
+        f"every answer was that of a fresh vLLM, but for {len(partings)} with tokens that are as likely as each other"
+    )
     if options.json:
-        options.json.write_text(made_report.to_json() + "\n")
+        count = Row("answers_parted", len(partings), "", None, None, (len(partings),))
+        options.json.write_text(replace(made_report, rows=(*made_report.rows, count)).to_json() + "\n")
 
 
 def reported(

@@ -25,7 +25,6 @@ from flashd.compat.language_model import LanguageModel
 from flashd.private_bus import PrivateBus
 
 pytestmark = pytest.mark.timeout(300)
-_NO_IMAGE = "no image is made of these weights, so they stay where they are: CompressedTensorsLinearMethod"
 ASK = [{"role": "user", "content": QUESTION}]
 
 
@@ -63,10 +62,6 @@ def daemon(manager: Manager, made: Path, vllm_python: str) -> Iterator[Daemon]:
 def client(daemon: Daemon) -> Iterator[Client]:
     with flashd.connect(daemon.address) as client:
         yield client
-
-
-def log_of(daemon: Daemon, engine: flashd.Engine) -> str:
-    return (daemon.state / "logs" / f"engine-{Path(engine.endpoint).stem}.log").read_text()
 
 
 def test_a_vllm_started_by_hand_answers_as_with_its_own_loader(
@@ -132,10 +127,6 @@ def test_what_takes_no_other_weights_in_place_is_started_anew_and_answers_exactl
         assert client.swap("int8", engine="vllm").how == "start"
         found = quantised.generate(PROMPTS, SimpleNamespace(temperature=0, max_tokens=16))
         assert [output.outputs[0].token_ids for output in found] == plain["int8"]
-        (engine,) = [engine for engine in client.engines() if engine.model == "int8"]
-        assert engine.weights == "checkpoint"
-        told = {found.model: _NO_IMAGE in log_of(daemon, found) for found in client.engines() if found.kind == "vllm"}
-        assert told == {"ada": False, "int8": True}
     client.park()
     assert not [engine for engine in client.engines() if engine.model == "int8"], "what cannot be parked is stopped"
 

@@ -301,23 +301,24 @@ async def test_a_start_that_hangs_is_ended_with_all_below_it(vllm_factory: VllmF
 _SAID = """\
 (Worker pid=7) WARNING 11-27 09:24:38 [utils.py:597] Falling back. Exception: could not create a primitive
 (EngineCore pid=6) ERROR 11-27 09:24:39 [core.py:1] Engine core initialization failed. RuntimeError: see above
-(Worker pid=7) ERROR 11-27 09:24:39 [core.py:1] torch.OutOfMemoryError: no room
+(Worker pid=7) ERROR 11-27 09:24:39 [core.py:1] {}: no room
 """
 
 
+@pytest.mark.parametrize("error", ["torch.OutOfMemoryError", "flashd.errors.CorruptCheckpoint"])
 async def test_the_cause_is_the_first_error_and_no_warning_nor_an_error_about_errors(
-    vllm_python: str, compiled: Path, tmp_path: Path
+    error: str, vllm_python: str, compiled: Path, tmp_path: Path
 ) -> None:
     code = "import sys; from flashd.engines.vllm import worker; "
     code += "since = worker._log_bytes(); sys.stderr.write(sys.argv[1]); sys.stderr.flush(); "
     code += "print('CAUSE', worker._root_cause(since))"
     with (tmp_path / "log").open("w+") as log:
         done = subprocess.run(
-            [vllm_python, "-c", code, _SAID],
+            [vllm_python, "-c", code, _SAID.format(error)],
             stdout=subprocess.PIPE, stderr=log, text=True, check=True,
             env=config.child_environment(environment(compiled)),
         )  # fmt: skip
-    assert done.stdout.splitlines()[-1] == "CAUSE OutOfMemoryError: no room"
+    assert done.stdout.splitlines()[-1] == f"CAUSE {error.rpartition('.')[2]}: no room"
 
 
 async def test_more_than_there_is_memory_for_is_told_as_that(vllm_factory: VllmFactory, residents: Residents) -> None:

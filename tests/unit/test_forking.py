@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import is_alive
@@ -16,7 +17,7 @@ from waiting import until
 
 from flashd.engines.control import Channel, pair
 
-# A zygote whose workers run a command of a shell and end at once.
+# A zygote whose workers run a command of a shell and end at once. It has a child besides, as an import may leave one.
 ZYGOTE = """
 import subprocess, sys
 from flashd.engines import forking
@@ -25,6 +26,7 @@ def work(channel, listener):
     subprocess.Popen(["sh", "-c", sys.argv[3]])
     return 7
 
+other = subprocess.Popen(["true"])
 forking.serve(sys.argv[:3], work, {"of": "test"})
 """
 
@@ -40,12 +42,15 @@ class Zygote:
         self.channel = Channel(ours)
 
     def fork(self) -> int:
+        return int(self.ask_for_fork()["pid"])
+
+    def ask_for_fork(self) -> dict[str, Any]:
         control, listener = pair()
         with control, listener, open(os.devnull, "w") as words:  # noqa: PTH123
             socket.send_fds(
                 self.channel.socket, [b'{"op": "fork"}'], [control.fileno(), words.fileno(), listener.fileno()]
             )
-            return int(self.channel.receive().content["pid"])
+            return self.channel.receive().content
 
     def close(self) -> None:
         """As a daemon that is killed does."""
@@ -101,3 +106,14 @@ def test_nothing_is_left_of_those_that_ended_when_the_daemon_hangs_up(
     zygote.close()
     assert not is_alive(int(written(tmp_path / "first"))) and not list(zygote.scratch.iterdir())
     assert zygote.process.returncode == 0
+
+
+def test_a_fork_that_fails_is_told_and_costs_nobody_else_anything(
+    started: Callable[[str], Zygote], tmp_path: Path
+) -> None:
+    zygote = started("sleep 600")
+    zygote.scratch.rename(tmp_path / "elsewhere")  # as where there is no room for another folder
+    assert "No such file" in zygote.ask_for_fork()["error"]
+    (tmp_path / "elsewhere").rename(zygote.scratch)
+    pid = zygote.fork()
+    assert zygote.channel.receive().content["exited"] == pid

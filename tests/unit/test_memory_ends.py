@@ -272,8 +272,10 @@ async def test_a_load_to_the_host_never_loads_to_a_device() -> None:
 
 
 async def test_what_is_read_but_not_quite_there_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    can_be_sealed = threading.Event()
+
     def slow(arena: HostArena, seal: Callable[[HostArena], None] = HostArena.seal) -> None:
-        time.sleep(0.05)
+        can_be_sealed.wait(10)
         seal(arena)
 
     monkeypatch.setattr(HostArena, "seal", slow)
@@ -281,8 +283,10 @@ async def test_what_is_read_but_not_quite_there_is_not_read_again(monkeypatch: p
     residency = Residency(tiers(1 << 20, 1 << 20), mover)
     on_host = asyncio.create_task(residency.acquire(checkpoint("a", 4096)))
     await eventually(lambda: bool(mover.started))
-    await asyncio.sleep(0.01)
-    (await residency.acquire(checkpoint("a", 4096), device="sim:0")).release()
+    on_card = asyncio.create_task(residency.acquire(checkpoint("a", 4096), device="sim:0"))
+    await asyncio.sleep(0.02)
+    can_be_sealed.set()
+    (await on_card).release()
     (await on_host).release()
     assert mover.started == ["a"] and mover.copied == [("a", "host", "sim:0")]
     residency.close()

@@ -1030,6 +1030,30 @@ async def test_an_engine_that_none_could_wake_is_not_kept(targets: dict[str, Tar
     world.check()
 
 
+@pytest.mark.parametrize("gpus", [0, 1])
+@pytest.mark.parametrize("name", ["a1", "q"])
+async def test_what_cannot_be_parked_is_drained_and_stopped_to_make_way(
+    name: str, gpus: int, targets: dict[str, Target]
+) -> None:
+    async def refused(engine: FakeEngine) -> None:
+        raise Unsupported("weights that are no image cannot leave")
+
+    world = World(room=1, gpus=gpus)
+    with unittest.mock.patch.object(FakeEngine, "park", refused):
+        await world.swapper.swap(targets[name])
+        outcome = await world.swapper.swap(targets["b"])
+    assert "making_way" in outcome.phases and "drain" in world.script.names
+    assert [seat.target.model_name for seat in world.swapper.seats] == ["b"]
+    world.check()
+
+
+async def test_an_engine_on_a_gpu_takes_others_only_by_image(targets: dict[str, Target]) -> None:
+    world = World(gpus=1)
+    with unittest.mock.patch.object(FakeEngine, "_made", lambda engine, binding: None):
+        await world.swapper.swap(targets["a1"])
+        assert (await world.swapper.swap(targets["a2"])).how is How.START
+
+
 async def test_a_dead_active_engine_is_told_of_once(targets: dict[str, Target]) -> None:
     world = World()
     await world.swapper.swap(targets["a1"])

@@ -117,6 +117,16 @@ def test_whoever_allocates_says_it_in_other_words(said: str) -> None:
     assert not lacks_memory("ValueError: the model's max seq len (40960) is larger than 100; see the memory profile")
 
 
+@pytest.fixture
+def fine_tune(checkpoint: Checkpoint, tmp_path: Path) -> Checkpoint:
+    """Of what `checkpoint` is, with other weights."""
+    other = tmp_path / "other"
+    other.mkdir()
+    safetensors.numpy.save_file({"w": np.ones(16, np.float16)}, other / "model.safetensors")
+    (other / "config.json").write_bytes((tmp_path / "source" / "config.json").read_bytes())
+    return converted(other, tmp_path / "fine-tune")
+
+
 @pytest.mark.parametrize(
     ("arguments", "has_draft"),
     [
@@ -132,15 +142,27 @@ def test_whoever_allocates_says_it_in_other_words(said: str) -> None:
     ],
 )
 async def test_an_engine_with_a_draft_model_is_its_checkpoints_own_and_makes_no_image(
-    arguments: tuple[str, ...], has_draft: bool, factory: VllmFactory, checkpoint: Checkpoint, tmp_path: Path
+    arguments: tuple[str, ...], has_draft: bool, factory: VllmFactory, checkpoint: Checkpoint, fine_tune: Checkpoint
 ) -> None:
     options = EngineOptions(arguments)
-    other = tmp_path / "other"
-    other.mkdir()
-    safetensors.numpy.save_file({"w": np.ones(16, np.float16)}, other / "model.safetensors")
-    (other / "config.json").write_bytes((tmp_path / "source" / "config.json").read_bytes())
-    fine_tune = converted(other, tmp_path / "fine-tune")
     assert factory.rebind_key(checkpoint) == factory.rebind_key(fine_tune)
     assert (factory.rebind_key(checkpoint, options) != factory.rebind_key(fine_tune, options)) is has_draft
     found = await factory.gpu_plan(checkpoint, options)
     assert found is not None and found.makes_image is not has_draft
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_own"),
+    [
+        (("--kv-transfer-config", '{"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}'), True),
+        (("--kv_offloading_size=4",), True),
+        (("--kv-cache-dtype", "fp8"), False),
+    ],
+)
+async def test_an_engine_that_keeps_what_it_read_elsewhere_is_its_checkpoints_own(
+    arguments: tuple[str, ...], is_own: bool, factory: VllmFactory, checkpoint: Checkpoint, fine_tune: Checkpoint
+) -> None:
+    options = EngineOptions(arguments)
+    assert (factory.rebind_key(checkpoint, options) != factory.rebind_key(fine_tune, options)) is is_own
+    found = await factory.gpu_plan(checkpoint, options)
+    assert found is not None and found.makes_image, "which it may come back to"

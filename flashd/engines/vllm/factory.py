@@ -33,6 +33,8 @@ _PARKED = _TAKEN_IN_PLACE | {"modelopt", "mxfp4"}
 # The arguments that have vLLM guess ahead, and its ways of doing so without a second model.
 _SPECULATIVE = ("--speculative-config", "--spec-", "-sc")
 _WITHOUT_DRAFT = {"ngram", "ngram_gpu", "suffix"}
+# Those that have it keep what a model has read beyond its KV cache, where nobody knows of which weights that is.
+_KEEPING = ("--kv-transfer", "--kv-offloading")
 # What the libraries that save fine-tunes write of their own circumstances, and nothing reads again.
 _INCIDENTAL = (VOLATILE - {"torch_dtype", "dtype"}) | {"is_local", "local_files_only", "name_or_path"}
 _SETTINGS = {"config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}
@@ -67,7 +69,7 @@ class VllmFactory(ZygoteFactory):
     def rebind_key(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> str:
         """What vLLM is told, and what it reads of a model: it does both once, when it starts."""
         model_key, told = self._model_key(checkpoint), self._told(options)
-        own = checkpoint.id if _has_draft(told["arguments"]) else ""
+        own = checkpoint.id if _has_draft(told["arguments"]) or _keeps_what_it_read(told["arguments"]) else ""
         return _digest({"model": model_key, "own": own, **told}) if model_key else ""
 
     def _told(self, options: EngineOptions) -> Mapping[str, Any]:
@@ -136,6 +138,10 @@ class VllmFactory(ZygoteFactory):
                 for rank, gpu in enumerate(self._gpus[: ranks.count])
             )
         )
+
+
+def _keeps_what_it_read(arguments: Sequence[str]) -> bool:
+    return any(argument.replace("_", "-").startswith(_KEEPING) for argument in arguments)
 
 
 def _has_draft(arguments: Sequence[str]) -> bool:

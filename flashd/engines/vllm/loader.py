@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from flashd.engines.vllm.weights import Wanted, weights
 from flashd.errors import CorruptCheckpoint, Unsupported
 
 _OF_TARGET = ("embed_tokens", "lm_head", "shared_head")  # which a draft model has of the model it guesses for
-_HAS_DRAFT = "a draft model guesses ahead, whose weights are in none"
 _SOURCE = "flashd_source"  # of a model: where its image came from, alive as long as it is
 log = logging.getLogger("vllm.flashd")  # below vllm's own, so that it is shown where vLLM's words are
 
@@ -58,19 +57,23 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
             load = super().load_model if is_part else versions.own_loader(self.load_config).load_model
             return load(vllm_config, model_config, *arguments, **options)
         source = sources.source(self._wanted, vllm_config)
-        self._is_image = source is not None and bool(source.layout)
-        is_wanted = source is not None and source.wants_image
+        has_image = source is not None and bool(source.layout)
+        # Of a server's ranks each has asked by itself. A part of an image is of use only with all others.
+        self._is_image = versions.all_agree(has_image)
+        is_wanted = source is not None and (source.wants_image or has_image) and not self._is_image
         before = quantised.storages(torch.device("cuda", torch.cuda.current_device())) if is_wanted else None
         try:
             model: nn.Module = super().load_model(vllm_config, model_config, *arguments, **options)
             if source is not None and self._is_image:
                 extension.view(model, source)
-            elif source is not None:
-                hindrance = _HAS_DRAFT if versions.has_draft(vllm_config) else quantised.hindrance(model, before)
-                if is_wanted and versions.all_agree(not hindrance):
+            else:
+                why = _hindrance(model, vllm_config, before) if source is not None else ""
+                if versions.all_agree(is_wanted and not why) and source is not None:
                     extension.make(model, source)
-                elif why := hindrance or ("another rank makes none" if is_wanted else ""):
-                    log.warning("no image is made of these weights, so they stay where they are: %s", why)
+                elif source is not None and versions.is_cuda():
+                    others = "another rank makes none" if is_wanted else "pipeline and data parallel ranks make none"
+                    words = "no image is made of these weights, so they stay where they are: %s"
+                    log.warning(words, why or others)
             setattr(model, _SOURCE, source)
             return model
         finally:
@@ -98,3 +101,12 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
         is_unused: Callable[[str], bool] = getattr(model, "is_unused_checkpoint_weight", None) or (lambda name: False)
         with weights(self._wanted, model_config.model) as tensors:
             yield from ((name, tensor) for name, tensor in tensors.items() if not is_unused(name))
+
+
+def _hindrance(model: nn.Module, config: Any, before: Collection[int] | None) -> str:
+    """Why no image can be made of it; empty if one can."""
+    if versions.has_draft(config):
+        return "a draft model guesses ahead, whose weights are in none"
+    if versions.moves_experts(config):
+        return "experts move from rank to rank while it serves, and an image is not written to"
+    return quantised.hindrance(model, before)

@@ -132,11 +132,18 @@ def weights_depend_on(config: Any) -> dict[str, Any]:
 
 def writes_weights(config: Any) -> bool:
     """Whether a server was told to do what writes to its weights, or has them written, while it serves."""
-    wants = ("enable_eplb", "enable_sleep_mode")
-    parts = (config.model_config, config.parallel_config)
-    return getattr(config, "weight_transfer_config", None) is not None or any(
-        getattr(part, name, False) for part in parts for name in wants
-    )
+    has_transfer = getattr(config, "weight_transfer_config", None) is not None
+    return has_transfer or moves_experts(config) or bool(getattr(config.model_config, "enable_sleep_mode", False))
+
+
+def moves_experts(config: Any) -> bool:
+    """Whether the experts of a mixture are dealt anew to its ranks while it serves."""
+    return bool(getattr(config.parallel_config, "enable_eplb", False))
+
+
+def has_encoder(model_config: Any) -> bool:
+    """Of pictures or the like, whose output is kept for another time."""
+    return any(getattr(model_config, name, False) for name in ("is_multimodal_model", "is_encoder_decoder"))
 
 
 def is_draft(model_config: Any) -> bool:

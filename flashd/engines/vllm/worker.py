@@ -48,7 +48,7 @@ _MOST_SEQUENCES = "32"
 _LOOK_S = 0.5  # how often we look whether the engine core lives
 _RESET_S = 10.0
 _LOG_BYTES = 4 * MiB
-_CAUSE = re.compile(r"(?:^|[\s)])((?:\w+\.)*\w*(?:Error|Exception|Interrupt)): (.+)$")
+_CAUSE = re.compile(r"(?:^|[\s)])((?:\w+\.)*\w*(?:Error|Exception|Interrupt)|flashd\.errors\.\w+): (.+)$")
 _NO_ERROR = re.compile(r"\b(?:WARNING|INFO|DEBUG) \d\d-\d\d ")  # vLLM tells what it gets along without, too
 _BUSY = "busy or unavailable"  # CUDA, when a GPU has not even the memory for a context
 _BUSY_HINT = "others may have all of its memory, or all of it to themselves: nvidia-smi shows them"
@@ -232,6 +232,8 @@ class _Worker:
                 while not is_reset:  # cut requests are being dropped
                     await asyncio.sleep(0.005)
                     is_reset = await self._client.reset_prefix_cache()
+            if versions.has_encoder(self._client.model_config):
+                await self._client.reset_encoder_cache()  # what the other weights made of pictures
             versions.rename(self._app, frame.content["names"], _MODEL)
             await self._offer_adapters(frame.content["names"])
             self._binding = frame.content["binding"]
@@ -299,7 +301,7 @@ def _check_layout(layout: str, arena_bytes: int) -> None:
 
 def _die(why: str) -> None:
     """The daemon takes the last line for our last words."""
-    print(why, file=sys.stderr, flush=True)
+    print(" ".join(why.split("\n")), file=sys.stderr, flush=True)
     os._exit(1)
 
 
