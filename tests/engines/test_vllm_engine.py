@@ -321,6 +321,37 @@ async def test_the_cause_is_the_first_error_and_no_warning_nor_an_error_about_er
     assert done.stdout.splitlines()[-1] == f"CAUSE {error.rpartition('.')[2]}: no room"
 
 
+_FORGETS = """
+import asyncio, sys
+from types import SimpleNamespace
+from flashd.engines.vllm import worker
+
+class Client:
+    model_config = SimpleNamespace(is_multimodal_model=sys.argv[1] == "sees")
+    calls = []
+    async def reset_prefix_cache(self):
+        self.calls.append("prefix")
+        return len(self.calls) > 1
+    async def reset_encoder_cache(self):
+        self.calls.append("encoder")
+
+asyncio.run(worker.forget(Client(), is_reset=False))
+print("CALLS", *Client.calls)
+"""
+
+
+@pytest.mark.parametrize(("model", "more"), [("sees", ["encoder"]), ("reads", [])])
+async def test_what_other_weights_have_made_is_forgotten(
+    model: str, more: list[str], vllm_python: str, compiled: Path
+) -> None:
+    """That vLLM is told so. What comes of it is tested on GPUs: vLLM for the processor has no models here that see."""
+    done = subprocess.run(
+        [vllm_python, "-c", _FORGETS, model], capture_output=True, text=True, check=True,
+        env=config.child_environment(environment(compiled)),
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1].split() == ["CALLS", "prefix", "prefix", *more]
+
+
 async def test_more_than_there_is_memory_for_is_told_as_that(vllm_factory: VllmFactory, residents: Residents) -> None:
     engine = vllm_factory.create(EngineOptions(kv_cache_bytes=1 << 50))
     with pytest.raises(EngineOutOfMemory):

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import importlib.util
+import io
 import os
 import threading
 from collections.abc import Iterator
@@ -15,7 +17,17 @@ import httpx
 import pytest
 import torch
 from machine import Machine, used_bytes
-from vllm_models import KV_BYTES, PROMPTS, answers_of_plain_vllm, make_large, make_sources, settings_with, staying
+from PIL import Image
+from vllm_models import (
+    KV_BYTES,
+    PROMPTS,
+    answers_of_plain_vllm,
+    make_large,
+    make_seeing,
+    make_sources,
+    settings_with,
+    staying,
+)
 from waiting import until
 
 import flashd
@@ -237,3 +249,37 @@ def test_a_server_started_by_hand_answers_from_a_lease(
         model_loader_extra_config={"bus": machine.daemon.address, "model": "ada", "device": "cuda:0"},
     )
     assert found["ada"] == expected_eagerly["ada"]
+
+
+def seen(client: flashd.Client) -> list[int]:
+    """What the active model says of a picture."""
+    picture = io.BytesIO()
+    Image.effect_mandelbrot((28, 28), (-2, -1.5, 1, 1.5), 60).convert("RGB").save(picture, "png")
+    url = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is it?"}]
+    body = {"messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 16}
+    transport = httpx.HTTPTransport(uds=client.status().endpoint, verify=False)
+    with httpx.Client(transport=transport, base_url="http://flashd", timeout=120) as http:
+        found = http.post("/v1/chat/completions", json={**body, "return_token_ids": True})
+    assert found.status_code == 200, found.text
+    tokens: list[int] = found.json()["choices"][0]["token_ids"]
+    return tokens
+
+
+@eagerly
+def test_a_picture_is_looked_at_again_by_the_next_model(machine: Machine, sources: Path, tmp_path: Path) -> None:
+    make_seeing(sources / "ada", tmp_path)
+    with machine.connect() as client:
+        for name in ("one", "other"):
+            client.import_(tmp_path / name, name)
+        swap(client, "one", "start", "stored")
+        by_one = seen(client)
+        swap(client, "other", "rebind", "stored")
+        by_other = seen(client)
+        client.park()
+        swap(client, "one", "wake", "device")
+        assert seen(client) == by_one
+        for engine in client.engines():
+            client.stop_engine(engine)
+        swap(client, "other", "start", "device")
+        assert seen(client) == by_other != by_one, "as in an engine that has seen nothing yet"

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 KV_BYTES = 256 << 20
 TOUR = Path(__file__).parents[2] / "packaging" / "tour"
@@ -66,6 +76,35 @@ def make_large(source: Path, folder: Path) -> Path:
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
     model.save_pretrained(folder)
+    return folder
+
+
+def make_seeing(source: Path, folder: Path) -> Path:
+    """Two random models that look at pictures, `one` and `other`: they differ in what they make of what they see."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    text = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=256, intermediate_size=512, max_position_embeddings=256,
+        **layers,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(hidden_size=128, intermediate_size=256, image_size=28, patch_size=14, **layers)
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_token, image_seq_length=4)
+    pixels = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = LlavaProcessor(
+        image_processor=pixels, tokenizer=tokenizer, patch_size=14, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=tokenizer.chat_template,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model = LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    for name in ("one", "other"):
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+        with torch.no_grad():
+            for part, weight in model.named_parameters():
+                if "projector" in part:
+                    weight.copy_(torch.randn_like(weight))
     return folder
 
 

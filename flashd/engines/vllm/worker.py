@@ -228,12 +228,7 @@ class _Worker:
             _, is_reset = await asyncio.gather(
                 self._client.collective_rpc("flashd_take"), self._client.reset_prefix_cache()
             )
-            async with asyncio.timeout(_RESET_S):
-                while not is_reset:  # cut requests are being dropped
-                    await asyncio.sleep(0.005)
-                    is_reset = await self._client.reset_prefix_cache()
-            if versions.has_encoder(self._client.model_config):
-                await self._client.reset_encoder_cache()  # what the other weights made of pictures
+            await forget(self._client, is_reset=is_reset)
             versions.rename(self._app, frame.content["names"], _MODEL)
             await self._offer_adapters(frame.content["names"])
             self._binding = frame.content["binding"]
@@ -249,6 +244,16 @@ class _Worker:
         offered = {adapter.name: str(adapter.folder) for adapter in self._adapters if adapter.is_of(names)}
         for name, why in (await versions.offer_adapters(self._app, offered)).items():
             print(f"the adapter {name} is not applied: {why}", file=sys.stderr, flush=True)
+
+
+async def forget(client: Any, *, is_reset: bool) -> None:
+    """What other weights have made of prompts, if it is not yet, and of pictures. Raises TimeoutError."""
+    async with asyncio.timeout(_RESET_S):
+        while not is_reset:  # cut requests are being dropped
+            await asyncio.sleep(0.005)
+            is_reset = await client.reset_prefix_cache()
+    if versions.has_encoder(client.model_config):
+        await client.reset_encoder_cache()
 
 
 def vllm_arguments(
