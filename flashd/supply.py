@@ -80,7 +80,8 @@ class Supply:
     """What one engine was given, held until `release`.
 
     `holds` are of the checkpoint, or of its image's parts, one a rank. Of `claims` each rank has one, for what it needs
-    besides its weights; `rooms` are for the weights, one a rank, until they are an image of ours.
+    besides its weights; `rooms` are for the weights, one a rank, until they are an image of ours; `starts` for what it
+    needs on top until it has started.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Supply:
         layouts: Sequence[str] = (),
         claims: Sequence[Reservation] = (),
         rooms: Sequence[Reservation] = (),
+        starts: Sequence[Reservation] = (),
     ) -> None:
         """`layouts` are the image's; empty if it is the checkpoint. All are released with it."""
         self.plan = plan
@@ -98,6 +100,7 @@ class Supply:
         self.from_tier = min((hold.from_tier for hold in holds), key=list(Tier).index)
         self.rooms = list(rooms)
         self._claims = list(claims)
+        self._starts = list(starts)
 
     @property
     def is_image(self) -> bool:
@@ -115,7 +118,14 @@ class Supply:
             hold.release()
         self.holds, self.layouts = list(holds), list(layouts)
 
+    def has_started(self) -> None:
+        """The engine serves, and needs no more than what it serves with."""
+        for start in self._starts:
+            start.release()
+        self._starts.clear()
+
     def release(self) -> None:
+        self.has_started()
         for hold in self.holds:
             hold.release()
         for claim in (*self._claims, *self.rooms):
@@ -126,7 +136,7 @@ class Supply:
     def given_up_bytes(self, place: Place) -> int:
         """What would be free on a device without it."""
         held_bytes = sum(place.given_up_bytes(hold) for hold in self.holds if hold.place is place)
-        claims = [*self._claims, *self.rooms]
+        claims = [*self._claims, *self.rooms, *self._starts]
         return held_bytes + sum(claim.size_bytes for claim in claims if claim.pool is place.pool)
 
 
@@ -147,12 +157,18 @@ class Supplier:
         self._images = images
         self._on_made = on_made
 
-    async def provide(self, target: Target, on_progress: Progress = lambda done, total: None) -> Supply:
-        """Raises OutOfMemory and whatever a load raises; then nothing is held. Cancelling it is safe."""
+    async def provide(
+        self, target: Target, on_progress: Progress = lambda done, total: None, *, starts: bool = False
+    ) -> Supply:
+        """`starts` says that an engine is to start with it, which takes more than to go on with one.
+
+        Raises OutOfMemory and whatever a load raises; then nothing is held. Cancelling it is safe.
+        """
         plan = await self._plan(target)
         if plan is None:
             return Supply(None, [await self._residency.acquire(target.checkpoint, on_progress)])
         places = [self._residency.place(rank.device) for rank in plan.ranks]
+        ranks = list(zip(places, plan.ranks, strict=True))
         images = await self._image(plan)
         with ExitStack() as on_error:
 
@@ -162,12 +178,11 @@ class Supplier:
                 return made
 
             if not images:
-                claims = [
-                    await claim(place, rank.working_bytes) for place, rank in zip(places, plan.ranks, strict=True)
-                ]
-                rooms = [await claim(place, rank.weights_bytes) for place, rank in zip(places, plan.ranks, strict=True)]
+                claims = [await claim(place, rank.working_bytes) for place, rank in ranks]
+                rooms = [await claim(place, rank.weights_bytes) for place, rank in ranks]
+                besides = [await claim(place, rank.starting_bytes) for place, rank in ranks] if starts else []
                 hold = await self._residency.acquire(target.checkpoint, on_progress)
-                supply = Supply(plan, [hold], claims=claims, rooms=rooms)
+                supply = Supply(plan, [hold], claims=claims, rooms=rooms, starts=besides)
             else:
                 layouts = [await asyncio.to_thread(self._images.layout_json, image) for image in images]
                 with ExitStack() as meanwhile:
@@ -177,11 +192,13 @@ class Supplier:
                             meanwhile.enter_context(await self._residency.acquire(image, device=place.name))
                     claims = [
                         await claim(place, rank.working_bytes + place.missing_bytes(image))
-                        for place, rank, image in zip(places, plan.ranks, images, strict=True)
+                        for (place, rank), image in zip(ranks, images, strict=True)
                     ]
+                    besides = [await claim(place, rank.starting_bytes) for place, rank in ranks] if starts else []
                     for reservation, rank in zip(claims, plan.ranks, strict=True):
                         reservation.resize(rank.working_bytes)  # the loads that begin now take the rest
-                    supply = Supply(plan, await self._all(images, places, on_progress), layouts, claims)
+                    holds = await self._all(images, places, on_progress)
+                    supply = Supply(plan, holds, layouts, claims, starts=besides)
             on_error.pop_all()
             return supply
 
@@ -214,11 +231,11 @@ class Supplier:
                 return [(image, rank.device) for image, rank in zip(images, plan.ranks, strict=True)]
         return [(target.checkpoint, device)]
 
-    async def fits_without(self, target: Target, old: Supply) -> bool:
+    async def fits_without(self, target: Target, old: Supply, *, starts: bool = False) -> bool:
         """Whether there would be room for a model if what another engine was given were given up."""
         return all(
             size_bytes <= place.pool.budget_bytes - place.fixed_bytes() + old.given_up_bytes(place)
-            for place, size_bytes in (await self._needed_bytes(target)).items()
+            for place, size_bytes in (await self._needed_bytes(target, starts=starts)).items()
         )
 
     async def fits_beside(self, target: Target) -> bool:
@@ -226,7 +243,7 @@ class Supplier:
         needed_bytes = await self._needed_bytes(target)
         return all(size_bytes <= place.pool.free_bytes for place, size_bytes in needed_bytes.items())
 
-    async def _needed_bytes(self, target: Target) -> dict[Place, int]:
+    async def _needed_bytes(self, target: Target, *, starts: bool = False) -> dict[Place, int]:
         plan = await self._plan(target)
         needed_bytes: dict[Place, int] = {}
 
@@ -240,7 +257,7 @@ class Supplier:
         for index, rank in enumerate(plan.ranks if plan else ()):
             place = self._residency.place(rank.device)
             weights_bytes = place.missing_bytes(images[index]) if images else rank.weights_bytes
-            need(place, rank.working_bytes + weights_bytes)
+            need(place, rank.working_bytes + weights_bytes + (rank.starting_bytes if starts else 0))
         return needed_bytes
 
     async def binding(self, target: Target, supply: Supply) -> Binding:

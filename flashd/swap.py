@@ -322,16 +322,17 @@ class Swapper:
 
     async def _provide(self, target: Target, on_progress: Progress) -> Supply:
         """The new weights, beside the old ones if both fit, else in their place."""
+        old, starts = self._active, await self._starts(target)
         try:
-            return await self._supplier.provide(target, on_progress)
+            return await self._supplier.provide(target, on_progress, starts=starts)
         except OutOfMemory:
-            old = self._active
-            if old is None or old.supply is None or not await self._supplier.fits_without(target, old.supply):
+            fits_without = self._supplier.fits_without
+            if old is None or old.supply is None or not await fits_without(target, old.supply, starts=starts):
                 raise
             self._enter(SwapState.MAKING_WAY)
             await self._put_away(old)
             self._enter(SwapState.LOADING)
-            return await self._supplier.provide(target, on_progress)
+            return await self._supplier.provide(target, on_progress, starts=await self._starts(target))
 
     async def _switch(self, target: Target, supply: Supply) -> tuple[How, Engine]:
         """Gives the weights to an engine and makes it the active one: the one that is, a parked one, or a new one."""
@@ -357,11 +358,17 @@ class Swapper:
         engine.on_exit = lambda last_words: self._report_exit(engine, last_words)
         try:
             await self._given(engine, target, supply, engine.start(binding))
+            supply.has_started()
             self._activate(Seat(engine, target, supply))
         except BaseException:
             await _to_the_end(engine.stop())
             raise
         return engine
+
+    async def _starts(self, target: Target) -> bool:
+        """Whether a swap to it now would start an engine."""
+        ready = {EngineState.SERVING, EngineState.PARKED}
+        return not any(seat.engine.state in ready for seat in await self._takers(target))
 
     async def _takers(self, target: Target) -> list[Seat]:
         """The engines that can take a model, the active one first."""
@@ -419,7 +426,7 @@ class Swapper:
         try:
             if not await self._resumed(before):
                 with contextlib.ExitStack() as on_error:
-                    supply = await self._supplier.provide(previous)
+                    supply = await self._supplier.provide(previous, starts=await self._starts(previous))
                     on_error.callback(supply.release)
                     await self._switch(previous, supply)
                     on_error.pop_all()

@@ -119,13 +119,15 @@ class RankPlan:
     """What one rank of an engine will need on its GPU for a checkpoint.
 
     `key` addresses the image that this build of the engine makes of it; empty if it makes none. `weights_bytes` is the
-    most that its weights may take, as far as can be told before; `working_bytes` what it takes besides while serving.
+    most that its weights may take, as far as can be told before; `working_bytes` what it takes besides while serving,
+    and `starting_bytes` what it takes on top of both until it does.
     """
 
     device: str
     key: str
     weights_bytes: int
     working_bytes: int
+    starting_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

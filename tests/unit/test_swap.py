@@ -261,9 +261,10 @@ class FakeEngine:
 class Factory:
     kind = "fake"
 
-    def __init__(self, script: Script, gpus: Sequence[str]) -> None:
+    def __init__(self, script: Script, gpus: Sequence[str], starting_bytes: int) -> None:
         self._script = script
         self._gpus = gpus
+        self._starting_bytes = starting_bytes
         self._numbers = itertools.count(1)
         self.engines: list[FakeEngine] = []
 
@@ -280,7 +281,7 @@ class Factory:
         if not self._gpus:
             return None
         # What an engine says of itself before it has loaded is more than it then takes.
-        room_bytes = (2 * ARENA_BYTES, WORKING_BYTES)
+        room_bytes = (2 * ARENA_BYTES, WORKING_BYTES, self._starting_bytes)
         return GpuPlan(tuple(RankPlan(gpu, f"image of {checkpoint.id} on {gpu}", *room_bytes) for gpu in self._gpus))
 
     def create(self, options: EngineOptions = NO_OPTIONS) -> FakeEngine:
@@ -330,10 +331,11 @@ class World:
         room: int = 10,
         policy: Policy = Policy(drain_timeout_s=1, max_parked=2),  # noqa: B008
         gpus: int = 0,
+        starting_bytes: int = 0,
     ) -> None:
         self.script = Script()
         self.gpus = [f"sim:{number}" for number in range(gpus)]
-        self.factory = Factory(self.script, self.gpus)
+        self.factory = Factory(self.script, self.gpus, starting_bytes)
         self.images = MemoryImages()
         self.endpoint: Path | None = None
         self.lost: list[str] = []
@@ -700,6 +702,26 @@ async def test_a_fault_at_any_step_of_making_ready_costs_the_parked_engine_at_mo
         if not world.script.struck:
             assert moment >= 4
             return
+
+
+async def test_room_for_a_start_is_made_and_given_back_when_it_serves(targets: dict[str, Target]) -> None:
+    world = World(room=2, gpus=1, starting_bytes=ARENA_BYTES)  # with which b would fit beside a2, but for its start
+    for name, how, makes_way in (("a1", How.START, False), ("a2", How.REBIND, False), ("b", How.START, True)):
+        outcome = await world.swapper.swap(targets[name])
+        assert (outcome.how, "making_way" in outcome.phases) == (how, makes_way)
+        world.check()
+    assert (await world.swapper.swap(targets["a1"])).how is How.WAKE
+    world.check()
+
+
+async def test_a_start_for_which_there_is_never_room_is_refused_before_anything_starts(
+    targets: dict[str, Target],
+) -> None:
+    world = World(room=2, gpus=1, starting_bytes=1 << 20)
+    with pytest.raises(OutOfMemory):
+        await world.swapper.swap(targets["a1"])
+    assert not world.factory.engines
+    world.ended()
 
 
 async def test_an_image_that_makes_no_sense_is_not_kept(targets: dict[str, Target], tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ async def test_each_rank_has_a_device_and_a_part_of_its_own() -> None:
     assert len({one.key, first.key, second.key, ""}) == 4
     assert 8 * GiB < first.weights_bytes < 10 * GiB < 16 * GiB < one.weights_bytes < 17 * GiB
     assert first.working_bytes > one.working_bytes >= 2 * GiB + 512 * MiB
+    assert one.starting_bytes == one.weights_bytes - 2 * GiB, "vLLM's own weights, while there is no KV cache"
     with pytest.raises(Unsupported, match=r"4 GPUs.*there are 2"):
         await plan(["-tp", "4"])
 
@@ -83,7 +84,7 @@ async def test_each_rank_has_a_device_and_a_part_of_its_own() -> None:
 async def test_pipelines_and_copies_make_no_image() -> None:
     for arguments in (["-pp", "2"], ["-dp", "2"]):
         found = await plan(arguments)
-        assert len(found.ranks) == 2 and not found.makes_image
+        assert len(found.ranks) == 2 and not found.makes_image and found.ranks[0].starting_bytes == 0
 
 
 @pytest.mark.parametrize(

@@ -125,15 +125,18 @@ class VllmFactory(ZygoteFactory):
         makes_image = bool(parts["model"]) and ranks.count == ranks.tensor and not _has_draft(told["arguments"])
         part_bytes = checkpoint.manifest.data_bytes // ranks.count
         # A vocabulary is padded to what kernels like, and small layers are on every rank.
-        spare_bytes = part_bytes // (64 if ranks.count == 1 else 8) + 64 * MiB
+        weights_bytes = part_bytes + part_bytes // (64 if ranks.count == 1 else 8) + 64 * MiB
         besides_bytes = _ACTIVATION_BYTES + (_COMMUNICATION_BYTES if ranks.count > 1 else 0)
         return GpuPlan(
             tuple(
                 RankPlan(
                     device=gpu.name,
                     key=_digest({**parts, "gpu": gpu.model, "rank": rank}) if makes_image else "",
-                    weights_bytes=part_bytes + spare_bytes,
+                    weights_bytes=weights_bytes,
                     working_bytes=told["kv_cache_bytes"] + besides_bytes,
+                    # vLLM makes a model in memory of its own before that is moved into an image, or views one. It
+                    # has no KV cache then.
+                    starting_bytes=max(0, weights_bytes - told["kv_cache_bytes"]) if makes_image else 0,
                 )
                 for rank, gpu in enumerate(self._gpus[: ranks.count])
             )
