@@ -31,7 +31,7 @@ from dbus_next.aio.message_bus import _future_set_exception, _future_set_result,
 from dbus_next.constants import MessageFlag, NameFlag, RequestNameReply
 from dbus_next.errors import DBusError
 
-from flashd import errors
+from flashd import config, errors
 
 log = logging.getLogger(__name__)
 
@@ -486,6 +486,8 @@ async def connect(address: str) -> Connection:
     Raises Unavailable where there is no bus.
     """
     hint = "is the address right, and a bus running there? `flash start` runs one of its own where there is none"
+    if address == config.bus_address():
+        hint = "FLASHD_BUS_ADDRESS says so: unset it if nothing is there any more, and then flash start"
     try:
         bus = _Bus(address)
         await asyncio.wait_for(bus.connect(), _CONNECT_TIMEOUT_S)

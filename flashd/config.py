@@ -540,14 +540,16 @@ def _checked(name: str, value: Any, wanted: Any, where: str) -> Any:
         return path
     accepted: Any = {float: int | float}.get(wanted, wanted)
     if wanted is Path or not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
-        raise InvalidArgument(f"{where} cannot be {value!r}", hint=f"it is a {_noun(wanted)}")
+        raise InvalidArgument(f"{where} cannot be {value!r}", hint=f"it is {_noun(wanted)}")
     if isinstance(value, int | float) and not 0 <= value < float("inf"):
         raise InvalidArgument(f"{where} cannot be {value!r}", hint="it is a number from 0 up")
     return wanted(value)
 
 
 def _noun(wanted: type | types.GenericAlias) -> str:
-    nouns: dict[Any, str] = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path"}
+    nouns: dict[Any, str] = {
+        bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path",
+    }  # fmt: skip
     return nouns[wanted]
 
 

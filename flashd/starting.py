@@ -37,18 +37,19 @@ def start(asked: str | None = None) -> Started:
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "flashd.daemon.main", "--bus", address]
     with log.open("ab") as words:
+        before_bytes = words.tell()
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=words, stderr=words, start_new_session=True
         )
-    return Started(_awaited(asked, process, log), process, log)
+    return Started(_awaited(asked, process, log, before_bytes), process, log)
 
 
-def _awaited(asked: str | None, process: subprocess.Popen[bytes], log: Path) -> Client:
+def _awaited(asked: str | None, process: subprocess.Popen[bytes], log: Path, before_bytes: int) -> Client:
     deadline = time.monotonic() + _START_S
     while True:
         with contextlib.suppress(Unavailable):
             return clients.connect(asked)
         if process.poll() is not None or time.monotonic() > deadline:
-            said = log.read_text(errors="replace").strip().splitlines()[-3:]
+            said = log.read_bytes()[before_bytes:].decode(errors="replace").strip().splitlines()[-3:]
             raise Unavailable("flashd did not start: " + "\n".join(said), hint=f"the whole log is {log}")
         time.sleep(0.02)

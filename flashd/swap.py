@@ -175,7 +175,8 @@ class Swapper:
                 return Outcome(target.model_name, active.engine.number, How.ALREADY_ACTIVE, Tier.HOST, 0.0)
             factory = self._factories[target.engine_kind]
             if reason := factory.refusal(target.checkpoint.manifest.architecture, target.checkpoint.side_files()):
-                raise Unsupported(f"{target.model_name} cannot run: {reason}", hint="flash show tells its architecture")
+                hint = "put the config.json of what it was made from beside its weights"
+                raise Unsupported(f"{target.model_name} cannot run: {reason}", hint=hint)
             self._phases = {}
             self._enter(SwapState.LOADING)
             try:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import suppress
 from typing import Annotated
@@ -142,7 +143,9 @@ def config(
         if as_json:
             output.print_json(settings)
         else:
-            output.print_table(["setting", "default", "meaning"], [[s.key, str(s.default), s.doc] for s in settings])
+            output.print_table(
+                ["setting", "default", "meaning"], [[s.key, _written(s.default), s.doc] for s in settings]
+            )
         return
     if key is None:
         print(session(context).client.config(), end="")
@@ -156,7 +159,12 @@ def config(
 def _value(current: Session, key: str) -> str:
     import tomllib
 
-    return str(configuration.value_in(tomllib.loads(current.client.config()), key))
+    return _written(configuration.value_in(tomllib.loads(current.client.config()), key))
+
+
+def _written(value: object) -> str:
+    """As it may be said to `flash config` again."""
+    return json.dumps(value) if isinstance(value, bool | list) else str(value)
 
 
 def _summary(client: Client) -> str:

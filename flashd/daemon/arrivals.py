@@ -17,7 +17,7 @@ from flashd.daemon.conversions import Conversions, Request
 from flashd.daemon.dismissals import Dismissals
 from flashd.daemon.exports import Audience
 from flashd.daemon.jobs import Job, Jobs, JobState, Owner, Result
-from flashd.errors import BaseMissing, InvalidSource
+from flashd.errors import BaseMissing, InvalidSource, NotFound
 from flashd.store.catalog import Catalog, Model, Origin
 from flashd.store.inbox import Item
 
@@ -59,6 +59,17 @@ class Arrivals:
         rows |= {name: [name, "incomplete", str(error)] for name, (_, error) in self._without_base.items()}
         rows |= {name: [name, "converting", ""] for name in self._under_way}
         return [rows[name] for name in sorted(rows)]
+
+    def check_absence(self, name: str) -> None:
+        """Raises NotFound if something is on its way to be a model of this name, or could not become one."""
+        for found, state, detail in self.shown():
+            if found == name:
+                said, _, hint = detail.partition("\n")
+                why = f": {said}" if said else ""
+                raise NotFound(
+                    f"{name!r} is not a model yet, it is {state}{why}",
+                    hint=hint or "wait until flash list shows it as one" if state != "failed" else hint,
+                )
 
     def dismiss(self, model: Model) -> None:
         """To be told of removed models; one that went with its source may come back with it."""

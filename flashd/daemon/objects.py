@@ -67,8 +67,18 @@ class ManagerObject(Exported):
             "ActiveEngine": wire.engine_path(active.engine.number) if active else NONE,
         }
 
+    def _model(self, caller: Caller, name: str) -> Model:
+        """The one that is meant. Raises NotFound, which tells what is known of a source of that name."""
+        try:
+            return self._parts.ownership.resolve(caller, name)
+        except NotFound:
+            arrivals = self._parts.arrivals
+            if arrivals.audience.includes(caller):
+                arrivals.check_absence(name.strip())
+            raise
+
     async def find_model(self, caller: Caller, name: str) -> str:
-        return wire.model_path(self._parts.ownership.resolve(caller, name).name)
+        return wire.model_path(self._model(caller, name).name)
 
     async def list_models(self, caller: Caller) -> str:
         models = self._parts.ownership.models(caller)
@@ -127,7 +137,7 @@ class ManagerObject(Exported):
         if engine not in {"", *self._parts.engine_kinds}:
             hint = f"there is: {', '.join(self._parts.engine_kinds)}"
             raise InvalidArgument(f"there is no kind of engine {engine!r}", hint=hint)
-        found = self._parts.ownership.resolve(caller, model)
+        found = self._model(caller, model)
         return wire.job_path(self._parts.serving.swap(found, _owner(caller), engine).number)
 
     async def load(self, caller: Caller, model: str, tier: str, options: dict[str, Variant]) -> str:
@@ -136,14 +146,14 @@ class ManagerObject(Exported):
         device = self._parts.residency.resolve(checked_options(options, device="s").get("device", tier))
         if (tier == Tier.HOST) != (device == HOST):
             raise InvalidArgument(f"{device} is not of the {tier} tier", hint="leave one of the two out")
-        job = self._parts.serving.load(self._parts.ownership.resolve(caller, model), _owner(caller), device)
+        job = self._parts.serving.load(self._model(caller, model), _owner(caller), device)
         return wire.job_path(job.number)
 
     async def lease(
         self, caller: Caller, model: str, options: dict[str, Variant]
     ) -> tuple[str, Fd, str, dict[str, Variant]]:
         device = self._parts.residency.resolve(checked_options(options, device="s").get("device", HOST))
-        found = self._parts.ownership.resolve(caller, model)
+        found = self._model(caller, model)
         lease, arena_fd, layout = await self._parts.serving.lease(found, caller, device)
         return wire.lease_path(lease.number), Fd(arena_fd), layout, self._details(lease, found)
 
@@ -151,7 +161,7 @@ class ManagerObject(Exported):
         self, caller: Caller, model: str, build: str, device: str, options: dict[str, Variant]
     ) -> tuple[str, Fd, str, dict[str, Variant]]:
         checked_options(options)
-        found = self._parts.ownership.resolve(caller, model)
+        found = self._model(caller, model)
         name = self._parts.residency.resolve(device)
         lease, arena_fd, layout = await self._parts.shared_images.lease(found, caller, build, name)
         return wire.lease_path(lease.number), Fd(arena_fd), layout, self._details(lease, found)
@@ -168,7 +178,7 @@ class ManagerObject(Exported):
         options: dict[str, Variant],
     ) -> str:
         checked_options(options)
-        found = self._parts.ownership.resolve(caller, model)
+        found = self._model(caller, model)
         name = self._parts.residency.resolve(device)
         lease = await self._parts.shared_images.publish(found, caller, build, name, arena, layout, size_bytes)
         return wire.lease_path(lease.number)

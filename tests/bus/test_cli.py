@@ -143,6 +143,9 @@ def test_config_shows_changes_and_explains(run: Flash) -> None:
     assert run("config", "models.Qwen/Qwen3-0.6B.engine").stdout == "default\n"
     assert "started again" not in run("config", "models.Qwen/Qwen3-0.6B.engine", "vllm").stderr
     assert run("config", "models.Qwen/Qwen3-0.6B.engine").stdout == "vllm\n"
+    for key in ("engines.warm_new", "engines.vllm.arguments"):  # what is shown may be said again
+        shown = run("config", key).stdout.strip()
+        assert shown in {"true", "false", "[]"} and run("config", key, shown).returncode == 0
     keys = {setting["key"] for setting in json.loads(run("config", "--json").stdout)}
     assert {"memory.host_budget", "inbox.settle_s"} <= keys
 
@@ -175,6 +178,9 @@ def test_a_dropped_source_that_fails_is_shown(run: Flash, daemon: Daemon) -> Non
     while "failed bad" not in (shown := run("list").stderr):
         assert time.monotonic() < deadline, shown
         time.sleep(0.1)
+    asked = run("swap", "bad")
+    assert asked.returncode == errors.NotFound.exit_status
+    assert "'bad' is not a model yet, it is failed: " in asked.stderr and "header" in asked.stderr
 
 
 def test_ctrl_c_cancels_the_job(daemon: Daemon, run: Flash, tmp_path: Path) -> None:
@@ -280,6 +286,17 @@ def test_start_and_stop_where_there_is_no_bus(home: dict[str, str]) -> None:
         stopped = flash("stop", **home)
     assert stopped.returncode == 0, stopped.stderr
     assert flash("status", **home).returncode == errors.Unavailable.exit_status
+
+
+def test_a_start_that_fails_quotes_only_itself_and_says_what_to_do(home: dict[str, str]) -> None:
+    settings = Path(home["HOME"]) / ".config" / "flashd" / "flashd.toml"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("[engins]\n")
+    assert "engins" in flash("start", **home).stderr
+    settings.unlink()
+    gone = flash("start", **home, FLASHD_BUS_ADDRESS="unix:path=/nonexistent/bus")
+    assert gone.returncode == errors.Unavailable.exit_status
+    assert "FLASHD_BUS_ADDRESS says so: unset it" in gone.stderr and "engins" not in gone.stderr
 
 
 def test_doctor_without_a_daemon_says_so_and_looks_at_the_rest(home: dict[str, str]) -> None:

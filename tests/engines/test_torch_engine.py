@@ -553,3 +553,14 @@ async def test_engines_end_with_their_daemon(factory: ZygoteFactory, residents: 
     engine._channel._socket.close()  # what the kernel does to the sockets of a daemon that was killed
     await eventually(lambda: not Path(f"/proc/{engine.pid}").exists())
     await engine.stop()
+
+
+async def test_a_config_of_other_weights_is_told_by_what_does_not_fit(
+    start: Start, residents: Residents, tmp_path: Path
+) -> None:
+    known = residents["ada"].checkpoint.side_files()
+    described = json.loads(known["config.json"].read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**described, "intermediate_size": 64}))
+    with pytest.raises(EngineFailed, match=r"config\.json is of other weights: model\.layers\.0\.mlp") as failed:
+        await start(residents["ada"].binding(side_files={**known, "config.json": tmp_path / "config.json"}))
+    assert failed.value.hint

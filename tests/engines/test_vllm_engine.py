@@ -359,6 +359,15 @@ async def test_more_than_there_is_memory_for_is_told_as_that(vllm_factory: VllmF
     await engine.stop()
 
 
+async def test_what_other_words_vllm_is_told_is_said_once(vllm_factory: VllmFactory, residents: Residents) -> None:
+    engine = vllm_factory.create(EngineOptions(("--bogus",)))
+    with pytest.raises(EngineFailed) as failed:
+        await engine.start(residents["ada"].binding())
+    assert failed.value.message.count("vLLM") == 1 and failed.value.message.endswith("--bogus")
+    assert "engines.vllm.arguments" in failed.value.hint and "of the model itself" in failed.value.hint
+    await engine.stop()
+
+
 async def test_what_vllm_cannot_run_is_an_error_with_its_words(
     vllm_factory: VllmFactory, residents: Residents, tmp_path: Path
 ) -> None:

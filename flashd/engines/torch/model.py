@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from flashd.checkpoint import header
 from flashd.engines.surroundings import read_all
-from flashd.errors import Unsupported
+from flashd.errors import EngineFailed, Unsupported
 from flashd.tensors import bytes_tensor, torch_tensors
 
 _MOST_TOKENIZERS = 2  # of 150,000 tokens, one takes 100 MB, and people go to and fro between two models
@@ -124,7 +124,13 @@ class Model:
             dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
             dtype = dtypes.pop() if len(dtypes) == 1 else getattr(config, "dtype", None) or torch.float32
             cls = _class_of(config.architectures)
-            module = cls.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype)
+            try:
+                module = cls.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype)
+            except RuntimeError:
+                if others := _other_shapes(cls, config, tensors):
+                    hint = "put the one that belongs to the weights beside them"
+                    raise EngineFailed(f"its config.json is of other weights: {others}", hint=hint) from None
+                raise
             module.eval().requires_grad_(False)
             generation = _generation(folder, module)
         self.module, self.tokenizer, self.generation = module, tokenizer, generation
@@ -221,6 +227,18 @@ def _class_of(architectures: Any) -> Any:
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise Unsupported(f"transformers {transformers.__version__} has no architecture {name!r}", hint=_HINT)
     return cls
+
+
+def _other_shapes(cls: Any, config: Any, tensors: Mapping[str, torch.Tensor]) -> str:
+    """The first few tensors that have other shapes than the configuration says."""
+    with torch.device("meta"):
+        expected = cls(config).state_dict()
+    others = [
+        f"{name} has {list(tensor.shape)}, and {list(expected[name].shape)} by that"
+        for name, tensor in tensors.items()
+        if name in expected and expected[name].shape != tensor.shape
+    ]
+    return ", ".join(sorted(others)[:2])
 
 
 def _all_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:

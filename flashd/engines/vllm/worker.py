@@ -214,7 +214,8 @@ class _Worker:
         try:
             return versions.parse([*vllm_arguments(content["names"], self._options, self._adapters)])
         except ValueError as error:
-            raise EngineFailed(f"vLLM {versions.VERSION}: {error}", hint="see engines.vllm.arguments") from None
+            hint = "see engines.vllm.arguments, and arguments of the model itself"
+            raise EngineFailed(str(error), hint=hint) from None
 
     async def _take(self, frame: Frame) -> None:
         """Other weights, in place. What is wrong with them in itself is found before anything is touched; where
