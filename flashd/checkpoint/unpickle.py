@@ -18,6 +18,8 @@ import ctypes
 import errno
 import json
 import os
+import pickle
+import re
 import signal
 import struct
 import sys
@@ -39,6 +41,7 @@ _DTYPES = {
 # The youngest of them are not in every torch that will do.
 DTYPES = {getattr(torch, name): dtype for name, dtype in _DTYPES.items() if hasattr(torch, name)}
 # Where trainers put the weights in a larger dictionary.
+_WANTED = re.compile(r"GLOBAL (\S+)")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights", "params")
 MAX_DEPTH = 4
 PART_BYTES = 64 << 20
@@ -167,7 +170,21 @@ def _left_in_the_file(file_map: FileMap) -> Iterator[None]:
 
 
 def load(fd: int, file_map: FileMap) -> Any:
-    """What torch makes of the file: mapped where its format allows it, else left unread."""
+    """What torch makes of the file. Its own words for what it refuses tell how to have everything in it called."""
+    try:
+        return _loaded(fd, file_map)
+    except pickle.UnpicklingError as error:
+        wanted = _WANTED.search(str(error))
+        why = (
+            f"it wants {wanted[1]}, and only tensors are made"
+            if wanted
+            else "it is a pickle of other things than tensors"
+        )
+        raise Refused(why) from None
+
+
+def _loaded(fd: int, file_map: FileMap) -> Any:
+    """Mapped where its format allows it, else left unread."""
     path = f"/proc/self/fd/{fd}"
     try:
         document = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -21,7 +21,8 @@ def _statuses() -> str:
     meanings = [
         "0 done", "1 something else", "2 wrong usage", "3 not found", "4 already exists", "5 not authorised", "6 busy",
         "7 bad source", "8 corrupt checkpoint", "9 store full", "10 out of memory", "11 I/O error", "12 engine failed",
-        "13 no daemon", "14 cancelled", "15 a GPU refused", "16 limit exceeded", "70 a defect of flashd",
+        "13 not there: the daemon, the hub, an engine's software", "14 cancelled", "15 a GPU refused",
+        "16 limit exceeded", "70 a defect of flashd",
     ]  # fmt: skip
     return "Exit status: " + ", ".join(meanings) + "."
 

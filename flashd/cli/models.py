@@ -70,7 +70,7 @@ def show(context: typer.Context, model: ModelName, as_json: Json = False) -> Non
         [
             "tier",
             found.residency
-            + (f" ({', '.join(found.devices)})" if found.devices else "")
+            + (f" ({', '.join(found.devices)})" if set(found.devices) - {found.residency} else "")
             + (", active" if found.active else "")
             + (", pinned" if found.pinned else ""),
         ],

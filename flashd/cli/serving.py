@@ -49,7 +49,7 @@ def run(
 ) -> None:
     """Swaps to a model and asks it. Without a prompt, a chat."""
     client = session(context).client
-    swapped = _swapped(client, model, engine)
+    swapped = _swapped(client, model, engine or ("vllm" if adapter else ""))
     asked = adapter or swapped.model
     given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     parameters = {name: value for name, value in given.items() if value is not None}

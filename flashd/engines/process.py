@@ -325,7 +325,8 @@ class EngineProcess:
         self._forget()
 
     def _epitaph(self) -> str:
-        lines = last_words(self._log).splitlines()
+        # What multiprocessing has to say after an end is not why.
+        lines = [line for line in last_words(self._log).splitlines() if "resource_tracker" not in line]
         return lines[-1] if lines else "it left no words"
 
     def _enter(self, state: EngineState) -> None:
