@@ -193,7 +193,8 @@ class Swapper:
         obeyed between orders to the engine, for which swaps wait too. Raises what a swap raises.
         """
         async with self._turn:
-            sleeping = [seat for seat in await self._takers(target) if seat.engine.state is EngineState.PARKED]
+            await self._read_key(target)
+            sleeping = [seat for seat in self._takers(target) if seat.engine.state is EngineState.PARKED]
             if self._closed or not sleeping or not await self._supplier.fits_beside(target):
                 return False
             seat, supply = sleeping[0], await self._supplier.provide(target)
@@ -323,7 +324,8 @@ class Swapper:
 
     async def _provide(self, target: Target, on_progress: Progress) -> Supply:
         """The new weights, beside the old ones if both fit, else in their place."""
-        old, starts = self._active, await self._starts(target)
+        await self._read_key(target)
+        old, starts = self._active, self._starts(target)
         try:
             return await self._supplier.provide(target, on_progress, starts=starts)
         except OutOfMemory:
@@ -333,12 +335,12 @@ class Swapper:
             self._enter(SwapState.MAKING_WAY)
             await self._put_away(old)
             self._enter(SwapState.LOADING)
-            return await self._supplier.provide(target, on_progress, starts=await self._starts(target))
+            return await self._supplier.provide(target, on_progress, starts=self._starts(target))
 
     async def _switch(self, target: Target, supply: Supply) -> tuple[How, Engine]:
         """Gives the weights to an engine and makes it the active one: the one that is, a parked one, or a new one."""
         binding = await self._supplier.binding(target, supply)
-        for seat in await self._takers(target):
+        for seat in self._takers(target):
             if seat is self._active and seat.engine.state is EngineState.SERVING:
                 await self._drain(seat)
                 await _to_the_end(self._rebind(seat, target, supply, binding))
@@ -366,14 +368,18 @@ class Swapper:
             raise
         return engine
 
-    async def _starts(self, target: Target) -> bool:
+    def _starts(self, target: Target) -> bool:
         """Whether a swap to it now would start an engine."""
         ready = {EngineState.SERVING, EngineState.PARKED}
-        return not any(seat.engine.state in ready for seat in await self._takers(target))
+        return not any(seat.engine.state in ready for seat in self._takers(target))
 
-    async def _takers(self, target: Target) -> list[Seat]:
-        """The engines that can take a model, the active one first."""
-        key = await asyncio.to_thread(self._key, target)  # files are read for it, the first time
+    async def _read_key(self, target: Target) -> None:
+        """Files are read for it, the first time; factories remember what was in them."""
+        await asyncio.to_thread(self._key, target)
+
+    def _takers(self, target: Target) -> list[Seat]:
+        """The engines that can take a model whose key was read, the active one first."""
+        key = self._key(target)
         return [seat for seat in self.seats if key and seat.takes_others and self._key(seat.target) == key]
 
     def _key(self, target: Target) -> tuple[object, ...]:
@@ -427,7 +433,7 @@ class Swapper:
         try:
             if not await self._resumed(before):
                 with contextlib.ExitStack() as on_error:
-                    supply = await self._supplier.provide(previous, starts=await self._starts(previous))
+                    supply = await self._supplier.provide(previous, starts=self._starts(previous))
                     on_error.callback(supply.release)
                     await self._switch(previous, supply)
                     on_error.pop_all()

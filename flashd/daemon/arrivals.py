@@ -66,10 +66,8 @@ class Arrivals:
             if found == name:
                 said, _, hint = detail.partition("\n")
                 why = f": {said}" if said else ""
-                raise NotFound(
-                    f"{name!r} is not a model yet, it is {state}{why}",
-                    hint=hint or "wait until flash list shows it as one" if state != "failed" else hint,
-                )
+                wait = "" if state == "failed" else "wait until flash list shows it as one"
+                raise NotFound(f"{name!r} is not a model yet, it is {state}{why}", hint=hint or wait)
 
     def dismiss(self, model: Model) -> None:
         """To be told of removed models; one that went with its source may come back with it."""

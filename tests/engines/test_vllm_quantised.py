@@ -65,6 +65,7 @@ def test_a_tensor_inside_a_kernel_hinders() -> None:
     model, before = made(Fp8LinearMethod())
     model[0].quant_method.inverse = [1 / model[0].weight_scale]  # type: ignore[union-attr]
     assert "1 tensors came to be outside its modules: float32 (1,)" in quantised.hindrance(model, before)
+    assert quantised.hindrance(model, None) == "", "who did not look before cannot tell"
     del model[0].quant_method.inverse  # type: ignore[union-attr]
     model[0].quant_method.view = model[0].weight[:4]  # type: ignore[union-attr]
     assert quantised.hindrance(model, before) == "", "what views the weights follows them"

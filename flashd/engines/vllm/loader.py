@@ -64,16 +64,17 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
         before = quantised.storages(torch.device("cuda", torch.cuda.current_device())) if is_wanted else None
         try:
             model: nn.Module = super().load_model(vllm_config, model_config, *arguments, **options)
-            if source is not None and self._is_image:
+            why = _hindrance(model, vllm_config, before) if source is not None and not self._is_image else ""
+            makes_one = not self._is_image and versions.all_agree(is_wanted and not why)
+            if source is None:
+                pass
+            elif self._is_image:
                 extension.view(model, source)
-            else:
-                why = _hindrance(model, vllm_config, before) if source is not None else ""
-                if versions.all_agree(is_wanted and not why) and source is not None:
-                    extension.make(model, source)
-                elif source is not None and versions.is_cuda():
-                    others = "another rank makes none" if is_wanted else "pipeline and data parallel ranks make none"
-                    words = "no image is made of these weights, so they stay where they are: %s"
-                    log.warning(words, why or others)
+            elif makes_one:
+                extension.make(model, source)
+            elif versions.is_cuda():
+                others = "another rank makes none" if is_wanted else "pipeline and data parallel ranks make none"
+                log.warning("no image is made of these weights, so they stay where they are: %s", why or others)
             setattr(model, _SOURCE, source)
             return model
         finally:
