@@ -260,8 +260,8 @@ class Supplier:
             need(place, rank.working_bytes + weights_bytes + (rank.starting_bytes if starts else 0))
         return needed_bytes
 
-    async def binding(self, target: Target, supply: Supply) -> Binding:
-        """What an engine is told of it."""
+    async def binding(self, target: Target, supply: Supply, *, starts: bool = False) -> Binding:
+        """What an engine is told of it; more if it `starts`. Raises CorruptCheckpoint."""
         checkpoint, plan = target.checkpoint, supply.plan
         layouts = supply.layouts or [await asyncio.to_thread(checkpoint.layout_json)]
         first, *further = (
@@ -278,6 +278,7 @@ class Supplier:
             layout=first.layout,
             side_files=checkpoint.side_files(),
             digests=checkpoint.manifest.side_files,
+            header=await asyncio.to_thread(checkpoint.layout_json) if starts else "",
             devices=tuple(rank.device for rank in plan.ranks) if plan else (),
             is_image=supply.is_image,
             wants_image=plan is not None and plan.makes_image and not supply.is_image,

@@ -348,15 +348,16 @@ class Swapper:
             if seat.engine.state is EngineState.PARKED and await self._woken(seat, target, supply, binding):
                 return How.WAKE, seat.engine
         try:
-            return How.START, await self._started(target, supply, binding)
+            return How.START, await self._started(target, supply)
         except EngineOutOfMemory as error:
             # What parked engines take beside their weights is in no ledger.
             if not await self._stop_parked(len(self._parked)):
                 raise
             log.warning("parked engines were stopped, for %s", error.message)
-            return How.START, await self._started(target, supply, binding)
+            return How.START, await self._started(target, supply)
 
-    async def _started(self, target: Target, supply: Supply, binding: Binding) -> Engine:
+    async def _started(self, target: Target, supply: Supply) -> Engine:
+        binding = await self._supplier.binding(target, supply, starts=True)
         engine = self._factories[target.engine_kind].create(target.options)
         engine.on_exit = lambda last_words: self._report_exit(engine, last_words)
         try:

@@ -30,7 +30,7 @@ from flashd.streamer import OpenFile, Read, blake3, load
 from flashd.units import MiB
 
 _MAKE = """
-import sys, pathlib, json, shutil, torch, transformers
+import sys, pathlib, json, shutil, safetensors.torch, torch, transformers
 sys.path.insert(0, sys.argv[2])
 sys.path.insert(0, sys.argv[3])
 import small_models, quantised_models
@@ -56,6 +56,12 @@ for name, model in models.items():
         shutil.copy(file, folder / name)
     shutil.copy(folder / "ada" / "chat_template.jinja", folder / name)
 quantised_models.make_quantised(folder / "ada", folder / "int8", "compressed-tensors")
+# Two whose config says that the output layer is the embedding, and that have one of their own all the same.
+tensors = safetensors.torch.load_file(folder / "ada" / "model.safetensors")
+embedding = tensors["model.embed_tokens.weight"]
+for name, output in (("copied", embedding.clone()), ("untied", embedding.flip(0).contiguous())):
+    shutil.copytree(folder / "ada", folder / name)
+    safetensors.torch.save_file({**tensors, "lm_head.weight": output}, folder / name / "model.safetensors")
 prompt = "Hello, who are you?"
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "ada")
 expected = {}
@@ -118,6 +124,7 @@ class Resident:
             "arena_fd": self.arena.fd,
             "arena_bytes": self.arena.size_bytes,
             "layout": self.checkpoint.layout_json(),
+            "header": self.checkpoint.layout_json(),
             "side_files": self.checkpoint.side_files(),
             "forms": (self.checkpoint.id,),
         }
@@ -133,7 +140,8 @@ class Resident:
 @pytest.fixture(scope="session")
 def residents(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Resident]:
     root = tmp_path_factory.mktemp("checkpoints")
-    return {name: Resident(made / name, root / name) for name in ("ada", "bob", "llama", "moe", "moe2", "bert", "int8")}
+    names = ("ada", "bob", "llama", "moe", "moe2", "bert", "int8", "copied", "untied")
+    return {name: Resident(made / name, root / name) for name in names}
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -183,7 +191,7 @@ def plain_vllm(
 @pytest.fixture(scope="session")
 def plain(vllm_python: str, compiled: Path, made: Path) -> dict[str, list[list[int]]]:
     """What vLLM answers with its own loader."""
-    names = ["ada", "bob", "llama", "moe", "moe2", "int8"]
+    names = ["ada", "bob", "llama", "moe", "moe2", "int8", "copied", "untied"]
     jobs = [{"model": str(made / name), "load_format": "auto"} for name in names]
     return dict(zip(names, plain_vllm(vllm_python, compiled, jobs), strict=True))
 

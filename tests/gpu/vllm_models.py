@@ -19,12 +19,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
 )
 
 KV_BYTES = 256 << 20
@@ -82,28 +81,33 @@ def make_large(source: Path, folder: Path) -> Path:
 def make_seeing(source: Path, folder: Path) -> Path:
     """Two random models that look at pictures, `one` and `other`: they differ in what they make of what they see."""
     tokenizer = AutoTokenizer.from_pretrained(source)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
-    text = LlamaConfig(
-        vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=256, intermediate_size=512, max_position_embeddings=256,
-        **layers,
+    words = {word: f"<|{word}|>" for word in ("vision_start", "vision_end", "image_pad", "video_pad")}
+    tokenizer.add_special_tokens({"additional_special_tokens": [*words.values()]})
+    token = {word: tokenizer.convert_tokens_to_ids(text) for word, text in words.items()}
+    text = {
+        "vocab_size": -(-len(tokenizer) // 64) * 64, "hidden_size": 256, "intermediate_size": 512,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 10000.0},
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+    }  # fmt: skip
+    config = Qwen2VLConfig(
+        text_config=text, vision_config={"depth": 2, "embed_dim": 128, "num_heads": 2, "hidden_size": 256},
+        vision_start_token_id=token["vision_start"], vision_end_token_id=token["vision_end"],
+        image_token_id=token["image_pad"], video_token_id=token["video_pad"],
     )  # fmt: skip
-    vision = CLIPVisionConfig(hidden_size=128, intermediate_size=256, image_size=28, patch_size=14, **layers)
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_token, image_seq_length=4)
-    pixels = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    processor = LlavaProcessor(
-        image_processor=pixels, tokenizer=tokenizer, patch_size=14, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=tokenizer.chat_template,
+    pixels = {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}
+    processor = Qwen2VLProcessor(
+        Qwen2VLImageProcessor(size=pixels), tokenizer, Qwen2VLVideoProcessor(size=pixels),
+        chat_template=tokenizer.chat_template,
     )  # fmt: skip
     torch.manual_seed(3)
-    model = LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    model = Qwen2VLForConditionalGeneration(config).to(torch.bfloat16)
     for name in ("one", "other"):
         model.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
         with torch.no_grad():
             for part, weight in model.named_parameters():
-                if "projector" in part:
+                if "merger" in part:
                     weight.copy_(torch.randn_like(weight))
     return folder
 

@@ -24,7 +24,7 @@ from flashd.errors import Unsupported
 from flashd.streamer import blake3
 from flashd.units import GiB, MiB
 
-_IMAGE_FORMAT = "1"  # of what flashd/engines/vllm/images.py makes
+_IMAGE_FORMAT = "2"  # of what flashd/engines/vllm/images.py makes
 _ACTIVATION_BYTES = 1 * GiB
 _COMMUNICATION_BYTES = 1 * GiB  # what NCCL and vLLM's own all-reduce take of each of several GPUs
 # Quantisation of which images may be made; whether one is, the engine says (flashd/engines/vllm/quantised.py).

@@ -146,6 +146,14 @@ def has_encoder(model_config: Any) -> bool:
     return any(getattr(model_config, name, False) for name in ("is_multimodal_model", "is_encoder_decoder"))
 
 
+def keep_untied(model_config: Any) -> None:
+    """An output layer that the checkpoint has besides the embedding stays one, also where both have the same values:
+    vLLM 0.32 and newer would make one of them after loading, and a server that is shown an image has loaded nothing to
+    compare."""
+    if hasattr(model_config, "word_embeddings_untied_by_checkpoint"):
+        model_config.word_embeddings_untied_by_checkpoint = False
+
+
 def is_draft(model_config: Any) -> bool:
     """Whether this is the model that guesses ahead for another."""
     return getattr(model_config, "runner_type", "") == "draft"

@@ -29,6 +29,7 @@ import uvicorn
 
 from flashd import config, sandbox
 from flashd.checkpoint import header
+from flashd.checkpoint.files import WEIGHTS
 from flashd.engines.control import Channel, Frame, close_all
 from flashd.engines.gate import Gate
 from flashd.engines.surroundings import OwnMemory, lacks_memory, read_all
@@ -207,6 +208,9 @@ class _Worker:
         Path(_MODEL).mkdir()
         for name, fd in zip(content["side_files"], frame.fds[len(ranks) :], strict=True):
             (Path(_MODEL) / name).write_bytes(read_all(fd))
+        # vLLM looks for dtypes and names where the weights would be: of which layers are quantised, whether there is an
+        # output layer besides the embedding. Whoever looked for more would find that the file ends there.
+        (Path(_MODEL) / WEIGHTS).write_bytes(header.framed(content["header"]))
         _check(ranks)
         self._adapters = [AppliedAdapter.read(setting) for setting in self._options["adapters"]]
         self._handover.hold(ranks)
