@@ -65,7 +65,7 @@ for name, output in (("copied", embedding.clone()), ("untied", embedding.flip(0)
 prompt = "Hello, who are you?"
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "ada")
 expected = {}
-for name in ("ada", "bob", "llama", "moe"):
+for name in ("ada", "bob", "llama", "moe", "copied", "untied"):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / name).eval()
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,

@@ -41,7 +41,7 @@ async def chat(engine: EngineProcess, **changes: Any) -> httpx.Response:
         return await client.post("/v1/chat/completions", json={**WHO, **changes})
 
 
-@pytest.mark.parametrize("name", ["ada", "bob", "llama", "moe"])
+@pytest.mark.parametrize("name", ["ada", "bob", "llama", "moe", "copied", "untied"])
 async def test_answers_are_those_of_transformers(
     name: str, start: Start, residents: Residents, expected: dict[str, Any]
 ) -> None:

@@ -25,6 +25,7 @@ from flashd.compat.language_model import LanguageModel
 from flashd.private_bus import PrivateBus
 
 pytestmark = pytest.mark.timeout(300)
+NAMES = ("ada", "bob", "llama", "int8", "copied", "untied")
 ASK = [{"role": "user", "content": QUESTION}]
 
 
@@ -39,7 +40,7 @@ def manager() -> Iterator[Manager]:
 
 @pytest.fixture(scope="module")
 def daemon(manager: Manager, made: Path, vllm_python: str) -> Iterator[Daemon]:
-    """One whose inbox is empty, with four models, below a service manager."""
+    """One whose inbox is empty, with some models, below a service manager."""
     with tempfile.TemporaryDirectory(prefix="fd-") as folder, PrivateBus(Path(folder)) as bus:
         running = Daemon(bus.address, Path(folder), Path(folder))
         running.config.write_text(
@@ -49,7 +50,7 @@ def daemon(manager: Manager, made: Path, vllm_python: str) -> Iterator[Daemon]:
         start(running, manager)
         try:
             with flashd.connect(bus.address) as client:
-                for name in ("ada", "bob", "llama", "int8"):
+                for name in NAMES:
                     client.import_(made / name, name)
             yield running
         finally:
@@ -72,7 +73,7 @@ def test_a_vllm_started_by_hand_answers_as_with_its_own_loader(
         return {"model": str(made / folder), "load_format": "flash", "model_loader_extra_config": options}
 
     jobs = [
-        *(job(name, model=name) for name in ("ada", "bob", "llama", "int8")),
+        *(job(name, model=name) for name in NAMES),
         job("ada", model="bob"),
         job("ada"),  # the daemon was handed files, not this folder
         job("ada", model="nobody"),
@@ -80,11 +81,12 @@ def test_a_vllm_started_by_hand_answers_as_with_its_own_loader(
         job("ada", bus="unix:path=/nonexistent"),
     ]
     found = plain_vllm(vllm_python, compiled, jobs)
-    assert found[:5] == [plain[name] for name in ("ada", "bob", "llama", "int8", "bob")]
-    assert found[5].startswith("NotFound") and "flash import" in found[5]
-    assert found[6].startswith("NotFound") and "nobody" in found[6]
-    assert found[7].startswith("InvalidArgument") and "modell" in found[7]
-    assert found[8].startswith("Unavailable")
+    *answered, no_folder, nobody, modell, no_bus = found
+    assert answered == [plain[name] for name in (*NAMES, "bob")]
+    assert no_folder.startswith("NotFound") and "flash import" in no_folder
+    assert nobody.startswith("NotFound") and "nobody" in nobody
+    assert modell.startswith("InvalidArgument") and "modell" in modell
+    assert no_bus.startswith("Unavailable")
     assert all(model.leases == 0 for model in client.models()), "what is loaded needs no lease any more"
 
 
