@@ -20,11 +20,11 @@ from flashd.checkpoint.manifest import VOLATILE
 from flashd.cuda import Gpu
 from flashd.engines.engine import NO_OPTIONS, EngineOptions, GpuPlan, RankPlan
 from flashd.engines.process import Settings, ZygoteFactory
+from flashd.engines.vllm import IMAGE_FORMAT
 from flashd.errors import Unsupported
 from flashd.streamer import blake3
 from flashd.units import GiB, MiB
 
-_IMAGE_FORMAT = "2"  # of what flashd/engines/vllm/images.py makes
 _ACTIVATION_BYTES = 1 * GiB
 _COMMUNICATION_BYTES = 1 * GiB  # what NCCL and vLLM's own all-reduce take of each of several GPUs
 # Quantisation of which images may be made; whether one is, the engine says (flashd/engines/vllm/quantised.py).
@@ -114,7 +114,7 @@ class VllmFactory(ZygoteFactory):
                 hint="see engines.vllm.arguments",
             )
         parts = {
-            "format": _IMAGE_FORMAT,
+            "format": IMAGE_FORMAT,
             **build,
             "model": await asyncio.to_thread(self._model_key, checkpoint),
             "checkpoint": checkpoint.id,

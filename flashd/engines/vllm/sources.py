@@ -23,7 +23,7 @@ from flashd import cuda
 from flashd.checkpoint import header as headers
 from flashd.client import Client, Lease
 from flashd.engines.control import close_all
-from flashd.engines.vllm import handover, versions
+from flashd.engines.vllm import IMAGE_FORMAT, handover, versions
 from flashd.engines.vllm.images import ImageWeights
 from flashd.engines.vllm.weights import Wanted, name_of
 from flashd.errors import AlreadyExists, FlashdError
@@ -139,7 +139,11 @@ def shared(wanted: Wanted, config: Any) -> OfUser | None:
         uuids = {gpu.uuid for gpu in cuda.gpus() if gpu.ordinal == torch.cuda.current_device()}
         device = next((found.name for found in client.devices() if found.uuid in uuids and found.kind == "cuda"), "")
         if device:
-            parts = {**versions.weights_depend_on(config), "checkpoint": client.model(name).checkpoint}
+            parts = {
+                **versions.weights_depend_on(config),
+                "checkpoint": client.model(name).checkpoint,
+                "format": IMAGE_FORMAT,
+            }
             build = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
             found = OfUser(client, name, build, device)
             on_error.pop_all()
