@@ -278,7 +278,7 @@ class Supplier:
             layout=first.layout,
             side_files=checkpoint.side_files(),
             digests=checkpoint.manifest.side_files,
-            header=await asyncio.to_thread(checkpoint.layout_json) if starts else "",
+            checkpoint_layout=await asyncio.to_thread(checkpoint.layout_json) if starts and supply.is_image else "",
             devices=tuple(rank.device for rank in plan.ranks) if plan else (),
             is_image=supply.is_image,
             wants_image=plan is not None and plan.makes_image and not supply.is_image,

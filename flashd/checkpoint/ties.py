@@ -37,7 +37,7 @@ def find_ties(source: Source, cancelled: Callable[[], bool] = lambda: False) -> 
                 groups[dtype, shape, sample].append(tensor)
     ties: dict[str, str] = {}
     for alike in groups.values():
-        # Names sort so that `model.embed_tokens.weight` is kept and `lm_head.weight` is the further name.
+        # Most sort so that the embedding is kept (`model.embed_tokens.weight`); `lm_head.weight` is the further name.
         first, *others = alike
         ties |= {other.name: first.name for other in others if _equal(source, first, other, cancelled)}
     return ties

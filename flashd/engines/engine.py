@@ -68,8 +68,8 @@ class Binding:
 
     `arena_fd` stays the caller's. `layout` is the safetensors header as JSON; `side_files` are opened by us and handed
     over as descriptors, so that an engine needs no access to the store; by their `digests` it knows again what it has
-    read before. `names` are what requests may call the model. `header` is the checkpoint's own, as `layout` is, for an
-    engine that starts, which may choose by dtypes and names (vLLM does) and have been given an image; else empty.
+    read before. `names` are what requests may call the model. What an engine builds may depend on the dtypes and names
+    of tensors (vLLM's does), so one that starts with an image is also told the `checkpoint_layout`.
 
     An engine on GPUs, one of `devices` a rank, may be given the image of the checkpoint that its build made before
     (`is_image`), or be asked to make one (`wants_image`): then its answer is a Made, if it can. Of an image, what is
@@ -88,7 +88,7 @@ class Binding:
     layout: str
     side_files: Mapping[str, Path]
     digests: Mapping[str, str]
-    header: str = ""
+    checkpoint_layout: str = ""
     devices: tuple[str, ...] = ()
     is_image: bool = False
     wants_image: bool = False

@@ -226,7 +226,7 @@ class EngineProcess:
             "arena_bytes": binding.arena_bytes,
             "layout": binding.layout,
             "side_files": {name: binding.digests[name] for name in sorted(binding.side_files)},
-            "header": binding.header,
+            "checkpoint_layout": binding.checkpoint_layout,
             "devices": list(binding.devices),
             "is_image": binding.is_image,
             "wants_image": binding.wants_image,

@@ -124,7 +124,6 @@ class Resident:
             "arena_fd": self.arena.fd,
             "arena_bytes": self.arena.size_bytes,
             "layout": self.checkpoint.layout_json(),
-            "header": self.checkpoint.layout_json(),
             "side_files": self.checkpoint.side_files(),
             "forms": (self.checkpoint.id,),
         }

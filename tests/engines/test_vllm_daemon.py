@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -131,6 +132,38 @@ def test_what_takes_no_other_weights_in_place_is_started_anew_and_answers_exactl
         assert [output.outputs[0].token_ids for output in found] == plain["int8"]
     client.park()
     assert not [engine for engine in client.engines() if engine.model == "int8"], "what cannot be parked is stopped"
+
+
+def test_an_output_layer_of_its_own_is_used_whatever_the_config_says(
+    daemon: Daemon, client: Client, plain: dict[str, Any]
+) -> None:
+    assert plain["copied"] == plain["ada"] != plain["untied"]
+    for name in ("untied", "copied"):
+        client.swap(name, engine="vllm")
+        model = LanguageModel(lambda: flashd.connect(daemon.address), name, "vllm")
+        found = model.generate(PROMPTS, SimpleNamespace(temperature=0, max_tokens=16))
+        assert [output.outputs[0].token_ids for output in found] == plain[name]
+
+
+def test_vllm_tells_models_apart_and_does_not_tie_what_is_not_tied(vllm_python: str, made: Path) -> None:
+    code = """
+import sys
+from vllm.engine.arg_utils import AsyncEngineArgs
+from flashd.engines.vllm import versions
+
+def config(model):
+    arguments = versions.parse(["--model", sys.argv[1], "--additional-config", '{"of": "the user"}'])
+    versions.tell_apart(arguments, model)
+    return AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+
+one, same, other = config("one"), config("one"), config("other")
+print(*(one.compute_hash() == another.compute_hash() for another in (same, other)), one.additional_config["of"])
+print(one.model_config.word_embeddings_untied_by_checkpoint)
+versions.keep_untied(one.model_config)
+print(one.model_config.word_embeddings_untied_by_checkpoint)
+"""
+    done = subprocess.run([vllm_python, "-c", code, made / "copied"], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-3:] == ["True False the user", "True", "False"], done.stderr
 
 
 def test_vllms_further_parameters(daemon: Daemon, client: Client) -> None:

@@ -147,18 +147,6 @@ async def test_an_output_layer_of_its_own_is_used_whatever_the_config_says(
         assert await answers(await start(residents[name].binding())) == plain[name]
 
 
-async def test_equal_output_layers_are_not_made_one(vllm_python: str, made: Path) -> None:
-    """A server by hand sees the folder as it is; its image is taken by others, which have not looked at its weights."""
-    code = (
-        "import sys; from vllm.config import ModelConfig, VllmConfig; from flashd.engines.vllm import versions\n"
-        "model = VllmConfig(model_config=ModelConfig(model=sys.argv[1])).model_config\n"
-        "print(model.word_embeddings_untied_by_checkpoint)\n"
-        "versions.keep_untied(model); print(model.word_embeddings_untied_by_checkpoint)"
-    )
-    done = subprocess.run([vllm_python, "-c", code, made / "copied"], capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-2:] == ["True", "False"]
-
-
 async def test_names_follow_the_binding(start: Start, residents: Residents) -> None:
     engine = await start(residents["ada"].binding())
     assert (await chat(engine)).json()["choices"][0]["message"]["content"] == INTRODUCTION

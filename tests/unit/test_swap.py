@@ -650,6 +650,21 @@ async def test_an_image_is_made_once_and_mapped_from_then_on(targets: dict[str, 
     world.ended()
 
 
+async def test_an_engine_that_starts_with_an_image_is_told_the_layout_of_the_checkpoint(
+    targets: dict[str, Target],
+) -> None:
+    world = World(gpus=1)
+    for is_image in (False, True):
+        await world.swapper.swap(targets["a1"])
+        (seat,) = world.swapper.seats
+        binding = seat.engine.binding  # type: ignore[attr-defined]
+        assert binding.is_image is is_image
+        assert binding.checkpoint_layout == (targets["a1"].checkpoint.layout_json() if is_image else "")
+        await world.swapper.stop_engine(seat.engine.number)
+    await world.swapper.close()
+    world.ended()
+
+
 async def test_a_parked_engine_makes_the_image_of_a_new_model_and_the_first_swap_maps_it(
     targets: dict[str, Target],
 ) -> None:

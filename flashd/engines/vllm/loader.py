@@ -56,8 +56,9 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
             is_part = versions.is_part_of_target(model_config, vllm_config)
             load = super().load_model if is_part else versions.own_loader(self.load_config).load_model
             return load(vllm_config, model_config, *arguments, **options)
-        versions.keep_untied(model_config)
         source = sources.source(self._wanted, vllm_config)
+        if source is not None:
+            versions.keep_untied(model_config)
         has_image = source is not None and bool(source.layout)
         # Of a server's ranks each has asked by itself. A part of an image is of use only with all others.
         self._is_image = versions.all_agree(has_image)

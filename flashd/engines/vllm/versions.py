@@ -86,6 +86,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parsed
 
 
+def tell_apart(arguments: argparse.Namespace, model: str) -> None:
+    """What vLLM compiles for one model is not taken for another of the same config with other layers quantised: it
+    keeps that under a hash of what it is told, of which `model` is a part now; the path is the same for all."""
+    arguments.additional_config = {**(arguments.additional_config or {}), "flashd_model": model}
+
+
 def _refuse(message: str) -> None:
     raise ValueError(message)
 

@@ -33,7 +33,7 @@ from flashd.checkpoint.files import WEIGHTS
 from flashd.engines.control import Channel, Frame, close_all
 from flashd.engines.gate import Gate
 from flashd.engines.surroundings import OwnMemory, lacks_memory, read_all
-from flashd.engines.vllm import adapters, handover, versions
+from flashd.engines.vllm import adapters, folder, handover, versions
 from flashd.engines.vllm.adapters import AppliedAdapter
 from flashd.engines.vllm.guard import Guard
 from flashd.engines.vllm.handover import Handover
@@ -41,7 +41,7 @@ from flashd.engines.vllm.plugin import LOAD_FORMAT
 from flashd.errors import EngineFailed, FlashdError, Unsupported
 from flashd.units import MiB
 
-# The folder of side files, in the scratch folder, which is the working directory. The path is a part of the key under
+# The model's folder, in the scratch folder, which is the working directory. The path is a part of the key under
 # which vLLM keeps what it compiled: one that stays, or nothing is found again.
 _MODEL = "./model"
 _EXTENSION = "flashd.engines.vllm.extension.Extension"
@@ -208,18 +208,19 @@ class _Worker:
         Path(_MODEL).mkdir()
         for name, fd in zip(content["side_files"], frame.fds[len(ranks) :], strict=True):
             (Path(_MODEL) / name).write_bytes(read_all(fd))
-        # vLLM looks for dtypes and names where the weights would be: of which layers are quantised, whether there is an
-        # output layer besides the embedding. Whoever looked for more would find that the file ends there.
-        (Path(_MODEL) / WEIGHTS).write_bytes(header.framed(content["header"]))
+        tensors = folder.listed(content["checkpoint_layout"] or content["layout"])
+        (Path(_MODEL) / WEIGHTS).write_bytes(header.framed(json.dumps(tensors)))
         _check(ranks)
         self._adapters = [AppliedAdapter.read(setting) for setting in self._options["adapters"]]
         self._handover.hold(ranks)
         close_all(frame.fds)
         try:
-            return versions.parse([*vllm_arguments(content["names"], self._options, self._adapters)])
+            arguments = versions.parse([*vllm_arguments(content["names"], self._options, self._adapters)])
         except ValueError as error:
             hint = "see engines.vllm.arguments, and arguments of the model itself"
             raise EngineFailed(str(error), hint=hint) from None
+        versions.tell_apart(arguments, folder.digest(tensors))
+        return arguments
 
     async def _take(self, frame: Frame) -> None:
         """Other weights, in place. What is wrong with them in itself is found before anything is touched; where
