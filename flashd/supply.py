@@ -261,7 +261,10 @@ class Supplier:
         return needed_bytes
 
     async def binding(self, target: Target, supply: Supply, *, starts: bool = False) -> Binding:
-        """What an engine is told of it; more if it `starts`. Raises CorruptCheckpoint."""
+        """What an engine is told of it: if it `starts`, the checkpoint's layout besides an image's.
+
+        Raises CorruptCheckpoint.
+        """
         checkpoint, plan = target.checkpoint, supply.plan
         layouts = supply.layouts or [await asyncio.to_thread(checkpoint.layout_json)]
         first, *further = (

@@ -143,24 +143,37 @@ def test_an_output_layer_of_its_own_is_used_whatever_the_config_says(
         model = LanguageModel(lambda: flashd.connect(daemon.address), name, "vllm")
         found = model.generate(PROMPTS, SimpleNamespace(temperature=0, max_tokens=16))
         assert [output.outputs[0].token_ids for output in found] == plain[name]
+    for engine in client.engines():
+        if engine.model in ("untied", "copied"):
+            client.stop_engine(engine)
 
 
 def test_vllm_tells_models_apart_and_does_not_tie_what_is_not_tied(vllm_python: str, made: Path) -> None:
+    """The image of a server by hand is taken by others, which have not looked at the weights."""
     code = """
 import sys
+from types import SimpleNamespace
+from torch import nn
 from vllm.engine.arg_utils import AsyncEngineArgs
-from flashd.engines.vllm import versions
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from flashd.engines.vllm import loader, versions
 
 def config(model):
     arguments = versions.parse(["--model", sys.argv[1], "--additional-config", '{"of": "the user"}'])
     versions.tell_apart(arguments, model)
     return AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
 
+def load_model(self, config, model_config):
+    print(model_config.word_embeddings_untied_by_checkpoint)
+    return nn.Module()
+
 one, same, other = config("one"), config("one"), config("other")
 print(*(one.compute_hash() == another.compute_hash() for another in (same, other)), one.additional_config["of"])
-print(one.model_config.word_embeddings_untied_by_checkpoint)
-versions.keep_untied(one.model_config)
-print(one.model_config.word_embeddings_untied_by_checkpoint)
+BaseModelLoader.load_model, versions.all_agree = load_model, bool
+sharing = SimpleNamespace(layout="", wants_image=False, loaded=lambda: None)
+for source in (None, sharing):
+    loader.sources.source = lambda *wanted: source
+    loader.FlashLoader(one.load_config).load_model(one, one.model_config)
 """
     done = subprocess.run([vllm_python, "-c", code, made / "copied"], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-3:] == ["True False the user", "True", "False"], done.stderr

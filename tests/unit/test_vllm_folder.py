@@ -25,11 +25,12 @@ def layout(tensors: dict[str, str], aliases: dict[str, str] | None = None, **met
         ("model.embed_tokens.weight", "lm_head.weight", {"model.embed_tokens.weight"}),
         ("lm_head.weight", "backbone.embeddings.weight", {"backbone.embeddings.weight"}),
         ("transformer.wte.weight", "lm_head.weight", {"transformer.wte.weight"}),
+        ("shared.weight", "lm_head.weight", {"shared.weight"}),
         ("model.mtp.head.weight", "lm_head.weight", {"model.mtp.head.weight", "lm_head.weight"}),
         ("model.layers.1.up.qweight", "model.layers.0.up.qweight",
          {"model.layers.1.up.qweight", "model.layers.0.up.qweight"}),
     ],
-    ids=["tied", "tied-the-other-way-round", "gpt2", "a-head-of-its-own-that-another-shares", "equal-layers"],
+    ids=["tied", "tied-the-other-way-round", "gpt2", "t5", "a-head-of-its-own-that-another-shares", "equal-layers"],
 )  # fmt: skip
 def test_all_names_but_that_of_an_output_layer_which_is_the_embedding(kept: str, alias: str, listed: set[str]) -> None:
     found = folder.listed(layout({kept: "BF16", "norm": "F32"}, {alias: kept}))

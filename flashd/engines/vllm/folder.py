@@ -2,7 +2,7 @@
 """What does vLLM find in a model's folder where weights would be? The header of a safetensors file, without the data.
 
 By it vLLM tells which layers are quantised (GPTQ, AWQ), the dtype if the config has none, and whether there is an
-output layer besides the embedding. Whoever looked for more would find that the file ends there.
+output layer besides the embedding. Whoever reads on finds no data, which safetensors refuses.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flashd.checkpoint.header import ALIASES, METADATA
 
 Listed = Mapping[str, Mapping[str, Any]]
 _OUTPUT = "lm_head.weight"
-_EMBEDDING = ("emb", "wte")  # in the names of input embeddings, whatever the architecture
+_EMBEDDING = ("emb", "wte", "shared.weight")  # in the names of input embeddings, whatever the architecture
 
 
 def listed(layout: str) -> Listed:

@@ -87,8 +87,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def tell_apart(arguments: argparse.Namespace, model: str) -> None:
-    """What vLLM compiles for one model is not taken for another of the same config with other layers quantised: it
-    keeps that under a hash of what it is told, of which `model` is a part now; the path is the same for all."""
+    """vLLM finds what it compiled by a hash of its settings, and the path of a model is the same for all of ours. So
+    the hash gets `model` as well: configs may be equal where different layers are quantised."""
     arguments.additional_config = {**(arguments.additional_config or {}), "flashd_model": model}
 
 
@@ -153,9 +153,8 @@ def has_encoder(model_config: Any) -> bool:
 
 
 def keep_untied(model_config: Any) -> None:
-    """An output layer that the checkpoint has besides the embedding stays one, also where both have the same values:
-    vLLM 0.32 and newer would make one of them after loading, and a server that is shown an image has loaded nothing to
-    compare."""
+    """Keeps an output layer that the checkpoint has besides the embedding, even if both have the same values: vLLM 0.32
+    and newer would make one of them after loading, but a server that is shown an image has nothing to compare."""
     if hasattr(model_config, "word_embeddings_untied_by_checkpoint"):
         model_config.word_embeddings_untied_by_checkpoint = False
 

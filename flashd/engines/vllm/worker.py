@@ -208,7 +208,7 @@ class _Worker:
         Path(_MODEL).mkdir()
         for name, fd in zip(content["side_files"], frame.fds[len(ranks) :], strict=True):
             (Path(_MODEL) / name).write_bytes(read_all(fd))
-        tensors = folder.listed(content["checkpoint_layout"] or content["layout"])
+        tensors = folder.listed(content["checkpoint_layout" if content["is_image"] else "layout"])
         (Path(_MODEL) / WEIGHTS).write_bytes(header.framed(json.dumps(tensors)))
         _check(ranks)
         self._adapters = [AppliedAdapter.read(setting) for setting in self._options["adapters"]]
