@@ -260,11 +260,8 @@ class Supplier:
             need(place, rank.working_bytes + weights_bytes + (rank.starting_bytes if starts else 0))
         return needed_bytes
 
-    async def binding(self, target: Target, supply: Supply, *, starts: bool = False) -> Binding:
-        """What an engine is told of it: if it `starts`, the checkpoint's layout besides an image's.
-
-        Raises CorruptCheckpoint.
-        """
+    async def binding(self, target: Target, supply: Supply) -> Binding:
+        """What an engine is told of it."""
         checkpoint, plan = target.checkpoint, supply.plan
         layouts = supply.layouts or [await asyncio.to_thread(checkpoint.layout_json)]
         first, *further = (
@@ -281,7 +278,6 @@ class Supplier:
             layout=first.layout,
             side_files=checkpoint.side_files(),
             digests=checkpoint.manifest.side_files,
-            checkpoint_layout=await asyncio.to_thread(checkpoint.layout_json) if starts and supply.is_image else "",
             devices=tuple(rank.device for rank in plan.ranks) if plan else (),
             is_image=supply.is_image,
             wants_image=plan is not None and plan.makes_image and not supply.is_image,

@@ -348,16 +348,18 @@ class Swapper:
             if seat.engine.state is EngineState.PARKED and await self._woken(seat, target, supply, binding):
                 return How.WAKE, seat.engine
         try:
-            return How.START, await self._started(target, supply)
+            return How.START, await self._started(target, supply, binding)
         except EngineOutOfMemory as error:
             # What parked engines take beside their weights is in no ledger.
             if not await self._stop_parked(len(self._parked)):
                 raise
             log.warning("parked engines were stopped, for %s", error.message)
-            return How.START, await self._started(target, supply)
+            return How.START, await self._started(target, supply, binding)
 
-    async def _started(self, target: Target, supply: Supply) -> Engine:
-        binding = await self._supplier.binding(target, supply, starts=True)
+    async def _started(self, target: Target, supply: Supply, binding: Binding) -> Engine:
+        if binding.is_image:
+            layout = await asyncio.to_thread(target.checkpoint.layout_json)
+            binding = replace(binding, checkpoint_layout=layout)
         engine = self._factories[target.engine_kind].create(target.options)
         engine.on_exit = lambda last_words: self._report_exit(engine, last_words)
         try:

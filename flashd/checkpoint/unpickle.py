@@ -41,8 +41,8 @@ _DTYPES = {
 # The youngest of them are not in every torch that will do.
 DTYPES = {getattr(torch, name): dtype for name, dtype in _DTYPES.items() if hasattr(torch, name)}
 # Where trainers put the weights in a larger dictionary.
-_WANTED = re.compile(r"GLOBAL (\S+)")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights", "params")
+_WANTED = re.compile(r"GLOBAL (\S+)")  # in what torch says of a pickle that calls something
 MAX_DEPTH = 4
 PART_BYTES = 64 << 20
 

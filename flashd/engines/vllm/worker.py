@@ -208,9 +208,9 @@ class _Worker:
         Path(_MODEL).mkdir()
         for name, fd in zip(content["side_files"], frame.fds[len(ranks) :], strict=True):
             (Path(_MODEL) / name).write_bytes(read_all(fd))
+        _check(ranks)
         tensors = folder.listed(content["checkpoint_layout" if content["is_image"] else "layout"])
         (Path(_MODEL) / WEIGHTS).write_bytes(header.framed(json.dumps(tensors)))
-        _check(ranks)
         self._adapters = [AppliedAdapter.read(setting) for setting in self._options["adapters"]]
         self._handover.hold(ranks)
         close_all(frame.fds)
