@@ -1,102 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holds a hundred models on one machine and switches between them while you watch.
+"""Keeps a hundred models on one machine and switches between them in moments.
 
 import flashd
 
 with flashd.connect() as client:
     client.swap("Qwen/Qwen3-0.6B")
     print(client.chat("Qwen/Qwen3-0.6B", [{"role": "user", "content": "Who are you?"}]))
+
+Everything here is imported on first use, so that `import flashd` takes a millisecond. Code inside the package imports
+the modules themselves, never from here.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flashd import errors
-from flashd.errors import FlashdError
+from flashd._version import __version__
 
 if TYPE_CHECKING:
-    from flashd.client import Client, Engine, Job, Lease, Model, Status, SwapOutcome
-    from flashd.compat import flash
-    from flashd.compat.session import (
-        activate_vllm_integration,
-        cleanup_gpu,
-        configure,
-        get_model_info,
-        list_models,
-        load_model,
-        register_model,
-        shutdown_server,
-    )
-    from flashd.state_dicts import load_dict, load_dict_non_blocking, save_dict
+    from flashd import errors
+    from flashd.client.client import Client, Job, Lease, connect
+    from flashd.client.results import Device, Engine, Environment, Event, Model, Status, SwapOutcome
+    from flashd.client.state_dicts import load_dict, load_dict_non_blocking, save_dict
+    from flashd.errors import FlashdError
+    from flashd.hub import PullOutcome
 
-__version__ = "0.1.0"
 __all__ = [
     "Client",
+    "Device",
     "Engine",
+    "Environment",
+    "Event",
     "FlashdError",
     "Job",
     "Lease",
     "Model",
+    "PullOutcome",
     "Status",
     "SwapOutcome",
     "__version__",
-    "activate_vllm_integration",
-    "cleanup_gpu",
-    "configure",
     "connect",
     "errors",
-    "flash",
-    "get_model_info",
-    "list_models",
     "load_dict",
     "load_dict_non_blocking",
-    "load_model",
-    "register_model",
     "save_dict",
-    "shutdown_server",
 ]
-_STATE_DICTS = {"load_dict", "load_dict_non_blocking", "save_dict"}
-# flashtensors' interface, which is here under the same names: flashd/compat.
-_FAMILIAR = {
-    "activate_vllm_integration", "cleanup_gpu", "configure", "get_model_info", "list_models", "load_model",
-    "register_model", "shutdown_server",
-}  # fmt: skip
-
-
-def connect(
-    address: str | None = None,
-    *,
-    server_host: str | None = None,  # noqa: ARG001
-    server_port: int | None = None,  # noqa: ARG001
-) -> Client:
-    """A client of the daemon at `address` (`session`, `system` or a D-Bus address).
-
-    By default: $FLASHD_BUS_ADDRESS if it is set, else the first of the private bus that `flash start` made, the session
-    bus and the system bus that has a flashd. Raises Unavailable if none has. `server_host` and `server_port` are
-    flashtensors', and mean nothing: flashd listens on no network.
-    """
-    from flashd import client
-
-    return client.connect(address)
+_RESULTS = "flashd.client.results"
+_HOMES = {
+    **dict.fromkeys(["Device", "Engine", "Environment", "Event", "Model", "Status", "SwapOutcome"], _RESULTS),
+    "FlashdError": "flashd.errors",
+    "PullOutcome": "flashd.hub",
+    "load_dict": "flashd.client.state_dicts",
+    "load_dict_non_blocking": "flashd.client.state_dicts",
+    "save_dict": "flashd.client.state_dicts",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """What takes longer to import, when first asked for: importing flashd itself takes a few milliseconds."""
-    if name in _STATE_DICTS:
-        from flashd import state_dicts
+    """Imports the object called `name`."""
+    if name not in __all__:
+        raise AttributeError(f"module 'flashd' has no attribute {name!r}")
+    if name == "errors":
+        return import_module("flashd.errors")
+    return getattr(import_module(_HOMES.get(name, "flashd.client.client")), name)
 
-        return getattr(state_dicts, name)
-    if name in _FAMILIAR:
-        from flashd.compat import session
 
-        return getattr(session, name)
-    if name == "flash":
-        from flashd.compat import flash
-
-        return flash
-    if name in __all__:
-        from flashd import client
-
-        return getattr(client, name)
-    raise AttributeError(f"module 'flashd' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return __all__

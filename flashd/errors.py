@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong, once, for the bus, the CLI and the Python API.
+"""Errors, defined once for the bus, the command line and the Python API.
 
     FlashdError                       exit  when
     ├── InvalidArgument                2    the request itself makes no sense
@@ -15,34 +15,38 @@
     ├── TransferFailed                11    the operating system refused a read or write
     ├── EngineFailed                  12    an inference process died or refused
     │   ├── Unsupported               12    no engine here can run this architecture
-    │   └── EngineOutOfMemory         10    what it needs besides weights is not there
-    ├── Unavailable                   13    the daemon, or the bus itself, is not there
-    ├── Cancelled                     14    somebody asked for that
-    ├── DeviceFailed                  15    a GPU or its driver refused
-    ├── LimitExceeded                 16    the caller has too much under way at once
-    └── Internal                      70    a defect of ours; the journal has the traceback
+    │   └── EngineOutOfMemory         10    no memory for what it needs besides weights
+    ├── Unavailable                   13    the daemon, the bus, the hub or an engine's software is missing
+    ├── Cancelled                     14    the operation was cancelled
+    ├── DeviceFailed                  15    a GPU or its driver reported an error
+    ├── LimitExceeded                 16    the caller has too many operations in progress
+    └── Internal                      70    a bug in flashd; the journal has the traceback
 
-Every error says what happened and, in `hint`, what to do about it. Both travel over D-Bus in one string, since that is
-all that GLib, sd-bus and gdbus show of an error: the message in its first line, the hint in those after it. The error's
-name is `org.flashd1.Error.<class name>`.
+Every error says what happened and, in `hint`, what to do about it. Over D-Bus both are one string, because GLib, sd-bus
+and gdbus show no more of an error: the message is its first line, the hint the following lines. The error's name is
+`org.flashd1.Error.<class name>`.
+
+Messages quote file names, requests and models' files, so every error escapes and shortens its text.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
+from flashd.legible import legible
+
 BUS_PREFIX = "org.flashd1.Error."
 
 
 class FlashdError(Exception):
-    """Base of all errors raised on purpose; never raised itself."""
+    """Base of all errors that flashd raises deliberately; never raised itself."""
 
     exit_status: ClassVar[int] = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = legible(" ".join(message.split("\n")))
+        self.hint = legible(hint, keep="\n")
+        super().__init__(self.message)
 
     @classmethod
     def bus_name(cls) -> str:
@@ -52,8 +56,8 @@ class FlashdError(Exception):
         return f"{self.message}\n{self.hint}" if self.hint else self.message
 
     def to_bus(self) -> str:
-        """The message in one line, then the hint."""
-        return "\n".join(filter(None, [" ".join(self.message.split("\n")), self.hint]))
+        """Formats the error for the bus: the message in one line, then the hint."""
+        return "\n".join(filter(None, [self.message, self.hint]))
 
 
 class InvalidArgument(FlashdError):
@@ -81,7 +85,7 @@ class InvalidSource(FlashdError):
 
 
 class BaseMissing(InvalidSource):
-    """`recorded` is what the adapter calls its base; it does not travel over the bus."""
+    """Raised for an adapter without its base. `recorded` is its name in the adapter, which is not sent over the bus."""
 
     exit_status = 7
 
@@ -144,7 +148,7 @@ def _subclasses(cls: type[FlashdError]) -> list[type[FlashdError]]:
 
 
 def from_bus(name: str, message: str, hint: str = "") -> FlashdError:
-    """The error that a D-Bus error reply of this name stands for; `Internal` for names that are not ours."""
+    """Returns the error for a D-Bus error reply of this name; `Internal` for a name that is not ours."""
     for cls in _subclasses(FlashdError):
         if cls.bus_name() == name:
             return cls(message, hint=hint)

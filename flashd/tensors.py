@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How do the bytes of an arena become torch tensors without a copy?
+"""Makes torch tensors over the bytes of an arena, without a copy.
 
-Imports torch only when called: clients that do not ask for tensors do not need it.
+torch is imported in functions only, because clients that use no tensors do not need it.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flashd import cuda
+from flashd.checkpoint.dtypes import DTYPES
 from flashd.checkpoint.header import ALIASES, Header
 from flashd.errors import DeviceFailed, InvalidArgument, OutOfMemory, Unsupported
+from flashd.io import cuda
 from flashd.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
 
-    from flashd.streamer import Extent
+    from flashd.io.streamer import Extent
 
-DTYPES = "flashd.dtypes"  # in the metadata: a JSON object from names of tensors to what torch calls their dtype
+DTYPES_KEY = "flashd.dtypes"  # in the metadata: a JSON object from names of tensors to torch's names of their dtypes
 
 
 @dataclass(frozen=True, slots=True)
 class StandIn:
-    """How a tensor of a dtype that safetensors does not know is stored: as another dtype, of a longer shape."""
+    """The stored form of a dtype unknown to safetensors: another dtype, with a longer shape."""
 
     dtype: str
     shape_suffix: tuple[int, ...] = ()
@@ -50,17 +51,17 @@ STAND_INS = {
 
 
 def torch_tensors(base: torch.Tensor, layout: Header) -> dict[str, torch.Tensor]:
-    """Tensors by name over the data region of a checkpoint, tied ones under all their names.
+    """Returns tensors by name over the data region of a checkpoint, tied tensors under all their names.
 
-    They keep the region alive and are for reading: the mapping is read-only, so writing to one ends the process
-    (SIGSEGV), or, on a GPU, the use of its context. Raises Unsupported for dtypes that torch has not (F4, F6).
+    The tensors keep the region alive. The mapping is read-only, so writing to one ends the process (SIGSEGV) or, on a
+    GPU, makes its context unusable. Raises Unsupported for dtypes that torch lacks (F4, F6).
     """
     typed = functools.cache(lambda dtype: base[: len(base) // dtype.itemsize * dtype.itemsize].view(dtype))
 
     def place(extent: Extent, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        """One call of torch's a tensor: a model has hundreds, and a lease of it is to cost milliseconds."""
+        """Places a tensor with a single call of torch, so that a lease of hundreds of tensors takes milliseconds."""
         if extent.offset % dtype.itemsize:
-            return base[extent.offset : extent.end].view(dtype).view(shape)  # torch says what is wrong with it
+            return base[extent.offset : extent.end].view(dtype).view(shape)  # torch's own error says what is wrong
         whole: torch.Tensor = typed(dtype)
         strides = tuple(itertools.accumulate(shape[:0:-1], operator.mul, initial=1))[::-1] if shape else ()
         return whole.as_strided(shape, strides, whole.storage_offset() + extent.offset // dtype.itemsize)
@@ -71,7 +72,7 @@ def torch_tensors(base: torch.Tensor, layout: Header) -> dict[str, torch.Tensor]
 def named_tensors(
     layout: Header, place: Callable[[Extent, torch.dtype, tuple[int, ...]], torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Tensors by name, each where `place` says that its extent is; otherwise like `torch_tensors`."""
+    """Returns tensors by name like `torch_tensors`, each of them made by `place` from its extent."""
     dtypes = stood_in_for(layout)
     tensors = {}
     for info in layout.tensors:
@@ -84,14 +85,15 @@ def named_tensors(
 
 
 def mapped(fd: int, size_bytes: int, mapped_bytes: int, *, memory: str, gpu_uuid: str) -> torch.Tensor:
-    """One tensor of bytes over a leased arena, on the GPU of that uuid.
+    """Maps a leased arena as one tensor of bytes, on the GPU with this UUID.
 
-    `memory` says what the descriptor is of: host, or cuda. Raises DeviceFailed if this process has no such GPU.
+    `memory` is the kind of memory behind the descriptor: "host" or "cuda". Raises DeviceFailed if this process has no
+    such GPU.
     """
     gpu = next((gpu for gpu in cuda.gpus() if gpu.uuid == gpu_uuid), None)
     if gpu is None:
-        reason = cuda.why_none() or "CUDA_VISIBLE_DEVICES hides it from this process"
-        raise DeviceFailed(f"the weights are on GPU {gpu_uuid}, which is not to be used here", hint=reason)
+        reason = cuda.why_none() or "include this GPU in CUDA_VISIBLE_DEVICES, or unset that variable"
+        raise DeviceFailed(f"the weights are on GPU {gpu_uuid}, which this process cannot use", hint=reason)
     cuda.enter(gpu.ordinal)
     with contextlib.ExitStack() as on_error:
         mapping: cuda.Mapping | cuda.HostView
@@ -105,13 +107,13 @@ def mapped(fd: int, size_bytes: int, mapped_bytes: int, *, memory: str, gpu_uuid
             mapping = registration = on_error.enter_context(cuda.Registration(gpu.ordinal, fd, mapped_bytes))
             address = registration.device_address
         tensor = device_bytes_tensor(mapping, address, size_bytes, gpu.ordinal)
-        if size_bytes:  # the tensor keeps it from here on
+        if size_bytes:  # the tensor owns it from here on
             on_error.pop_all()
         return tensor
 
 
 def bytes_tensor(region: memoryview) -> torch.Tensor:
-    """One tensor of bytes over all of a region, sharing its memory."""
+    """Makes one tensor of bytes over all of a region, sharing its memory."""
     import torch
 
     if not len(region):
@@ -122,15 +124,17 @@ def bytes_tensor(region: memoryview) -> torch.Tensor:
 
 
 def private_bytes_tensor(fd: int, size_bytes: int) -> torch.Tensor:
-    """One tensor of bytes over an arena in host memory, mapped privately: whoever writes to it changes their own copy
-    of that page. The descriptor stays the caller's. Raises InvalidArgument if the arena is shorter than that, and
-    OutOfMemory."""
+    """Maps an arena in host memory privately, as one tensor of bytes: writes change this process's copy of a page.
+
+    The caller still has to close the descriptor. Raises InvalidArgument if the arena is shorter than `size_bytes`, or
+    OutOfMemory.
+    """
     import torch
 
     if not size_bytes:
         return torch.empty(0, dtype=torch.uint8)
-    if os.fstat(fd).st_size < size_bytes:  # a page beyond the end of a file is a SIGBUS
-        raise InvalidArgument(f"the arena has {os.fstat(fd).st_size} bytes, and its layout says {size_bytes}")
+    if os.fstat(fd).st_size < size_bytes:  # reading a page beyond the end of the file would raise SIGBUS
+        raise InvalidArgument(f"the arena has {os.fstat(fd).st_size} bytes, but its layout {size_bytes}")
     with mapping_of(size_bytes):
         mapping = mmap.mmap(fd, size_bytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
     return bytes_tensor(memoryview(mapping))
@@ -138,19 +142,21 @@ def private_bytes_tensor(fd: int, size_bytes: int) -> torch.Tensor:
 
 @contextlib.contextmanager
 def mapping_of(size_bytes: int) -> Iterator[None]:
-    """Raises OutOfMemory if the kernel maps nothing so large."""
+    """Turns the kernel's refusal to map memory of this size into OutOfMemory."""
     try:
         yield
     except OSError as error:
-        hint = "this process may not take more (ulimit -v), or the machine has no more"
+        hint = "raise the limit of the process (ulimit -v), or free memory of the machine"
         raise OutOfMemory(f"{format_bytes(size_bytes)} of memory: {error.strerror}", hint=hint) from None
 
 
 def device_bytes_tensor(
     mapping: cuda.Window | cuda.HostView, address: int, size_bytes: int, ordinal: int
 ) -> torch.Tensor:
-    """One tensor of bytes over memory that is mapped for a GPU; the mapping is closed when the last tensor over it is
-    gone and the GPU has done with it."""
+    """Makes one tensor of bytes over memory that is mapped for a GPU.
+
+    The mapping is closed when the last tensor over it is gone and the GPU's work on it has ended.
+    """
     import torch
 
     if not size_bytes:
@@ -159,18 +165,18 @@ def device_bytes_tensor(
 
 
 class _DeviceBytes:
-    """What torch takes tensors from (Numba's CUDA array interface, version 3), and keeps as long as they live."""
+    """Memory as torch accepts it for a tensor (Numba's CUDA array interface, version 3). The tensor keeps it alive."""
 
     def __init__(self, mapping: cuda.Window | cuda.HostView, address: int, size_bytes: int, ordinal: int) -> None:
         self.__cuda_array_interface__ = {
             "shape": (size_bytes,),
             "typestr": "|u1",
-            "data": (address, False),  # torch refuses to hear of memory that is for reading only
+            "data": (address, False),  # torch rejects memory declared as read-only
             "strides": None,
             "version": 3,
         }
         self._finalizer = weakref.finalize(self, _end, mapping, ordinal)
-        self._finalizer.atexit = False  # the driver is gone by then, and takes all mappings with it
+        self._finalizer.atexit = False  # the driver has ended by then, and all mappings with it
 
 
 def _end(mapping: cuda.Window | cuda.HostView, ordinal: int) -> None:
@@ -179,14 +185,14 @@ def _end(mapping: cuda.Window | cuda.HostView, ordinal: int) -> None:
 
 
 def aliases(layout: Header) -> Mapping[str, str]:
-    """Further name → stored name, of tensors that are stored once."""
+    """Maps additional names of tied tensors to the stored names."""
     found = json.loads(layout.metadata.get(ALIASES, "{}"))
     return {alias: name for alias, name in found.items() if isinstance(name, str)}
 
 
 def stood_in_for(layout: Header) -> Mapping[str, str]:
-    """Name → torch's name of the dtype, for tensors that are stored as another."""
-    found: dict[str, str] = json.loads(layout.metadata.get(DTYPES, "{}"))
+    """Maps names of tensors that are stored as another dtype to torch's name of their own dtype."""
+    found: dict[str, str] = json.loads(layout.metadata.get(DTYPES_KEY, "{}"))
     sound = isinstance(found, dict) and all(isinstance(dtype, str) for dtype in found.values())
     stored = {info.name: (info.dtype, info.shape) for info in layout.tensors}
     for name, dtype in found.items() if sound else ():
@@ -195,7 +201,9 @@ def stood_in_for(layout: Header) -> Mapping[str, str]:
         if stand_in is None or kind != stand_in.dtype or not _ends_with(shape, stand_in.shape_suffix):
             sound = False
     if not sound:
-        raise Unsupported(f"{DTYPES} says what cannot be", hint="a newer flashd may have written it: update this one")
+        raise Unsupported(
+            f"{DTYPES_KEY} says what cannot be", hint="update flashd, since a newer version may have written it"
+        )
     return found
 
 
@@ -208,12 +216,12 @@ def _named(name: str) -> torch.dtype:
 
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise Unsupported(f"torch {torch.__version__} has no dtype {name}", hint="a newer one may have it")
+        raise Unsupported(f"torch {torch.__version__} has no dtype {name}", hint="a newer version may have it")
     return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """How safetensors names it. Raises Unsupported."""
+    """Returns the name of a dtype in safetensors. Raises Unsupported."""
     for name, known in _dtypes().items():
         if known is dtype:
             return name
@@ -228,12 +236,7 @@ def _dtype(name: str) -> torch.dtype:
 
 @functools.cache
 def _dtypes() -> Mapping[str, torch.dtype]:
-    import torch
+    from flashd.checkpoint.torch_dtypes import TORCH_DTYPES
 
-    return {
-        "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
-        "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
-        "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64, "C64": torch.complex64,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-        "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
-    }  # fmt: skip
+    # Tensors of 4-bit floats have other shapes in torch, which counts pairs: they are not handed out as such.
+    return {name: dtype for name, dtype in TORCH_DTYPES.items() if DTYPES[name].bits >= 8}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How sizes and durations are written and read by people."""
+"""Formats and parses sizes and durations for people."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SUFFIXES = {
 
 
 def format_bytes(size_bytes: int) -> str:
-    """Decimal units with three significant digits, as disks and models are sold: `16.4 GB`."""
+    """Formats a size in decimal units with three significant digits: `16.4 GB`."""
     value = float(size_bytes)
     for unit in ("B", "kB", "MB", "GB"):
         if abs(value) < 999.5:
@@ -31,13 +31,18 @@ def format_bytes(size_bytes: int) -> str:
 
 
 def parse_bytes(text: str | int) -> int:
-    """`16GB`, `16 GiB`, `512M` (binary, as in systemd) or a plain number of bytes."""
+    """Parses `16GB`, `16 GiB`, `512M` (binary, as in systemd) or a plain number of bytes. Raises InvalidArgument."""
     if isinstance(text, int):
         return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,19}(?:\.\d{1,19})?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _SUFFIXES:
-        raise InvalidArgument(f"{text!r} is not a size", hint="write it like 64GB, 512MiB or 1073741824")
-    return int(float(match[1]) * _SUFFIXES[match[2].upper()])
+        raise InvalidArgument(f"{text[:80]!r} is not a size", hint="write it like 64GB, 512MiB or 1073741824")
+    size_bytes = int(float(match[1]) * _SUFFIXES[match[2].upper()])
+    if size_bytes >= 2**63:
+        raise InvalidArgument(
+            f"{text!r} is larger than the memory of any machine", hint="write it like 64GB, 512MiB or 1073741824"
+        )
+    return size_bytes
 
 
 def format_seconds(seconds: float) -> str:

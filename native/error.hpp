@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one exception that native code throws. Python translates it once, in flashd/streamer.py.
+// The one exception that native code throws. Python translates it once, in flashd/io/streamer.py.
 #pragma once
 
 #include <cstdint>

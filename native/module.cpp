@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The streamer as Python sees it: flashd._native, typed in flashd/_native.pyi, spoken to by flashd/streamer.py alone.
+// The streamer as Python sees it: flashd._native, spoken to by flashd/io/streamer.py alone. Its types for mypy,
+// flashd/_native.pyi, are generated from this at build.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -33,13 +34,16 @@ std::span<std::byte> memory_at(uintptr_t address, uint64_t size) {
     return {reinterpret_cast<std::byte*>(address), size};
 }
 
+// Opening a file again may take for ever where its server has gone: everybody else goes on meanwhile.
 std::vector<File> open_all(const std::vector<OpenFile>& files, bool direct) {
+    const nb::gil_scoped_release others_go_on;
     std::vector<File> result;
     for (const auto& [fd, path] : files) result.emplace_back(fd, path, File::Access::read, direct);
     return result;
 }
 
 File open_target(const OpenFile& file, bool direct) {
+    const nb::gil_scoped_release others_go_on;
     return File(std::get<0>(file), std::get<1>(file), File::Access::write, direct);
 }
 
@@ -92,7 +96,12 @@ void translate(const std::exception_ptr& caught, void*) {
 }  // namespace
 
 NB_MODULE(_native, m) {
-    error_type = PyErr_NewException("flashd._native.Error", PyExc_Exception, nullptr);
+    m.doc() = "The compiled streamer. Sizes and offsets in bytes; only flashd/io/streamer.py speaks to it.";
+    const std::string error_name = nb::cast<std::string>(m.attr("__name__")) + ".Error";
+    error_type = PyErr_NewExceptionWithDoc(
+        error_name.c_str(),
+        "args: kind (system, memory, truncated, corrupt, cancelled, device), operation, errno, path, offset or None.",
+        PyExc_Exception, nullptr);
     m.attr("Error") = nb::steal(error_type);
     Py_INCREF(error_type);
     nb::register_exception_translator(translate);

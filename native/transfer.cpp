@@ -11,14 +11,15 @@
 
 namespace flashd {
 
-Transfer::Transfer(uint64_t total, Body body) : total_(total), thread_([this, body = std::move(body)] { run(body); }) {}
+Transfer::Transfer(uint64_t total, Body body)
+    : total_(total), thread_([this, body = std::move(body)]() mutable { run(std::move(body)); }) {}
 
 Transfer::~Transfer() {
     cancel();
     thread_.join();
 }
 
-void Transfer::run(const Body& body) {
+void Transfer::run(Body body) {
     const auto started = std::chrono::steady_clock::now();
     std::exception_ptr error;
     try {
@@ -27,6 +28,7 @@ void Transfer::run(const Body& body) {
     } catch (...) {
         error = std::current_exception();
     }
+    body = nullptr;  // closes its files, which may take as long as reading them: only then is it finished
     result.size = total_;
     result.cpu_seconds += thread_cpu_seconds();
     result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();

@@ -74,7 +74,7 @@ class Transfer {
     void fell_back(const std::string& reason);
 
   private:
-    void run(const Body& body);
+    void run(Body body);
 
     const uint64_t total_;
     std::atomic<uint64_t> done_{0};

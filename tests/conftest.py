@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import parallel
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +18,35 @@ sys.path.insert(0, str(ROOT / "packaging" / "tour"))  # the small chat models of
 
 # Shells have what they run in the background ignore it, and so would all that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    return parallel.workers(config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    return parallel.make_scheduling(config, log)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """For tests/run --fast."""
+    if not os.environ.get("FLASHD_TESTS_FAST") or collection_path.is_dir():
+        return None
+    return None if parallel.is_fast(str(collection_path.relative_to(ROOT))) else True
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if parallel.is_one_of_several(config):
+        items[:] = parallel.ordered(items)
+        parallel.be_patient(items, float(config.getini("timeout")))
+
+
+def pytest_report_header() -> list[str]:
+    seed = os.environ.get("FLASHD_CAMPAIGN_SEED")
+    return [f"campaigns: FLASHD_CAMPAIGN_SEED={seed}"] if seed else []
 
 
 @pytest.hookimpl(wrapper=True)
@@ -28,3 +58,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         report.outcome = "failed"
         report.longrepr = f"skipped in CI: {report.longrepr}"
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if os.environ.get("FLASHD_TESTS_WITHOUT_VLLM"):
+        terminalreporter.write_line("The tests of vLLM were left out: tests/run without --without-vllm runs them")

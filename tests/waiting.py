@@ -8,15 +8,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+# More than anything takes on a machine with three times the work that it has processors for: only what is broken is
+# waited for so long. Less than a test may take (pyproject.toml), so that the failure names what was waited for.
+PATIENCE_S = 100.0
 
-def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> None:
+
+def until(condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.02)
 
 
-async def eventually(condition: Callable[[], Any], timeout_s: float = 30.0) -> None:
+async def eventually(condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> None:
     """Of a condition that is a coroutine function or not."""
     deadline = time.monotonic() + timeout_s
     while True:

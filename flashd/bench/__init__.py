@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast is flashd on this machine, as a fraction of what the machine can do?"""
+"""Benchmarks of flashd on this machine, compared with the limits of its hardware."""

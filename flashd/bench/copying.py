@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast can a link be? Memory on both of its ends, and the barest copy: the limit of transfers."""
+"""Measures plain copies between host memory and a device, which are the limit of transfers."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self
 
-from flashd import cuda
+from flashd.io import cuda
+from flashd.io.streamer import Staging
 from flashd.memory.arena import Arena, HostArena, probe_huge_pages
 from flashd.memory.device import CudaDevice, Device, HostDevice, Kind, simulated_device, usable
-from flashd.streamer import Staging
 from flashd.units import MiB
 
 STAGING_BYTES = 256 * MiB
 
 
 def device_of(name: str) -> Device | None:
-    """A GPU by name; for `auto` the first, or None where there is none; for `sim:0` host memory that stands in."""
+    """Returns a GPU by name; for `auto` the first, or None without a GPU; for `sim:0` one simulated in host memory."""
     if name == "none":
         return None
     if name == "sim:0":
@@ -36,7 +36,7 @@ class Link:
         self.device = device
         self.size_bytes = size_bytes
         self.arena: Arena = device.allocate(size_bytes, "bench")
-        if isinstance(self.arena, HostArena):  # its first touch is not what is measured
+        if isinstance(self.arena, HostArena):  # so that its first touch is not measured
             ctypes.memset(self.arena.address, 1, self.arena.mapped_bytes)
         self.staging = Staging(device.driver, device.context(), size_bytes=STAGING_BYTES)
 
@@ -58,7 +58,7 @@ class Link:
 
 @contextmanager
 def host_arena(device: Device, size_bytes: int) -> Iterator[HostArena]:
-    """A full arena of the host tier, sealed, and registered with the device."""
+    """Provides a full, sealed arena of the host tier, registered with the device."""
     with HostArena(size_bytes, "bench", probe_huge_pages()) as arena:
         ctypes.memset(arena.address, 1, arena.mapped_bytes)
         arena.seal()

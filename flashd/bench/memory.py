@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flash bench memory`: what does it take until weights that are in memory can be used?
+"""`flash bench memory`: measures the time until weights in memory can be used.
 
-`resident_lease`: from the D-Bus call to tensors, for a model that is on the device. `resident_map`: of that, mapping
-the arena. `host_to_device`: the host tier's arena to the device's, beside one plain copy of memory registered likewise.
+`resident_lease`: from the D-Bus call to tensors, for a model on the device. `resident_map`: the part of that for
+mapping the arena. `host_to_device`: from the host tier's arena to the device's, compared with a plain copy of
+registered memory.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from collections.abc import Callable
 
 from flashd.bench.copying import Link, device_of, host_arena
 from flashd.bench.report import Report, cost_row, rate_row, report
-from flashd.client import Client
+from flashd.client.client import Client
 from flashd.errors import InvalidArgument
-from flashd.streamer import upload
+from flashd.io.streamer import upload
 from flashd.units import GiB
 
 LEASE_MS = 20.0
@@ -31,8 +32,8 @@ def run(
     name = next((device.name for device in client.devices() if device.name != "host"), None)
     device = device_of(name) if name else None
     if name is None or device is None:
-        hint = "simulate one: flash config memory.simulated_device 8GB, and start flashd again"
-        raise InvalidArgument("there is no GPU here", hint=hint)
+        hint = "simulate one: flash config memory.simulated_device 8GB, then flash restart"
+        raise InvalidArgument("there is no GPU", hint=hint)
     client.load(model, "device")
     size_bytes = client.model(model).size_bytes
     figures: defaultdict[str, list[float]] = defaultdict(list)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How close does a load come to what the disk can do?
+"""Benchmark of loads from the disk, compared with raw reads.
 
-Every round does, in random order: the barest O_DIRECT read of the file into ready memory, at the two best choices of
-block size and depth that a small sweep found; a load into ready memory, without and with digests; a load into fresh
-memory as the daemon does it; and the safetensors library from a dropped page cache. The limit is the better of the two
-bare reads. Memory is touched once before the first round: a virtual machine gets it from its host only then, which is
-not what is measured. Processor time is that of the whole process, kernel helpers included.
+Every round does, in random order: a raw O_DIRECT read of the file into populated memory, with the two best combinations
+of block size and depth from a small sweep; a load into populated memory, without and with digests; a load into new
+memory, as in the daemon; and a load by the safetensors library with an empty page cache. The limit is the better of the
+two raw reads. Memory is touched once before the first round, because a virtual machine gets it from its host only then,
+which shall not be measured. CPU time is that of the whole process, including kernel helpers.
 """
 
 from __future__ import annotations
@@ -26,15 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from flashd import cuda
 from flashd.bench.copying import STAGING_BYTES, Link
 from flashd.bench.report import Report, Row, cost_row, rate_row, report
 from flashd.checkpoint import header
 from flashd.checkpoint.files import MANIFEST, WEIGHTS, Checkpoint
 from flashd.errors import InvalidArgument
-from flashd.memory.arena import HostArena, HugePages, probe_huge_pages
-from flashd.memory.device import Device
-from flashd.streamer import (
+from flashd.io import cuda
+from flashd.io.streamer import (
     ALIGNMENT,
     Digests,
     Extent,
@@ -46,18 +44,20 @@ from flashd.streamer import (
     load_device,
     raw_read,
 )
+from flashd.memory.arena import HostArena, HugePages, probe_huge_pages
+from flashd.memory.device import Device
 from flashd.units import MiB
 
 SWEEP = [(block * MiB, depth) for block, depth in ((1, 32), (4, 16), (8, 8), (8, 16), (16, 8), (32, 4))]
 CPU_S_PER_GB = 0.03
 _HUGE_PAGE = 2 * MiB
-# What takes a tenth of a second is done several times in a row: until then, idle processors are still waking up.
+# Short measurements are repeated several times in a row, because idle processors take time to wake up.
 _SHORT_REPEATS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The file, and the part of it that an arena would hold."""
+    """The file, and the extent of it that an arena would hold."""
 
     path: Path
     extent: Extent
@@ -65,7 +65,7 @@ class Subject:
 
     @property
     def aligned(self) -> Extent:
-        """The part that a bare O_DIRECT read can take: all but an unaligned tail."""
+        """The extent for a raw O_DIRECT read: all except an unaligned tail."""
         return Extent(self.extent.offset, self.extent.length // ALIGNMENT * ALIGNMENT)
 
 
@@ -76,7 +76,7 @@ def run(
     device: Device | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-    """With a device, loads to it are measured as well, from the disk and from a copy of the file in memory.
+    """Measures loads, with a device also loads to it, from the disk and from a copy in memory.
 
     Raises InvalidArgument for files that are too small to measure, or whose data is not aligned.
     """
@@ -116,7 +116,7 @@ def run(
             if peer:
                 figures["safetensors"].append(subject.extent.length / peer() / 1e9)
 
-        fresh()  # the first touch of so much memory is the host's affair
+        fresh()  # the first touch of memory depends on the host of a virtual machine
         figures.clear()
         for done in range(runs):
             on_progress(done, runs)
@@ -198,7 +198,7 @@ def _device_rows(figures: defaultdict[str, list[float]], raw: list[float]) -> li
 
 
 class Ready:
-    """Memory of huge pages where the machine has them, present and known to the device before anything is measured."""
+    """Memory with huge pages, if available, populated and registered with the device before the measurements."""
 
     def __init__(self, size_bytes: int, device: Device | None = None) -> None:
         self._gpu = device.gpu if device else None
@@ -223,7 +223,7 @@ class Ready:
 
 @contextmanager
 def in_memory(subject: Subject) -> Iterator[OpenFile | None]:
-    """The file in a file system that is memory; None where there is no room for it."""
+    """Provides a copy of the file in a memory file system; None if there is no space for it."""
     free_bytes = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
     if free_bytes < 2 * subject.extent.end:
         yield None
@@ -232,7 +232,7 @@ def in_memory(subject: Subject) -> Iterator[OpenFile | None]:
         with subject.path.open("rb") as source:
             shutil.copyfileobj(source, copy, 16 * MiB)
         copy.flush()
-        with subject.path.open("rb") as source:  # what is read without O_DIRECT shall not come from the cache
+        with subject.path.open("rb") as source:  # reads without O_DIRECT shall not come from the cache
             os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         yield OpenFile(copy.fileno(), copy.name)
 
@@ -260,8 +260,8 @@ def _opened(path: Path) -> Iterator[OpenFile]:
 def subject_of(path: Path) -> Subject:
     if path.is_dir():
         if not (path / MANIFEST).exists():
-            hint = "flash convert makes one; flash show tells where the store has it"
-            raise InvalidArgument(f"{path} is not a checkpoint's folder", hint=hint)
+            hint = "make one with flash convert, or find one in the store with flash show"
+            raise InvalidArgument(f"{path} is not the folder of a checkpoint", hint=hint)
         checkpoint = Checkpoint.open(path)
         subject = Subject(path / WEIGHTS, checkpoint.extent, checkpoint.digests())
     else:
@@ -269,14 +269,14 @@ def subject_of(path: Path) -> Subject:
             found = header.read(file.fileno(), str(path))
         subject = Subject(path, Extent(found.data_offset, found.data_bytes), None)
     if subject.extent.offset % ALIGNMENT:
-        raise InvalidArgument(f"the data of {path} is not aligned", hint="flash convert makes a checkpoint of it")
+        raise InvalidArgument(f"the data of {path} is not aligned", hint="make a checkpoint of it with flash convert")
     if subject.extent.length < 64 * MiB:
-        raise InvalidArgument(f"{path} is too small to measure a disk with", hint="take a model of a GB or more")
+        raise InvalidArgument(f"{path} is too small to measure a disk with", hint="use a model of a GB or more")
     return subject
 
 
 def _sweep(subject: Subject, ready: Ready) -> list[tuple[int, int]]:
-    """The two best choices of block size and depth for the barest read, on a part of the file."""
+    """Finds the two best combinations of block size and depth for raw reads, on a part of the file."""
     part = Subject(subject.path, Extent(subject.extent.offset, min(subject.aligned.length, 1024 * MiB)), None)
     rates = {choice: median(_raw(part, ready, choice) for _ in range(3)) for choice in SWEEP}
     return sorted(SWEEP, key=lambda choice: rates[choice])[-2:]
@@ -319,12 +319,12 @@ def _load(
 
 
 def peak_of_one_load(path: Path) -> int:
-    """The most memory that this process has had, after loading into an arena as the daemon does."""
+    """Returns the peak memory of this process after a load into an arena, as in the daemon."""
     subject = subject_of(path)
     with _opened(subject.path) as file, HostArena(subject.extent.length, "bench", probe_huge_pages()) as arena:
         _load(file, subject, arena.address, arena.mapped_bytes, digests=subject.digests, populate=True)
         status = Path("/proc/self/status").read_text(encoding="ascii")
-        # Pages of hugetlbfs are not part of it (proc_pid_status(5)).
+        # It does not include pages of hugetlbfs (proc_pid_status(5)).
         apart_bytes = arena.mapped_bytes if arena.huge_pages is HugePages.HUGETLB else 0
     high_water = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(high_water.split()[1]) * 1024 + apart_bytes
@@ -354,7 +354,9 @@ print(time.perf_counter() - started)
 
 
 def _peer(subject: Subject) -> Callable[[], float] | None:
-    """Seconds of the safetensors library from a dropped page cache, in a process of its own; None if it is not here."""
+    """Returns a measurement of the safetensors library with an empty page cache, in a separate process; None without
+    it.
+    """
 
     def measure() -> float:
         done = subprocess.run(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flash bench swap`: how long until another model has said its first token?
+"""`flash bench swap`: measures the time from a swap to the first token of the new model.
 
-Back and forth between two models of a running daemon. The floor is the first token without any swap.
+Swaps back and forth between two models of a running daemon. For comparison, it measures the first token without a swap.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from flashd.bench.report import Report, Row, cost_row, report
-from flashd.client import Client
+from flashd.client import openai
+from flashd.client.client import Client
 
 _QUESTION = [{"role": "user", "content": "Hello"}]
 
@@ -23,14 +24,14 @@ def run(
     runs: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-    """Rows are named after how the swaps were done: `swap.rebind`, `swap.wake`, `swap.start`."""
+    """Measures swaps. Rows are named after the way of the swap: `swap.rebind`, `swap.wake`, `swap.start`."""
     swaps: defaultdict[str, list[float]] = defaultdict(list)
     floor: list[float] = []
 
     def first_token_ms(model: str, *, swap: bool) -> tuple[str, float]:
         started = time.perf_counter()
         how = client.swap(model).how if swap else ""
-        client.chat(model, _QUESTION, max_tokens=1, temperature=0)
+        openai.chat(client.endpoint(), model, _QUESTION, max_tokens=1, temperature=0)
         return how, (time.perf_counter() - started) * 1e3
 
     for model in models:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How does a source become a checkpoint? Bit for bit, in bounded memory, at the disk's speed.
+"""Converts a source to a checkpoint: bit for bit, in bounded memory, at the disk's speed.
 
-The table of tensors is arranged, the header written, and one native transfer copies every tensor from wherever it lies
-to its place, computing the digests on the way. Nothing is published here: a directory is filled, and the store renames
-it (flashd/store/catalog.py).
+The tensors are arranged, the header is written, and one native transfer copies every tensor to its place and computes
+the digests on the way. This module only fills a directory; the store publishes it by rename (flashd/store/catalog.py).
 """
 
 from __future__ import annotations
@@ -17,18 +16,30 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from flashd.checkpoint import architectures, completeness
 from flashd.checkpoint import manifest as manifests
-from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, Checkpoint, finish, sync_directory, write_new, writing
+from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, Checkpoint, finish
 from flashd.checkpoint.header import ALIASES, MAX_HEADER_BYTES, Header, serialise
-from flashd.checkpoint.late import LateFiles, as_they_arrive, whole
 from flashd.checkpoint.layout import Shape, arrange, layout_digest
+from flashd.checkpoint.lora.plan import adapted_source
 from flashd.checkpoint.manifest import Manifest
-from flashd.checkpoint.merging import CONFIG, adapted_source
-from flashd.checkpoint.pickles import Converter, SourceTensor
-from flashd.checkpoint.source import Source, SourceFiles, is_adapter, read_source, read_whole
-from flashd.checkpoint.ties import find_ties
+from flashd.checkpoint.source import recognised
+from flashd.checkpoint.source.incremental import LateFiles, as_they_arrive, whole
+from flashd.checkpoint.source.pickles import Converter, SourceTensor
+from flashd.checkpoint.source.reader import (
+    CONFIG,
+    Source,
+    SourceFiles,
+    is_adapter,
+    read_source,
+    read_whole,
+    side_file,
+    with_config,
+)
+from flashd.checkpoint.source.ties import find_ties
+from flashd.durable import sync_directory, write_new, writing
 from flashd.errors import InvalidSource
-from flashd.streamer import OpenFile, Options, Piece, blake3, copy
+from flashd.io.streamer import OpenFile, Options, Piece, blake3, copy
 from flashd.units import MiB, format_bytes
 
 DIGEST_BLOCK_BYTES = 8 * MiB
@@ -38,7 +49,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class _Watch:
-    """Notices that somebody writes to the files of a source while we read them."""
+    """Detects writes to the files of a source while we read them."""
 
     before: Mapping[str, tuple[int, int]]
 
@@ -47,16 +58,18 @@ class _Watch:
         return cls({name: _age(files[name]) for name in files if name not in but})
 
     def end(self, files: SourceFiles) -> None:
-        """Raises InvalidSource: half of what was read may be old and half of it new."""
+        """Checks that the files did not change while they were read. Raises InvalidSource, because the result may mix
+        old and new data.
+        """
         for name, age in self.before.items():
             if _age(files[name]) != age:
-                hint = "convert it when writing has ended, or move it here in one piece"
-                raise InvalidSource(f"{files[name].path} was written to while it was converted", hint=hint)
+                hint = "convert it after the writes have ended, or move the finished source here"
+                raise InvalidSource(f"{files[name].path} changed during the conversion", hint=hint)
 
 
 @dataclass(slots=True)
 class _Stages:
-    """Progress of work in two parts as that of one; the second has about `after_bytes`."""
+    """Combines the progress of two parts of work; the second has about `after_bytes`."""
 
     tell: Progress
     after_bytes: int
@@ -86,12 +99,12 @@ def convert(
     on_progress: Progress = lambda done, total: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Manifest:
-    """Fills an existing empty directory with the checkpoint of a source, all of it fsynced.
+    """Fills an existing empty directory with the checkpoint of a source, and fsyncs everything.
 
-    What is there of LateFiles is copied at once, the rest as it arrives; until all of it has, this does not return.
-    `python` is an interpreter that has torch, for PyTorch files and for adapters; these are merged into `base`. Blocks;
-    asks `cancelled` every 50 ms. Raises InvalidSource, StoreFull, TransferFailed, CorruptCheckpoint (the base),
-    Unavailable (no torch) or Cancelled; the directory is then the caller's to remove.
+    LateFiles are copied as they arrive; this function waits for all of them. `python` is an interpreter with torch, for
+    PyTorch files and adapters; an adapter is merged into `base`. Blocks, and calls `cancelled` every 50 ms. Raises
+    InvalidSource, StoreFull, TransferFailed, CorruptCheckpoint (of the base), Unavailable (no torch) or Cancelled; the
+    caller then has to remove the directory.
     """
     with writing(directory):
         return _convert(files, directory, python, base, note, options, on_progress, cancelled)
@@ -111,16 +124,16 @@ def _convert(
     if late:
         late.wait_for_headers(cancelled)
         if is_adapter(files):
-            late.wait_for_all(cancelled)  # it is made into something else before anything is copied
+            late.wait_for_all(cancelled)  # a merge comes before all copies
     awaited = late.awaited if late else frozenset()
     watch = _Watch.begin(files, but=awaited)
     source, on_progress = _opened(files, directory, python, base, on_progress, cancelled)
     with contextlib.closing(source):
-        config = manifests.read_config(read_whole(source.side_files[CONFIG])) if CONFIG in source.side_files else {}
+        source, config = _checked(source)
         copy_weights = partial(_copy_weights, source, directory, options, on_progress, cancelled)
         header, origin = _arranged(source, {} if awaited else find_ties(source, cancelled))
         digests = copy_weights(header, origin, late if awaited else None)
-        # Which tensors are the same can be seen only now. Few large models have any; those are copied once more.
+        # Equal tensors can be found only now. Few large models have any, and these are copied once more.
         if awaited and (ties := find_ties(source, cancelled)):
             (directory / WEIGHTS).unlink()
             header, origin = _arranged(source, ties)
@@ -129,7 +142,7 @@ def _convert(
         write_new(directory / DIGESTS, digests)
         side_files = {}
         for name, file in source.side_files.items():
-            raw = read_whole(file)
+            raw = side_file(file, name)
             write_new(directory / name, raw)
             side_files[name] = blake3(raw).hex()
     watch.end(files)
@@ -147,13 +160,14 @@ def _opened(
     on_progress: Progress,
     cancelled: Callable[[], bool],
 ) -> tuple[Source, Progress]:
-    """The tensors of a source, and whom to tell of their being copied."""
+    """Opens the tensors of a source. Returns them with the progress callback for their copies."""
     if not is_adapter(files):
-        return read_source(files, Converter(python=python, scratch=directory, cancelled=cancelled)), on_progress
+        converter = Converter(python=python, scratch=directory, cancelled=cancelled, on_tick=lambda: on_progress(0, 0))
+        return read_source(files, converter), on_progress
     if base is None:
-        hint = "give it to a flashd that has its base, name one (flash convert --base), or merge it with peft"
+        hint = "drop it into a models folder, name its base (flash convert --base), or merge it with peft"
         raise InvalidSource("this is a LoRA adapter, not a whole model", hint=hint)
-    # Before it is copied like any other, it is made: the base is read once more than is written in the end.
+    # The merge before the copy reads the base, which is about as much as the copy writes.
     stages = _Stages(on_progress, after_bytes=base.manifest.data_bytes)
     source = adapted_source(
         files, base, python=python, scratch=directory, on_progress=stages.first, cancelled=cancelled
@@ -161,25 +175,37 @@ def _opened(
     return source, stages.second
 
 
+def _checked(source: Source) -> tuple[Source, Mapping[str, object]]:
+    """Returns the source in the form that engines understand, and its configuration. Raises InvalidSource."""
+    if CONFIG not in source.side_files:
+        return source, {}
+    said = manifests.read_config(read_whole(source.side_files[CONFIG]))
+    manifests.check_names(said)
+    recognised.check_quantization(said)
+    config = architectures.completed(said, [tensor.name for tensor in source.tensors], source.side_files)
+    completeness.check(source.tensors, source.aliases, config, source.side_files)
+    return (source if config == said else with_config(source, config)), config
+
+
 def _arranged(source: Source, ties: Mapping[str, str]) -> tuple[Header, Mapping[str, SourceTensor]]:
-    """The header of the checkpoint, and where each of its tensors comes from."""
+    """Returns the header of the checkpoint, and the source of each of its tensors."""
     aliases = {**source.aliases, **ties}
     kept = {tensor.name: tensor for tensor in source.tensors if tensor.name not in aliases}
-    # An alias of something that turned out to be an alias itself points to what that one points to.
+    # An alias of a tensor that is itself an alias points to the stored tensor.
     resolved = {alias: aliases.get(name, name) for alias, name in aliases.items()}
     shapes = (Shape(t.name, t.dtype, t.shape, t.extent.length) for t in kept.values())
     return compose(shapes, resolved, source.metadata), kept
 
 
 def compose(shapes: Iterable[Shape], aliases: Mapping[str, str], metadata: Mapping[str, str]) -> Header:
-    """The header of a checkpoint that holds these tensors. Raises InvalidSource if it became too large."""
-    said = {"format": "pt", **metadata}  # transformers refuses files that do not say it
+    """Makes the header of a checkpoint with these tensors. Raises InvalidSource if it is too large."""
+    said = {"format": "pt", **metadata}  # transformers refuses files without this entry
     if aliases:
         said[ALIASES] = json.dumps(dict(sorted(aliases.items())), separators=(",", ":"))
     header = Header(arrange(shapes), dict(sorted(said.items())))
     header_bytes = len(serialise(header))
     if header_bytes > MAX_HEADER_BYTES:
-        sizes = f"{format_bytes(header_bytes)}; at most {format_bytes(MAX_HEADER_BYTES)} make sense"
+        sizes = f"{format_bytes(header_bytes)}; the limit is {format_bytes(MAX_HEADER_BYTES)}"
         raise InvalidSource(f"the tensors' names and metadata need a header of {sizes}")
     return replace(header, data_offset=header_bytes)
 
@@ -194,7 +220,7 @@ def _copy_weights(
     origin: Mapping[str, SourceTensor],
     late: LateFiles | None,
 ) -> bytes:
-    """Writes the weights; returns the digests of their blocks."""
+    """Writes the weights and returns the digests of their blocks."""
     path = directory / WEIGHTS
     header_bytes = serialise(header)
     total_bytes = header.data_bytes
@@ -241,15 +267,15 @@ def describe(
     config: Mapping[str, object],
     note: str,
 ) -> Manifest:
-    """The manifest of a checkpoint of which everything is written but that."""
-    header_digest = blake3(header_bytes)
-    weights = manifests.weights_id(header_digest, digests)
+    """Makes the manifest of a checkpoint whose other files are written."""
+    header_digest, digests_digest = blake3(header_bytes).hex(), blake3(digests).hex()
+    weights = manifests.weights_id(header_digest, digests_digest)
     layout = layout_digest(header.tensors)
     return Manifest(
         id=manifests.checkpoint_id(weights, side_files),
         weights=weights,
-        header_digest=header_digest.hex(),
-        digests_digest=blake3(digests).hex(),
+        header_digest=header_digest,
+        digests_digest=digests_digest,
         digest_block_bytes=DIGEST_BLOCK_BYTES,
         data_offset=len(header_bytes),
         data_bytes=header.data_bytes,
@@ -261,5 +287,5 @@ def describe(
         quantization=manifests.quantization_of(config),
         side_files=dict(side_files),
         created_at=time.time(),
-        source=note.encode("utf-8", "backslashreplace").decode(),  # a path need not be UTF-8
+        source=note.encode("utf-8", "backslashreplace").decode(),  # a path may not be UTF-8
     )

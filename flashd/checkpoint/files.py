@@ -1,46 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies in the folder of a checkpoint, and how is it opened, handed on and verified?"""
+"""Opens and verifies the files of a checkpoint."""
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+from flashd import durable
 from flashd.checkpoint import header as headers
-from flashd.checkpoint import manifest as manifests
 from flashd.checkpoint.header import Header
 from flashd.checkpoint.manifest import Manifest
-from flashd.errors import Cancelled, CorruptCheckpoint, InvalidSource, StoreFull, TransferFailed
-from flashd.streamer import Digests, Extent, OpenFile, Options, Transfer, TransferResult, blake3
-from flashd.streamer import verify as verify_blocks
+from flashd.errors import Cancelled, CorruptCheckpoint, InvalidSource
+from flashd.io.streamer import Digests, Extent, OpenFile, Options, Transfer, TransferResult, blake3
+from flashd.io.streamer import verify as verify_blocks
+from flashd.units import MiB
 
 WEIGHTS = "model.safetensors"
 DIGESTS = "digests.b3"
 MANIFEST = "manifest.toml"
 _POLL_S = 0.05
-_AGAIN = "the disk or its driver changed it: remove the model and convert its source again"
+_MOST_BYTES = 64 * MiB  # of a side file (flashd/checkpoint/source/reader.py), and of the digests of 16 TiB
+_AGAIN = "it was damaged on the disk: remove the model and convert its source again"
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A folder in the store, and its manifest."""
+    """A checkpoint: its folder and its manifest."""
 
     directory: Path
     manifest: Manifest
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
-        """Reads the manifest, nothing else. Raises CorruptCheckpoint."""
+        """Opens a checkpoint and reads only its manifest. Raises CorruptCheckpoint."""
         try:
             return cls(directory, Manifest.read(directory / MANIFEST))
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             hint = "remove the model and convert it again"
             raise CorruptCheckpoint(f"{directory} has no readable manifest: {error}", hint=hint) from None
+
+    def at_its_address(self) -> Checkpoint:
+        """Returns this checkpoint if its folder has the name of its id. Raises CorruptCheckpoint.
+
+        The id is computed from the digests, so an exchanged folder or manifest is detected before its digests are used.
+        """
+        if self.directory.name != self.id or not self.manifest.is_of_its_content():
+            raise CorruptCheckpoint(f"{self.directory} contains another checkpoint than its name says", hint=_AGAIN)
+        return self
 
     @property
     def id(self) -> str:
@@ -52,22 +62,40 @@ class Checkpoint:
 
     @property
     def extent(self) -> Extent:
-        """The data region of the weights: what becomes the arena."""
+        """The data region of the weights, which becomes the arena."""
         return Extent(self.manifest.data_offset, self.manifest.data_bytes)
+
+    @contextlib.contextmanager
+    def open_weights(self) -> Iterator[OpenFile]:
+        """Opens the file of the weights for reading. Raises CorruptCheckpoint."""
+        with _open(self.weights_path) as file:
+            yield OpenFile(file.fileno(), str(self.weights_path))
 
     def side_files(self) -> Mapping[str, Path]:
         return {name: self.directory / name for name in self.manifest.side_files}
 
     def header(self) -> Header:
-        """Raises CorruptCheckpoint if it is not the header that was written, or the file not as long as it says."""
-        return _header(self.weights_path, self.manifest.data_offset, self.manifest.header_digest)
+        """Reads the header. Raises CorruptCheckpoint if it was changed, or if the file does not have the right size."""
+        manifest = self.manifest
+        return _header(self.weights_path, manifest.data_offset, manifest.data_bytes, manifest.header_digest)
 
     def layout_json(self) -> str:
-        """Of those asked for last from memory, since every swap and lease needs one. Raises CorruptCheckpoint."""
-        return _layout_json(self.weights_path, self.manifest.data_offset, self.manifest.header_digest)
+        """Returns the layout, which every swap and lease needs, from a cache if possible. Raises CorruptCheckpoint."""
+        manifest = self.manifest
+        return _layout_json(self.weights_path, manifest.data_offset, manifest.data_bytes, manifest.header_digest)
+
+    def check_side_files(self) -> None:
+        """Compares the side files with their digests. Unchanged files are read only once. Raises CorruptCheckpoint."""
+        for name, digest in self.manifest.side_files.items():
+            path = self.directory / name
+            try:
+                status = path.lstat()
+            except OSError as error:
+                raise CorruptCheckpoint(f"{path}: {error.strerror}", hint=_AGAIN) from None
+            _check_side_file(path, digest, (status.st_ino, status.st_size, status.st_mtime_ns))
 
     def digests(self) -> Digests:
-        """Raises CorruptCheckpoint if the table is not the one that was written."""
+        """Reads the table of digests. Raises CorruptCheckpoint if it was changed."""
         path = self.directory / DIGESTS
         table = _read(path)
         if blake3(table).hex() != self.manifest.digests_digest:
@@ -75,22 +103,47 @@ class Checkpoint:
         return Digests(self.manifest.digest_block_bytes, table)
 
 
-def _header(path: Path, size_bytes: int, digest: str) -> Header:
+def _header(path: Path, size_bytes: int, data_bytes: int, digest: str) -> Header:
     try:
-        with path.open("rb") as file:
+        with _reading(path), _open(path) as file:
             raw = file.read(size_bytes)
             if blake3(raw).hex() != digest:
                 raise CorruptCheckpoint(f"the header of {path} does not match its digest", hint=_AGAIN)
-            return headers.read(file.fileno(), str(path))
-    except OSError as error:
-        raise CorruptCheckpoint(f"{path}: {error.strerror}", hint=_AGAIN) from None
+            header = headers.read(file.fileno(), str(path))
     except InvalidSource as error:
         raise CorruptCheckpoint(error.message, hint=_AGAIN) from None
+    if header.data_bytes != data_bytes:
+        raise CorruptCheckpoint(f"{path.parent / MANIFEST} is of other weights than {path.name}", hint=_AGAIN)
+    return header
+
+
+def _open(path: Path) -> BinaryIO:
+    """Opens a regular file for reading; a pipe in its place would block us. Raises CorruptCheckpoint."""
+    with _reading(path):
+        try:
+            return durable.open_regular(path)
+        except ValueError:
+            raise CorruptCheckpoint(f"{path} is not a regular file", hint=_AGAIN) from None
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path}: {error.strerror}", hint=_AGAIN) from None
 
 
 @functools.lru_cache(maxsize=64)
-def _layout_json(path: Path, size_bytes: int, digest: str) -> str:
-    return headers.as_json(_header(path, size_bytes, digest))
+def _layout_json(path: Path, size_bytes: int, data_bytes: int, digest: str) -> str:
+    return headers.as_json(_header(path, size_bytes, data_bytes, digest))
+
+
+@functools.lru_cache(maxsize=1024)
+def _check_side_file(path: Path, digest: str, version: tuple[int, int, int]) -> None:  # noqa: ARG001
+    """Compares a file with its digest. `version`, its inode, size and time, makes the cache miss a changed file."""
+    if blake3(_read(path)).hex() != digest:
+        raise CorruptCheckpoint(f"{path} does not match its digest", hint=_AGAIN)
 
 
 def verify(
@@ -100,72 +153,44 @@ def verify(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Reads all of a checkpoint and compares it with its digests. Raises CorruptCheckpoint, naming file and block."""
+    """Compares all of a checkpoint with its digests. Raises CorruptCheckpoint, which names file and block."""
     manifest = checkpoint.manifest
     for name, digest in manifest.side_files.items():
         if blake3(_read(checkpoint.directory / name)).hex() != digest:
             raise CorruptCheckpoint(f"{checkpoint.directory / name} does not match its digest", hint=_AGAIN)
     checkpoint.header()
     digests = checkpoint.digests()
-    weights = manifests.weights_id(bytes.fromhex(manifest.header_digest), digests.table)
-    if weights != manifest.weights or manifests.checkpoint_id(weights, manifest.side_files) != manifest.id:
-        raise CorruptCheckpoint(f"{checkpoint.directory / MANIFEST} does not fit what it describes", hint=_AGAIN)
+    if not manifest.is_of_its_content():
+        raise CorruptCheckpoint(f"{checkpoint.directory / MANIFEST} does not match the weights", hint=_AGAIN)
     if not manifest.data_bytes:
         return
-    with checkpoint.weights_path.open("rb") as file:
-        opened = OpenFile(file.fileno(), str(checkpoint.weights_path))
+    with checkpoint.open_weights() as opened:
         finish(verify_blocks(opened, checkpoint.extent, digests, options=options), on_progress, cancelled)
 
 
 def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CorruptCheckpoint(f"{path}: {error.strerror}", hint=_AGAIN) from None
+    with _reading(path), _open(path) as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise CorruptCheckpoint(f"{path} is too large", hint=_AGAIN)
+    return content
 
 
 def finish(
     transfer: Transfer, on_progress: Callable[[int, int], None], cancelled: Callable[[], bool]
 ) -> TransferResult:
-    """Waits for a transfer, telling how far it is and asking whether to go on, twenty times a second."""
+    """Waits for a transfer. Calls `cancelled` twenty times a second, and reports progress when it changes."""
+    told_bytes = -1
     with transfer:
         while True:
-            on_progress(transfer.done_bytes, transfer.total_bytes)
+            if (done_bytes := transfer.done_bytes) != told_bytes:
+                told_bytes = done_bytes
+                on_progress(done_bytes, transfer.total_bytes)
             if cancelled():
-                raise Cancelled("somebody cancelled it")
+                raise Cancelled("it was cancelled")
             try:
                 result = transfer.wait(_POLL_S)
             except TimeoutError:
                 continue
             on_progress(transfer.total_bytes, transfer.total_bytes)
             return result
-
-
-@contextmanager
-def writing(directory: Path) -> Iterator[None]:
-    """What the system refuses while a directory is filled, in our words: StoreFull or TransferFailed."""
-    try:
-        yield
-    except OSError as error:
-        what = f"write {error.filename or directory}: {error.strerror}"
-        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            raise StoreFull(what, hint="free some space, or remove a model") from None
-        raise TransferFailed(what) from None
-
-
-def write_new(path: Path, content: bytes) -> None:
-    """A new file with this content, on the disk when this returns."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    with os.fdopen(fd, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(directory: Path) -> None:
-    """The names in it are on the disk when this returns."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does the header of a safetensors file say, and can it be believed?
+"""Parses and checks headers of safetensors files.
 
-A header is untrusted input: its length is bounded before anything is read, its JSON before anything is built, and every
-tensor must lie in the file, without overlaps, holes or trailing bytes (the rules of the safetensors format, and then
-some: names are printable, shapes cannot overflow).
+A header is untrusted input: its length is bounded before it is read, its JSON before it is parsed, and every tensor
+must be inside the file, without overlaps, holes or trailing bytes. These are the rules of the safetensors format, and
+more: names must be printable, and shapes must not overflow.
 """
 
 from __future__ import annotations
@@ -13,29 +13,27 @@ import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from flashd.checkpoint.dtypes import BITS, size_of
+from flashd.checkpoint.dtypes import DTYPES, size_of
+from flashd.checkpoint.json_reader import strict_json
 from flashd.errors import InvalidSource, TransferFailed
-from flashd.streamer import ALIGNMENT, Extent
+from flashd.io.streamer import ALIGNMENT, Extent
 from flashd.units import MiB
 
-MAX_HEADER_BYTES = 64 * MiB  # the largest models in use, hundreds of thousands of tensors, need a third of this
+MAX_HEADER_BYTES = 64 * MiB  # three times that of the largest models, with hundreds of thousands of tensors
 MAX_NAME_BYTES = 1024
 MAX_RANK = 64
 MAX_TENSOR_BYTES = 1 << 62
-# Python needs up to 300 bytes for a JSON value that takes two in the file: 64 MiB of `[],[],` would be 2 GB of memory.
-# A tensor takes eight of these, so a quarter of a million tensors pass.
-MAX_JSON_VALUES = 2_000_000
 METADATA = "__metadata__"
-ALIASES = "flashd.aliases"  # in the metadata: a JSON object from further names to names of tensors
+ALIASES = "flashd.aliases"  # in the metadata: a JSON object from additional names to names of tensors
 
+_FIELDS = {"dtype", "shape", "data_offsets"}  # an entry added by a later format might change the meaning of a tensor
 _LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A named array; its extent counts from the start of the data region."""
+    """A named array. Its extent counts from the start of the data region."""
 
     name: str
     dtype: str
@@ -45,7 +43,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Tensors in the order of their data; `data_offset` is where the data region starts in the file."""
+    """Tensors in the order of their data. `data_offset` is the offset of the data region in the file."""
 
     tensors: tuple[TensorInfo, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -56,40 +54,10 @@ class Header:
         return max((tensor.extent.end for tensor in self.tensors), default=0)
 
 
-def strict_json(raw: bytes, what: str, *, constants: bool = False) -> Any:
-    """JSON from a stranger: UTF-8, no duplicate names, no endless nesting, numbers or lists. Raises InvalidSource.
-
-    `constants` allows NaN and Infinity, which Python writes and JSON does not know.
-    """
-    if sum(raw.count(mark) for mark in (b"[", b"{", b",")) > MAX_JSON_VALUES:
-        raise InvalidSource(f"{what} holds more than {MAX_JSON_VALUES} values")
-    parse_constant = None if constants else _no_constant
-    try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=parse_constant)
-    except UnicodeDecodeError as error:
-        raise InvalidSource(f"{what} is not UTF-8 (byte {error.start})") from None
-    except RecursionError:
-        raise InvalidSource(f"{what} is nested too deeply") from None
-    except ValueError as error:
-        raise InvalidSource(f"{what} is not valid JSON: {error}") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"the name {name[:80]!r} stands twice")
-        result[name] = value
-    return result
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
-
-
 def read(fd: int, path: str) -> Header:
-    """The header of an open file. Raises InvalidSource, naming `path`, for anything that is not a sound one, and
-    TransferFailed if it cannot be read."""
+    """Reads the header of an open file. Raises InvalidSource, which names `path`, if it is malformed, or TransferFailed
+    if it cannot be read.
+    """
     try:
         return _read(fd, path)
     except OSError as error:
@@ -105,14 +73,14 @@ def _read(fd: int, path: str) -> Header:
     if length > MAX_HEADER_BYTES or _LENGTH.size + length > size_bytes:
         raise InvalidSource(
             f"{path} claims a header of {length} bytes in a file of {size_bytes}",
-            hint="it is not a safetensors file, or was cut short: download or save it again",
+            hint="it is not a safetensors file, or is truncated: download or save it again",
         )
     raw = os.pread(fd, length, _LENGTH.size)
     return parse(raw, data_bytes=size_bytes - _LENGTH.size - length, path=path)
 
 
 def parse(raw: bytes, *, data_bytes: int, path: str) -> Header:
-    """The header in `raw` (without its length), which must describe exactly `data_bytes` bytes of data."""
+    """Parses the header `raw` (without its length), which must describe exactly `data_bytes` of data."""
     document = strict_json(raw, f"the header of {path}")
     if not isinstance(document, dict):
         raise InvalidSource(f"the header of {path} is not a JSON object")
@@ -126,19 +94,19 @@ def parse(raw: bytes, *, data_bytes: int, path: str) -> Header:
 
 
 def aliases(header: Header, path: str) -> Mapping[str, str]:
-    """Further name → stored name, of tensors that are stored once: in a checkpoint, or a source that was one."""
+    """Maps additional names of tensors to stored names, in a checkpoint or in a source that was one."""
     found = strict_json(header.metadata.get(ALIASES, "{}").encode(), f"{ALIASES} of {path}")
     names = {tensor.name for tensor in header.tensors}
     if not isinstance(found, dict) or not all(isinstance(n, str) and n in names for n in found.values()):
         raise InvalidSource(f"{ALIASES} of {path} does not name tensors")
     for alias in found:
         if check_name(alias, path) in names:
-            raise InvalidSource(f"{path} has a tensor {alias!r}, and says that it is another's name")
+            raise InvalidSource(f"{path} has {alias!r} both as a tensor and as an alias of another one")
     return found
 
 
 def check_name(name: str, path: str) -> str:
-    """Slashes and spaces are legal in a tensor's name; what could corrupt a terminal, a log or a file is not."""
+    """Checks a tensor's name. It may contain slashes and spaces, but nothing harmful in a terminal, a log or a file."""
     usable = name.isprintable() and name not in {"", METADATA}
     if not usable or len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES:
         raise InvalidSource(f"{path} has a tensor with the unusable name {name[:80]!r}")
@@ -146,9 +114,9 @@ def check_name(name: str, path: str) -> str:
 
 
 def check_tensor(name: str, dtype: object, shape: object, path: str) -> tuple[str, tuple[int, ...], int]:
-    """dtype, shape and size in bytes of a tensor somebody described to us."""
+    """Checks the description of a tensor from outside, and returns its dtype, shape and size in bytes."""
     check_name(name, path)
-    if not isinstance(dtype, str) or dtype not in BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InvalidSource(f"tensor {name!r} of {path} has the unknown dtype {dtype!r}")
     if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(map(_is_count, shape)):
         raise InvalidSource(f"tensor {name!r} of {path} has an impossible shape")
@@ -159,24 +127,24 @@ def check_tensor(name: str, dtype: object, shape: object, path: str) -> tuple[st
 
 
 def _is_text(value: object) -> bool:
-    """A string that can be written again: JSON can say half a surrogate pair, UTF-8 cannot."""
+    """Tells whether a value is a string that can be written as UTF-8, unlike half a surrogate pair in JSON."""
     return isinstance(value, str) and value.encode("utf-8", "replace").decode() == value
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value <= MAX_TENSOR_BYTES  # JSON gives no subclass but bool
+    return type(value) is int and 0 <= value <= MAX_TENSOR_BYTES  # bool is the only subclass of int from JSON
 
 
 def _tensor(name: str, entry: object, path: str) -> TensorInfo:
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise InvalidSource(f"tensor {name[:80]!r} of {path} lacks dtype, shape or data_offsets")
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
+        raise InvalidSource(f"tensor {name[:80]!r} of {path} has other entries than dtype, shape and data_offsets")
     dtype, shape, size_bytes = check_tensor(name, entry["dtype"], entry["shape"], path)
     offsets = entry["data_offsets"]
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise InvalidSource(f"tensor {name!r} of {path} has impossible data_offsets")
     start, end = offsets
     if end - start != size_bytes:
-        raise InvalidSource(f"tensor {name!r} of {path} needs {size_bytes} bytes and claims {end - start}")
+        raise InvalidSource(f"tensor {name!r} of {path} needs {size_bytes} bytes, but claims {end - start}")
     return TensorInfo(name, dtype, shape, Extent(start, size_bytes))
 
 
@@ -190,14 +158,14 @@ def _check_coverage(tensors: Iterable[TensorInfo], data_bytes: int, path: str) -
     if end != data_bytes:
         what = "is cut short" if end > data_bytes else "has bytes behind its last tensor"
         raise InvalidSource(
-            f"{path} {what}: its tensors need {end} bytes of data and it has {data_bytes}",
+            f"{path} {what}: its tensors need {end} bytes of data, but it has {data_bytes}",
             hint="download or save it again",
         )
 
 
 def as_json(header: Header) -> str:
-    """The header as compact JSON, without padding: what a lease hands out as its layout."""
-    document: dict[str, Any] = {METADATA: dict(header.metadata)} if header.metadata else {}
+    """Formats the header as compact JSON without padding, as for the layout of a lease."""
+    document: dict[str, object] = {METADATA: dict(header.metadata)} if header.metadata else {}
     for tensor in header.tensors:
         document[tensor.name] = {
             "dtype": tensor.dtype,
@@ -212,7 +180,7 @@ def serialise(header: Header) -> bytes:
 
 
 def framed(layout_json: str) -> bytes:
-    """Length and JSON, padded with spaces (which the format allows) so that the data starts on an I/O block."""
+    """Returns length and JSON, padded with spaces (which the format allows) so that the data begins on an I/O block."""
     raw = layout_json.encode()
     padding = -(_LENGTH.size + len(raw)) % ALIGNMENT
     return _LENGTH.pack(len(raw) + padding) + raw + b" " * padding

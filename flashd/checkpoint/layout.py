@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In which order do tensors lie in a checkpoint, so that one large read is the arena and every tensor is aligned?
+"""The order of tensors in a checkpoint, which aligns every tensor and makes the arena one large read.
 
-Tensors whose size is a multiple of 256 bytes come first, by name: each then starts on a multiple of 256, which every
-kernel in use accepts. The odd ones follow, by falling power of two in their size, so that each still is aligned to its
-own element. There are no holes, so the file is valid safetensors. The order depends on names, dtypes and shapes alone:
-two fine-tunes of one architecture, however sharded, have the same layout.
+Tensors whose size is a multiple of 256 bytes come first, by name: each then starts at a multiple of 256, which all
+kernels accept. The others follow in descending order of the power of two in their size, so that each is still aligned
+to its element. There are no holes, so the file is valid safetensors. The order depends on names, dtypes and shapes
+only: two fine-tunes of one architecture have the same layout, however they are sharded.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from flashd.checkpoint.header import TensorInfo
-from flashd.streamer import Extent, blake3
+from flashd.io.streamer import Extent, blake3
 
 TENSOR_ALIGNMENT = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A tensor before it has a place."""
+    """A tensor before it is placed."""
 
     name: str
     dtype: str
@@ -29,7 +29,7 @@ class Shape:
 
 
 def arrange(tensors: Iterable[Shape]) -> tuple[TensorInfo, ...]:
-    """Gives every tensor its place in the data region."""
+    """Places all tensors in the data region."""
     placed = []
     offset = 0
     for tensor in sorted(tensors, key=_rank):
@@ -46,6 +46,6 @@ def _rank(tensor: Shape) -> tuple[int, str]:
 
 
 def layout_digest(tensors: Sequence[TensorInfo]) -> str:
-    """Equal for checkpoints whose tensors have the same names, dtypes, shapes and places."""
+    """Returns a digest that is equal for checkpoints with equal names, dtypes, shapes and places of tensors."""
     lines = (f"{t.name}\0{t.dtype}\0{','.join(map(str, t.shape))}\0{t.extent.offset}" for t in tensors)
     return blake3("\n".join(lines).encode()).hex()

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a checkpoint without reading its weights? A small TOML file beside them."""
+"""Manifests: the metadata of checkpoints, in small TOML files beside the weights."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
-import tomllib
+import re
+import reprlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,21 +16,26 @@ from typing import Any
 
 import tomli_w
 
-from flashd.checkpoint.header import Header, strict_json
+from flashd import toml
+from flashd.checkpoint.header import MAX_HEADER_BYTES, Header
+from flashd.checkpoint.json_reader import read_json
+from flashd.durable import as_count, as_text, as_time, read_bytes
 from flashd.errors import CorruptCheckpoint, InvalidSource
-from flashd.streamer import blake3
+from flashd.io.streamer import ALIGNMENT, blake3
+from flashd.legible import legible
 
 FORMAT = 1
-# What transformers writes into config.json that says nothing about the architecture.
+_LONGEST_NAME = 200  # characters of a class, a dtype or a method
+# Entries of transformers in config.json that do not describe the architecture.
 VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "_commit_hash", "use_cache", "auto_map"}
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`id` addresses everything by content; `weights` the weights alone; digests are BLAKE3 in hexadecimal.
+    """Metadata of a checkpoint. `id` addresses all its contents, `weights` only the weights; digests are BLAKE3 in hex.
 
     Checkpoints with equal `architecture_key` have the same configuration and layout: an engine that holds one can be
-    rebound to the other. `quantization` is the method that config.json names, or empty.
+    rebound to the other. `quantization` is the method in config.json, or empty.
     """
 
     id: str
@@ -54,40 +60,61 @@ class Manifest:
 
     @classmethod
     def from_toml(cls, text: str, path: str) -> Manifest:
-        """Raises CorruptCheckpoint if this is not a manifest of a format we know."""
+        """Parses a manifest. Raises CorruptCheckpoint if it is malformed or of an unknown format."""
         return _parsed(text, path)
 
+    def is_of_its_content(self) -> bool:
+        """True if the id matches the digests. The id of an image is its key instead."""
+        return self.id == checkpoint_id(self.weights, self.side_files)
+
     def _checked(self) -> Manifest:
-        """Raises TypeError for values of another kind than declared: dataclasses do not look."""
-        kinds: dict[str, tuple[type, ...]] = {
-            "int": (int,), "float": (int, float), "str": (str,), "Mapping[str, str]": (dict,),
-        }  # fmt: skip
-        for field in dataclasses.fields(self):
-            if not isinstance(getattr(self, field.name), kinds[str(field.type)]):
-                raise TypeError(f"{field.name} is not of type {field.type}")
+        """Checks types and values, which dataclasses do not. Raises ValueError."""
+        for name in ("digest_block_bytes", "data_offset", "data_bytes", "tensor_count"):
+            as_count(getattr(self, name))
+        for name in ("dtype", "architecture", "architecture_key", "layout", "quantization", "source"):
+            as_text(getattr(self, name))
+        for name in ("dtype", "architecture", "quantization"):
+            _check_name(getattr(self, name), name)
+        for digest in (self.id, self.weights, self.header_digest, self.digests_digest):
+            _check_digest(digest)
+        as_time(self.created_at)
+        if self.digest_block_bytes < 1 or self.data_offset > MAX_HEADER_BYTES + ALIGNMENT:
+            raise ValueError("its sizes are impossible")
+        if self.weights != weights_id(self.header_digest, self.digests_digest):
+            raise ValueError("its values contradict each other")
+        if not isinstance(self.side_files, dict):
+            raise ValueError("it has no table of side files")
         for name, digest in self.side_files.items():
-            if "/" in name or not isinstance(digest, str):
-                raise TypeError(f"{name!r} cannot be a side file")
+            if "/" in name or "\0" in name or name in {"", ".", ".."}:
+                raise ValueError(f"{name[:80]!r} cannot be a side file")
+            _check_digest(digest)
         return self
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        return cls.from_toml(path.read_text(encoding="utf-8"), str(path))
+        """Reads a manifest. Raises OSError, ValueError if it is not text, or CorruptCheckpoint."""
+        return cls.from_toml(read_bytes(path).decode(), str(path))
 
 
-@functools.lru_cache(maxsize=256)  # every swap needs one, and TOML takes half a millisecond to parse
+@functools.lru_cache(maxsize=256)  # cached, because every swap needs one, and parsing TOML takes half a millisecond
 def _parsed(text: str, path: str) -> Manifest:
     try:
-        document = tomllib.loads(text)
+        document = toml.parse(text)
         if document.pop("format", None) != FORMAT:
-            raise CorruptCheckpoint(f"{path} is of a format that this version does not know", hint="update flashd")
+            raise CorruptCheckpoint(f"{path} has a format unknown to this version", hint="update flashd")
         return Manifest(**document)._checked()
-    except (tomllib.TOMLDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise CorruptCheckpoint(f"{path} is damaged: {error}", hint="remove the model and convert it again") from None
 
 
-def weights_id(header_digest: bytes, digest_table: bytes) -> str:
-    return blake3(header_digest + blake3(digest_table)).hex()
+def _check_digest(value: object) -> None:
+    if re.fullmatch("[0-9a-f]{64}", as_text(value)) is None:
+        raise ValueError(f"{str(value)[:80]!r} is not a digest")
+
+
+def weights_id(header_digest: str, digests_digest: str) -> str:
+    """Addresses weights by the digests of their header and of the table of their blocks' digests."""
+    return blake3(bytes.fromhex(header_digest) + bytes.fromhex(digests_digest)).hex()
 
 
 def checkpoint_id(weights: str, side_files: Mapping[str, str]) -> str:
@@ -97,7 +124,7 @@ def checkpoint_id(weights: str, side_files: Mapping[str, str]) -> str:
 
 
 def dominant_dtype(header: Header) -> str:
-    """The dtype that most bytes have."""
+    """Returns the dtype of most of the bytes."""
     counts: Counter[str] = Counter()
     for tensor in header.tensors:
         counts[tensor.dtype] += max(tensor.extent.length, 1)
@@ -105,30 +132,58 @@ def dominant_dtype(header: Header) -> str:
 
 
 def read_config(raw: bytes) -> dict[str, Any]:
-    """config.json as a table; raises InvalidSource if it is something else."""
-    config = strict_json(raw, "config.json", constants=True)  # Mamba's time_step_limit is [0.0, Infinity]
+    """Parses config.json. Raises InvalidSource unless it is a JSON object."""
+    config = read_json(raw, "config.json", constants=True)
     if not isinstance(config, dict):
         raise InvalidSource("config.json is not a JSON object")
     return config
 
 
-def architecture_of(config: Mapping[str, Any]) -> str:
+def check_names(config: Mapping[str, object]) -> None:
+    """Checks the names in config.json that are shown to users or used by engines. Raises InvalidSource."""
+    architectures, quantization = config.get("architectures"), config.get("quantization_config")
+    said = [("architectures", name) for name in (architectures if isinstance(architectures, list) else ())]
+    said += [("model_type", config.get("model_type"))]
+    # For a model of several parts, a dtype for each.
+    said += [(key, config.get(key)) for key in ("torch_dtype", "dtype") if not isinstance(config.get(key), dict)]
+    if isinstance(quantization, dict):
+        said.append(("quant_method", quantization.get("quant_method")))
+    try:
+        if not isinstance(architectures, list | None):
+            raise ValueError("architectures is not a list")
+        for key, name in said:
+            if name is not None:
+                _check_name(name, key)
+    except ValueError as error:
+        hint = "correct it, or get config.json from the model's origin again"
+        raise InvalidSource(f"config.json is wrong: {error}", hint=hint) from None
+
+
+def _check_name(value: object, key: str) -> None:
+    """Checks that a value is a short legible text. Raises ValueError."""
+    if not isinstance(value, str) or legible(value, _LONGEST_NAME) != value:
+        raise ValueError(f"{key} is {reprlib.repr(value)}, not a name")
+
+
+def architecture_of(config: Mapping[str, object]) -> str:
     names = config.get("architectures")
     return _label(names[0]) if isinstance(names, list) and names else ""
 
 
-def quantization_of(config: Mapping[str, Any]) -> str:
+def quantization_of(config: Mapping[str, object]) -> str:
     quantization = config.get("quantization_config")
     return _label(quantization.get("quant_method")) or "unknown" if isinstance(quantization, dict) else ""
 
 
 def _label(value: object) -> str:
-    """A word of a stranger's that people will read on terminals; nothing if it is not such a word."""
-    return value if isinstance(value, str) and value.isprintable() and len(value) <= 200 else ""
+    """Returns a name that has passed `check_names`; empty if there is none."""
+    return legible(value, _LONGEST_NAME) if isinstance(value, str) else ""
 
 
-def architecture_key(config: Mapping[str, Any], layout: str) -> str:
-    """Equal if and only if configuration (but for its volatile parts) and layout are; empty without a config."""
+def architecture_key(config: Mapping[str, object], layout: str) -> str:
+    """Returns a key that is equal if and only if configuration (except its volatile parts) and layout are equal; empty
+    without a config.
+    """
     if not config:
         return ""
     stable = {name: value for name, value in config.items() if name not in VOLATILE}

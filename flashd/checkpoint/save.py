@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How do tensors in memory become a checkpoint? Through two buffers: one is filled while the other is written.
+"""Writes tensors in memory as a checkpoint, through two buffers: one is filled while the other is written.
 
-Whatever memory the tensors are in, theirs is never doubled; `Content` brings them piece by piece. The folder is made
-beside its destination and takes its place in one step, so that a crash, a full disk or a reader never sees half of it.
+The memory of the tensors, of whatever kind, is never duplicated as a whole; `Content` provides them piece by piece. The
+folder is made beside its destination and replaces it in one step, so that a crash, a full disk or a concurrent reader
+never leaves or sees half of it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import fcntl
 import glob
 import mmap
@@ -20,20 +20,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from flashd.checkpoint.convert import DIGEST_BLOCK_BYTES, compose, describe
-from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, sync_directory, write_new, writing
+from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS
 from flashd.checkpoint.header import Header, serialise
 from flashd.checkpoint.layout import Shape
 from flashd.checkpoint.manifest import Manifest
+from flashd.durable import exchange, sync_directory, write_new, writing
 from flashd.errors import AlreadyExists, InvalidArgument, StoreFull
-from flashd.streamer import ALIGNMENT, OpenFile, Transfer, blake3, write
+from flashd.io.streamer import ALIGNMENT, OpenFile, Transfer, blake3, write
 from flashd.units import format_bytes
 
-# Fills memory with the bytes of a tensor, from an offset within it on.
+# Fills memory with the bytes of a tensor, starting at an offset within the tensor.
 Content = Callable[[int, memoryview], None]
 
 _BUFFER_BYTES = 16 * DIGEST_BLOCK_BYTES
-_RENAME_EXCHANGE = 2  # renameat2(2)
-_AT_FDCWD = -100
 
 
 def save(
@@ -44,11 +43,10 @@ def save(
     aliases: Mapping[str, str],
     metadata: Mapping[str, str],
 ) -> Manifest:
-    """Makes the checkpoint folder `destination`, in place of a checkpoint that is there. All of it is fsynced.
+    """Makes the checkpoint folder `destination`, which may replace a checkpoint, and fsyncs everything.
 
-    `content` is asked once for each tensor, in the order in which they lie in the file. Raises AlreadyExists if
-    something is there that is no checkpoint, InvalidArgument if it cannot be made there, StoreFull or TransferFailed;
-    what was there before is then as it was.
+    `content` is called once for each tensor, in their order in the file. Raises AlreadyExists if the destination exists
+    and is not a checkpoint, InvalidArgument if it cannot be created, StoreFull or TransferFailed, without any change.
     """
     _check_replaceable(destination)
     header = compose(shapes, aliases, metadata)
@@ -63,9 +61,9 @@ def save(
 
 @contextlib.contextmanager
 def _partial(destination: Path) -> Iterator[Path]:
-    """A folder beside it, for as long as we fill it. Those that killed processes have left there are removed."""
+    """Provides a folder beside the destination while we fill it. Folders left by killed processes are removed."""
     with contextlib.ExitStack() as held:
-        with _locked(destination.parent, fcntl.LOCK_EX):  # nobody takes one for left that is being made
+        with _locked(destination.parent, fcntl.LOCK_EX):  # so that no process takes a folder in use for a leftover
             for path in destination.parent.glob(f".{glob.escape(destination.name)}.*.partial"):
                 with contextlib.suppress(OSError), _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
                     shutil.rmtree(path)
@@ -88,12 +86,12 @@ def _locked(folder: Path, how: int) -> Iterator[None]:
 
 def _check_replaceable(destination: Path) -> None:
     if destination.name in {"", ".."}:
-        raise InvalidArgument(f"{destination} names no folder to make")
+        raise InvalidArgument(f"{destination} is not the name of a folder")
     if not os.path.lexists(destination) or (destination / MANIFEST).is_file():
         return
     if destination.is_dir() and not any(destination.iterdir()):
         return
-    raise AlreadyExists(f"{destination} is there, and is no checkpoint", hint="name another folder, or remove it")
+    raise AlreadyExists(f"{destination} exists and is not a checkpoint", hint="name another folder, or remove it")
 
 
 def _fill(directory: Path, header: Header, content: Callable[[str], Content]) -> Manifest:
@@ -117,18 +115,18 @@ def _fill(directory: Path, header: Header, content: Callable[[str], Content]) ->
 def _check_room(directory: Path, need_bytes: int) -> None:
     free_bytes = shutil.disk_usage(directory).free
     if need_bytes > free_bytes:
-        what = f"{directory.parent} has {format_bytes(free_bytes)} free, and {format_bytes(need_bytes)} are to be saved"
+        what = f"{directory.parent} has only {format_bytes(free_bytes)} free, but {format_bytes(need_bytes)} are needed"
         raise StoreFull(what, hint="free some space, or save elsewhere")
 
 
 def _write_data(target: OpenFile, data_offset: int, header: Header, content: Callable[[str], Content]) -> bytes:
-    """Returns the digests of the blocks."""
-    # A mapping begins on a page and ends on one, as O_DIRECT wants it.
+    """Writes the data region and returns the digests of its blocks."""
+    # A mapping begins and ends at page boundaries, as O_DIRECT requires.
     size_bytes = min(_BUFFER_BYTES, -(-header.data_bytes // ALIGNMENT) * ALIGNMENT) or ALIGNMENT
     buffers = [mmap.mmap(-1, size_bytes) for _ in range(2)]
     digests = bytearray()
     offset = data_offset
-    with contextlib.ExitStack() as under_way:  # ends the transfer before the buffers go
+    with contextlib.ExitStack() as under_way:  # ends the transfer before the buffers are freed
         transfer: Transfer | None = None
         for number, length in enumerate(_filled(header, content, buffers)):
             filled = memoryview(buffers[number % 2])[:length]
@@ -146,7 +144,7 @@ def _write_data(target: OpenFile, data_offset: int, header: Header, content: Cal
 
 
 def _filled(header: Header, content: Callable[[str], Content], buffers: list[mmap.mmap]) -> Iterator[int]:
-    """Fills the buffers in turn with the data region; yields how much is in one each time it is full, or the last."""
+    """Fills the buffers in turn with the data region. Yields the number of bytes in each buffer when it is full."""
     turn, used = 0, 0
     for tensor in header.tensors:
         fill = content(tensor.name)
@@ -167,17 +165,12 @@ def _address(region: memoryview) -> int:
 
 
 def _publish(partial: Path, destination: Path) -> None:
-    """The new folder takes the old one's place in one step; `partial` is then the old one, if there was one."""
+    """Replaces the old folder with the new one in one step. `partial` is then the old folder, if there was one."""
     if not os.path.lexists(destination):
         partial.rename(destination)
         return
-    libc = ctypes.CDLL(None, use_errno=True)
-    paths = os.fsencode(partial), os.fsencode(destination)
-    if libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+    if exchange(partial, destination):
         return
-    number = ctypes.get_errno()
-    if number not in {errno.EINVAL, errno.ENOSYS}:  # file systems that cannot exchange need two steps
-        raise OSError(number, os.strerror(number), str(destination))
     old = partial.with_suffix(".old")
     destination.rename(old)
     partial.rename(destination)

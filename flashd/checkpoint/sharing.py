@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which bytes of a checkpoint do others have as well?
+"""Finds the bytes that a checkpoint has in common with others.
 
-Checkpoints of one architecture have one layout, so what two fine-tunes have in common lies in the same blocks, and the
-digests that each brings tell which: nothing is compared, and nothing but digests is read to know it.
+Checkpoints of one architecture have the same layout, so common bytes of two fine-tunes are in the same blocks, which
+have equal digests: only digests are read and compared.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flashd.streamer import Digests
+from flashd.io.streamer import Digests
 
 _DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Consecutive bytes that belong at `offset` of the data region.
+    """Consecutive bytes for `offset` of the data region.
 
-    They are at `source_offset` of the data region of number `source`, or, if that is None, nobody else's.
+    They are also at `source_offset` of the data region with the number `source`; None if no other region has them.
     """
 
     source: int | None
@@ -29,9 +29,9 @@ class Run:
 
 
 def find_shared(wanted: Digests, size_bytes: int, others: Sequence[Digests], *, least_bytes: int = 1) -> list[Run]:
-    """All of a data region in order, each block from the first of the others that has it.
+    """Yields runs that cover a data region in order, with each block from the first other region that has it.
 
-    What they have less than `least_bytes` of in a row does not count: each run costs something to begin.
+    Runs of common blocks below `least_bytes` are ignored, because each run has a fixed cost.
     """
     block_bytes = wanted.block_bytes
     found: dict[bytes, tuple[int, int]] = {}
@@ -43,7 +43,7 @@ def find_shared(wanted: Digests, size_bytes: int, others: Sequence[Digests], *, 
     for index, digest in enumerate(_digests(wanted)):
         offset = index * block_bytes
         length = min(block_bytes, size_bytes - offset)
-        # Equal digests are of equal bytes, so of equal length as well.
+        # Equal digests mean equal bytes, and so equal lengths.
         source, source_offset = found.get(digest, (None, offset))
         last = runs[-1] if runs else None
         if last and last.source == source and last.source_offset + last.length == source_offset:

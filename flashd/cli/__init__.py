@@ -3,8 +3,26 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+
 
 def main() -> None:
-    from flashd.cli.app import run
+    if sys.argv[1:] == ["--version"]:  # which needs no commands, so their modules are not imported
+        from flashd._version import __version__
 
-    run()
+        print(f"flash {__version__}")
+        return
+    # Ctrl-C during imports, and after the command, ends the process at once: there is nothing to undo then.
+    is_interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_interruptible:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from flashd.cli.run import run
+
+    try:
+        if is_interruptible:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        run()
+    finally:
+        if is_interruptible:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)

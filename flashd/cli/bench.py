@@ -1,39 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flash bench`: how fast is it here, and how fast could it be?"""
+"""`flash bench`: measurements of loads and swaps, with the limits of the hardware for comparison."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from flashd.bench import copying, memory, stream, swap
 from flashd.bench.report import Report
 from flashd.cli import output
+from flashd.cli.parameters import Argument, Context, Group, Option
 from flashd.cli.session import Json, ModelName, session
 from flashd.errors import InvalidArgument
 
-Runs = Annotated[int, typer.Option(min=1, help="Runs of everything, interleaved; medians are shown.")]
+app = Group(help="Measure flashd on this machine, and compare it with the limits of the hardware.")
+
+Runs = Annotated[int, Option(min=1, help="Number of runs of each measurement, interleaved; medians are shown.")]
 
 
-def register(app: typer.Typer) -> None:
-    benches = typer.Typer(help="How fast is it here, and how fast could it be?", no_args_is_help=True)
-    benches.command("stream")(stream_)
-    benches.command("memory")(memory_)
-    benches.command("swap")(swap_)
-    app.add_typer(benches, name="bench", rich_help_panel="Machine")
-
-
+@app.command("stream")
 def stream_(
-    path: Annotated[Path, typer.Argument(exists=True, help="A safetensors file, or a checkpoint's folder.")],
+    path: Annotated[Path, Argument(exists=True, help="A safetensors file, or the folder of a checkpoint.")],
     runs: Runs = 7,
     device: Annotated[
-        str, typer.Option(help="Load to this GPU as well: auto, none, cuda:0 ..., or sim:0, which is host memory.")
+        str, Option(help="GPU to load to as well: auto, none, cuda:0 ..., or sim:0, which is simulated in host memory.")
     ] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Loads a file cold into host memory, and to a GPU if there is one, beside the best raw read of it."""
+    """Measures cold loads of a file into host memory and to a GPU, if there is one, against the best raw read of it."""
     found = copying.device_of(device)
     if found is None and device not in {"auto", "none"}:
         raise InvalidArgument(f"there is no device {device!r} here", hint="flash status shows what there is")
@@ -42,15 +36,17 @@ def stream_(
     _show(report, as_json=as_json)
 
 
-def memory_(context: typer.Context, model: ModelName, runs: Runs = 15, as_json: Json = False) -> None:
-    """From a D-Bus call to tensors of a model on the device, and from the host tier to the device."""
+@app.command("memory")
+def memory_(context: Context, model: ModelName, runs: Runs = 15, as_json: Json = False) -> None:
+    """Measures the time from a D-Bus call to a model's tensors on the device, and from the host tier to the device."""
     with output.bytes_progress(f"{runs} rounds") as show:
         report = memory.run(session(context).client, model, runs=runs, on_progress=show)
     _show(report, as_json=as_json)
 
 
-def swap_(context: typer.Context, first: ModelName, second: ModelName, runs: Runs = 10, as_json: Json = False) -> None:
-    """Swaps between two models, each until its first token."""
+@app.command("swap")
+def swap_(context: Context, first: ModelName, second: ModelName, runs: Runs = 10, as_json: Json = False) -> None:
+    """Measures swaps between two models, each until its first token."""
     with output.bytes_progress(f"{runs} rounds") as show:
         report = swap.run(session(context).client, (first, second), runs=runs, on_progress=show)
     _show(report, as_json=as_json)

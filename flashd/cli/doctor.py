@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flash doctor`: what does this machine give, what does it lack, and what can be done about it?"""
+"""`flash doctor`: checks of everything on this machine that flashd depends on, with remedies."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ import mmap
 import os
 import platform
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-import typer
-
-import flashd
-from flashd import config, cuda, streamer
 from flashd.cli import installation, output
-from flashd.cli.findings import Finding, Verdict
+from flashd.cli.installation import Finding, Verdict
+from flashd.cli.parameters import Context
 from flashd.cli.session import Json, session
+from flashd.client.client import connect
+from flashd.client.results import Status, WatchedFolder
+from flashd.config.paths import Scope, default_paths
 from flashd.errors import FlashdError
+from flashd.io import cuda, streamer
+from flashd.io.streamer import Backend, OpenFile, Options
 from flashd.memory.arena import HugePages, probe_huge_pages
 from flashd.memory.device import memory_fields, total_memory_bytes
-from flashd.streamer import Backend, OpenFile, Options
 from flashd.units import GiB, MiB, format_bytes
 
 _PROBE_BYTES, _SMALL_PROBE_BYTES = 256 * MiB, 8 * MiB
@@ -31,33 +34,32 @@ _EXPECTED_GB_PER_S = 1.0
 _NVIDIA = "0x10de"
 _PROC = Path("/proc")
 _DISPLAYS = ("0x0300", "0x0302")  # PCI classes: VGA, 3D
-# Of memory that a GPU shares, what files take is lost to it: its driver does not ask the kernel for that back.
+# The page cache takes memory from a GPU that shares the host's: its driver does not ask the kernel to reclaim it.
 _MOST_CACHED = 0.25
 
 
-def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel="Machine")(doctor)
-
-
-def doctor(context: typer.Context, as_json: Json = False) -> None:
-    """Looks at everything flashd depends on. Exit status 1 if something will not work."""
+def doctor(context: Context, as_json: Json = False) -> None:
+    """Checks everything that flashd depends on. The exit status is 1 if something will not work."""
     findings = list(examine(session(context).bus))
     if as_json:
         output.print_json(findings)
     else:
         colours = {Verdict.GOOD: "green", Verdict.SLOW: "yellow", Verdict.BAD: "red"}
-        to = output.console()
         for finding in findings:
-            to.print(f"[{colours[finding.verdict]}]{finding.verdict:>4}[/] {finding.subject}: {finding.found}")
+            said, colour = f"{finding.subject}: {finding.found}", colours[finding.verdict]
+            output.print_labelled(said, label=f"{finding.verdict:>4}", style=colour)
             if finding.remedy:
-                to.print(f"       {finding.remedy}")
+                output.print_labelled(f"       {finding.remedy}")
     if any(finding.verdict is Verdict.BAD for finding in findings):
-        raise typer.Exit(1)
+        sys.exit(1)
 
 
 def examine(bus: str | None) -> Iterator[Finding]:
-    daemon, store, toml = _daemon(bus)
+    daemon, store, toml, status = _daemon(bus)
     yield daemon
+    if status is not None:
+        yield from (Finding("state", Verdict.BAD, problem.what, problem.remedy) for problem in status.problems)
+        yield from map(_inbox, status.inbox_watched)
     yield from installation.examine(toml)
     yield _kernel()
     yield from _disk(store)
@@ -68,16 +70,25 @@ def examine(bus: str | None) -> Iterator[Finding]:
     yield _programs()
 
 
-def _daemon(bus: str | None) -> tuple[Finding, Path, str]:
-    """And where its store is, and its configuration."""
-    default = config.default_paths(config.Scope.USER).state
+def _daemon(bus: str | None) -> tuple[Finding, Path, str, Status | None]:
+    """Asks the daemon. Returns a finding, the folder of its store, its configuration and its status."""
+    default = default_paths(Scope.USER).state
     try:
-        with flashd.connect(bus) as client:
+        with connect(bus) as client:
             status = client.status()
             found = f"version {status.version}, {len(client.models())} models"
-            return Finding("daemon", Verdict.GOOD, found), Path(status.store_path), client.config()
+            return Finding("daemon", Verdict.GOOD, found), Path(status.store_path), client.config(), status
     except FlashdError as error:
-        return Finding("daemon", Verdict.BAD, error.message, error.hint), default, ""
+        return Finding("daemon", Verdict.BAD, error.message, error.hint), default, "", None
+
+
+def _inbox(watched: WatchedFolder) -> Finding:
+    ago = f"{max(0, time.time() - watched.looked_at):.0f} s ago" if watched.looked_at else "none yet"
+    if not watched.why_not:
+        return Finding("inbox", Verdict.GOOD, f"{watched.folder} is watched by {watched.how}; last scan: {ago}")
+    why, _, remedy = watched.why_not.partition(": ")
+    found = f"{watched.folder} is only scanned {watched.how}; last scan: {ago}. {why}"
+    return Finding("inbox", Verdict.SLOW, found, remedy or "repair the folder, or set inbox.folders to another")
 
 
 def _kernel() -> Finding:
@@ -85,20 +96,20 @@ def _kernel() -> Finding:
     with suppress(ValueError):
         major, minor = (int(part) for part in release.split(".")[:2])
         if (major, minor) < (5, 14):
-            remedy = "Linux 5.14 or newer populates memory ahead of reads (MADV_POPULATE_WRITE)"
+            remedy = "upgrade to Linux 5.14 or newer, which can populate memory ahead of reads (MADV_POPULATE_WRITE)"
             return Finding("kernel", Verdict.SLOW, release, remedy)
     return Finding("kernel", Verdict.GOOD, release)
 
 
 def _disk(store: Path) -> Iterator[Finding]:
-    """Writes and reads where the store is, exactly as conversions and loads do."""
+    """Writes and reads a file in the folder of the store, in the same way as conversions and loads."""
     folder = store
     while not folder.exists():
         folder = folder.parent
     yield _room(folder)
     if not os.access(folder, os.W_OK):
-        # The machine's daemon keeps its store to itself.
-        yield Finding("disk", Verdict.SLOW, f"you may not write to {folder}", "sudo flash doctor tries the disk")
+        # Only the machine's daemon may write to its store.
+        yield Finding("disk", Verdict.SLOW, f"you may not write to {folder}", "sudo flash doctor can test the disk")
         return
     free_bytes = shutil.disk_usage(folder).free
     probe_bytes = _PROBE_BYTES if free_bytes > 4 * _PROBE_BYTES else _SMALL_PROBE_BYTES
@@ -116,12 +127,14 @@ def _disk(store: Path) -> Iterator[Finding]:
     if result.direct:
         yield Finding("O_DIRECT", Verdict.GOOD, f"works in {folder}")
     else:
-        remedy = "put the store on ext4, xfs or btrfs: reads then pass the page cache by"
-        yield Finding("O_DIRECT", Verdict.SLOW, f"refused in {folder}", remedy)
+        remedy = "put the store on ext4, xfs or btrfs, where reads can bypass the page cache"
+        yield Finding("O_DIRECT", Verdict.SLOW, f"not supported in {folder}", remedy)
     if result.backend is Backend.IO_URING:
         yield Finding("io_uring", Verdict.GOOD, "works")
     else:
-        remedy = "sysctl kernel.io_uring_disabled=0, or a container that allows it; threads are used meanwhile"
+        remedy = (
+            "set sysctl kernel.io_uring_disabled=0, or allow it in the container; until then flashd reads with threads"
+        )
         yield Finding("io_uring", Verdict.SLOW, result.fallback, remedy)
     yield _speed(result, is_rotating=_is_rotating(folder))
 
@@ -135,20 +148,20 @@ def _room(folder: Path) -> Finding:
 
 
 def _speed(result: streamer.TransferResult, *, is_rotating: bool) -> Finding:
-    """Against what an NVMe disk of the slower kind reads; a model of 16 GB then takes 16 s from cold."""
+    """Compares the disk with a slow NVMe disk, which needs 16 s for a cold model of 16 GB."""
     found = f"reads {result.gb_per_s:.2f} GB/s"
     if result.gb_per_s >= _EXPECTED_GB_PER_S:
         return Finding("disk speed", Verdict.GOOD, found)
     why = (
-        "it turns, or says so: set store.path to another"
+        "the kernel reports a rotating disk; set store.path to another disk"
         if is_rotating
-        else "is it busy, encrypted, remote, or too hot?"
+        else "check whether it is busy, encrypted, remote or too hot"
     )
     return Finding("disk speed", Verdict.SLOW, found, f"NVMe disks read {_EXPECTED_GB_PER_S} GB/s and more; {why}")
 
 
 def _is_rotating(folder: Path) -> bool:
-    """By what the kernel says of the disk below (sysfs-block, queue/rotational); of a partition, its parent knows."""
+    """Asks the kernel about the folder's disk (sysfs-block, queue/rotational), or the parent of its partition."""
     device = folder.stat().st_dev
     block = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
     for place in (block, block.parent):
@@ -162,7 +175,7 @@ def _read_back(file: OpenFile, size_bytes: int) -> streamer.TransferResult:
         memory.madvise(mmap.MADV_HUGEPAGE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         read = streamer.Read(0, 0, 0, size_bytes)
-        options = Options(page_cache=False)  # it was written just now
+        options = Options(page_cache=False)  # a file just written is still in it
         with streamer.load([file], [read], address=address, size_bytes=size_bytes, options=options) as transfer:
             return transfer.wait()
 
@@ -171,14 +184,17 @@ def _huge_pages() -> Finding:
     mode = probe_huge_pages()
     if mode is HugePages.NONE:
         remedy = (
-            "as root: echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled: loads then read larger requests"
+            "as root: echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled; loads then issue larger reads"
         )
-        return Finding("huge pages", Verdict.SLOW, "arenas get none", remedy)
-    return Finding("huge pages", Verdict.GOOD, f"arenas get them ({mode})")
+        return Finding("huge pages", Verdict.SLOW, "not available for arenas", remedy)
+    return Finding("huge pages", Verdict.GOOD, f"used for arenas ({mode})")
 
 
 def _memory_lock() -> Finding:
-    """Of the machine's daemon where one runs and lets us look: units do not always get what they ask for. Else ours."""
+    """Checks the limit of the machine's daemon if it is readable, else ours.
+
+    The unit file does not tell, because a service may get a lower limit than its unit asks for.
+    """
     pid = installation.unit_properties().get("MainPID", "0")
     is_ours = not (_PROC / pid / "limits").exists()
     limits = (_PROC / ("self" if is_ours else pid) / "limits").read_text()
@@ -187,7 +203,7 @@ def _memory_lock() -> Finding:
         return Finding("locked memory", Verdict.GOOD, "not limited")
     found = f"limited to {format_bytes(int(soft))}"
     return Finding(
-        "locked memory", Verdict.SLOW, found, "raise LimitMEMLOCK: buffers can then be registered with io_uring"
+        "locked memory", Verdict.SLOW, found, "raise LimitMEMLOCK, so that buffers can be registered with io_uring"
     )
 
 
@@ -195,26 +211,33 @@ def _memory() -> Finding:
     total_bytes = total_memory_bytes()
     found = format_bytes(total_bytes)
     if total_bytes < 8 * GiB:
-        return Finding("memory", Verdict.SLOW, found, "small models only; set memory.host_budget to what can be spared")
+        return Finding(
+            "memory",
+            Verdict.SLOW,
+            found,
+            "only small models fit; set memory.host_budget to the memory that flashd may use",
+        )
     return Finding("memory", Verdict.GOOD, found)
 
 
 def _gpus() -> Iterator[Finding]:
     if (reason := cuda.why_none()) and _has_nvidia():
-        remedy = "install NVIDIA's driver, and see that /dev/nvidia* is there: nvidia-smi"
-        yield Finding("GPU", Verdict.BAD, f"there is one, and it cannot be used: {reason}", remedy)
+        remedy = "install NVIDIA's driver, and check with nvidia-smi that /dev/nvidia* exists"
+        yield Finding("GPU", Verdict.BAD, f"present, but unusable: {reason}", remedy)
     elif reason:
-        yield Finding("GPU", Verdict.SLOW, f"none: {reason}", "models run on the processor, from the host tier")
+        yield Finding("GPU", Verdict.SLOW, f"none: {reason}", "models run on the CPU, from the host tier")
     for gpu in cuda.gpus():
         what = f"{gpu.name}, {gpu.model}, {format_bytes(gpu.total_bytes)}"
         if not (gpu.maps_memory and gpu.exports_memory):
-            remedy = "its memory cannot be handed to other processes: another kind of virtual machine may allow it"
+            remedy = "its memory cannot be shared with other processes; another kind of virtual machine may allow that"
             yield Finding("GPU", Verdict.SLOW, what, remedy)
         elif not (gpu.registers_memory or gpu.is_unified):
-            remedy = "host memory cannot be registered with it: copies from the host tier take a detour"
+            remedy = (
+                "host memory cannot be registered with it, so copies from the host tier go through a staging buffer"
+            )
             yield Finding("GPU", Verdict.SLOW, what, remedy)
         else:
-            yield Finding("GPU", Verdict.GOOD, what + (", one memory with the host" if gpu.is_unified else ""))
+            yield Finding("GPU", Verdict.GOOD, what + (", sharing the host's memory" if gpu.is_unified else ""))
         if gpu.is_unified:
             yield _page_cache(memory_fields())
 
@@ -231,9 +254,9 @@ def _has_nvidia(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
 
 def _page_cache(fields: Mapping[str, int]) -> Finding:
     cached_bytes, total_bytes = fields["Cached"] - fields.get("Shmem", 0), fields["MemTotal"]
-    found = f"{format_bytes(cached_bytes)} of {format_bytes(total_bytes)} hold files"
+    found = f"files take {format_bytes(cached_bytes)} of {format_bytes(total_bytes)}"
     if cached_bytes > _MOST_CACHED * total_bytes:
-        remedy = "the GPU does not get them back: give models to flashd, not to programs that map their files"
+        remedy = "the GPU cannot reclaim this memory; load models with flashd, not with programs that map their files"
         return Finding("page cache", Verdict.SLOW, found, remedy)
     return Finding("page cache", Verdict.GOOD, found)
 
@@ -244,6 +267,6 @@ def _programs() -> Finding:
             "dbus-daemon",
             Verdict.SLOW,
             "not installed",
-            "needed where there is no session bus: apt install dbus-daemon",
+            "needed on machines without a session bus: apt install dbus-daemon",
         )
     return Finding("dbus-daemon", Verdict.GOOD, "installed")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flash engine`: the Python environments that engines run in."""
+"""`flash engine`: management of the Python environments in which engines run."""
 
 from __future__ import annotations
 
@@ -8,56 +8,54 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from flashd.cli import output
+from flashd.cli.parameters import Argument, Context, Group, Option
 from flashd.cli.session import Json, session
-from flashd.client import Client, Environment
+from flashd.client.client import Client
+from flashd.client.results import Environment
 from flashd.errors import NotFound
 from flashd.units import format_bytes
 
+app = Group(help="Install PyTorch or vLLM for engines, or go back to an earlier installation.")
+
 
 class Kind(StrEnum):
-    """Those that there are."""
+    """Kinds of engine."""
 
     TORCH = "torch"
     VLLM = "vllm"
 
 
-KindArgument = Annotated[Kind, typer.Argument(help="Kind of engine.")]
+KindArgument = Annotated[Kind, Argument(help="Kind of engine.")]
 
 
-def register(app: typer.Typer) -> None:
-    engines = typer.Typer(help="What engines run in: install PyTorch or vLLM, and go back.", no_args_is_help=True)
-    engines.command("install")(install)
-    engines.command("list")(list_)
-    engines.command("use")(use)
-    engines.command("remove")(remove)
-    app.add_typer(engines, name="engine", rich_help_panel="Machine")
-
-
+@app.command("install")
 def install(
-    context: typer.Context,
+    context: Context,
     kind: KindArgument,
     wheels: Annotated[
-        Path | None, typer.Option(exists=True, file_okay=False, help="Take wheels from this folder, and no network.")
+        Path | None, Option(exists=True, file_okay=False, help="Use the wheels in this folder, and no network.")
     ] = None,
-    index: Annotated[str, typer.Option(help="A package index other than pip's, such as PyTorch's own.")] = "",
+    index: Annotated[str, Option(help="Package index to use instead of pip's, such as PyTorch's own.")] = "",
 ) -> None:
-    """Makes an environment with an engine's framework, checks it, and has new engines run in it."""
-    from flashd.cli.wheels import Supply, download  # which 50 ms of other commands need not pay for
+    """Installs an engine's framework in a new environment, checks it, and uses it for new engines."""
+    from flashd.cli.wheels import (
+        Supply,
+        download,
+    )  # here, because the import costs 50 ms that other commands do not need
 
     client = session(context).client
     has_gpu = any(device.kind in {"cuda", "unified"} for device in client.devices())
-    # Gigabytes: what is in /tmp may be in memory.
+    # The wheels take gigabytes, and /tmp may be in memory.
     with tempfile.TemporaryDirectory(prefix="flash-engine-", dir="/var/tmp") as folder:
         found = download(kind, Path(folder), Supply(wheels, index), has_gpu=has_gpu)
         result = output.wait(lambda: client.begin_install(kind, found), f"{kind}")
     output.say(f"{kind} {result['version']} is environment {result['environment']}: {_where(client, kind)}")
 
 
-def list_(context: typer.Context, as_json: Json = False) -> None:
-    """The environments that were installed; a star marks what new engines run in."""
+@app.command("list")
+def list_(context: Context, as_json: Json = False) -> None:
+    """Lists the installed environments. A star marks those that new engines use."""
     found = session(context).client.environments()
     if as_json:
         output.print_json(found)
@@ -65,54 +63,58 @@ def list_(context: typer.Context, as_json: Json = False) -> None:
     rows = [
         [
             "*" if e.current else "", e.kind, str(e.number), e.version, format_bytes(e.size_bytes),
-            output.ago(e.created_at), "" if e.fits else "for another Python: install it again",
+            output.ago(e.created_at), "" if e.fits else "made for another Python: install it again",
         ]
         for e in found
     ]  # fmt: skip
     if rows:
         output.print_table(["", "engine", "number", "version", "size", "made", ""], rows)
     else:
-        output.say("None was installed: flash engine install torch, or vllm")
+        output.say("No environments are installed. Install one: flash engine install torch, or vllm")
 
 
+@app.command("use")
 def use(
-    context: typer.Context,
+    context: Context,
     kind: KindArgument,
     number: Annotated[
-        int | None, typer.Argument(min=0, help="As flash engine list shows it; 0 for flashd's own Python.")
+        int | None, Argument(min=0, help="Number from flash engine list; 0 for flashd's own Python.")
     ] = None,
 ) -> None:
-    """Has new engines run in another environment; without a number, in the one before."""
+    """Selects the environment for new engines; without a number, the previous one."""
     client = session(context).client
     wanted = _before(client, kind) if number is None else number
     client.use_environment(kind, wanted)
     output.say(f"{kind} {wanted or 'of flashd itself'}: {_where(client, kind)}")
 
 
+@app.command("remove")
 def remove(
-    context: typer.Context,
+    context: Context,
     kind: KindArgument,
-    number: Annotated[int, typer.Argument(min=1, help="As flash engine list shows it.")],
+    number: Annotated[int, Argument(min=1, help="Number from flash engine list.")],
 ) -> None:
     """Deletes an environment that no engine uses."""
     session(context).client.remove_environment(kind, number)
 
 
 def _before(client: Client, kind: Kind) -> int:
-    """The newest that is older than the current one."""
+    """Returns the number of the newest environment that is older than the current one."""
     of_kind: list[Environment] = [e for e in client.environments() if e.kind == kind]
     current = next((e.number for e in of_kind if e.current), 0)
     older = [e.number for e in of_kind if e.number < current and e.fits]
     if not older:
-        raise NotFound(f"there is no environment of {kind} before", hint="flash engine list shows what there is")
+        raise NotFound(
+            f"there is no earlier environment of {kind}", hint="flash engine list shows the installed environments"
+        )
     return max(older)
 
 
 def _where(client: Client, kind: Kind) -> str:
-    """What becomes of it, which a setting may have decided otherwise."""
+    """Says whether new engines use the environment, which a setting may override."""
     import tomllib
 
     configured = tomllib.loads(client.config())["engines"][kind]["python"]
     if configured:
-        return f'engines.{kind}.python is {configured}, and counts: flash config engines.{kind}.python ""'
-    return "new engines run in it"
+        return f'engines.{kind}.python = {configured} overrides it; reset it: flash config engines.{kind}.python ""'
+    return "new engines use it"

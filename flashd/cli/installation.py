@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is flashd installed on this machine as its package means it: unit, polkit, group, the engines' environment?"""
+"""Checks the installation of flashd's package: unit, polkit actions, group, and the engines' environments."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
-
-from flashd.cli.findings import Finding, Verdict
 
 UNIT = "flashd.service"
 GROUP = "flashd"
@@ -23,8 +23,26 @@ _MISSING = "import importlib.util as u, sys; print(*[n for n in sys.argv[1:] if 
 _NEEDED = {"torch": ("torch", "transformers", "uvicorn", "flashd"), "vllm": ("vllm", "flashd")}
 
 
+class Verdict(StrEnum):
+    """Verdict of flash doctor on one thing."""
+
+    GOOD = "good"
+    SLOW = "slow"  # works, but could be faster or better
+    BAD = "bad"  # something will fail
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A finding of flash doctor, with a remedy unless the verdict is good."""
+
+    subject: str
+    verdict: Verdict
+    found: str
+    remedy: str = ""
+
+
 def examine(toml: str) -> Iterator[Finding]:
-    """`toml` is the daemon's configuration, empty if it does not answer."""
+    """Yields all findings. `toml` is the configuration of the daemon, empty if it does not answer."""
     unit = unit_properties()
     if unit.get("LoadState") == "loaded":
         yield _unit(unit)
@@ -34,14 +52,14 @@ def examine(toml: str) -> Iterator[Finding]:
 
 
 def unit_properties() -> Mapping[str, str]:
-    """What the service manager says of the machine's daemon; nothing where there is no systemd."""
+    """Returns the service manager's properties of the machine's daemon; empty on a machine without systemd."""
     names = "LoadState,ActiveState,SubState,Result,NRestarts,StatusText,MainPID,LimitMEMLOCK"
     said = output_of(["systemctl", "show", "-p", names, UNIT])
     return dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
 
 
 def output_of(command: Sequence[str]) -> str:
-    """What a program says; nothing if it is not there, fails or hangs."""
+    """Runs a program and returns its output; empty if it is missing, fails or hangs."""
     if shutil.which(command[0]) is None:
         return ""
     try:
@@ -59,11 +77,11 @@ def _unit(unit: Mapping[str, str]) -> Finding:
     if unit.get("ActiveState") == "failed":
         reason = f"{state}, because of {unit.get('Result')}"
         return Finding(
-            "service", Verdict.BAD, reason, f"journalctl -b -u {UNIT} says more; then: systemctl start flashd"
+            "service", Verdict.BAD, reason, f"find the cause with journalctl -b -u {UNIT}, then systemctl start flashd"
         )
     if restarts:
-        found = f"{state}, started again {restarts} times since it was started by hand"
-        return Finding("service", Verdict.SLOW, found, f"journalctl -b -u {UNIT} says why")
+        found = f"{state}, restarted {restarts} times since its last manual start"
+        return Finding("service", Verdict.SLOW, found, f"find the cause with journalctl -b -u {UNIT}")
     return Finding("service", Verdict.GOOD, state)
 
 
@@ -71,12 +89,12 @@ def _polkit() -> Finding:
     known = output_of(["pkaction"]).split()
     missing = [action for action in ACTIONS if action not in known]
     if not known:
-        remedy = "apt install polkitd; without it only root may change anything"
+        remedy = "apt install polkitd; without it only root may make changes"
         return Finding("polkit", Verdict.BAD, "it does not answer", remedy)
     if missing:
-        remedy = "apt install --reinstall flashd: its policy is missing"
+        remedy = "its policy is missing: apt install --reinstall flashd"
         return Finding("polkit", Verdict.BAD, f"it does not know {', '.join(missing)}", remedy)
-    return Finding("polkit", Verdict.GOOD, "knows what flashd asks about")
+    return Finding("polkit", Verdict.GOOD, "knows flashd's actions")
 
 
 def _group() -> Finding:
@@ -90,12 +108,12 @@ def _group() -> Finding:
         return Finding("group", Verdict.GOOD, f"{user} may use and manage models")
     if user in group.gr_mem:
         return Finding("group", Verdict.SLOW, f"{user} has joined {GROUP} since logging in", "log out and in again")
-    remedy = f"sudo adduser {user} {GROUP}, and log in again; at the machine's own screen it works without"
+    remedy = f"sudo adduser {user} {GROUP}, and log in again; not necessary when logged in at the machine itself"
     return Finding("group", Verdict.SLOW, f"{user} is not in the group {GROUP}", remedy)
 
 
 def _engines(configured: Mapping[str, Any]) -> Iterator[Finding]:
-    """Of the kind that is used by default, and of those that somebody has configured."""
+    """Checks the default kind of engine, and the configured kinds."""
     for kind, needed in _NEEDED.items():
         python = configured.get(kind, {}).get("python", "")
         if not python and configured.get("default", "torch") != kind:
@@ -104,14 +122,14 @@ def _engines(configured: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _engine(kind: str, needed: Sequence[str], python: str) -> Finding:
-    """Found, not imported: importing takes seconds and says no more."""
+    """Checks that an engine's packages can be found. Importing them would take seconds and tell no more."""
     subject, setting = f"{kind} engine", f"engines.{kind}.python"
     try:
         done = subprocess.run(
             [python, "-c", _MISSING, *needed], capture_output=True, text=True, check=True, timeout=_TIMEOUT_S
         )
     except (OSError, subprocess.SubprocessError):
-        remedy = f"flash config {setting} PATH names another one"
+        remedy = f"select another one: flash config {setting} PATH"
         return Finding(subject, Verdict.BAD, f"{python} cannot be run", remedy)
     if missing := done.stdout.split():
         remedy = f"install them there, or set {setting} to an interpreter that has them"

@@ -1,41 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands about models: which there are, and how they come and go."""
+"""Commands that list, import, download, change and remove models."""
 
 from __future__ import annotations
 
-import logging
-import os
-import pwd
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from flashd.checkpoint.convert import convert as convert_source
-from flashd.checkpoint.files import Checkpoint
-from flashd.checkpoint.source import SourceFiles
 from flashd.cli import output
+from flashd.cli.parameters import Argument, Context, Option
 from flashd.cli.session import Json, ModelName, session
-from flashd.client import Client, Model, Status
-from flashd.errors import AlreadyExists, Cancelled, InvalidArgument
-from flashd.hub import PullOutcome
+from flashd.errors import Cancelled, InvalidArgument
 from flashd.units import format_bytes, format_seconds
 
-PANEL = "Models"
+if TYPE_CHECKING:
+    from flashd.client.client import Client
+    from flashd.client.results import Model, Status
+    from flashd.hub import PullOutcome
 
 
-def register(app: typer.Typer) -> None:
-    app.command("list", rich_help_panel=PANEL)(list_)
-    app.command("ls", hidden=True)(list_)
-    app.command("import", rich_help_panel=PANEL)(import_)
-    for command in (pull, show, convert, alias, pin, unpin, private, public, rm, verify, scrub):
-        app.command(rich_help_panel=PANEL)(command)
-
-
-def list_(context: typer.Context, as_json: Json = False) -> None:
-    """Models, where their bytes are now, and what is still on its way."""
+def list_(context: Context, as_json: Json = False) -> None:
+    """Lists models, the tiers that hold them, and sources that are not models yet."""
     client = session(context).client
     models, status = client.models(), client.status()
     if as_json:
@@ -53,11 +39,12 @@ def list_(context: typer.Context, as_json: Json = False) -> None:
     for item in status.inbox_items:
         detail = f": {item.detail}" if item.detail else ""
         colour = "red" if item.state == "failed" else "yellow"
-        output.say(f"[{colour}]{item.state}[/] {item.name}{detail}".replace("\n", "\n  "))
+        label = "not used" if item.state == "unused" else item.state
+        output.say(f"{item.name}{detail}".replace("\n", "\n  "), label=label, style=colour)
 
 
-def show(context: typer.Context, model: ModelName, as_json: Json = False) -> None:
-    """Everything about one model."""
+def show(context: Context, model: ModelName, as_json: Json = False) -> None:
+    """Shows everything about one model."""
     found = session(context).client.model(model)
     if as_json:
         output.print_json(found)
@@ -85,16 +72,20 @@ def show(context: typer.Context, model: ModelName, as_json: Json = False) -> Non
 
 
 def import_(
-    context: typer.Context,
-    path: Annotated[Path, typer.Argument(exists=True, help="A folder, or one file of weights.")],
-    name: Annotated[str | None, typer.Argument(help="What to call it; by default, what the folder is called.")] = None,
-    alias: Annotated[list[str] | None, typer.Option(help="A further name; may be repeated.")] = None,
-    no_replace: Annotated[bool, typer.Option(help="Refuse a name that is taken.")] = False,
+    context: Context,
+    path: Annotated[Path, Argument(exists=True, help="A folder, or one file of weights.")],
+    name: Annotated[str | None, Argument(help="Name of the model; by default, that of the folder.")] = None,
+    alias: Annotated[list[str] | None, Option(help="Additional name; may be repeated.")] = None,
+    no_replace: Annotated[bool, Option(help="Refuse a name that is already taken.")] = False,
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Whether others see it. A new version is as the old one.")
+        bool | None,
+        Option(
+            "--private/--public",
+            help="Whether other users can see it. By default, a new version is as visible as the old one.",
+        ),
     ] = None,
 ) -> None:
-    """Makes a model of files anywhere, without the models folder. They are opened by you, not by the daemon."""
+    """Makes a model from files outside the models folder. You, not the daemon, need permission to read them."""
     wanted = name or (path.resolve().name if path.is_dir() else path.stem)
     client = session(context).client
     started = time.monotonic()
@@ -108,13 +99,13 @@ def import_(
 
 
 def pull(
-    context: typer.Context,
-    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A model on the Hugging Face Hub.")],
-    revision: Annotated[str, typer.Option(help="A branch, tag or commit.")] = "main",
-    name: Annotated[str, typer.Option(help="What to call it; by default, what it is called there.")] = "",
+    context: Context,
+    repository: Annotated[str, Argument(metavar="OWNER/NAME", help="A model on the Hugging Face Hub.")],
+    revision: Annotated[str, Option(help="A branch, tag or commit.")] = "main",
+    name: Annotated[str, Option(help="Name of the model; by default, its name on the hub.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Downloads a model from the Hugging Face Hub, as you: with your login (hf auth login), proxies and cache."""
+    """Downloads a model from the Hugging Face Hub with your login (hf auth login), proxies and cache."""
     outcome = pulled(session(context).client, repository, revision, name)
     if as_json:
         output.print_json(outcome)
@@ -126,107 +117,82 @@ def pull(
     took = format_seconds(outcome.seconds)
     output.say(
         f"{outcome.model} is {at}: {format_bytes(outcome.downloaded_bytes)} downloaded in {took}, "
-        f"{format_bytes(outcome.converted_early_bytes)} converted by when the last file came"
+        f"{format_bytes(outcome.converted_early_bytes)} converted before the last file arrived"
     )
 
 
 def pulled(client: Client, repository: str, revision: str = "main", name: str = "") -> PullOutcome:
     """Pulls with a progress bar."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of what it tries again, only the end is of interest
+    import logging
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # messages about each new attempt are of no interest
     try:
         with output.job_progress(f"pulling {name or repository}") as progress:
             return client.pull(repository, revision=revision, name=name, on_progress=progress)
     except KeyboardInterrupt:
-        hint = "pull again: it goes on where it stopped"
+        hint = "pull again to resume it"
         raise Cancelled(f"the pull of {repository} was cancelled", hint=hint) from None
 
 
-def convert(
-    source: Annotated[Path, typer.Argument(exists=True, help="A folder, or one file of weights.")],
-    destination: Annotated[Path, typer.Argument(help="The folder to make.")],
-    python: Annotated[str, typer.Option(help="An interpreter with torch, for PyTorch files.")] = sys.executable,
-    base: Annotated[Path | None, typer.Option(help="A converted folder, to merge a LoRA adapter into.")] = None,
-) -> None:
-    """Converts a source to a checkpoint folder, without a daemon. Other tools can open the result."""
-    if destination.exists():
-        raise AlreadyExists(f"{destination} exists", hint="name a folder that does not")
-    if not destination.parent.is_dir():
-        raise InvalidArgument(f"{destination.parent} is not a folder", hint="make it first")
-    partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
-    partial.mkdir()
-    started = time.monotonic()
-    try:
-        with (
-            SourceFiles.from_path(source.resolve()) as files,
-            output.bytes_progress(f"converting {source.name}") as show,
-        ):
-            found = Checkpoint.open(base) if base else None
-            manifest = convert_source(files, partial, python=python, base=found, note=str(source), on_progress=show)
-        partial.rename(destination)
-    finally:
-        if partial.exists():
-            for leftover in partial.iterdir():
-                leftover.unlink()
-            partial.rmdir()
-    took = format_seconds(time.monotonic() - started)
-    output.say(f"{destination}: {format_bytes(manifest.data_bytes)} in {manifest.tensor_count} tensors, {took}")
-
-
 def alias(
-    context: typer.Context,
+    context: Context,
     model: ModelName,
-    aliases: Annotated[list[str] | None, typer.Argument(help="All further names; none takes them away.")] = None,
+    aliases: Annotated[list[str] | None, Argument(help="All additional names; leave empty to remove them.")] = None,
 ) -> None:
-    """Gives a model further names."""
+    """Replaces a model's additional names."""
     session(context).client.set_aliases(model, aliases or [])
 
 
-def pin(context: typer.Context, model: ModelName) -> None:
-    """Never evict a model from memory, nor old versions of it from the store."""
+def pin(context: Context, model: ModelName) -> None:
+    """Protects a model from eviction from memory, and its old versions in the store from deletion."""
     session(context).client.pin(model)
 
 
-def unpin(context: typer.Context, model: ModelName) -> None:
-    """The reverse of pin."""
+def unpin(context: Context, model: ModelName) -> None:
+    """Reverses pin."""
     session(context).client.unpin(model)
 
 
-def private(context: typer.Context, model: ModelName) -> None:
-    """Makes a model of yours one that nobody else sees, but root. Its name stays taken."""
+def private(context: Context, model: ModelName) -> None:
+    """Hides your model from other users except root. Its name stays taken."""
     session(context).client.set_private(model, True)
 
 
-def public(context: typer.Context, model: ModelName) -> None:
-    """The reverse of private."""
+def public(context: Context, model: ModelName) -> None:
+    """Reverses private."""
     session(context).client.set_private(model, False)
 
 
 def rm(
-    context: typer.Context,
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Names as flash list shows them.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    context: Context,
+    models: Annotated[list[str], Argument(metavar="MODEL...", help="Names as flash list shows them.")],
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Removes models. Their sources in the models folder stay where they are."""
+    """Removes models. Their sources in the models folder are kept."""
     client = session(context).client
     found = [client.model(name) for name in models]
-    if not yes and sys.stdin.isatty():
+    if not yes:
+        if not sys.stdin.isatty():
+            raise InvalidArgument(
+                "cannot ask for confirmation, because standard input is not a terminal", hint="use flash rm --yes"
+            )
         listed = ", ".join(f"{model.name} ({format_bytes(model.size_bytes)})" for model in found)
-        typer.confirm(f"Remove {listed}?", abort=True)
+        output.confirm(f"Remove {listed}?")
     for model in found:
         client.remove(model.name)
         output.say(f"removed {model.name}")
 
 
-def verify(context: typer.Context, model: ModelName) -> None:
-    """Compares a model's checkpoint with its digests."""
+def verify(context: Context, model: ModelName) -> None:
+    """Verifies a model's checkpoint against its digests."""
     client = session(context).client
     with output.job_progress(f"verifying {model}") as progress:
         client.verify(model, progress)
     output.say(f"{model} is intact")
 
 
-def scrub(context: typer.Context, as_json: Json = False) -> None:
-    """Compares the whole store with its digests."""
+def scrub(context: Context, as_json: Json = False) -> None:
+    """Verifies the whole store against its digests."""
     with output.job_progress("scrubbing") as progress:
         result = session(context).client.scrub(progress)
     if as_json:
@@ -234,13 +200,15 @@ def scrub(context: typer.Context, as_json: Json = False) -> None:
     elif not result["corrupt"]:
         output.say(f"{result['checked']} checkpoints, {format_bytes(result['size_bytes'])}: all intact")
     for name in result["corrupt"]:
-        output.say(f"[red]corrupt[/] {name}")
+        output.say(name, label="corrupt", style="red")
     if result["corrupt"]:
-        raise typer.Exit(8)
+        sys.exit(8)
 
 
 def owner(model: Model) -> str:
-    """`erin`, or `1001, private` for a user without a name."""
+    """Formats the owner, such as `erin`, or `1001, private` for a user without a name."""
+    import pwd
+
     try:
         name = pwd.getpwuid(model.owner_uid).pw_name
     except KeyError:

@@ -1,91 +1,120 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How does `flash` speak? Tables and colours on a terminal, plain lines in a pipe, JSON when asked.
+"""Output of `flash`: tables and colours on a terminal, plain lines in a pipe, JSON on request.
 
-What was asked for goes to standard output, everything else to standard error, so that output can be piped.
+Results go to standard output, everything else to standard error, so that output can be piped.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
-from rich.table import Table
+from flashd.legible import legible
 
-from flashd.client import Job
-from flashd.errors import FlashdError
+if TYPE_CHECKING:
+    from flashd.client.client import Job
+    from flashd.errors import FlashdError
 
-
-def console() -> Console:
-    """Standard output. Lines are never folded in a pipe: what reads them counts lines."""
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+_MAX_CHARACTERS = 100_000
 
 
-def messages() -> Console:
-    """Standard error."""
-    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+def say(text: str, *, label: str = "", style: str = "") -> None:
+    """Prints a message on standard error, after a coloured label if there is one."""
+    _print_labelled(sys.stderr, text, label, style)
 
 
-def say(text: str) -> None:
-    """Tells a person something that is not the output."""
-    messages().print(text)
+def print_labelled(text: str, *, label: str = "", style: str = "") -> None:
+    """Prints a line of the output, after a coloured label if there is one."""
+    _print_labelled(sys.stdout, text, label, style)
+
+
+def _print_labelled(to: TextIO, text: str, label: str, style: str) -> None:
+    if to.isatty():
+        from flashd.cli import console
+
+        made = console.console() if to is sys.stdout else console.messages()
+        made.print(console.labelled(text, label=label, style=style))
+        return
+    between = " " if label and text else ""
+    print(legible(label) + between + legible(text, _MAX_CHARACTERS, keep="\n"), file=to)
 
 
 def show_error(error: FlashdError) -> None:
-    to = messages()
-    to.print(f"[red]flash: {_escaped(error.message)}[/]")
+    say("", label=f"flash: {error.message}", style="red")
     if error.hint:
-        to.print(f"       {_escaped(error.hint)}")
+        say(f"       {error.hint}")
 
 
-def print_json(content: Any) -> None:
-    print(json.dumps(_plain(content), indent=2, ensure_ascii=False))
+def confirm(question: str, *, on_stderr: bool = False) -> None:
+    """Asks a yes-or-no question, and ends the program unless the answer is yes."""
+    import typer
+
+    with _ends_where_aborted():
+        typer.confirm(question, abort=True, err=on_stderr)
+
+
+def ask_secret(question: str) -> str:
+    """Asks for a secret, which is not shown while it is typed."""
+    import typer
+
+    with _ends_where_aborted():
+        return str(typer.prompt(question, hide_input=True, err=True))
+
+
+@contextmanager
+def _ends_where_aborted() -> Iterator[None]:
+    import typer
+
+    try:
+        yield
+    except typer.Abort:
+        say("", label="Aborted.", style="red")
+        sys.exit(1)
+
+
+def print_json(content: object) -> None:
+    print(as_json(content))
+
+
+def as_json(content: object, *, indent: int | None = 2) -> str:
+    """Formats as JSON. Characters that do not print are escaped; they occur in strings only."""
+    text = json.dumps(_plain(content), indent=indent, ensure_ascii=False)
+    return "".join(c if c == "\n" or c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
-    """A table for a terminal; tab-separated lines without a heading for a pipe."""
+    """Prints a table on a terminal, or tab-separated lines without a heading in a pipe."""
     if not sys.stdout.isatty():
         for row in rows:
-            print("\t".join(row))
+            print("\t".join(legible(cell, _MAX_CHARACTERS) for cell in row))
         return
-    table = Table(*columns, title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*(_escaped(cell) for cell in row))
-    console().print(table)
+    from flashd.cli import console
+
+    console.console().print(console.table(columns, rows, title=title))
 
 
 @contextmanager
 def job_progress(what: str) -> Iterator[Callable[[Job], None]]:
-    """A progress bar on standard error, if that is a terminal, fed with a job as it goes."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
-    to = messages()
-    with Progress(*columns, console=to, transient=True, disable=not to.is_terminal) as progress:
-        task = progress.add_task(what, total=None)
+    """Shows a progress bar on standard error, if that is a terminal. Yields a function that takes the changed job."""
+    if not sys.stderr.isatty():
+        yield lambda job: None
+        return
+    from flashd.cli import console
 
-        def show(job: Job) -> None:
-            description = f"{what}: {job.phase}" if job.phase else what
-            progress.update(task, description=description, completed=job.done_bytes, total=job.total_bytes or None)
-
-        yield show
+    with console.bar(what, spins=True) as bar:
+        yield lambda job: bar.show(f"{what}: {job.phase}" if job.phase else what, job.done_bytes, job.total_bytes)
 
 
 def wait(begin: Callable[[], Job], what: str) -> Any:
-    """Begins a job and waits for it with a progress bar. Ctrl-C cancels the job, and says what became of it.
+    """Begins a job and waits for it with a progress bar.
 
-    Also when it comes while the job is being asked for: it is obeyed when we know which one to cancel.
+    Ctrl-C cancels the job and reports its end; a job that others have asked for as well goes on. If Ctrl-C comes while
+    the job is being requested, it takes effect as soon as the job is known.
     """
     with _first_interrupt_held_back() as was_interrupted:
         job = begin()
@@ -96,6 +125,13 @@ def wait(begin: Callable[[], Job], what: str) -> Any:
             return job.wait(show)
     except KeyboardInterrupt:
         job.cancel()
+        job.refresh()
+        if job.askers and not job.finished:
+            from flashd.errors import Cancelled
+
+            raise Cancelled(
+                f"{what}: the job goes on, because others have asked for it too", hint="flash jobs shows it"
+            ) from None
         return job.wait()
 
 
@@ -106,7 +142,7 @@ def _first_interrupt_held_back() -> Iterator[Callable[[], bool]]:
     def note(_number: int, _frame: object) -> None:
         nonlocal interrupts
         interrupts += 1
-        if interrupts > 1:  # somebody is in earnest
+        if interrupts > 1:  # a second Ctrl-C ends the program at once
             raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, note)
@@ -117,7 +153,7 @@ def _first_interrupt_held_back() -> Iterator[Callable[[], bool]]:
 
 
 def ago(seconds_since_epoch: float) -> str:
-    """`never`, `12 s ago`, `3 h ago`, `5 days ago`."""
+    """Formats a time as `never`, `12 s ago`, `3 h ago` or `5 days ago`."""
     if not seconds_since_epoch:
         return "never"
     seconds = max(0, int(time.time() - seconds_since_epoch))
@@ -127,11 +163,11 @@ def ago(seconds_since_epoch: float) -> str:
     return f"{seconds // 86400} days ago"
 
 
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
+def _plain(content: object) -> object:
+    import dataclasses
 
+    from flashd.client.client import Job
 
-def _plain(content: Any) -> Any:
     if dataclasses.is_dataclass(content) and not isinstance(content, type):
         return dataclasses.asdict(content)
     if isinstance(content, Job):
@@ -143,9 +179,11 @@ def _plain(content: Any) -> Any:
 
 @contextmanager
 def bytes_progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error for work done in this process."""
-    to = messages()
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=to, transient=True, disable=not to.is_terminal) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total or None)
+    """Shows a progress bar on standard error, if that is a terminal, for work done in this process."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from flashd.cli import console
+
+    with console.bar(what, spins=False) as bar:
+        yield lambda done, total: bar.show(what, done, total)

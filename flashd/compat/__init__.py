@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How does a program that was written for another loader run on flashd? As a client of the daemon."""
+"""Lets programs written for other loaders use flashd, as clients of the daemon."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How does a model of the daemon's become a transformers model in this process?
+"""Makes a transformers model in this process from a model in the daemon.
 
-Of whichever class its config.json names, if that is one of transformers' own: language and vision-language models,
-Whisper, encoders. The weights are the daemon's pages, mapped privately: nothing is read and nothing copied until
-somebody writes to a parameter, and then only that page. On a GPU they are copied there.
+The class is the one in config.json, if it is transformers' own: language and vision-language models, Whisper, encoders.
+The weights are the daemon's pages, mapped privately: nothing is read or copied, except pages of parameters that are
+written to. For a GPU, they are copied there.
 """
 
 from __future__ import annotations
@@ -16,24 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from flashd import tensors
-from flashd.client import Client
+from flashd.client.client import Client
 from flashd.errors import InvalidArgument, TransferFailed, Unavailable, Unsupported
 
-_HINT = "a newer transformers may have it; code that comes with a model is never run"
+_HINT = "a newer transformers may support it; code that comes with a model is never run"
 
 
 def load(client: Client, model: str, folder: Path, *, dtype: str | None, device_map: object) -> Any:
-    """The transformers model, in evaluation mode. `folder` has its configuration, and need not have weights.
+    """Returns the transformers model in evaluation mode. `folder` has its configuration, and need not have weights.
 
-    `dtype` is torch's name of one, by default what is stored; another costs a copy. `device_map` is a device for all of
-    it, by default the first accelerator if there is one. Raises Unavailable if torch or transformers is not installed,
-    Unsupported for a class that transformers does not have.
+    `dtype` is torch's name of a dtype, by default the stored one; another one costs a copy. `device_map` is one device
+    for the whole model, by default the first accelerator, if any. Raises Unavailable if torch or transformers is not
+    installed, or Unsupported for a class that transformers lacks.
     """
     try:
         import torch
         import transformers
     except ImportError as error:
-        raise Unavailable(f"{error.name} is not installed here", hint="pip install 'flashd[torch]'") from None
+        raise Unavailable(
+            f"{error.name} is not installed in this environment", hint="pip install 'flashd[torch]'"
+        ) from None
     device = _device(device_map)
     cls = _class_of(folder)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -48,7 +50,7 @@ def load(client: Client, model: str, folder: Path, *, dtype: str | None, device_
 
 
 def release_unused() -> None:
-    """Gives back the GPU memory that this process's torch keeps and nothing uses, if it has imported torch."""
+    """Frees unused GPU memory in torch's cache, if this process has imported torch."""
     gc.collect()
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -60,7 +62,7 @@ def _class_of(folder: Path) -> Any:
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        hint = "the daemon's store is to be readable for you; flash show MODEL says what it was made of"
+        hint = "you need permission to read the daemon's store; flash show MODEL shows the model's source"
         raise TransferFailed(f"{folder / 'config.json'} cannot be read: {error}", hint=hint) from None
     names = config.get("architectures") if isinstance(config, dict) else None
     name = names[0] if isinstance(names, list) and names else ""
@@ -77,7 +79,7 @@ def _dtype(name: str | None) -> Any:
         return None
     found = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(found, torch.dtype):
-        raise InvalidArgument(f"{name!r} is no dtype of torch", hint="for example bfloat16")
+        raise InvalidArgument(f"{name!r} is not a dtype of torch", hint="for example bfloat16")
     return found
 
 
@@ -86,7 +88,7 @@ def _device(device_map: object) -> Any:
 
     if isinstance(device_map, Mapping):
         if set(device_map) != {""}:
-            raise Unsupported("a model goes to one device here", hint='use device_map={"": 0}, or accelerate')
+            raise Unsupported("a model can only be put on one device", hint='use device_map={"": 0}, or accelerate')
         device_map = device_map[""]
     if device_map is None or device_map == "auto" or isinstance(device_map, int):
         if not torch.accelerator.is_available():
@@ -95,4 +97,4 @@ def _device(device_map: object) -> Any:
     try:
         return torch.device(device_map)
     except (RuntimeError, TypeError) as error:
-        raise InvalidArgument(f"{device_map!r} is no device: {error}", hint="use 0, cuda:0 or cpu") from None
+        raise InvalidArgument(f"{device_map!r} is not a device: {error}", hint="use 0, cuda:0 or cpu") from None

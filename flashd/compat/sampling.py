@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How does one request of vLLM's Python interface look over HTTP, and its answer as an object of that interface?"""
+"""Converts requests of vLLM's Python interface to HTTP, and the answers to objects of that interface."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from flashd.errors import InvalidArgument, Unsupported
 
 _EVERYWHERE = ("temperature", "top_p", "max_tokens", "repetition_penalty", "seed", "stop")
-# Sent only where they say something: engines other than vLLM do not know them.
+# Sent only if they differ from their defaults, because engines other than vLLM do not know them.
 _VLLM = {
     "n": 1, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0, "min_tokens": 0, "ignore_eos": False,
     "skip_special_tokens": True, "spaces_between_special_tokens": True, "include_stop_str_in_output": False,
@@ -27,7 +27,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """What vLLM says of one token; the rank only where the engine tells it."""
+    """The log probability of one token, with its rank if the engine reports it."""
 
     logprob: float
     rank: int | None = None
@@ -36,7 +36,7 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One answer, named as vLLM names it. An engine that does not tell token ids leaves them empty."""
+    """An answer, with vLLM's names. Token ids are empty if the engine does not report them."""
 
     index: int
     text: str
@@ -52,7 +52,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A prompt and its answers, named as vLLM names them."""
+    """A prompt and its answers, with vLLM's names."""
 
     request_id: str
     prompt: str | None
@@ -63,17 +63,17 @@ class RequestOutput:
 
 
 def parameters(sampling: object | None) -> dict[str, Any]:
-    """A request's parameters, from vllm.SamplingParams or anything with such attributes.
+    """Returns a request's parameters from vllm.SamplingParams, or an object with such attributes.
 
-    Without any, the model's own defaults hold, and 16 tokens, as vLLM has it. Raises Unsupported for what cannot leave
-    this process, such as a logits processor.
+    Without them, the model's own defaults apply, and the limit is 16 tokens, as in vLLM. Raises Unsupported for
+    parameters that cannot be sent to another process, such as a logits processor.
     """
     if sampling is None:
         return {"max_tokens": 16}
     for name in _CANNOT_TRAVEL:
         if getattr(sampling, name, None):
-            hint = "start vllm.LLM with load_format='flash' in this process for that"
-            raise Unsupported(f"{name} cannot be handed to an engine in another process", hint=hint)
+            hint = "use vllm.LLM with load_format='flash' in this process instead"
+            raise Unsupported(f"{name} cannot be passed to an engine in another process", hint=hint)
     found = {name: getattr(sampling, name) for name in _EVERYWHERE if hasattr(sampling, name)}
     top_k = getattr(sampling, "top_k", 0)
     found["top_k"] = top_k if top_k > 0 else _ANY_TOP_K
@@ -87,7 +87,7 @@ def parameters(sampling: object | None) -> dict[str, Any]:
 
 
 def prompts(given: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
-    """One text, or one list of token ids, for each prompt, in any of the forms that vLLM takes."""
+    """Converts prompts in all forms that vLLM accepts to texts or lists of token ids."""
     if isinstance(given, str | Mapping) or (given and all(isinstance(token, int) for token in given)):
         return [_prompt(given)]
     return [_prompt(prompt) for prompt in given]
@@ -98,17 +98,17 @@ def _prompt(given: Any) -> str | list[int]:
         extra = sorted(set(given) - {"prompt", "prompt_token_ids"})
         if extra:
             hint = 'load the model with backend="transformers" for other inputs than text'
-            raise Unsupported(f"a prompt with {extra[0]} cannot be handed to an engine", hint=hint)
+            raise Unsupported(f"a prompt with {extra[0]} cannot be passed to an engine", hint=hint)
         given = given.get("prompt_token_ids") or given.get("prompt")
     if isinstance(given, str):
         return given
     if isinstance(given, Sequence) and given and all(isinstance(token, int) for token in given):
         return list(given)
-    raise InvalidArgument(f"{given!r} is no prompt", hint="a prompt is a text, or a list of token ids")
+    raise InvalidArgument(f"{given!r} is not a prompt", hint="use a text or a list of token ids")
 
 
 def output(prompt: str | list[int] | None, answer: Mapping[str, Any]) -> RequestOutput:
-    """What vLLM returns for a prompt, from an answer of the HTTP interface."""
+    """Converts an answer of the HTTP interface to vLLM's output for a prompt."""
     choices = sorted(answer["choices"], key=lambda choice: choice["index"])
     first = choices[0] if choices else {}
     prompt_ids = first.get("prompt_token_ids") or answer.get("prompt_token_ids")

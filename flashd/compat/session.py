@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What do the functions of flashtensors do here? They are the methods of a session, which is a client of the daemon."""
+"""The functions of flashtensors, as methods of a session, which is a client of the daemon."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from flashd import client as clients
-from flashd import obtaining, starting
-from flashd.client import Client, Model
+from flashd.checkpoint.dtypes import DTYPES, PLAIN_FLOATS
+from flashd.client import client as clients
+from flashd.client import launch, resolve
+from flashd.client.client import Client
+from flashd.client.results import Model
 from flashd.compat import modules, settings
 from flashd.compat.language_model import LanguageModel
 from flashd.errors import InvalidArgument, NotAuthorized, NotFound, Unavailable
@@ -23,18 +24,20 @@ log = logging.getLogger("flashtensors")
 
 Backend = Literal["vllm", "transformers", "auto"]
 
-_STOP_S = 60.0
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_TORCH_NAMES = {name: DTYPES[name].torch_name for name in PLAIN_FLOATS}
 _GENERATES_TEXT = "ForCausalLM"
 
 
 class NoServer(Unavailable, ConnectionError):
-    """No daemon runs. Programs that were written for flashtensors expect a ConnectionError then."""
+    """Raised if no daemon is running. Programs written for flashtensors expect a ConnectionError."""
 
 
 class Metrics(TypedDict):
-    """Seconds, and bytes. Download, conversion and registration overlap, and all count as `download_time`; what the
-    daemon has already takes none."""
+    """Metrics in seconds and bytes.
+
+    Download, conversion and registration overlap, and together are `download_time`, which is 0 for a model that the
+    daemon already has.
+    """
 
     total_time: float
     download_time: float
@@ -44,7 +47,7 @@ class Metrics(TypedDict):
 
 
 class Registration(TypedDict):
-    """What `register_model` returns; `path` is the checkpoint's folder in the store."""
+    """The result of `register_model`. `path` is the checkpoint's folder in the store."""
 
     status: Literal["success"]
     backend: str
@@ -54,9 +57,9 @@ class Registration(TypedDict):
 
 
 class ModelInfo(TypedDict):
-    """What `get_model_info` says of a model. Sizes in bytes, times in seconds since the epoch (0 for never).
+    """The result of `get_model_info`. Sizes are in bytes, times in seconds since the epoch (0 for never).
 
-    `backend` is `auto`, which any of them can be chosen in place of, and `ranks` 1: one checkpoint serves them all.
+    `backend` is always `auto` and `ranks` is 1, because one checkpoint serves all backends.
     """
 
     model_id: str
@@ -74,10 +77,10 @@ class ModelInfo(TypedDict):
 
 
 class Session:
-    """One program's use of the daemon. Each call connects anew, so a session may be used from any thread."""
+    """A program's use of the daemon. Each call opens a connection, so all threads may use a session."""
 
     def __init__(self) -> None:
-        self._started: subprocess.Popen[bytes] | None = None
+        self._has_started = False
 
     # -- the daemon --------------------------------------------------------------------------------------------------
 
@@ -92,11 +95,11 @@ class Session:
         server_port: int | None = None,
         registration_required: bool = False,
     ) -> None:
-        """Sees to it that a daemon runs, as `flash start` does, and has these settings if it is started now.
+        """Starts the daemon with these settings, like `flash start`, unless one is running.
 
         `storage_path` is `store.path` (a folder `flashd` in it), `mem_pool_size` `memory.host_budget`, `chunk_size`
-        `streamer.block`, `num_threads` `streamer.depth`; sizes in bytes. The others mean nothing to flashd: engines
-        take a KV cache of a size that is set (`engines.vllm.kv_cache`), and nobody listens on the network.
+        `streamer.block`, `num_threads` `streamer.depth`; sizes are in bytes. The others are ignored: the KV cache has a
+        configured size (`engines.vllm.kv_cache`), and flashd does not listen on the network.
 
         Raises InvalidArgument, or Unavailable if no daemon can be started.
         """
@@ -118,48 +121,48 @@ class Session:
             settings.tell_differences(client, meant)
 
     def connect(self, server_host: str | None = None, server_port: int | None = None) -> None:  # noqa: ARG002
-        """Starts no daemon; raises NoServer unless one runs. Host and port mean nothing: it is on D-Bus."""
+        """Checks that a daemon is running. Raises NoServer. Host and port are ignored, because flashd uses D-Bus."""
         try:
             clients.connect().close()
         except Unavailable as error:
             raise NoServer(error.message, hint=error.hint) from None
 
     def shutdown_server(self) -> None:
-        """Ends the daemon if this program started it. One that ran before is other programs' too, and goes on."""
-        process, self._started = self._started, None
-        if process is None or process.poll() is not None:
-            log.info("flashd was not started by this program; to end it: flash stop")
+        """Ends the daemon if this program has started it. Another daemon keeps running, because others may use it."""
+        has_started, self._has_started = self._has_started, False
+        if not has_started:
+            log.info("flashd was not started by this program, so it keeps running; stop it with flash stop")
             return
-        with clients.connect() as client:
-            client.stop()
         try:
-            process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            raise Unavailable(
-                f"flashd still runs after {_STOP_S:.0f} s", hint="its log says what it waits for"
-            ) from None
+            client = clients.connect(activate=False)
+        except Unavailable:
+            return
+        with client:
+            launch.stop(client)
 
     def activate_vllm_integration(self) -> None:
-        """Nothing has to be patched: vLLM finds flashd's loader by itself (`--load-format flash`), and the daemon runs
-        vLLM. Tells the daemon that this interpreter has one, if it has, and the daemon was not told of another."""
+        """Sets `engines.vllm.python` to this interpreter, if it has vLLM and the setting is empty.
+
+        Nothing has to be patched: vLLM finds flashd's loader itself (`--load-format flash`), and the daemon runs vLLM.
+        """
         if importlib.util.find_spec("vllm") is None:
-            log.info("this interpreter has no vLLM; the daemon's engines run where engines.vllm.python says")
+            log.info("this interpreter has no vLLM; the daemon's engines use engines.vllm.python")
             return
         with self._client() as client:
             if settings.value(client, "engines.vllm.python"):
                 return
-            if self._started is not None:
-                return  # the daemon runs in this interpreter, and its own is the default
+            if self._has_started:
+                return  # the daemon runs in this interpreter, which is the default
             try:
                 if client.set_config("engines.vllm.python", sys.executable):
-                    log.warning("flashd uses the vLLM of %s when it is started again: flash stop", sys.executable)
+                    log.warning("flashd will use the vLLM of %s after flash restart", sys.executable)
             except NotAuthorized as error:  # the machine's daemon, whose administrator chooses
-                log.warning("flashd cannot be told of the vLLM of %s: %s", sys.executable, error.message)
+                log.warning("flashd cannot be configured to use the vLLM of %s: %s", sys.executable, error.message)
 
     def cleanup_gpu(self) -> None:
-        """Parks the engine, which gives back its weights and its KV cache, and empties this process's CUDA cache.
+        """Parks the engine, which releases its weights and KV cache, and empties this process's CUDA cache.
 
-        The next `generate` wakes it again. Does nothing where no daemon runs.
+        The next `generate` wakes it again. Does nothing if no daemon is running.
         """
         modules.release_unused()
         try:
@@ -182,20 +185,20 @@ class Session:
         force: bool = False,
         hf_token: str | None = None,
     ) -> Registration:
-        """Makes a model of the daemon's: of a folder, of what the Hugging Face cache has, or pulled from the hub.
+        """Adds a model to the daemon: from a folder, from the Hugging Face cache, or from the hub.
 
-        A model that the daemon has is left alone unless `force`. One checkpoint serves every backend. It is stored as
-        its maker saved it: `torch_dtype` is for `load_model(backend="transformers")`, and only compared here.
+        An existing model is kept unless `force`. One checkpoint serves all backends. It keeps the dtype of its source:
+        `torch_dtype` is for `load_model(backend="transformers")`, and here a difference is only logged.
 
-        Raises NotFound, InvalidSource, StoreFull, TransferFailed; nothing is returned for failures.
+        Raises NotFound, InvalidSource, StoreFull or TransferFailed, instead of returning an error status.
         """
         _check_backend(backend)
         began = time.monotonic()
         with self._client() as client:
-            model = None if force else obtaining.known(client, obtaining.name_of(model_id))
+            model = None if force else resolve.known(client, resolve.name_of(model_id))
             obtained_s = 0.0
             if model is None:
-                model = obtaining.obtain(client, model_id, token=hf_token)
+                model = resolve.obtain(client, model_id, token=hf_token)
                 obtained_s = time.monotonic() - began
             path = _folder(client, model)
         _say_dtype(model, torch_dtype)
@@ -219,15 +222,15 @@ class Session:
         device_map: object = None,
         hf_token: str | None = None,
     ) -> Any:
-        """Makes a model ready; registers it first if it is not. `backend` decides what is returned:
+        """Loads a model, which is registered first if necessary. The result depends on `backend`:
 
-        - `vllm`: a `LanguageModel`, asked as vllm.LLM is, in an engine of the daemon's; returns when its first token is
-          possible, in milliseconds if an engine of its kind is warm.
-        - `transformers`: the transformers model in this process, of whatever class its config.json names, over the
-          daemon's memory; `dtype` and `device_map` (one device) are as transformers has them.
+        - `vllm`: a `LanguageModel` with the interface of vllm.LLM, in an engine of the daemon. Returns when it can
+          generate its first token, which takes milliseconds if there is a parked engine for it.
+        - `transformers`: the transformers model in this process, of the class in its config.json, over the daemon's
+          memory. `dtype` and `device_map` (one device) are as in transformers.
         - `auto`, or none: a `LanguageModel` in the default kind of engine if it generates text, else `transformers`.
 
-        Raises as `register_model`, and EngineFailed or OutOfMemory; the model that ran before runs on then.
+        Raises the errors of `register_model`, EngineFailed or OutOfMemory; the previous model then stays active.
         """
         chosen = _check_backend(backend or "auto")
         model_name = self.register_model(model_id, chosen, hf_token=hf_token)["model"]
@@ -244,13 +247,13 @@ class Session:
         return found
 
     def get_model_info(self, model_id: str) -> ModelInfo | None:
-        """What the daemon knows of a model; None if it has none of that name."""
+        """Returns information about a model; None if the daemon does not have it."""
         with self._client() as client:
-            model = obtaining.known(client, obtaining.name_of(model_id))
+            model = resolve.known(client, resolve.name_of(model_id))
             return _info(client, model) if model else None
 
     def list_models(self) -> dict[str, ModelInfo]:
-        """All models by name."""
+        """Returns the models by name."""
         with self._client() as client:
             return {model.name: _info(client, model) for model in client.models()}
 
@@ -261,8 +264,8 @@ class Session:
             return self._start()
 
     def _start(self) -> Client:
-        started = starting.start()
-        self._started = started.process
+        started = launch.start()
+        self._has_started = True
         return started.client
 
 
@@ -273,10 +276,10 @@ def _check_backend(backend: Backend) -> Backend:
 
 
 def _say_dtype(model: Model, wanted: object) -> None:
-    """A program that asks for another dtype than the checkpoint has is told so: nothing is cast behind its back."""
-    stored = _DTYPES.get(model.dtype)
+    """Logs that the requested dtype differs from the checkpoint's, because weights are not cast."""
+    stored = _TORCH_NAMES.get(model.dtype)
     if wanted is not None and stored is not None and str(wanted).removeprefix("torch.") not in {stored, "auto"}:
-        log.warning("%s stays in %s, as it was saved; it is not served in %s", model.name, stored, wanted)
+        log.warning("%s keeps its dtype %s, and is not served in %s", model.name, stored, wanted)
 
 
 def _folder(client: Client, model: Model) -> Path:
@@ -290,7 +293,7 @@ def _info(client: Client, model: Model) -> ModelInfo:
         ranks=1,
         path=str(_folder(client, model)),
         size=model.size_bytes,
-        dtype=_DTYPES.get(model.dtype, model.dtype),
+        dtype=_TORCH_NAMES.get(model.dtype, model.dtype),
         architecture=model.architecture,
         tensor_count=model.tensor_count,
         residency=model.residency,
@@ -300,7 +303,7 @@ def _info(client: Client, model: Model) -> ModelInfo:
     )
 
 
-# Functions of a module need something to be functions of: this program's only session. It connects when it is used.
+# The module's functions are methods of this program's only session, which connects when it is used.
 _session = Session()
 configure = _session.configure
 connect = _session.connect

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of flashd's settings do flashtensors' mean, and what happens to them?
+"""Maps flashtensors' settings to flashd's.
 
-A daemon that is started for a program gets them, for good, as by `flash config`. One that runs already is other
-programs' too, and keeps its own: it is only said what differs, and how to change it.
+A daemon that is started for a program gets them permanently, as by `flash config`. A daemon that is already running
+keeps its settings, because other programs use it too; differences are only logged, with the way to change them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flashd import config
-from flashd.client import Client
+from flashd.client.client import Client
+from flashd.config import loading
+from flashd.config.paths import Scope, default_paths
 from flashd.errors import InvalidArgument
 from flashd.units import format_bytes, parse_bytes
 
 log = logging.getLogger("flashtensors")
 
-STORE_FOLDER = "flashd"  # in storage_path, where others may keep things as well
-_SPARED = 0.8  # of the machine's memory; a pool larger than that is as good as no limit
+STORE_FOLDER = "flashd"  # a folder in storage_path, which other programs may use too
+_SPARED = 0.8  # share of the machine's memory; a larger pool counts as no limit
 
 
 def wanted(
@@ -31,11 +32,11 @@ def wanted(
     chunk_size: int | None,
     num_threads: int | None,
 ) -> dict[str, str | int]:
-    """flashd's settings by key. Raises InvalidArgument for sizes that make no sense."""
+    """Returns flashd's settings by key. Raises InvalidArgument for impossible sizes."""
     given = {"mem_pool_size": mem_pool_size, "chunk_size": chunk_size, "num_threads": num_threads}
     for name, value in given.items():
         if value is not None and value <= 0:
-            raise InvalidArgument(f"{name} cannot be {value}", hint="leave it out: flashd chooses by the machine")
+            raise InvalidArgument(f"{name} cannot be {value}", hint="omit it, so that flashd chooses by the machine")
     found: dict[str, str | int] = {}
     if storage_path is not None:
         found["store.path"] = str(Path(storage_path).expanduser().absolute() / STORE_FOLDER)
@@ -45,7 +46,7 @@ def wanted(
             found["memory.host_budget"] = mem_pool_size
         else:
             sizes = f"{format_bytes(mem_pool_size)}; this machine has {format_bytes(memory_bytes)}"
-            log.warning("mem_pool_size is %s: flashd takes what it can", sizes)
+            log.warning("mem_pool_size is %s: flashd uses its default", sizes)
     if chunk_size is not None:
         found["streamer.block"] = chunk_size
     if num_threads is not None:
@@ -54,14 +55,14 @@ def wanted(
 
 
 def write(settings: Mapping[str, str | int]) -> None:
-    """Makes them this user's, for a daemon that is to be started."""
-    paths = config.default_paths(config.Scope.USER)
+    """Writes settings for this user, before the daemon is started."""
+    paths = default_paths(Scope.USER)
     for key, value in settings.items():
-        config.set_value(paths, key, str(value))
+        loading.set_value(paths, key, str(value))
 
 
 def value(client: Client, key: str) -> Any:
-    """A setting as it is in force in the daemon."""
+    """Returns the value of a setting in force in the daemon."""
     found: Any = tomllib.loads(client.config())
     for part in key.split("."):
         found = found[part]
@@ -69,11 +70,11 @@ def value(client: Client, key: str) -> Any:
 
 
 def tell_differences(client: Client, settings: Mapping[str, str | int]) -> None:
-    """Says which settings of a running daemon are others, and what to do about it."""
+    """Logs the settings of a running daemon that differ, with the way to change them."""
     for key, meant in settings.items():
         current = value(client, key)
         if (parse_bytes(current) if isinstance(meant, int) else current) != meant:
             log.warning(
-                "flashd runs already, with %s = %s; for %s: flash config %s %s, then flash stop",
+                "flashd is already running with %s = %s; to use %s: flash config %s %s, then flash restart",
                 *(key, current, meant, key, meant),
             )

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How is everything put together into one process on the bus?"""
+"""The daemon: one process on the bus, built from all other parts."""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who answers? Inference processes, and how they are started, parked, woken and rebound."""
+"""Engines: the daemon's side of inference processes, which it starts, parks, wakes and rebinds."""

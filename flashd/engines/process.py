@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does the daemon know of one engine process, and how does it drive it?"""
+"""The daemon's side of engine processes and of the factories that start them."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
 import itertools
 import logging
@@ -14,70 +15,92 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypeVar
 
 from flashd.checkpoint.files import Checkpoint
-from flashd.engines.control import AsyncChannel, Frame, close_all, pair
+from flashd.engines import codec, messages
+from flashd.engines.codec import WIRE_NAME, Misunderstood, Range
+from flashd.engines.control import AsyncChannel, Frame, Parcel, pair
 from flashd.engines.engine import (
     NO_OPTIONS,
     TRANSITIONS,
     Binding,
+    BindingRecord,
+    EngineImage,
     EngineOptions,
     EngineState,
     EngineStats,
     GpuPlan,
-    Holding,
-    Made,
-    RankArena,
+    RankMemory,
     Rejoined,
 )
-from flashd.engines.gate import GateState
-from flashd.engines.kept import PREFIX, ZYGOTE_PREFIX, Keeper, Kept, NoKeeper, Record
-from flashd.engines.surroundings import listen
-from flashd.engines.zygote import Program, Zygote, last_words
+from flashd.engines.inherited import PREFIX, ZYGOTE_PREFIX, InheritedProcess, Keeper, NoKeeper, Record
+from flashd.engines.messages import ArenaLayout, GateState, GivenWeights, Message, Order, PassedOn, Taken, Tuning
+from flashd.engines.process_info import listen
+from flashd.engines.zygote_client import Program, Zygote, last_words
 from flashd.errors import EngineFailed, InvalidArgument
+from flashd.tasks import close_all
 
 log = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 1.0
 
+A = TypeVar("A", bound=Message)
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What every engine of a factory is started with.
+    """Settings with which all engines of a factory are started.
 
-    `environment` is what the zygote, and so they, find in theirs beside ours; `options` is what its kind of engine
-    alone knows; `numbers` is shared by all factories of a daemon. `keeper` keeps them beyond us.
+    `environment` has variables for the zygote, and so for its engines, in addition to ours; `options` is tuning for
+    this kind of engine only; `numbers` is shared by all factories of a daemon. `keeper` keeps engines for the next
+    daemon.
     """
 
     python: str
-    runtime: Path  # sockets, and private folders unless `service` has those
+    runtime: Path  # for sockets, and for private folders unless `service` provides them
     logs: Path
     threads: int
     max_tokens_default: int
     start_timeout_s: float
-    socket_mode: int = 0o600  # who may ask its engines: this user, or this user's group too
+    socket_mode: int = 0o600  # mode of the engines' sockets: for this user, or for its group too
     environment: Mapping[str, str] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     keeper: Keeper = field(default_factory=NoKeeper)
-    service: Path | None = None  # the socket of the unit that runs zygotes; None: they are our children
+    # Accepts clients' connections from engines that no longer serve, with bytes read from them. None: engines refuse.
+    passed_on: Callable[[socket.socket, bytes, int | None], None] | None = None
+    service: Path | None = None  # socket of the unit that runs zygotes; None: they are our children
 
     @property
-    def told(self) -> dict[str, Any]:
-        """What an engine is told at its start, and holds on to."""
-        return {"threads": self.threads, "max_tokens_default": self.max_tokens_default, **self.options}
+    def tuning(self) -> Tuning:
+        """Options for all engines, unless a model has other options."""
+        own: dict[str, object] = {"threads": self.threads, "max_tokens_default": self.max_tokens_default}
+        return codec.from_json(Tuning, {**own, **self.options}, "an engine's options")
 
-    @property
-    def lasting(self) -> dict[str, Any]:
-        """What no engine can be told otherwise once it runs."""
-        return {"told": self.told, "environment": dict(self.environment)}
+
+@dataclass(frozen=True, slots=True)
+class EngineRecord:
+    """The record of an engine for the next daemon.
+
+    `bindings` has its binding by the daemon's name for it, and, while the engine takes another one, that one too.
+    """
+
+    name: str
+    number: Annotated[int, Range(1, 1 << 62)]
+    kind: str
+    zygote: str
+    pid: messages.ProcessId
+    started_at: float
+    tuning: Tuning = field(metadata={WIRE_NAME: "told"})
+    environment: Mapping[str, str]
+    bindings: Mapping[str, BindingRecord] = field(metadata={WIRE_NAME: "holdings"})
 
 
 class EngineProcess:
-    """An engine in a process forked from a zygote; see flashd/engines/engine.py for the protocol it keeps."""
+    """An engine in a process forked from a zygote. flashd/engines/engine.py documents the protocol."""
 
-    def __init__(self, number: int, kind: str, zygote: Zygote, settings: Settings) -> None:
+    def __init__(self, number: int, kind: str, zygote: Zygote, settings: Settings, tuning: Tuning) -> None:
         self.number = number
         self.kind = kind
         self.state = EngineState.ABSENT
@@ -87,16 +110,17 @@ class EngineProcess:
         self.on_exit: Callable[[str], None] = lambda last_words: None
         self._zygote = zygote
         self._settings = settings
+        self._tuning = tuning
         self._log = settings.logs / f"engine-{number}.log"
         self._channel: AsyncChannel | None = None
         self._name = f"{PREFIX}{number}"
-        self._record: Record | None = None  # while it is kept beyond us
-        # By the names that we and it call them: what it holds, and while it takes something else, that too.
-        self._holdings: dict[str, Holding] = {}
+        self._record: Record | None = None  # while it is kept for the next daemon
+        # By the daemon's names: the current binding, and, while the engine takes another one, that one too.
+        self._records: dict[str, BindingRecord] = {}
         self._watcher: asyncio.Task[None] | None = None
         self._stopping = False
 
-    async def start(self, binding: Binding) -> Made | None:
+    async def start(self, binding: Binding) -> EngineImage | None:
         self._enter(EngineState.STARTING)
         self.socket_path.parent.mkdir(parents=True, exist_ok=True)
         ours, theirs = pair()
@@ -108,65 +132,73 @@ class EngineProcess:
                 self._clean_up()
                 raise
         self._channel = AsyncChannel(ours)
+        self._channel.on_notice = self._noticed
         self._watcher = asyncio.create_task(self._watch(), name=f"engine {self.number}")
         try:
-            made = await asyncio.wait_for(
-                self._bind("start", binding, self._settings.told), self._settings.start_timeout_s
+            image = await asyncio.wait_for(
+                self._bind(self._start_order, binding),
+                self._settings.start_timeout_s,
             )
         except TimeoutError:
-            hint = f"raise engines.start_timeout_s; {self._log} has what it wrote"
+            hint = f"see {self._log}, or raise engines.start_timeout_s"
             raise EngineFailed(
-                f"the engine did not start in {self._settings.start_timeout_s:.0f} s", hint=hint
+                f"the engine did not start within {self._settings.start_timeout_s:.0f} s", hint=hint
             ) from None
         self.started_at = time.time()
         self._enter(EngineState.SERVING)
         self._keep()
-        return made
+        return image
 
-    async def drain(self, timeout_s: float) -> None:
-        await self._request({"op": "drain", "timeout_s": timeout_s})
+    async def drain(self, timeout_s: float, *, leaving: bool = False) -> None:
+        await self._request(messages.Drain(timeout_s, leaving))
 
     async def resume(self) -> None:
-        await self._request({"op": "resume"})
+        await self._request(messages.Resume())
 
     async def park(self) -> None:
-        await self._request({"op": "park"})
+        await self._request(messages.Park())
         self._enter(EngineState.PARKED)
 
-    async def wake(self, binding: Binding) -> Made | None:
-        made = await self._bind("wake", binding)
+    async def wake(self, binding: Binding) -> EngineImage | None:
+        image = await self._bind(messages.Wake, binding)
         self._enter(EngineState.SERVING)
-        return made
+        return image
 
-    async def rebind(self, binding: Binding) -> Made | None:
-        return await self._bind("rebind", binding)
+    async def rebind(self, binding: Binding) -> EngineImage | None:
+        return await self._bind(messages.Rebind, binding)
 
     @property
     def is_kept(self) -> bool:
         return self._record is not None and self._zygote.is_kept
 
-    def has_become(self, forms: tuple[str, ...]) -> None:
-        self._holdings = {token: replace(holding, forms=forms) for token, holding in self._holdings.items()}
+    def has_become(self, arena_ids: tuple[str, ...]) -> None:
+        self._records = {token: replace(record, arena_ids=arena_ids) for token, record in self._records.items()}
         self._write_down()
 
     @classmethod
-    def found(cls, left: Kept, zygote: Zygote, settings: Callable[[EngineOptions], Settings]) -> EngineProcess:
-        """One that a daemon before us left; it is yet to rejoin. `settings` are what it would be started with today.
+    def found(
+        cls, left: InheritedProcess, zygote: Zygote, settings: Settings, tuning: Callable[[EngineOptions], Tuning]
+    ) -> EngineProcess:
+        """Makes the engine that an earlier daemon left. It still has to rejoin.
 
-        Raises InvalidArgument, also if it was started with others.
+        `settings` and `tuning` are those with which it would be started today. Raises InvalidArgument for a wrong
+        record, or if the engine was started with other settings.
         """
-        said = left.content
         try:
-            (options, *_) = {_understood(holding).options for holding in said["holdings"].values()}
-            engine = cls(int(said["number"]), str(said["kind"]), zygote, settings(options))
-            engine.pid, engine.started_at = int(said["pid"]), float(said["started_at"])
-            engine._holdings = {token: _understood(holding) for token, holding in said["holdings"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise InvalidArgument("its record is not of an engine") from None
-        if not engine._settings.lasting.items() <= said.items():
+            record = codec.from_json(EngineRecord, left.content, "its record")
+        except Misunderstood as error:
+            raise InvalidArgument(f"its record is not of an engine: {error.message}") from None
+        if not record.bindings:
+            raise InvalidArgument("its record lacks its binding")
+        (options, *_) = {binding.model.options for binding in record.bindings.values()}
+        engine = cls(record.number, record.kind, zygote, settings, tuning(options))
+        engine.pid, engine.started_at = record.pid, record.started_at
+        engine._records = dict(record.bindings)
+        if (engine._tuning, dict(settings.environment)) != (record.tuning, record.environment):
             raise InvalidArgument("it was started with other settings")
         engine._record = left.record
         engine._channel = AsyncChannel(socket.socket(fileno=left.channel))
+        engine._channel.on_notice = engine._noticed
         return engine
 
     async def rejoin(self) -> Rejoined:
@@ -174,21 +206,20 @@ class EngineProcess:
         if not self._zygote.has(self.pid):
             raise EngineFailed("its process has ended")
         self._watcher = asyncio.create_task(self._watch(), name=f"engine {self.number}")
-        answer = await self._request({"op": "state"})
-        token, gate = str(answer.get("binding")), answer.get("gate")
-        holding = self._holdings.get(token)
-        if holding is None or not holding.forms or gate not in set(GateState):
-            raise EngineFailed("nobody knows what it holds")
-        self._holdings = {token: holding}
+        condition = await self._request(messages.AskCondition())
+        record = self._records.get(condition.binding)
+        if record is None or not record.arena_ids:
+            raise EngineFailed("its binding is unknown")
+        self._records = {condition.binding: record}
         self._write_down()
-        self._enter(EngineState.PARKED if gate == GateState.PARKED else EngineState.SERVING)
-        return Rejoined(holding, is_shut=gate != GateState.OPEN)
+        self._enter(EngineState.PARKED if condition.gate is GateState.PARKED else EngineState.SERVING)
+        return Rejoined(record, is_shut=condition.gate is not GateState.OPEN)
 
     async def leave(self) -> None:
         self._stopping = True
         if self._record is not None:
             self._record.close()
-            self._record = None  # what comes of an order that is under way is for others to find out
+            self._record = None  # the next daemon will ask for the outcome of an order in progress
         if self._watcher is not None:
             self._watcher.cancel()
         if self._channel is not None:
@@ -198,7 +229,7 @@ class EngineProcess:
         self._stopping = True
         self._forget()
         if self._channel is not None:
-            await self._channel.close()  # the worker takes this as the word to go
+            await self._channel.close()  # the worker takes this as the order to end
         if self._watcher is not None:
             try:
                 await asyncio.wait_for(asyncio.shield(self._watcher), _STOP_GRACE_S)
@@ -208,79 +239,102 @@ class EngineProcess:
         self._clean_up()
 
     async def stats(self) -> EngineStats:
-        answer = await self._request({"op": "stats"})
-        return EngineStats(int(answer["active_requests"]), int(answer["memory_bytes"]), int(answer["seen_requests"]))
+        load = await self._request(messages.AskLoad())
+        return EngineStats(load.active_requests, load.memory_bytes, load.seen_requests)
 
-    async def _bind(self, op: str, binding: Binding, options: Mapping[str, Any] | None = None) -> Made | None:
-        """Sends weights and side files as descriptors: the worker opens nothing of ours by name."""
-        token, held = secrets.token_hex(8), self._holdings
-        holding = Holding(
-            binding.model_name, binding.names, binding.checkpoint_id, binding.private_to, binding.options,
-            forms=() if binding.wants_image else binding.forms,
-        )  # fmt: skip
-        content = {
-            "op": op,
-            "binding": token,
-            "model_name": binding.model_name,
-            "names": list(binding.names),
-            "arena_bytes": binding.arena_bytes,
-            "layout": binding.layout,
-            "side_files": {name: binding.digests[name] for name in sorted(binding.side_files)},
-            "checkpoint_layout": binding.checkpoint_layout,
-            "devices": list(binding.devices),
-            "is_image": binding.is_image,
-            "wants_image": binding.wants_image,
-            "further": [{"arena_bytes": rank.size_bytes, "layout": rank.layout} for rank in binding.further],
-            **(options or {}),
-        }
+    def _start_order(self, given: GivenWeights) -> messages.Start:
+        return messages.Start(given, self._tuning, passes_on=self._settings.passed_on is not None)
+
+    async def _bind(self, order: Callable[[GivenWeights], Order[Taken]], binding: Binding) -> EngineImage | None:
+        """Sends weights and side files as descriptors, because the worker cannot open our files by name."""
+        token, held = secrets.token_hex(8), self._records
+        weights, files = binding.weights, sorted(binding.side_files.items())
+        first, *further = (ArenaLayout(rank.size_bytes, rank.layout) for rank in weights.ranks)
+        given = GivenWeights(
+            binding=token,
+            model_name=binding.model.name,
+            names=binding.model.served_names,
+            first=first,
+            side_files={name: file.digest for name, file in files},
+            checkpoint_layout=weights.checkpoint_layout,
+            devices=binding.devices,
+            is_image=weights.is_image,
+            wants_image=weights.wants_image,
+            further=tuple(further),
+        )
+        record = BindingRecord(binding.model, () if weights.wants_image else weights.arena_ids)
         opened: list[int] = []
-        self._holdings = {**held, token: holding}
+        self._records = {**held, token: record}
         self._write_down()
         try:
-            opened += [
-                os.open(binding.side_files[name], os.O_RDONLY | os.O_CLOEXEC) for name in sorted(binding.side_files)
-            ]
-            arenas = (binding.arena_fd, *(rank.fd for rank in binding.further))
-            answer = await self._exchange(content, (*arenas, *opened))
+            opened += [os.open(file.path, os.O_RDONLY | os.O_CLOEXEC) for _, file in files]
+            arenas = [rank.fd for rank in weights.ranks]
+            image = _image(await self._exchange(order(given), (*arenas, *opened)))
+        except Misunderstood:
+            await self.stop()  # whether it has taken the weights is unknown
+            raise
         except BaseException as error:
-            if not isinstance(error, asyncio.CancelledError):  # else it may take it yet
-                self._holdings = held
+            if not isinstance(error, asyncio.CancelledError):  # or it may still take them
+                self._records = held
                 self._write_down()
             if isinstance(error, OSError):
                 why = f"{error.filename}: {error.strerror}"
-                raise EngineFailed(why, hint="flash verify checks the model") from None
+                raise EngineFailed(why, hint="check the model with flash verify") from None
             raise
         finally:
             close_all(opened)
-        made = _made(answer)
-        if made is None and binding.wants_image:
+        if image is None and weights.wants_image:
             log.warning(
-                "engine %d keeps the weights of %s to itself: see %s", self.number, binding.model_name, self._log
+                "engine %d could not make an image of the weights of %s: see %s",
+                self.number,
+                binding.model.name,
+                self._log,
             )
-        self._holdings = {token: holding if made else replace(holding, forms=binding.forms)}
+        self._records = {token: record if image else replace(record, arena_ids=weights.arena_ids)}
         self._write_down()
-        return made
+        return image
 
-    async def _request(self, content: dict[str, Any]) -> dict[str, Any]:
-        answer = await self._exchange(content)
+    def _noticed(self, frame: Frame) -> None:
+        """Accepts a client's connection from a worker, after checking that it is one, since workers are not trusted."""
+        try:
+            notice = codec.from_json(PassedOn, frame.content, "a notice")
+            if self._settings.passed_on is None or len(frame.fds) != 1:
+                raise Misunderstood("the notice must have one descriptor")
+            connection = socket.socket(fileno=frame.fds[0])
+        except (EngineFailed, OSError) as error:
+            log.warning("engine %d sent an invalid message: %s", self.number, error)
+            close_all(frame.fds)
+            return
+        try:
+            if (connection.family, connection.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+                raise ValueError("not a client's connection")
+            connection.setblocking(False)
+            engine = None if notice.is_for_active else self.number
+            self._settings.passed_on(connection, base64.b64decode(notice.passed_on), engine)
+        except (OSError, ValueError) as error:
+            log.warning("engine %d passed on something other than a connection: %s", self.number, error)
+            connection.close()
+
+    async def _request(self, order: Order[A]) -> A:
+        answer = await self._exchange(order)
         close_all(answer.fds)
-        return answer.content
+        return answer.message
 
-    async def _exchange(self, content: dict[str, Any], fds: tuple[int, ...] = ()) -> Frame:
+    async def _exchange(self, order: Order[A], fds: tuple[int, ...] = ()) -> Parcel[A]:
         if self._channel is None:
             raise EngineFailed("the engine is not running")
         try:
-            return await self._channel.exchange(content, fds)
+            return await self._channel.exchange(order, fds)
         except EngineFailed as error:
             if not self._channel.closed.is_set():
                 raise
             if self._watcher is not None:
                 await asyncio.wait({self._watcher})
-            hint = f"{self._log} has all that it wrote"
+            hint = f"see its log, {self._log}"
             raise EngineFailed(f"{error.message}: {self._epitaph()}", hint=hint) from None
 
     def _keep(self) -> None:
-        """From now on it outlives us, if somebody keeps it."""
+        """Hands the engine's descriptors to the keeper, so that it outlives us."""
         assert self._channel is not None
         record = Record.new(self._described())
         if self._settings.keeper.keep(self._name, (self._channel.fileno(), record.fd)):
@@ -292,17 +346,20 @@ class EngineProcess:
         if self._record is not None:
             self._record.write(self._described())
 
-    def _described(self) -> dict[str, Any]:
-        return {
-            "name": self._name,
-            "number": self.number,
-            "kind": self.kind,
-            "zygote": self._zygote.name,
-            "pid": self.pid,
-            "started_at": self.started_at,
-            **self._settings.lasting,
-            "holdings": {token: dataclasses.asdict(holding) for token, holding in self._holdings.items()},
-        }
+    def _described(self) -> dict[str, object]:
+        return codec.to_json(
+            EngineRecord(
+                name=self._name,
+                number=self.number,
+                kind=self.kind,
+                zygote=self._zygote.name,
+                pid=self.pid,
+                started_at=self.started_at,
+                tuning=self._tuning,
+                environment=self._settings.environment,
+                bindings=self._records,
+            )
+        )
 
     def _forget(self) -> None:
         if self._record is not None:
@@ -320,15 +377,15 @@ class EngineProcess:
             self.on_exit(f"{reason}; {self._epitaph()}")
 
     def _clean_up(self) -> None:
-        """What is left of it here when its process has ended."""
+        """Removes its files, descriptors and record when the process has ended."""
         self.state = EngineState.FAILED
         self.socket_path.unlink(missing_ok=True)
         self._forget()
 
     def _epitaph(self) -> str:
-        # What multiprocessing has to say after an end is not why.
+        # Messages of multiprocessing after the end are not the cause.
         lines = [line for line in last_words(self._log).splitlines() if "resource_tracker" not in line]
-        return lines[-1] if lines else "it left no words"
+        return lines[-1] if lines else "its log is empty"
 
     def _enter(self, state: EngineState) -> None:
         if state not in TRANSITIONS[self.state]:
@@ -336,50 +393,39 @@ class EngineProcess:
         self.state = state
 
 
-def _understood(holding: Mapping[str, Any]) -> Holding:
-    options = EngineOptions(tuple(holding["options"]["arguments"]), holding["options"]["kv_cache_bytes"])
-    lists = {name: tuple(holding[name]) for name in ("names", "forms")}
-    return Holding(**{**holding, **lists, "options": options})
-
-
-def _made(answer: Frame) -> Made | None:
-    """What a worker says of its image is checked by whoever takes it in."""
-    match answer.content.get("made"):
-        case [*said] if said and len(said) == len(answer.fds):
-            arenas = [arena for rank, fd in zip(said, answer.fds, strict=True) if (arena := _rank_arena(rank, fd))]
-            if len(arenas) == len(said):
-                return Made(tuple(arenas))
-    close_all(answer.fds)
-    return None
-
-
-def _rank_arena(said: object, fd: int) -> RankArena | None:
-    match said:
-        case {"size_bytes": int(size_bytes), "layout": str(layout)}:
-            return RankArena(fd, size_bytes, layout)
-    return None
+def _image(answer: Parcel[Taken]) -> EngineImage | None:
+    """Returns the image that a worker has made, if any. It is checked later, when it is adopted."""
+    made = answer.message.made
+    if not made:
+        close_all(answer.fds)
+        return None
+    if len(made) != len(answer.fds):
+        close_all(answer.fds)
+        raise Misunderstood(f"an answer has {len(made)} images, but {len(answer.fds)} descriptors")
+    ranks = zip(made, answer.fds, strict=True)
+    return EngineImage(tuple(RankMemory(fd, image.size_bytes, image.layout) for image, fd in ranks))
 
 
 class ZygoteFactory:
-    """Makes engines whose processes are forked from one zygote, which starts importing at once."""
+    """Makes engines whose processes are forked from one zygote."""
 
     def __init__(self, kind: str, module: str, settings: Settings, *, remedy: str) -> None:
-        """`remedy` tells what to do where the interpreter lacks what the zygote imports."""
+        """`remedy` is the hint for an interpreter that lacks the modules which the zygote imports."""
         self.kind = kind
         self._module = module
         self._remedy = remedy
         self._settings = settings
         self._zygote = self._new_zygote()
-        self._former: list[Zygote] = []  # of interpreters that engines still run in
+        self._former: list[Zygote] = []  # of former interpreters, in which engines still run
         self._retiring: asyncio.Future[None] | None = None
 
     def begin(self) -> None:
-        """Starts importing in the background, so that the first engine starts as fast as the others."""
+        """Starts the zygote's imports in the background, so that the first engine starts as fast as later ones."""
         self._zygote.begin()
 
     def refusal(self, architecture: str, side_files: Mapping[str, Path]) -> str:
         if "config.json" not in side_files:
-            return "it has no config.json, so nothing says which architecture its weights belong to"
+            return "it has no config.json, so the architecture of its weights is unknown"
         if not architecture:
             return "its config.json names no architecture"
         return ""
@@ -397,24 +443,21 @@ class ZygoteFactory:
     def create(self, options: EngineOptions = NO_OPTIONS) -> EngineProcess:
         if self._former:
             self._retiring = asyncio.ensure_future(self._retire())
-        settings = self._with(options)
-        return EngineProcess(next(settings.numbers), self.kind, self._zygote, settings)
+        settings = self._settings
+        return EngineProcess(next(settings.numbers), self.kind, self._zygote, settings, self._tuning(options))
 
-    def _with(self, options: EngineOptions) -> Settings:
-        return dataclasses.replace(self._settings, options=self._told(options))
+    def _tuning(self, options: EngineOptions) -> Tuning:  # noqa: ARG002 -- for vLLM
+        """Returns the options of an engine for a model with these options."""
+        return self._settings.tuning
 
-    def _told(self, options: EngineOptions) -> Mapping[str, Any]:  # noqa: ARG002 -- for vLLM
-        """What an engine's own options are with what one model has different."""
-        return self._settings.options
-
-    def rejoin(self, kept: Sequence[Kept]) -> Sequence[EngineProcess]:
-        """As the protocol says; of zygotes the last that runs what new engines shall run in makes those too."""
+    def rejoin(self, kept: Sequence[InheritedProcess]) -> Sequence[EngineProcess]:
+        """Rejoins engines as in the protocol. The last zygote that suits new engines also makes those."""
         zygotes = {}
         for left in kept:
             if left.name.startswith(ZYGOTE_PREFIX) and left.content.get("kind") == self.kind:
                 zygotes[left.name] = zygote = self._new_zygote()
                 zygote.rejoin(left)
-                if left.content.get("stamp") == self._program().stamp and not self._zygote.is_begun:
+                if left.content.get("stamp") == list(self._program().stamp) and not self._zygote.is_begun:
                     self._zygote = zygote
                 else:
                     self._former.append(zygote)
@@ -422,15 +465,16 @@ class ZygoteFactory:
         for left in kept:
             if left.name.startswith(PREFIX) and left.content.get("kind") == self.kind:
                 try:
-                    engines.append(EngineProcess.found(left, zygotes[left.content["zygote"]], self._with))
+                    zygote = zygotes[str(left.content["zygote"])]
+                    engines.append(EngineProcess.found(left, zygote, self._settings, self._tuning))
                 except (InvalidArgument, KeyError) as error:
-                    log.warning("%s is let go of: %s", left.name, error)
+                    log.warning("%s is not taken over: %s", left.name, error)
                     self._settings.keeper.forget(left.name)
                     left.close()
         return engines
 
     async def run_in(self, python: str) -> None:
-        """Engines made from now on run in this interpreter; those that there are stay what they are."""
+        """Selects the interpreter for new engines. Existing engines are not affected."""
         if python != self._settings.python:
             self._former.append(self._zygote)
             self._settings = dataclasses.replace(self._settings, python=python)
@@ -438,15 +482,15 @@ class ZygoteFactory:
         await self._retire()
 
     async def _retire(self) -> None:
-        """Ends the zygotes of which nothing runs any more, and nothing will."""
+        """Ends zygotes without workers that are not needed for new engines."""
         idle = [zygote for zygote in self._former if not zygote.has_workers]
         self._former = [zygote for zygote in self._former if zygote not in idle]
         for zygote in idle:
             await zygote.close()
 
-    async def close(self) -> None:
+    async def close(self, *, leaving: bool = True) -> None:
         for zygote in (self._zygote, *self._former):
-            if zygote.is_kept:
+            if leaving and zygote.is_kept:
                 await zygote.leave()
             else:
                 await zygote.close()
@@ -470,4 +514,4 @@ class ZygoteFactory:
 
 def torch_factory(settings: Settings) -> ZygoteFactory:
     remedy = "flash engine install torch, or set engines.torch.python to an interpreter that has torch and flashd"
-    return ZygoteFactory("torch", "flashd.engines.torch.zygote", settings, remedy=remedy)
+    return ZygoteFactory("torch", "flashd.workers.torch.main", settings, remedy=remedy)

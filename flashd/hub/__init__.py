@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How does a model get from the Hugging Face Hub into the store? The caller downloads, the daemon converts meanwhile.
+"""Pulls models from the Hugging Face Hub: the caller downloads, while the daemon converts.
 
-Whoever calls `client.pull` (`flash pull`, the tray, any program) downloads in its own process, as its own user: with
-that user's token, proxies and caches. So a token never leaves the process that it belongs to: the daemon neither sees
-one nor could show it. The machine's daemon has no network at all, and needs none; it gets descriptors of files that the
-caller has opened, as in every import (flashd/daemon/pulls.py).
+A program that calls `client.pull` (`flash pull`, the tray or another one) downloads in its own process, as its own
+user, with that user's token, proxies and caches. So a token never leaves its process, and the daemon cannot disclose
+it. The machine's daemon has no network access and needs none; it gets descriptors of files opened by the caller, as for
+every import (flashd/daemon/ingest/pulls.py).
 
-    repository.py   what a revision consists of, and which of its files are needed
-    download.py     those files in a folder of the user's cache, resumed where an earlier attempt ended, and verified
-    pull.py         hands them over: at first the small ones and the headers, then each shard when it has arrived
+    repository.py   lists the files of a revision, and selects the needed ones
+    download.py     downloads these into a folder of the user's cache, with resumption and verification
+    receiver.py     the part of the client that a pull uses
+    pull.py         passes them to the daemon: first the small ones and the headers, then each shard when it has arrived
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class PullOutcome:
-    """What a pull did. `converted_early_bytes` of the checkpoint were written when the last shard arrived."""
+    """The outcome of a pull. `converted_early_bytes` of the checkpoint were written before the last shard arrived."""
 
     model: str
     repository: str

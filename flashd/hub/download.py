@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How do the files of a revision get into a folder of ours, in parallel, verified, and never downloaded twice?
+"""Downloads the files of a revision into our own folder: in parallel, verified, and never twice.
 
-    FOLDER/NAME          whole, and with the digest that the hub says
-    FOLDER/NAME.part     its beginning; the next attempt goes on behind it, after a cut, a cancellation or a crash
-    FOLDER/lock          held by the one process that downloads into it
+    FOLDER/NAME          a complete file, whose digest matches the hub's
+    FOLDER/NAME.part     its beginning, where the next attempt resumes after an interruption, a cancellation or a crash
+    FOLDER/lock          held by the one process that downloads into the folder
 
-huggingface_hub's `hf_hub_download` begins anew after a crash (it no longer shares partial files between processes), so
-this uses what is below it: its session, its headers and its `http_get`, which resumes within one attempt and between.
+huggingface_hub's `hf_hub_download` starts again after a crash (it no longer shares partial files between processes), so
+we use its lower layers: its session, its headers and its `http_get`, which resumes within and between attempts.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars
 
-import flashd
-from flashd.checkpoint.files import writing
+from flashd._version import __version__
 from flashd.checkpoint.header import MAX_HEADER_BYTES
+from flashd.checkpoint.source.reader import pooling_path
+from flashd.durable import writing
 from flashd.errors import Busy, Cancelled, FlashdError, Internal, InvalidSource, StoreFull, TransferFailed
 from flashd.hub.repository import Needed, RepositoryFile, Revision, asking, patiently, unreachable
 from flashd.units import MiB, format_bytes
 
 _AT_ONCE = 4
-_START_BYTES = 1 * MiB  # holds the header of almost every shard
+_START_BYTES = 1 * MiB  # contains the header of almost every shard
 _LENGTH_BYTES = 8
 _RESERVE_BYTES = 64 * MiB
 
 
 class _Enough(Exception):
-    """As much has been written as was wanted."""
+    """Raised when the wanted number of bytes has been written."""
 
 
 class _Target:
-    """A partial file as http_get writes to it: never beyond what was announced, and no longer than anybody wants it."""
+    """A partial file for http_get, which limits writes to the announced size, and stops them when cancelled."""
 
     def __init__(self, path: Path, file: IO[bytes], limit_bytes: int, on_bytes: Callable[[int], None]) -> None:
         self._path = path
@@ -57,7 +58,7 @@ class _Target:
         room_bytes = self._limit_bytes - self._file.tell()
         left = memoryview(chunk)[:room_bytes]
         with writing(self._path):
-            while left:  # an unbuffered write may be a short one: a disk that is nearly full takes what it can
+            while left:  # an unbuffered write may be short, for example on a nearly full disk
                 left = left[self._file.write(left) :]
         self._on_bytes(self._file.tell())
         if len(chunk) > room_bytes:
@@ -75,56 +76,62 @@ class _Target:
 
 
 class Download:
-    """The folder of one revision, locked. Threads end with the context; what has arrived stays for the next time."""
+    """The locked folder of one revision.
+
+    Threads end with the context; downloaded bytes are kept for the next attempt.
+    """
 
     def __init__(self, revision: Revision, folder: Path, token: str | None) -> None:
         self._revision = revision
         self._folder = folder
-        self._headers = build_hf_headers(token=token, library_name="flashd", library_version=flashd.__version__)
+        self._headers = build_hf_headers(token=token, library_name="flashd", library_version=__version__)
         self._stop = threading.Event()
         self._present: dict[str, int] = {}
         self.downloaded_bytes = 0
         self._mutex = threading.Lock()
 
     def __contains__(self, file: RepositoryFile) -> bool:
-        """Whether all of it is here, and verified."""
+        """Tells whether a file is complete and verified."""
         return file.cached is not None or (self._folder / file.name).exists()
 
     def open(self, file: RepositoryFile) -> int:
-        """A descriptor of a file that is here."""
+        """Opens a downloaded file, and returns its descriptor."""
         return os.open(file.cached or self._folder / file.name, os.O_RDONLY | os.O_CLOEXEC)
 
     def present_bytes(self, files: Iterable[RepositoryFile]) -> int:
-        """How much of them is here."""
+        """Returns the number of downloaded bytes of these files."""
         return sum(self._present_bytes(file) for file in files)
 
     def check_space(self, needed: Needed, store: Path) -> None:
-        """Raises StoreFull before anything is downloaded that has no room, here and in a store on the same disk."""
+        """Checks the free space for the download, and for the store if it is on the same disk. Raises StoreFull."""
         left_bytes = needed.size_bytes - self.present_bytes(needed.files)
         need_bytes = left_bytes + (needed.size_bytes if _is_same_disk(self._folder, store) else 0)
         free_bytes = max(0, shutil.disk_usage(self._folder).free - _RESERVE_BYTES)
         if need_bytes > free_bytes:
             what = f"{format_bytes(left_bytes)} are still to be downloaded to {self._folder}"
-            sizes = f"{format_bytes(need_bytes)} must be free on that disk, and {format_bytes(free_bytes)} are"
-            raise StoreFull(f"{what}: {sizes}", hint="free some space, or point XDG_CACHE_HOME to a larger disk")
+            sizes = f"{format_bytes(need_bytes)} must be free on that disk, but only {format_bytes(free_bytes)} are"
+            raise StoreFull(f"{what}: {sizes}", hint="free some space, or set XDG_CACHE_HOME to a larger disk")
 
     def fetch(self, file: RepositoryFile) -> None:
-        """All of it. Raises as `asking` does, TransferFailed or StoreFull; then its beginning stays."""
+        """Downloads a whole file.
+
+        Raises the errors of `asking`, TransferFailed or StoreFull, and keeps its beginning.
+        """
         if file in self:
             return
         part = self._get(file, file.size_bytes)
         if not self._matches(part, file):
             part.unlink()
             self._present[file.name] = 0
-            hint = "pull again; if it stays so, what the hub sends is damaged"
+            hint = "pull again; if the error persists, the file on the hub is damaged"
             raise TransferFailed(f"{file.name} of {self._revision.repository} does not match its digest", hint=hint)
         with writing(self._folder):
             with part.open("rb") as opened:
-                os.fsync(opened.fileno())  # whoever finds it under its name believes that it is whole
+                os.fsync(opened.fileno())  # a file under its final name counts as complete
             part.rename(self._folder / file.name)
 
     def fetch_header(self, file: RepositoryFile) -> bytes:
-        """The beginning of a safetensors file that ends with its header. What comes with it is not downloaded again."""
+        """Downloads a safetensors file up to the end of its header. Further bytes received are kept."""
         path = self._get(file, min(file.size_bytes, _START_BYTES))
         with path.open("rb") as opened:
             length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
@@ -137,9 +144,9 @@ class Download:
     def each(
         self, files: Iterable[RepositoryFile], do: Callable[[RepositoryFile], object]
     ) -> queue.SimpleQueue[RepositoryFile | BaseException]:
-        """Does it with each, a few at once. Files come into the queue when they are done, or what went wrong, once.
+        """Processes files, a few in parallel. Puts finished files into the queue, or the first error.
 
-        The threads keep no program alive: one that waits for a silent server may be left behind.
+        The threads are daemon threads, because one that waits for a silent server may be left behind.
         """
         done: queue.SimpleQueue[RepositoryFile | BaseException] = queue.SimpleQueue()
         waiting: queue.SimpleQueue[RepositoryFile] = queue.SimpleQueue()
@@ -154,9 +161,9 @@ class Download:
                     return
                 try:
                     do(file)
-                except BaseException as error:  # noqa: BLE001 -- the end of a thread: whoever reads the queue raises it
+                except BaseException as error:  # noqa: BLE001 -- the end of a thread; the reader of the queue raises it
                     done.put(error if isinstance(error, FlashdError) else _defect(error))
-                    self._stop.set()  # afterwards: what the others say then is only that they were stopped
+                    self._stop.set()  # after the error, because the others only report that they were stopped
                     return
                 done.put(file)
 
@@ -165,11 +172,11 @@ class Download:
         return done
 
     def stop(self) -> None:
-        """The threads end soon."""
+        """Requests the end of the threads."""
         self._stop.set()
 
     def clear(self) -> None:
-        """Nobody needs the files any more, nor what earlier attempts have left of other commits."""
+        """Removes the files, and leftovers of other commits."""
         shutil.rmtree(self._folder, ignore_errors=True)
         for other in self._folder.parent.iterdir():
             with suppress(OSError), (other / "lock").open("wb") as lock:
@@ -179,7 +186,7 @@ class Download:
             self._folder.parent.rmdir()
 
     def _get(self, file: RepositoryFile, wanted_bytes: int) -> Path:
-        """So much of its beginning, at least, in its partial file. Goes on where an earlier attempt ended."""
+        """Downloads at least `wanted_bytes` of a file into its partial file, after the end of an earlier attempt."""
         path = self._folder / f"{file.name}.part"
         self._present_bytes(file)
         with asking(self._revision.repository, self._revision.commit):
@@ -187,7 +194,7 @@ class Download:
         return path
 
     def _try_to_get(self, file: RepositoryFile, path: Path, wanted_bytes: int) -> None:
-        url = hf_hub_url(self._revision.repository, file.name, revision=self._revision.commit)
+        url = hf_hub_url(self._revision.repository, pooling_path(file.name), revision=self._revision.commit)
         headers = dict(self._headers)
         if wanted_bytes < file.size_bytes:
             headers["Range"] = f"bytes=0-{wanted_bytes - 1}"
@@ -207,11 +214,11 @@ class Download:
                 return
             except (HfHubHTTPError, OfflineModeIsEnabled):
                 raise
-            except HTTPError as error:  # it has tried again, as long as that brought anything
+            except HTTPError as error:  # it has already retried as long as there was progress
                 raise unreachable(error) from None
-            except OSError:  # the library's way to say that a body ended early
+            except OSError:  # the library's error for a body that ended early
                 what = f"{file.name} of {self._revision.repository} ended early"
-                raise TransferFailed(what, hint="pull again: it goes on where it stopped") from None
+                raise TransferFailed(what, hint="pull again to resume it") from None
 
     def _matches(self, path: Path, file: RepositoryFile) -> bool:
         with path.open("rb") as opened:
@@ -230,7 +237,7 @@ class Download:
         return self._present[file.name]
 
     def _progressed(self, file: RepositoryFile, present_bytes: int) -> None:
-        """Raises Cancelled if nobody wants it any more."""
+        """Reports progress. Raises Cancelled if the download was stopped."""
         with self._mutex:
             self.downloaded_bytes += max(0, present_bytes - self._present[file.name])
             self._present[file.name] = present_bytes
@@ -240,7 +247,7 @@ class Download:
 
 @contextmanager
 def downloading(revision: Revision, cache: Path, token: str | None) -> Iterator[Download]:
-    """Raises Busy while another process of this user downloads the same."""
+    """Prepares the download of a revision. Raises Busy while another process of this user downloads the same."""
     disable_progress_bars("huggingface_hub.http_get")
     owner = repo_folder_name(repo_id=revision.repository, repo_type="model")
     folder = cache / "hub" / owner / revision.commit
@@ -251,8 +258,8 @@ def downloading(revision: Revision, cache: Path, token: str | None) -> Iterator[
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            hint = "flash jobs shows it; wait for it, or cancel it"
-            raise Busy(f"{revision.repository} is being pulled already", hint=hint) from None
+            hint = "wait for it, or cancel it: see flash jobs"
+            raise Busy(f"{revision.repository} is already being pulled", hint=hint) from None
         download = Download(revision, folder, token)
         try:
             yield download
@@ -267,7 +274,7 @@ def _is_same_disk(one: Path, other: Path) -> bool:
 
 
 def _defect(error: BaseException) -> FlashdError:
-    """Without the error's own words, which may hold an address with a signature in it; they are its cause."""
-    defect = Internal(f"the download failed: {type(error).__name__}", hint="this is a defect: please report it")
+    """Returns an error without the original message, which may contain a URL with a signature."""
+    defect = Internal(f"the download failed: {type(error).__name__}", hint="this is a bug in flashd: please report it")
     defect.__cause__ = error
     return defect

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How are the files of a revision handed to the daemon while they arrive? The caller's side of a pull, from its thread.
+"""The caller's side of a pull: passes the files of a revision to the daemon as they arrive.
 
-The daemon first gets what it needs to plan the checkpoint: the small files, and of each shard a stand-in with its
-header (flashd/checkpoint/late.py). If its store has no room, it says so before the large files are downloaded. Then
-each shard follows when all of it has arrived and matches its digest.
+The daemon first gets the data for planning the checkpoint: the small files, and a stand-in with the header for each
+shard (source/incremental.py). If its store is too full, it refuses before the large files are downloaded. Then each
+shard follows when it is complete and matches its digest.
 """
 
 from __future__ import annotations
@@ -14,35 +14,33 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Generic
 
-from flashd import config
-from flashd.checkpoint.files import writing
-from flashd.checkpoint.source import MAX_SIDE_FILE_BYTES, Index, parse_index
+from flashd.checkpoint.source.reader import MAX_SIDE_FILE_BYTES, Index, parse_index
+from flashd.config.paths import cache_folder
+from flashd.durable import writing
 from flashd.errors import FlashdError, NotFound
 from flashd.hub import PullOutcome
 from flashd.hub.download import Download, downloading
+from flashd.hub.receiver import J, Receiver
 from flashd.hub.repository import Needed, RepositoryFile, Revision, choose, look_up
-
-if TYPE_CHECKING:
-    from flashd.client import Client, Job
 
 _REPORT_S = 0.5
 _POLL_S = 0.1
 
 
 def pull(
-    client: Client,
+    client: Receiver[J],
     repository: str,
     *,
     revision: str,
     name: str,
     aliases: Sequence[str] = (),
     token: str | None = None,
-    on_progress: Callable[[Job], None] | None = None,
-    job: Job | None = None,
+    on_progress: Callable[[J], None] | None = None,
+    job: J | None = None,
 ) -> PullOutcome:
-    """See `Client.pull`; `job` is one that was claimed."""
+    """Pulls a model as described at `Client.pull`. `job` is a claimed job, if any."""
     started = time.monotonic()
     name = name or repository
     with _failing(client, job):
@@ -52,7 +50,7 @@ def pull(
         if _is_there(client, job.subject, found):
             job.wait(on_progress)
             return PullOutcome(job.subject, repository, found.commit, True, 0, 0, time.monotonic() - started)
-        with downloading(found, config.cache_folder(), token) as download:
+        with downloading(found, cache_folder(), token) as download:
             needed = choose(found, lambda file: _index(download, file))
             download.check_space(needed, Path(client.status().store_path))
             result = _Feeding(client, job, download, needed, on_progress).run()
@@ -64,8 +62,11 @@ def pull(
 
 
 @contextmanager
-def _failing(client: Client, job: Job | None) -> Iterator[None]:
-    """What goes wrong here is the job's end too. What made the job fail, if that came first, is raised instead."""
+def _failing(client: Receiver[J], job: J | None) -> Iterator[None]:
+    """Ends the job with the error raised in the block.
+
+    If the job has failed before, its own error is raised instead.
+    """
     try:
         yield
     except FlashdError as error:
@@ -82,7 +83,7 @@ def _failing(client: Client, job: Job | None) -> Iterator[None]:
         raise
 
 
-def _is_there(client: Client, name: str, found: Revision) -> bool:
+def _is_there(client: Receiver[J], name: str, found: Revision) -> bool:
     try:
         model = client.model(name)
     except NotFound:
@@ -97,11 +98,11 @@ def _index(download: Download, file: RepositoryFile) -> Index:
         return parse_index(opened.read(MAX_SIDE_FILE_BYTES), file.name)
 
 
-class _Feeding:
-    """One job's files on their way."""
+class _Feeding(Generic[J]):
+    """The transfer of one job's files to the daemon."""
 
     def __init__(
-        self, client: Client, job: Job, download: Download, needed: Needed, on_progress: Callable[[Job], None] | None
+        self, client: Receiver[J], job: J, download: Download, needed: Needed, on_progress: Callable[[J], None] | None
     ) -> None:
         self._client = client
         self._job = job
@@ -136,7 +137,7 @@ class _Feeding:
         do: Callable[[RepositoryFile], object],
         then: Callable[[RepositoryFile], None] = lambda file: None,
     ) -> None:
-        """Until it is done with each. Raises what made it fail, or what made the job fail meanwhile."""
+        """Waits until all files are done. Raises the error of a file, or that of the job."""
         files = list(files)
         done = self._download.each(files, do)
         for _ in files:
@@ -171,7 +172,7 @@ class _Feeding:
 
 def _stand_in(file: RepositoryFile, header: bytes) -> int:
     fd = os.memfd_create(file.name, os.MFD_CLOEXEC)
-    with writing(Path(file.name)):  # a limit on the size of files (setrlimit(2)) is one on this, too
+    with writing(Path(file.name)):  # the limit on file sizes (setrlimit(2)) applies here too
         os.write(fd, header)
         os.ftruncate(fd, file.size_bytes)
     return fd

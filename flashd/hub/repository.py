@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does a repository hold at a revision, and which of its files does a model need?
+"""Lists the files of a repository at a revision, and selects those that a model needs.
 
-What the hub says is a stranger's word: names are checked, numbers bounded, and digests compared after the download.
+The hub's answers are untrusted: names are checked, numbers bounded, and digests compared after the download.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoSibling
 
-import flashd
-from flashd.checkpoint.source import MAX_ENTRIES, MAX_SIDE_FILE_BYTES, Index, needed_files
+from flashd._version import __version__
+from flashd.checkpoint.source.reader import MAX_ENTRIES, MAX_SIDE_FILE_BYTES, Index, needed_files, pooling_name
 from flashd.errors import (
     FlashdError,
     InvalidArgument,
@@ -45,16 +45,16 @@ T = TypeVar("T")
 _ANSWER_S = 30.0
 _ATTEMPTS = 5
 _MAX_FILE_BYTES = 1 << 44
-UNKNOWN = -1  # the size of a file of which the hub does not say enough to download it
+UNKNOWN = -1  # the size of a file about which the hub does not tell enough to download it
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class RepositoryFile:
-    """A file as the hub describes it: by its SHA-256, or, if it is small, by the SHA-1 that git gives it.
+    """A file as described by the hub: with its SHA-256, or, for a small file, with git's SHA-1.
 
-    `cached` is where the user's Hugging Face cache has it.
+    `cached` is its path in the user's Hugging Face cache.
     """
 
     name: str
@@ -94,11 +94,11 @@ class Needed:
 
 
 def look_up(repository: str, revision: str, token: str | None) -> Revision:
-    """Asks the hub; offline, the user's Hugging Face cache.
+    """Looks up a revision on the hub, or, offline, in the user's Hugging Face cache.
 
     Raises NotFound, NotAuthorized (private and gated repositories), Unavailable, InvalidArgument or InvalidSource.
     """
-    api = HfApi(token=token, library_name="flashd", library_version=flashd.__version__)
+    api = HfApi(token=token, library_name="flashd", library_version=__version__)
     with asking(repository, revision):
         try:
             info = patiently(
@@ -108,17 +108,21 @@ def look_up(repository: str, revision: str, token: str | None) -> Revision:
             return _cached_revision(repository, revision)
     commit = info.sha or ""
     if not _COMMIT.fullmatch(commit):
-        raise InvalidSource(f"the hub names no commit of {repository}", hint="is HF_ENDPOINT a Hugging Face Hub?")
+        raise InvalidSource(
+            f"the hub names no commit of {repository}", hint="check that HF_ENDPOINT is a Hugging Face Hub"
+        )
     siblings = info.siblings or []
     if len(siblings) > MAX_ENTRIES:
-        raise InvalidSource(f"{repository} has more than {MAX_ENTRIES} files", hint="it is hardly one model")
-    # What lies in folders (onnx/, original/) is another form of the same model, and no path leads out of ours.
-    found = (_file(repository, commit, sibling) for sibling in siblings if _is_plain_name(sibling.rfilename))
+        raise InvalidSource(
+            f"{repository} has more than {MAX_ENTRIES} files", hint="choose a repository of a single model"
+        )
+    # Folders (onnx/, original/) contain other forms of the same model. Names without folders cannot leave our folder.
+    found = (_file(repository, commit, sibling) for sibling in siblings if _name_of(sibling.rfilename))
     return Revision(repository, commit, {file.name: file for file in found})
 
 
 def choose(revision: Revision, read_index: Callable[[RepositoryFile], Index]) -> Needed:
-    """The weights, safetensors before anything else, and the small files that belong to them. Raises InvalidSource."""
+    """Selects the weights, preferably safetensors, and the small files that belong to them. Raises InvalidSource."""
     files = revision.files
     try:
         weights, others = needed_files(list(files), lambda name: read_index(files[name]))
@@ -127,7 +131,7 @@ def choose(revision: Revision, read_index: Callable[[RepositoryFile], Index]) ->
     needed = Needed(tuple(files[name] for name in weights), tuple(files[name] for name in others))
     for file in needed.files:
         if file.size_bytes == UNKNOWN:
-            raise InvalidSource(f"the hub does not say what {file.name} of {revision.repository} is")
+            raise InvalidSource(f"the hub does not describe {file.name} of {revision.repository}")
     for file in needed.others:
         if file.size_bytes > MAX_SIDE_FILE_BYTES:
             raise InvalidSource(f"{file.name} of {revision.repository} is {format_bytes(file.size_bytes)}")
@@ -136,7 +140,7 @@ def choose(revision: Revision, read_index: Callable[[RepositoryFile], Index]) ->
 
 @contextmanager
 def asking(repository: str, revision: str) -> Iterator[None]:
-    """What the hub's library raises, in our words; a token is in none of them."""
+    """Turns exceptions of the hub's library into our errors, without tokens in them."""
     try:
         yield
     except FlashdError:
@@ -158,17 +162,17 @@ def asking(repository: str, revision: str) -> Iterator[None]:
         raise _refused(repository, error) from None
     except HTTPError as error:
         raise unreachable(error) from None
-    except ValueError as error:  # an answer that is no JSON, a file that its library does not download
+    except ValueError as error:  # an answer that is not valid JSON, a file that its library does not download
         raise TransferFailed(f"{repository}: {str(error)[:200]}") from None
 
 
 def unreachable(error: Exception) -> Unavailable:
-    hint = "check the network and HF_ENDPOINT; pull again to go on where it stopped"
+    hint = "check the network and HF_ENDPOINT, then pull again to resume"
     return Unavailable(f"the hub cannot be reached: {type(error).__name__}", hint=hint)
 
 
 def patiently(ask: Callable[[], T], sleep: Callable[[float], object] = time.sleep) -> T:
-    """Asks again, a few times, what the hub could not answer just now. Refusals are final."""
+    """Repeats a request a few times if the hub is temporarily unable to answer. Refusals are final."""
     for attempt in range(1, _ATTEMPTS):
         try:
             return ask()
@@ -184,7 +188,7 @@ def patiently(ask: Callable[[], T], sleep: Callable[[float], object] = time.slee
 
 
 def _retry_after_s(error: HfHubHTTPError, attempt: int) -> float:
-    """How long to wait before asking again; 0 if that makes no sense."""
+    """Returns the seconds to wait before a retry; 0 if a retry is useless."""
     status = error.response.status_code
     if status not in {408, 429} and status < 500:
         return 0
@@ -199,19 +203,19 @@ def _backoff_s(attempt: int) -> float:
 def _refused(repository: str, error: HfHubHTTPError) -> FlashdError:
     status = error.response.status_code
     if status == 401:
-        hint = "log in again: hf auth login; a token in HF_TOKEN counts before that"
+        hint = "log in again: hf auth login; a token in HF_TOKEN takes precedence"
         return NotAuthorized("the hub does not accept your token", hint=hint)
     if status == 403:
-        hint = "ask its owner, or use a token that may read it: hf auth login"
-        return NotAuthorized(f"the hub does not let you read {repository}", hint=hint)
+        hint = "ask its owner for access, or use a token that may read it: hf auth login"
+        return NotAuthorized(f"the hub does not permit you to read {repository}", hint=hint)
     if status == 429:
-        return Unavailable("the hub says that you ask too often", hint="pull again later: it goes on where it stopped")
-    hint = "pull again later: it goes on where it stopped"
+        return Unavailable("the hub refuses because of too many requests", hint="pull again later to resume")
+    hint = "pull again later to resume"
     return Unavailable(f"the hub answered {status} about {repository}", hint=hint)
 
 
 def _cached_revision(repository: str, revision: str) -> Revision:
-    """What the user's Hugging Face cache has of it. Raises Unavailable if that is nothing."""
+    """Finds a revision in the user's Hugging Face cache. Raises Unavailable if there is none."""
     try:
         config = try_to_load_from_cache(repository, "config.json", revision=revision)
     except LocalEntryNotFoundError:
@@ -220,9 +224,9 @@ def _cached_revision(repository: str, revision: str) -> Revision:
         raise _offline(repository)
     folder = Path(config).parent
     files = [
-        RepositoryFile(path.name, path.stat().st_size, cached=path)
-        for path in folder.iterdir()
-        if path.is_file() and _is_plain_name(path.name)
+        RepositoryFile(name, path.stat().st_size, cached=path)
+        for path in (*folder.iterdir(), *folder.glob("?_Pooling/config.json"))
+        if path.is_file() and (name := _name_of(str(path.relative_to(folder))))
     ]
     return Revision(repository, folder.name, {file.name: file for file in files})
 
@@ -232,15 +236,20 @@ def _offline(repository: str) -> Unavailable:
     return Unavailable(f"{repository} is not in your Hugging Face cache, and HF_HUB_OFFLINE is set", hint=hint)
 
 
+def _name_of(path: str) -> str:
+    """Returns the name of a side file; empty if the path is not one."""
+    return path if _is_plain_name(path) else pooling_name(path)
+
+
 def _is_plain_name(name: str) -> bool:
     return "/" not in name and name.isprintable() and name not in {"", ".", ".."} and len(name.encode()) <= 200
 
 
 def _file(repository: str, commit: str, sibling: RepoSibling) -> RepositoryFile:
-    name, size_bytes = sibling.rfilename, sibling.size
+    name, size_bytes = _name_of(sibling.rfilename), sibling.size
     if not isinstance(size_bytes, int) or not 0 <= size_bytes <= _MAX_FILE_BYTES:
         return RepositoryFile(name, UNKNOWN)
-    cached = try_to_load_from_cache(repository, name, revision=commit)
+    cached = try_to_load_from_cache(repository, sibling.rfilename, revision=commit)
     path = Path(cached) if isinstance(cached, str) else None
     if path is not None and path.stat().st_size != size_bytes:
         path = None

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where are the bytes now, and who keeps them there?"""
+"""Memory: arenas, pools, residency over the tiers, transfers and leases."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is an arena? One descriptor of memory that holds the data region of one checkpoint, and can be handed on.
+"""Arenas: memory that holds the data region of one checkpoint, behind a descriptor that can be passed on.
 
-While it is filled it is mapped here, writable; `seal` ends that. Of host memory the kernel then refuses every further
-writable mapping and every change of size, to us as to everybody who is handed the descriptor (memfd_create(2)). A GPU's
-driver knows no seals: whoever is handed such a descriptor could map it writable, so it goes to authorised callers only.
+While an arena is filled, it is mapped writable here, until `seal`. From then on the kernel refuses writable mappings
+and changes of size of host memory to us and to all receivers of the descriptor (memfd_create(2)). GPU drivers have no
+seals: a receiver could map such memory writable, so these descriptors are passed to authorised callers only.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
-from flashd import cuda
+from flashd.closing import Closing
 from flashd.errors import DeviceFailed, InvalidArgument, OutOfMemory
+from flashd.io import cuda
 from flashd.units import MiB, format_bytes
 
 _MFD_HUGETLB = 0x4
@@ -35,7 +35,7 @@ HUGE_PAGE_BYTES = 2 * MiB
 
 
 class HugePages(StrEnum):
-    """How arenas get huge pages on this machine: reserved ones, by advice to shared memory, or not at all."""
+    """The sources of huge pages for arenas: reserved pages, advice for shared memory, or none."""
 
     HUGETLB = "hugetlb"
     SHMEM = "shmem"
@@ -46,7 +46,7 @@ def probe_huge_pages(
     hugepages: Path = Path("/sys/kernel/mm/hugepages/hugepages-2048kB"),
     transparent: Path = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
 ) -> HugePages:
-    """What the machine gives now (Linux admin guide, hugetlbpage and transhuge)."""
+    """Finds the source of huge pages that the machine offers now (Linux admin guide, hugetlbpage and transhuge)."""
     try:
         if int((hugepages / "free_hugepages").read_text()) > 0:
             return HugePages.HUGETLB
@@ -59,14 +59,14 @@ def probe_huge_pages(
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """An arena mapped for reading. `is_registered`: a GPU's copy engine reaches it without the processor's help."""
+    """An arena mapped for reading. If it `is_registered`, a GPU's copy engine can read it directly."""
 
     address: int
     is_registered: bool
 
 
 class Arena(Protocol):
-    """A region of `size_bytes` bytes (rounded up to `mapped_bytes`) in a descriptor, until it is closed."""
+    """A region of `size_bytes` bytes (rounded up to `mapped_bytes`) behind a descriptor, until `close`."""
 
     @property
     def size_bytes(self) -> int: ...
@@ -76,41 +76,56 @@ class Arena(Protocol):
 
     @property
     def fd(self) -> int:
-        """The descriptor, which stays the arena's: duplicate it to keep it."""
+        """The descriptor, which `close` closes: duplicate it to keep it."""
 
     @property
     def address(self) -> int:
-        """Where it is mapped for filling, until it is sealed: a host's address, or a device's."""
+        """Address of the mapping for filling, until `seal`, in the host's or the device's address space."""
 
     def seal(self) -> None:
-        """It is filled: our own writable mapping is gone from here on."""
+        """Ends filling, and removes our own writable mapping."""
 
     def viewed(self) -> AbstractContextManager[View]:
-        """Maps it for reading."""
+        """Maps the arena for reading."""
 
     def open_read_only(self) -> int:
-        """A new descriptor for somebody else, who maps it for reading. It is the caller's to close."""
+        """Returns a new descriptor for another process, which maps it for reading. The caller closes it."""
 
     def close(self) -> None:
-        """Lets go of it. The memory stays as long as somebody else has a descriptor or a mapping."""
+        """Closes the descriptor. The memory exists as long as another process has a descriptor or a mapping."""
 
 
-class HostArena:
+class Registered(Protocol):
+    """Host memory registered with a GPU, until `close`."""
+
+    @property
+    def address(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class HostArena(Closing):
     """An arena in host memory: a memfd."""
 
-    def __init__(self, size_bytes: int, label: str, huge_pages: HugePages) -> None:
-        """Raises OutOfMemory if the kernel has no such memory. Nothing is populated yet."""
+    def __init__(self, size_bytes: int, label: str, huge_pages: HugePages, *, registers_read_only: bool = True) -> None:
+        """Allocates without populating. Raises OutOfMemory if the kernel lacks such memory.
+
+        Unless the GPUs can register read-only mappings (`registers_read_only`), the mapping for filling is kept for
+        `register`, because the seals permit no other writable mapping later.
+        """
         self.size_bytes = size_bytes
         self.huge_pages = huge_pages
         self.mapped_bytes = rounded(size_bytes, huge_pages)
         self._fd = _memfd(label, self.mapped_bytes, huge_pages)
+        self._keeps_mapping = not registers_read_only
+        self._is_sealed = False
         self._mapping: mmap.mmap | None = None
-        self._registration: cuda.Registration | None = None
-        self._lock = threading.Lock()  # registering takes a while, on a thread
+        self._registered: Registered | None = None
+        self._lock = threading.Lock()  # registering takes long, and runs in a thread
         try:
             self._mapping = mmap.mmap(self._fd, self.mapped_bytes)
             if huge_pages is HugePages.SHMEM:
-                with contextlib.suppress(OSError):  # advice: a kernel without transparent huge pages refuses it
+                with contextlib.suppress(OSError):  # only advice, which a kernel without transparent huge pages refuses
                     self._mapping.madvise(mmap.MADV_HUGEPAGE)
         except (OSError, ValueError) as error:
             self.close()
@@ -118,85 +133,86 @@ class HostArena:
 
     @classmethod
     def adopt(cls, fd: int, size_bytes: int, huge_pages: HugePages) -> HostArena:
-        """The arena that another process of ours made and sealed; the descriptor is the arena's from now on.
+        """Makes an arena from the descriptor of one that an earlier daemon made and sealed, and owns the descriptor.
 
-        Raises InvalidArgument if it is not such a one, and then closes it.
+        It has no writable mapping, so GPUs that register no others copy from it through the staging ring. Raises
+        InvalidArgument, after closing the descriptor, if it is not a sealed arena of this size.
         """
         arena = cls.__new__(cls)
         arena.size_bytes, arena.huge_pages, arena.mapped_bytes = size_bytes, huge_pages, os.fstat(fd).st_size
-        arena._fd, arena._mapping, arena._registration, arena._lock = fd, None, None, threading.Lock()
+        arena._fd, arena._mapping, arena._registered, arena._lock = fd, None, None, threading.Lock()
+        arena._keeps_mapping, arena._is_sealed = False, True
         try:
             sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
         except OSError:
             sealed = False  # not even a memfd
         if not sealed or arena.mapped_bytes not in {rounded(size_bytes, pages) for pages in HugePages}:
             arena.close()
-            raise InvalidArgument(f"that descriptor is not of a sealed arena of {size_bytes} bytes")
+            raise InvalidArgument(f"the descriptor is not a sealed arena of {size_bytes} bytes")
         return arena
 
     @property
     def address(self) -> int:
-        assert self._mapping is not None, "sealed"
-        return ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+        assert self._mapping is not None and not self._is_sealed, "sealed"
+        return _address(self._mapping)
 
     @property
     def fd(self) -> int:
         return self._fd
 
     def seal(self) -> None:
-        """From here on nobody can change it."""
-        if self._mapping is not None:
+        """Seals the arena, which cannot be changed afterwards."""
+        if self._mapping is not None and self._keeps_mapping:
+            cuda.protect(_address(self._mapping), self.mapped_bytes, is_writable=False)
+        elif self._mapping is not None:
             self._mapping.close()
             self._mapping = None
         fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
+        self._is_sealed = True
 
     def register(self, ordinal: int) -> None:
-        """Makes it known to a GPU, until it is closed: from then on it is copied there by the GPU itself.
+        """Registers the arena with a GPU until `close`, so that the GPU itself can copy from it.
 
-        Takes 0.05 s a GB: call it on a thread. Raises DeviceFailed where the driver cannot.
+        Seal it first. Takes 0.05 s per GB, so call it in a thread. Raises DeviceFailed if the driver cannot.
         """
         with self._lock:
-            if self._fd >= 0 and self._registration is None:
-                self._registration = cuda.Registration(ordinal, self._fd, self.mapped_bytes)
+            if self._fd < 0 or self._registered is not None:
+                return
+            if self._keeps_mapping and self._mapping is not None:
+                self._registered = cuda.WritableRegistration(ordinal, _address(self._mapping), self.mapped_bytes)
+            else:
+                self._registered = cuda.Registration(ordinal, self._fd, self.mapped_bytes)
 
     @contextmanager
     def viewed(self) -> Iterator[View]:
-        if self._registration is not None:
-            yield View(self._registration.address, is_registered=True)
+        if self._registered is not None:
+            yield View(self._registered.address, is_registered=True)
             return
         with cuda.HostView(self._fd, self.mapped_bytes) as view:
             yield View(view.address, is_registered=False)
 
     def open_read_only(self) -> int:
-        """Opened for reading only, so that not even the descriptor allows more."""
+        """Opens the memory read-only, so that the descriptor itself permits no more."""
         return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
-        with self._lock, contextlib.ExitStack() as stack:  # the descriptor goes even where the driver fails
+        with self._lock, contextlib.ExitStack() as stack:  # the descriptor is closed even if the driver fails
             if self._fd >= 0:
                 stack.callback(os.close, self._fd)
                 self._fd = -1
-            if self._registration is not None:
-                stack.callback(self._registration.close)
-                self._registration = None
             if self._mapping is not None:
                 stack.callback(self._mapping.close)
                 self._mapping = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+            if self._registered is not None:  # before its mapping ends
+                stack.callback(self._registered.close)
+                self._registered = None
 
 
 class CudaArena:
-    """An arena in a GPU's memory: one allocation of its driver's virtual memory management, exported."""
+    """An arena in GPU memory: one exported allocation of CUDA's virtual memory management."""
 
     def __init__(self, ordinal: int, fd: int, size_bytes: int, mapped_bytes: int) -> None:
-        """The descriptor is the arena's from now on."""
+        """Owns the descriptor."""
         self.size_bytes = size_bytes
         self.mapped_bytes = mapped_bytes
         self._ordinal = ordinal
@@ -205,7 +221,7 @@ class CudaArena:
 
     @classmethod
     def allocate(cls, ordinal: int, size_bytes: int, mapped_bytes: int) -> CudaArena:
-        """Raises OutOfMemory or DeviceFailed."""
+        """Allocates device memory. Raises OutOfMemory or DeviceFailed."""
         arena = cls(ordinal, cuda.allocate(ordinal, mapped_bytes), size_bytes, mapped_bytes)
         try:
             arena._mapping = cuda.Mapping(ordinal, arena._fd, mapped_bytes, is_writable=True)
@@ -216,14 +232,16 @@ class CudaArena:
 
     @classmethod
     def adopt(cls, ordinal: int, fd: int, size_bytes: int, mapped_bytes: int) -> CudaArena:
-        """As HostArena.adopt: raises InvalidArgument, and then closes the descriptor."""
+        """Adopts device memory like HostArena.adopt. Raises InvalidArgument, after closing the descriptor."""
         arena = cls(ordinal, fd, size_bytes, mapped_bytes)
         try:
-            with arena.viewed():  # the driver maps an allocation as a whole, so this proves its size
+            with arena.viewed():  # the driver maps only whole allocations, so this proves the size
                 return arena
         except (DeviceFailed, OutOfMemory) as error:
             arena.close()
-            raise InvalidArgument(f"that descriptor is not of {mapped_bytes} bytes of a GPU: {error.message}") from None
+            raise InvalidArgument(
+                f"the descriptor is not GPU memory of {mapped_bytes} bytes: {error.message}"
+            ) from None
 
     @property
     def address(self) -> int:
@@ -250,14 +268,18 @@ class CudaArena:
     def close(self) -> None:
         try:
             self.seal()
-        finally:  # the descriptor goes even where the driver fails
+        finally:  # the descriptor is closed even if the driver fails
             if self._fd >= 0:
                 os.close(self._fd)
                 self._fd = -1
 
 
+def _address(mapping: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+
+
 def rounded(size_bytes: int, huge_pages: HugePages) -> int:
-    """What an arena takes of memory: whole pages, and at least one."""
+    """Rounds a size up to that of an arena: whole pages, and at least one."""
     page = mmap.PAGESIZE if huge_pages is HugePages.NONE else HUGE_PAGE_BYTES
     return max(page, -(-size_bytes // page) * page)
 
@@ -278,5 +300,5 @@ def _memfd(label: str, mapped_bytes: int, huge_pages: HugePages) -> int:
 def _no_memory(mapped_bytes: int, error: Exception) -> OutOfMemory:
     number = getattr(error, "errno", errno.ENOMEM)
     reason = os.strerror(number or errno.ENOMEM)
-    hint = "evict a model, or lower memory.host_budget to what this machine really has"
-    return OutOfMemory(f"the kernel has no {format_bytes(mapped_bytes)} for an arena: {reason}", hint=hint)
+    hint = "evict a model, or lower memory.host_budget to the memory that this machine can provide"
+    return OutOfMemory(f"the kernel cannot provide {format_bytes(mapped_bytes)} for an arena: {reason}", hint=hint)

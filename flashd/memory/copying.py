@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How do bytes get from one arena in host memory into another, as fast as memory allows?
+"""Copies bytes from one arena in host memory into another, as fast as memory allows.
 
-The kernel copies from memfd to memfd (copy_file_range(2)): pages that are written whole need not be zeroed first, which
-of ordinary pages is half of the work. Huge pages are only given to what is mapped, so those are read into.
+The kernel copies from memfd to memfd (copy_file_range(2)): pages that are written completely need not be zeroed first,
+which would be half of the work for ordinary pages. Huge pages are only used for mapped memory, so arenas with huge
+pages are filled by reading into the mapping.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from dataclasses import dataclass
 
 from flashd.errors import Cancelled, TransferFailed
 from flashd.memory.arena import Arena, HugePages
+from flashd.tasks import outlast
 from flashd.units import MiB
 
 _PART_BYTES = 16 * MiB
 _UNABLE = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM}
-_MOST_THREADS = 4  # a few fill the memory's bandwidth
+_MOST_THREADS = 4  # a few threads use up the memory's bandwidth
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Bytes of one arena that belong into another, which is not sealed yet."""
+    """Bytes of one arena to copy into another, which is not sealed yet."""
 
     source: Arena
     source_offset: int
@@ -36,7 +38,7 @@ class Copy:
 
 
 class Copies:
-    """Copies under way into one arena; to be awaited by `finish`, whatever happens."""
+    """Running copies into one arena. `finish` must be awaited in all cases."""
 
     def __init__(self, copies: Sequence[Copy], target: Arena, huge_pages: HugePages) -> None:
         self.done_bytes = 0
@@ -52,14 +54,8 @@ class Copies:
         self._stop.set()
 
     async def finish(self) -> None:
-        """Returns when nothing is written any more. Raises TransferFailed, or Cancelled after `cancel`."""
-        is_cancelled = False
-        while pending := [worker for worker in self._workers if not worker.done()]:
-            try:
-                await asyncio.wait(pending)
-            except asyncio.CancelledError:
-                is_cancelled = True
-                self._stop.set()
+        """Waits until all writes have ended. Raises TransferFailed, or Cancelled after `cancel`."""
+        is_cancelled = await outlast(*self._workers, on_cancel=self._stop.set)
         failures = [failure for worker in self._workers if (failure := worker.exception())]
         if is_cancelled:
             raise asyncio.CancelledError
@@ -92,12 +88,12 @@ class Copies:
                 except OSError as error:
                     if error.errno not in _UNABLE:
                         raise
-                    self._is_mapped = True  # huge pages that an earlier daemon was configured for, or an old kernel
+                    self._is_mapped = True  # huge pages of an earlier daemon's configuration, or an old kernel
             if self._is_mapped:
                 place = (ctypes.c_char * rest).from_address(self._target.address + offset)
                 count = os.preadv(part.source.fd, [place], start)
             if not count:
-                raise TransferFailed("copy from arena to arena: it ends too early")
+                raise TransferFailed("copy from arena to arena: the source is too short")
             done += count
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which memories can weights live in, and how large are they?"""
+"""The devices whose memory can hold weights, and the sizes of their memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal, Protocol
 
-from flashd import cuda
-from flashd.cuda import Gpu
 from flashd.errors import FlashdError, OutOfMemory
+from flashd.io import cuda
+from flashd.io.cuda import Gpu
 from flashd.memory.arena import Arena, CudaArena, HostArena, HugePages, probe_huge_pages, rounded
 from flashd.units import GiB, KiB
 
 HOST = "host"
-# What the default budget leaves to the rest of the machine: engines, the desktop, the kernel.
+# Memory that the default budget leaves to engines, the desktop and the kernel.
 _HOST_RESERVE_BYTES = 10 * GiB
 
 
@@ -29,7 +29,7 @@ class Tier(StrEnum):
 
 
 class Kind(StrEnum):
-    """`unified`: a GPU whose memory is the host's. `simulated`: host memory that stands in for a GPU's."""
+    """Kind of device. `unified`: a GPU that uses the host's memory. `simulated`: host memory in place of a GPU's."""
 
     HOST = "host"
     CUDA = "cuda"
@@ -38,7 +38,7 @@ class Kind(StrEnum):
 
 
 class Device(Protocol):
-    """A driver: how memory of one kind is sized, allocated and reached by the streamer."""
+    """The driver of a device, which sizes and allocates its memory, and connects the streamer to it."""
 
     @property
     def name(self) -> str: ...
@@ -57,32 +57,32 @@ class Device(Protocol):
 
     @property
     def driver(self) -> Literal["host", "cuda"]:
-        """Whose entry points the native streamer calls."""
+        """The driver whose entry points the native streamer calls."""
 
     def default_budget_bytes(self) -> int: ...
 
     def context(self) -> int:
-        """What the streamer's threads must enter; 0 where there is nothing to enter. May take half a second once."""
+        """Returns the context that the streamer's threads must enter; 0 for none. The first call may take 0.5 s."""
 
     def rounded(self, size_bytes: int) -> int:
-        """What an arena of this size takes."""
+        """Rounds a size up to that of an arena."""
 
     def allocate(self, size_bytes: int, label: str) -> Arena:
-        """Raises OutOfMemory or DeviceFailed."""
+        """Allocates an arena. Raises OutOfMemory or DeviceFailed."""
 
     def adopt(self, fd: int, size_bytes: int) -> Arena:
-        """The arena that a daemon before us made here; the descriptor is the arena's. Raises InvalidArgument."""
+        """Adopts an arena that an earlier daemon made on this device, with its descriptor. Raises InvalidArgument."""
 
     def read(self, address: int, size_bytes: int) -> bytes:
-        """A little of its memory, where it is mapped here."""
+        """Reads a little of its memory at an address mapped here."""
 
     def used_bytes(self) -> int:
-        """What everybody uses of the whole device now, by its driver; 0 if nobody can tell."""
+        """Returns the bytes that all processes use now, as its driver counts; 0 if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostDevice:
-    """The machine's own memory: the host tier, and, where GPUs share it, theirs as well."""
+    """The machine's own memory: the host tier, and, if GPUs share it, also the device tier."""
 
     name: str
     total_bytes: int
@@ -90,13 +90,14 @@ class HostDevice:
     kind: Kind = Kind.HOST
     gpu: Gpu | None = None
     driver: Literal["host", "cuda"] = "host"
+    registers_read_only: bool = True  # whether its GPUs can register read-only mappings
 
     @classmethod
     def probe(cls, *, use_huge_pages: bool = True) -> HostDevice:
         return cls(HOST, total_memory_bytes(), probe_huge_pages() if use_huge_pages else HugePages.NONE)
 
     def default_budget_bytes(self) -> int:
-        """Half of a small machine; all but a reserve of a large one."""
+        """Half the memory of a small machine; all but a reserve of a large one's."""
         return max(self.total_bytes // 2, self.total_bytes - _HOST_RESERVE_BYTES - self.total_bytes // 10)
 
     def context(self) -> int:
@@ -107,11 +108,14 @@ class HostDevice:
 
     def allocate(self, size_bytes: int, label: str) -> HostArena:
         if self.huge_pages is HugePages.HUGETLB:
-            # The reserved ones may be taken by now, by us or by others; mapping tells (hugetlbpage, admin guide).
+            # The reserved pages may be in use by now; mapping tells (hugetlbpage, admin guide).
             with contextlib.suppress(OutOfMemory):
-                return HostArena(size_bytes, label, HugePages.HUGETLB)
-            return HostArena(size_bytes, label, HugePages.SHMEM)
-        return HostArena(size_bytes, label, self.huge_pages)
+                return self._arena(size_bytes, label, HugePages.HUGETLB)
+            return self._arena(size_bytes, label, HugePages.SHMEM)
+        return self._arena(size_bytes, label, self.huge_pages)
+
+    def _arena(self, size_bytes: int, label: str, huge_pages: HugePages) -> HostArena:
+        return HostArena(size_bytes, label, huge_pages, registers_read_only=self.registers_read_only)
 
     def adopt(self, fd: int, size_bytes: int) -> HostArena:
         return HostArena.adopt(fd, size_bytes, self.huge_pages)
@@ -126,7 +130,7 @@ class HostDevice:
 
 @dataclass(frozen=True, slots=True)
 class CudaDevice:
-    """A card with memory of its own."""
+    """A GPU with its own memory."""
 
     gpu: Gpu
     reserve_bytes: int
@@ -151,7 +155,7 @@ class CudaDevice:
     def rounded(self, size_bytes: int) -> int:
         return cuda.rounded(size_bytes)
 
-    def allocate(self, size_bytes: int, label: str) -> CudaArena:  # noqa: ARG002 -- CUDA has no place for it
+    def allocate(self, size_bytes: int, label: str) -> CudaArena:  # noqa: ARG002 -- CUDA allocations have no labels
         return CudaArena.allocate(self.gpu.ordinal, size_bytes, self.rounded(size_bytes))
 
     def adopt(self, fd: int, size_bytes: int) -> CudaArena:
@@ -161,18 +165,18 @@ class CudaDevice:
         return cuda.read(self.gpu.ordinal, address, size_bytes)
 
     def used_bytes(self) -> int:
-        with contextlib.suppress(FlashdError):  # a card that has fallen off the bus must not take the objects with it
+        with contextlib.suppress(FlashdError):  # a card that fell off the PCI bus must not break the bus objects
             return cuda.used_bytes(self.gpu)
         return 0
 
 
 def simulated_device(total_bytes: int, host: HostDevice) -> HostDevice:
-    """A card made of host memory, for developing and testing without one: same tiers, same code, other driver."""
+    """Returns a GPU simulated in host memory, for development and tests: same tiers, same code, another driver."""
     return HostDevice("sim:0", total_bytes, host.huge_pages, Kind.SIMULATED)
 
 
 def usable(gpus: Sequence[Gpu]) -> list[Gpu]:
-    """Those whose memory can be handed to other processes, which is what a device arena is."""
+    """Selects the GPUs whose memory can be shared with other processes, as device arenas require."""
     return [gpu for gpu in gpus if gpu.maps_memory and gpu.exports_memory]
 
 
@@ -181,9 +185,9 @@ def total_memory_bytes(
     cgroup: Path = Path("/proc/self/cgroup"),
     hierarchy: Path = Path("/sys/fs/cgroup"),
 ) -> int:
-    """The machine's memory, or what our control group, and those around it, may use of it (proc(5), cgroups(7)).
+    """Returns the machine's memory, or the limit of our control group or its ancestors (proc(5), cgroups(7)).
 
-    A unit's MemoryMax= is its own group's limit, and its slice's may be smaller.
+    MemoryMax= of a unit limits the unit's own group; that of its slice may be smaller.
     """
     limits = [memory_fields(meminfo)["MemTotal"]]
     with contextlib.suppress(OSError, StopIteration):
@@ -192,12 +196,12 @@ def total_memory_bytes(
         for group in (hierarchy / own, *(hierarchy / own).parents):
             if not group.is_relative_to(hierarchy):
                 break
-            with contextlib.suppress(OSError, ValueError):  # "max" is no number, and no limit
+            with contextlib.suppress(OSError, ValueError):  # "max" is not a number, and means no limit
                 limits.append(int((group / "memory.max").read_text()))
     return min(limits)
 
 
 def memory_fields(path: Path = Path("/proc/meminfo")) -> dict[str, int]:
-    """The machine's memory as the kernel accounts for it, in bytes (proc(5))."""
+    """Returns the kernel's accounting of memory, in bytes (proc(5))."""
     fields = (line.split(":", 1) for line in path.read_text().splitlines())
     return {name: int(value.split()[0]) * KiB for name, value in fields if value.strip().endswith("kB")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who else uses an arena? Leases: counted rights that die with their owner."""
+"""Leases: counted rights to an arena, which end with their owner's connection."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flashd.errors import NotFound
-from flashd.memory.place import Hold
+from flashd.memory.device_cache import Hold
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """`owner` is a connection to the bus; when it ends, so does the lease. `device` is what it was asked for on."""
+    """A lease. `owner` is a bus connection, with which the lease ends; `device` is the name given in the request."""
 
     number: int
     model_name: str
@@ -33,7 +33,7 @@ class Lease:
 
 
 class LeaseBook:
-    """All leases there are; tells `on_end` of each that ends."""
+    """All leases. Calls `on_end` for each lease that ends."""
 
     def __init__(self, on_end: Callable[[Lease], None] = lambda lease: None) -> None:
         self._on_end = on_end
@@ -47,15 +47,15 @@ class LeaseBook:
         return lease
 
     def release(self, number: int) -> None:
-        """Raises NotFound if it has ended already."""
+        """Ends a lease. Raises NotFound if it has already ended."""
         lease = self._leases.pop(number, None)
         if lease is None:
-            raise NotFound(f"there is no lease {number}", hint="it has ended already")
+            raise NotFound(f"there is no lease {number}", hint="it may have ended")
         lease.hold.release()
         self._on_end(lease)
 
     def release_owner(self, owner: str) -> None:
-        """All leases of a connection that has ended."""
+        """Ends all leases of a closed connection."""
         for lease in [lease for lease in self._leases.values() if lease.owner == owner]:
             self.release(lease.number)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of a memory may arenas take, and how much do they take now? A ledger: it is asked before any byte moves."""
+"""The memory budgets of devices, from which arenas are reserved before any transfer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from flashd.units import format_bytes
 
 
 class Pool:
-    """The budget over all arenas of one device. Every allocation is a reservation first, released exactly once."""
+    """The budget over all arenas of one device. Allocations need a reservation, which is released exactly once."""
 
     def __init__(self, name: str, budget_bytes: int) -> None:
         if budget_bytes <= 0:
-            raise InvalidArgument(f"a budget of {budget_bytes} bytes cannot hold anything")
+            raise InvalidArgument(f"a budget of {budget_bytes} bytes is too small")
         self.name = name
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
@@ -22,7 +22,7 @@ class Pool:
         return self.budget_bytes - self.used_bytes
 
     def reserve(self, size_bytes: int) -> Reservation:
-        """Raises OutOfMemory, with the numbers, if the budget cannot take it."""
+        """Reserves memory. Raises OutOfMemory, with the numbers, if the budget does not suffice."""
         if size_bytes > self.free_bytes:
             raise OutOfMemory(
                 f"{format_bytes(size_bytes)} do not fit: {format_bytes(self.used_bytes)} of the {self.name} pool's "
@@ -42,7 +42,7 @@ class Reservation:
         self.size_bytes = size_bytes
 
     def resize(self, size_bytes: int) -> None:
-        """Raises OutOfMemory if the budget cannot take what it grows by; then it is as it was."""
+        """Resizes the reservation. Raises OutOfMemory, without any change, if the budget does not suffice."""
         assert self._pool is not None, "released"
         if size_bytes > self.size_bytes:
             self._pool.reserve(size_bytes - self.size_bytes)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoints do we have, under which names, and how do new ones arrive?"""
+"""The store: checkpoints and images on disk, the names of models, and the inbox."""

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does a checkpoint take on disk, when equal weights are hard links to one file?"""
+"""Disk use of checkpoints, some of which share their weights by hard links."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from flashd.checkpoint.files import WEIGHTS
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """`weights_inode` tells which checkpoints share their weights; 0 where there are none."""
+    """Disk use of a checkpoint. Those with the same `weights_inode` share their weights; it is 0 without weights."""
 
     weights_inode: int
     weights_bytes: int
@@ -21,19 +23,20 @@ class Footprint:
 
 
 def measure(directory: Path) -> Footprint:
+    """Measures a checkpoint. Unreadable files count as empty; opening the checkpoint reports the error."""
     inode = weights_bytes = other_bytes = 0
-    with os.scandir(directory) as entries:
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
             status = entry.stat(follow_symlinks=False)
-            if entry.name == WEIGHTS:
+            if entry.name == WEIGHTS and stat.S_ISREG(status.st_mode):
                 inode, weights_bytes = status.st_ino, status.st_size
-            else:
+            elif stat.S_ISREG(status.st_mode):
                 other_bytes += status.st_size
     return Footprint(inode, weights_bytes, other_bytes)
 
 
 def total_bytes(footprints: Iterable[Footprint]) -> int:
-    """Shared weights count once."""
+    """Returns the total, with shared weights counted once."""
     weights: dict[int, int] = {}
     others_bytes = 0
     for footprint in footprints:

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which images do we have? A cache of what engines made of checkpoints; whatever is lost is made again.
+"""The images in the store: a cache of engines' images of checkpoints, which can be made again.
 
-    ROOT/KEY/            in the form of a checkpoint (flashd/checkpoint/files.py); immutable
-    ROOT/KEY.partial/    being written, or being deleted; removed at the next start
+    ROOT/KEY/            an image in the format of a checkpoint (flashd/checkpoint/files.py); immutable
+    ROOT/KEY.partial/    an image being written or deleted; removed at the next start
 
-An image is known as soon as an engine has made it, in memory; it is written behind the user's back, and until then it
-is lost with the last arena that has it. Its key says all that its layout and bytes depend on: a wrong one is never
-found.
+An image is known as soon as an engine has made it in memory. It is written in the background; until then it is lost
+with the last arena that holds it. The key is a digest over everything that its layout and bytes depend on, so that a
+wrong image is never found.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
-import shutil
+import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -24,20 +25,25 @@ from pathlib import Path
 from flashd.checkpoint import header as headers
 from flashd.checkpoint import manifest as manifests
 from flashd.checkpoint.convert import DIGEST_BLOCK_BYTES
-from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, Checkpoint, write_new, writing
+from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, Checkpoint
 from flashd.checkpoint.layout import layout_digest
 from flashd.checkpoint.manifest import Manifest
+from flashd.durable import discard, leftovers, sync_directory, total_bytes, write_new, writing
 from flashd.errors import CorruptCheckpoint, InvalidArgument
+from flashd.io.streamer import OpenFile, blake3
 from flashd.store import footprint
-from flashd.store.records import sync_directory
-from flashd.streamer import OpenFile, blake3
+
+log = logging.getLogger(__name__)
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageDraft:
-    """`file` has the header, and is to be filled from there on; `publish`, which blocks, takes its blocks' digests."""
+    """An image being written. `file` contains the header, and has to be filled from its end on.
+
+    `publish`, which blocks, takes the digests of the blocks.
+    """
 
     file: OpenFile
     publish: Callable[[bytes], None]
@@ -45,35 +51,44 @@ class ImageDraft:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """An image on disk: of which checkpoint, what it takes, and when it was used last."""
+    """An image on disk: its checkpoint, its size and the time of its last use.
+
+    An image that is not `usable` is damaged or no longer needed, but could not be removed yet.
+    """
 
     made_of: str
     size_bytes: int
     used_at: float
+    usable: bool = True
 
 
 class Images:
-    """Safe for use from several threads."""
+    """The images of the store. Safe for use from several threads."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._mutex = threading.RLock()
-        self._layouts: dict[str, str] = {}  # as JSON, of those that were made since we started
+        self._layouts: dict[str, str] = {}  # as JSON, of images made since our start
         self._unsaved: dict[str, Checkpoint] = {}
+        self._drafts: set[Path] = set()
         root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob("*.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        self._stored = {path.name: _measured(path) for path in root.iterdir() if _KEY.fullmatch(path.name)}
+        self._stored: dict[str, _Stored] = {}
+        for path in root.iterdir():
+            if path.suffix == ".partial" or (_KEY.fullmatch(path.name) and not path.is_dir()):
+                discard(path)
+            elif _KEY.fullmatch(path.name):
+                self._stored[path.name] = _measured(path)
 
     def get(self, key: str) -> Checkpoint | None:
-        """What an engine made, or what is stored. It counts as used now."""
+        """Returns an image, in memory or stored, and records that it was used now."""
         with self._mutex:
-            if key in self._stored:
+            if self.is_stored(key):
                 try:
                     image = Checkpoint.open(self._root / key)
                     if image.id != key:
-                        raise CorruptCheckpoint(f"{image.directory} is of another image")
-                except CorruptCheckpoint:
+                        raise CorruptCheckpoint(f"{image.directory} contains another image")
+                except CorruptCheckpoint as error:
+                    log.warning("%s; the image is made again", error.message)
                     self.drop(key)
                     return None
                 self._stored[key] = replace(self._stored[key], used_at=time.time())
@@ -83,17 +98,19 @@ class Images:
             return self._unsaved.get(key)
 
     def is_stored(self, key: str) -> bool:
-        return key in self._stored
+        stored = self._stored.get(key)
+        return stored is not None and stored.usable
 
     def layout_json(self, image: Checkpoint) -> str:
-        """Raises CorruptCheckpoint."""
+        """Returns the layout as JSON. Raises CorruptCheckpoint."""
         return self._layouts.get(image.id) or image.layout_json()
 
     def describe(self, key: str, layout: str, data_bytes: int, made_of: str) -> Checkpoint:
-        """An image that an engine says it has made of a checkpoint. Raises InvalidArgument or
-        InvalidSource if that makes no sense."""
+        """Describes an image that an engine has made of a checkpoint. Raises InvalidArgument or InvalidSource for an
+        invalid key or layout.
+        """
         if not _KEY.fullmatch(key):
-            raise InvalidArgument(f"{key!r} is no image's key")
+            raise InvalidArgument(f"{key!r} is not the key of an image")
         header = headers.parse(layout.encode(), data_bytes=data_bytes, path="the layout of an image")
         layout = headers.as_json(header)
         raw = headers.framed(layout)
@@ -123,10 +140,13 @@ class Images:
 
     @contextlib.contextmanager
     def draft(self, image: Checkpoint) -> Iterator[ImageDraft]:
-        """A file for the data of one that was described. Raises StoreFull or TransferFailed; what is not published is
-        gone afterwards."""
+        """Provides a file for the data of a described image, which is removed unless it is published.
+
+        Raises StoreFull or TransferFailed.
+        """
         partial = self._root / f"{image.id}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
+        self._drafts.add(partial)
         try:
             with writing(partial):
                 partial.mkdir()
@@ -139,27 +159,42 @@ class Images:
             finally:
                 os.close(fd)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            discard(partial)
+            self._drafts.discard(partial)
 
     def drop(self, key: str) -> None:
-        """It is not what it should be, or not needed any more. Whoever has it open keeps it."""
+        """Removes a damaged or no longer needed image; processes that have it open can still read it.
+
+        If the disk refuses, the image is no longer found, but counts as used space until `tidy` has removed it.
+        """
         with self._mutex:
             self._layouts.pop(key, None)
             self._unsaved.pop(key, None)
-            if self._stored.pop(key, None) is None:
-                return
-            doomed = self._root / f"{key}.partial"
-            shutil.rmtree(doomed, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                (self._root / key).rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+            self._remove(key)
+
+    def tidy(self) -> None:
+        """Tries again to remove images that could not be removed before."""
+        with self._mutex:
+            for key in [key for key, stored in self._stored.items() if not stored.usable]:
+                self._remove(key)
+        for leftover in leftovers(self._root):
+            if leftover not in self._drafts:
+                discard(leftover)
 
     def size_bytes(self) -> int:
-        """What all of them take on disk."""
-        return sum(stored.size_bytes for stored in self._stored.values())
+        """Returns the disk space of images, including those being written and those that could not be removed yet."""
+        return self.leftover_bytes() + self.stored_bytes()
+
+    def stored_bytes(self) -> int:
+        """Returns the disk space of complete images, without asking the disk."""
+        return sum(stored.size_bytes for stored in list(self._stored.values()))
+
+    def leftover_bytes(self) -> int:
+        """Returns the disk space of images that are being written or could not be removed yet."""
+        return sum(total_bytes(path) for path in leftovers(self._root))
 
     def make_room(self, need_bytes: int) -> None:
-        """Deletes those used longest ago until so much is gone, or all are."""
+        """Deletes images, those used longest ago first, until `need_bytes` are freed or none is left."""
         freed_bytes = 0
         for key, stored in sorted(self._stored.items(), key=lambda item: item[1].used_at):
             if freed_bytes >= need_bytes:
@@ -168,28 +203,45 @@ class Images:
             freed_bytes += stored.size_bytes
 
     def keep_only(self, checkpoint_ids: Collection[str]) -> list[str]:
-        """Forgets those of checkpoints that are gone; returns which."""
+        """Removes the images of all other checkpoints, and returns their keys."""
         doomed = [key for key, checkpoint_id in self.made_of().items() if checkpoint_id not in checkpoint_ids]
         for key in doomed:
             self.drop(key)
+        self.tidy()
         return doomed
 
     def made_of(self) -> Mapping[str, str]:
-        """The checkpoint of each, by key."""
+        """Returns the checkpoint of each image, by key."""
         with self._mutex:
-            made_of = {key: stored.made_of for key, stored in self._stored.items()}
+            made_of = {key: stored.made_of for key, stored in self._stored.items() if stored.usable}
             return made_of | {key: image.manifest.source for key, image in self._unsaved.items()}
+
+    def _remove(self, key: str) -> None:
+        """Moves an image away by one rename, so that half an image is never found."""
+        if key in self._stored:
+            doomed = self._root / f"{key}-{secrets.token_hex(4)}.partial"
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    (self._root / key).rename(doomed)
+            except OSError as error:
+                log.warning("the image %s cannot be removed: %s", key[:12], error.strerror)
+                self._stored[key] = replace(self._stored[key], usable=False)
+            else:
+                del self._stored[key]
+                discard(doomed)
 
     def _publish(self, image: Checkpoint, partial: Path, table: bytes) -> None:
         with writing(partial):
             write_new(partial / DIGESTS, table)
-            weights = manifests.weights_id(bytes.fromhex(image.manifest.header_digest), table)
-            manifest = replace(image.manifest, weights=weights, digests_digest=blake3(table).hex())
+            digests_digest = blake3(table).hex()
+            weights = manifests.weights_id(image.manifest.header_digest, digests_digest)
+            manifest = replace(image.manifest, weights=weights, digests_digest=digests_digest)
             write_new(partial / MANIFEST, manifest.to_toml().encode())
             sync_directory(partial)
             with self._mutex:
                 if image.id not in self._unsaved:
-                    return  # its checkpoint was removed meanwhile, and so was it
+                    return  # the image was removed with its checkpoint meanwhile
+                self._remove(image.id)  # a damaged image
                 partial.rename(self._root / image.id)
                 self._stored[image.id] = _measured(self._root / image.id)
                 del self._unsaved[image.id]
@@ -197,7 +249,7 @@ class Images:
 
 
 def _measured(directory: Path) -> _Stored:
-    """One that cannot be read is found out when it is asked for."""
+    """Measures an image. Damage is detected when the image is opened."""
     size_bytes = footprint.total_bytes([footprint.measure(directory)])
     with contextlib.suppress(CorruptCheckpoint, OSError):
         used_at = (directory / MANIFEST).stat().st_mtime

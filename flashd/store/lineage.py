@@ -1,34 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which model in the store is the base that an adapter, or a fine-tune, names?
+"""Finds the base in the store that an adapter or a fine-tune names.
 
-What they name is what its trainer was started with: an id of the hub, or a path on whatever machine that was.
+They name the model with which their training was started: an id on the hub, or a path on the machine of the training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 
-from flashd.checkpoint.adapter import IN_CACHE, readings
+from flashd.checkpoint.lora.source import IN_CACHE, readings, unquantised
 from flashd.errors import BaseMissing, InvalidArgument, InvalidSource, NotFound
 from flashd.store import lookup
+from flashd.store.names import check_name
 from flashd.store.records import Model
 
 
 def find_base(models: Mapping[str, Model], recorded: str, *, of: str) -> Model:
-    """The model that `recorded` means, for one called `of`, which cannot be its own base.
+    """Returns the model that `recorded` means, for a model called `of`, which cannot be its own base.
 
-    Raises BaseMissing, saying what to pull, or InvalidSource if several could be meant.
+    Raises BaseMissing, with a hint what to pull, or InvalidSource if several models match.
     """
     others = {name: model for name, model in models.items() if name != of}
     if not recorded:
         hint = "write its name into adapter_config.json, as base_model_name_or_path"
-        raise InvalidSource(f"{of} does not say which model is its base", hint=hint)
-    for model in others.values():
-        # A path that it was dropped at, or an id of the hub with the revision behind it.
-        if recorded in {model.origin.location, model.origin.location.rpartition("@")[0]}:
-            return model
+        raise InvalidSource(f"{of} does not name its base", hint=hint)
     for wanted in readings(recorded):
+        for model in others.values():
+            # The path of a dropped source, or an id on the hub followed by the revision.
+            if wanted in {model.origin.location, model.origin.location.rpartition("@")[0]}:
+                return model
         try:
             return lookup.find(others, wanted)
         except NotFound:
@@ -40,9 +40,16 @@ def find_base(models: Mapping[str, Model], recorded: str, *, of: str) -> Model:
 
 
 def _remedy(recorded: str) -> str:
-    if match := IN_CACHE.search(recorded):
-        recorded = f"{match[1]}/{match[2]}"
-    if recorded.count("/") == 1 and not recorded.startswith(("/", ".", "~")):
-        return f"flash pull {recorded}; if it is here under another name: flash alias NAME {recorded}"
-    name = PurePosixPath(recorded).name
-    return f"drop that model into the models folder too; if it is here under another name: flash alias NAME {name}"
+    """Suggests a remedy for a missing base. For a base quantised for training, it names the unquantised one."""
+    plain = unquantised(recorded)
+    if match := IN_CACHE.search(plain):
+        plain = f"{match[1]}/{match[2]}"
+    plain = plain.removeprefix("https://huggingface.co/")
+    if plain.count("/") == 1 and "\\" not in plain and not plain.startswith(("/", ".", "~")):
+        return f"flash pull {plain}; if it has another name here: flash alias NAME {plain}"
+    *_, name = readings(plain)
+    try:
+        name = check_name(name)
+    except InvalidArgument:  # not a valid name
+        return "drop that model into the models folder too, and write its name into adapter_config.json"
+    return f"drop that model into the models folder too; if it has another name here: flash alias NAME {name}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,11 +26,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 import flashd
+from flashd.client import launch
+from flashd.dbus import address
 from flashd.units import format_bytes, format_seconds
 
 CHECKOUT = Path(__file__).parents[2]
 QUESTION = "Who are you?"
-READY_S = 10.0
+READY_S = 60.0
 CONVERTED_S = 3600.0
 
 
@@ -61,7 +64,7 @@ class Home:
     @property
     def address(self) -> str:
         """Where the daemon puts its private bus."""
-        return f"unix:path={self.runtime / 'bus'}"
+        return address.of_socket(self.runtime / "bus")
 
     @property
     def log(self) -> Path:
@@ -74,27 +77,31 @@ def temporary_home(*, keep: bool) -> Iterator[Home]:
     build.mkdir(exist_ok=True)
     home = Home(Path(tempfile.mkdtemp(prefix="quickstart-", dir=build)), Path(tempfile.mkdtemp(prefix="flashd-")))
     home.models.mkdir()
+    is_done = False
     try:
         yield home
+        is_done = True
     finally:
-        if not keep:
-            shutil.rmtree(home.root)
-            shutil.rmtree(home.runtime)
+        if not (keep and is_done):
+            for folder in (home.root, home.runtime):
+                shutil.rmtree(folder, ignore_errors=True)  # the daemon removes what is its own
 
 
 @contextmanager
 def running(command: list[str | Path], log: Path, *, keep: bool) -> Iterator[subprocess.Popen[bytes]]:
-    """A child process that ends with this block, unless it is to be kept."""
+    """A child process that ends with this block, unless it is to be kept and the block was not left early."""
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=keep
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
+    is_done = False
     try:
         yield process
+        is_done = True
     finally:
-        if not keep:
+        if not (keep and is_done):
             process.send_signal(signal.SIGTERM)
-            process.wait(timeout=30)
+            process.wait(timeout=60)
 
 
 def connect(home: Home, daemon: subprocess.Popen[bytes]) -> flashd.Client:
@@ -232,6 +239,19 @@ def one_real_model(tour: Tour, source: Path) -> None:
 
 
 def main() -> None:
+    """Ctrl-C and SIGTERM end everything that was started, once: what comes later does not disturb that."""
+
+    def ended(number: int, _frame: object) -> None:
+        for signal_ in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signal_, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for signal_ in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_, ended)
+    show()
+
+
+def show() -> None:
     parser = argparse.ArgumentParser(prog="packaging/quickstart", description=__doc__)
     parser.add_argument("source", nargs="?", type=Path, help="a model folder of your own, in place of two small ones")
     parser.add_argument("--keep", action="store_true", help="leave the daemon running, to go on with")
@@ -239,6 +259,7 @@ def main() -> None:
     console = Console()
     with temporary_home(keep=options.keep) as home:
         command = [
+            *(launch.keeper(), home.runtime / "keeper"),
             *(sys.executable, "-m", "flashd.daemon.main", "--bus", "private"),
             *("--state-dir", home.root / "state", "--runtime-dir", home.runtime, "--models-dir", home.models),
         ]
@@ -264,13 +285,14 @@ Every answer was right. To go on:
 
 
 def how_to_go_on(home: Home) -> str:
+    flash = shlex.join([str(CHECKOUT / ".venv/bin/flash"), "--bus", home.address])
     return f"""
-The daemon is running. To go on:
-  export FLASHD_BUS_ADDRESS={home.address}
-  {CHECKOUT}/.venv/bin/flash list
-  {CHECKOUT}/.venv/bin/flash run ada "Who are you?"
-  cp -r MODEL_FOLDER {home.models}/
-  {CHECKOUT}/.venv/bin/flash stop
+The daemon is running, apart from any other flashd. To go on:
+  alias tour={shlex.quote(flash)}
+  tour list
+  tour run ada "Who are you?"
+  cp -r MODEL_FOLDER {shlex.quote(str(home.models))}/
+  tour stop && rm -r {shlex.quote(str(home.root))}
 """
 
 

@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 
 from flashd.bench.report import rate_row, report
 from flashd.checkpoint.convert import convert
-from flashd.checkpoint.source import SourceFiles
+from flashd.checkpoint.source.reader import SourceFiles
 
 ROWS, COLUMNS = 4096, 4096  # 32 MiB of 16-bit weights
 SHARDS = 4

@@ -23,11 +23,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import flashd
-from flashd import wire
 from flashd.bench.report import Row, cost_row, report
 from flashd.checkpoint.convert import convert
-from flashd.checkpoint.source import SourceFiles
-from flashd.private_bus import PrivateBus
+from flashd.checkpoint.source.reader import SourceFiles
+from flashd.dbus import wire
+from flashd.dbus.private_bus import PrivateBus
 from flashd.store.catalog import Catalog, Origin
 
 MANY = 1000
@@ -124,12 +124,7 @@ def main() -> None:
         *measure(MANY, options.runs, ready_limit_s=1.0),
     ]
     result = report("daemon", "python tests/bench/daemon.py", rows)
-    if options.json:
-        print(result.to_json())
-        return
-    for row in rows:
-        limit = f"  (limit {row.limit:.6g} {row.unit})" if row.limit else ""
-        print(f"{row.name:32} {row.value:12.6g} {row.unit}{limit}")
+    print(result.to_json() if options.json else result.to_text())
 
 
 if __name__ == "__main__":

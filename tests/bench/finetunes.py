@@ -34,12 +34,12 @@ from flashd.bench.report import Row, cost_row, report
 from flashd.checkpoint.convert import convert
 from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.sharing import find_shared
-from flashd.checkpoint.source import SourceFiles
+from flashd.checkpoint.source.reader import SourceFiles
+from flashd.io.streamer import Options
 from flashd.memory.device import HostDevice
-from flashd.memory.moving import StreamMover
 from flashd.memory.residency import Memory, Residency
+from flashd.memory.transfers import StreamMover
 from flashd.store.reflinks import share_blocks
-from flashd.streamer import Options
 from flashd.units import GiB, MiB
 
 HIDDEN, INNER, KEYS, TOKENS, RANK = 2048, 6144, 1024, 151_936, 16

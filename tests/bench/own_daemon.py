@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import flashd
+from flashd.dbus.private_bus import PrivateBus
 from flashd.errors import Unavailable
-from flashd.private_bus import PrivateBus
 
 
 @contextlib.contextmanager

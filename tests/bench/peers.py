@@ -34,7 +34,7 @@ from flashd.bench.copying import Link, device_of
 from flashd.bench.report import Row, rate_row, report
 from flashd.bench.stream import Ready
 from flashd.checkpoint import header
-from flashd.streamer import ALIGNMENT, raw_read
+from flashd.io.streamer import ALIGNMENT, raw_read
 from flashd.units import MiB
 
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"

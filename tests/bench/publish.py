@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the README's tables and its plot from the files in tests/bench/results.
+"""Writes the figures of the README and the benchmarks page, their plot, and the table of the campaigns.
 
     tests/bench/publish.py            writes them
-    tests/bench/publish.py --check    fails if they are not what the files say
+    tests/bench/publish.py --check    fails if they are out of date
 
-Of each benchmark on each kind of machine the newest file counts: names are DATE[-MACHINE]-BENCHMARK.json.
+All of them come from tests/bench/results. The newest file counts for each benchmark on each kind of machine; names are
+DATE[-MACHINE]-BENCHMARK.json. Results of campaigns are called DATE-campaign-NAME.json, whatever the machine.
 """
 
 from __future__ import annotations
@@ -17,37 +18,42 @@ from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
-PLOT = RESULTS / "loading.svg"
+PAGE = ROOT / "packaging" / "docs" / "benchmarks.md"
+PLOT = ROOT / "packaging" / "docs" / "images" / "loading.svg"
 README = ROOT / "README.md"
+CAMPAIGNS = ROOT / "tests" / "campaigns" / "README.md"
+CAMPAIGNS_BEGIN, CAMPAIGNS_END = "<!-- results: made by tests/bench/publish.py -->", "<!-- end of results -->"
 BEGIN, END = "<!-- figures: made by tests/bench/publish.py -->", "<!-- end of figures -->"
+KEY_BEGIN, KEY_END = "<!-- key figures: made by tests/bench/publish.py -->", "<!-- end of key figures -->"
 
-# What the rows mean, in the order of the tables: benchmark, row, what, beside what.
+# The rows of the tables, in order: benchmark, row, description, what the limit is.
 VLLM_ROWS = [
-    ("vllm", "resident_rebind_first_token", "vLLM, 16.4 GB model: swap between two on the GPU, to the first token",
+    ("vllm", "resident_rebind_first_token", "vLLM: swap between two 16.4 GB models on the GPU, to the first token",
      "our limit"),
-    ("vllm", "first_token", "of that, the first token: the same engine asked without a swap", ""),
-    ("vllm", "resident_wake_first_token", "the same, of an engine that was parked", "our limit"),
-    ("vllm", "host_wake_first_token", "the same, its weights in host memory", "our limit"),
-    ("vllm", "stored_swap_first_token", "the same, its weights on the disk", "our limit"),
-    ("vllm", "new_architecture_first_token", "a new engine, of an architecture compiled before", "our limit"),
-    ("vllm", "first_swap_first_token", "the very first: read, loaded, all kernels compiled", ""),
-    ("vllm", "parked_device_bytes", "what a parked engine has of the GPU: its context and graphs", ""),
-    ("vllm", "vllm_first_token", "vLLM by itself, a first token without any swap", ""),
-    ("vllm", "vllm_cold_first_token", "vLLM by itself, the very first", ""),
-    ("vllm", "vllm_sleep1_wake_first_token", "vLLM by itself, woken from its sleep mode", ""),
-    ("vllm", "vllm_sleep2_reload", "vLLM by itself, woken and loaded anew in place, the file in memory", ""),
+    ("vllm", "first_token", "the first token alone: the same engine, asked without a swap", ""),
+    ("vllm", "resident_wake_first_token", "the same swap, from a parked engine", "our limit"),
+    ("vllm", "host_wake_first_token", "the same swap, with the weights in host memory", "our limit"),
+    ("vllm", "stored_swap_first_token", "the same swap, with the weights on the disk", "our limit"),
+    ("vllm", "new_architecture_first_token", "a new engine for an architecture that was compiled before", "our limit"),
+    ("vllm", "first_swap_first_token", "the very first engine: weights read and loaded, all kernels compiled", ""),
+    ("vllm", "parked_device_bytes", "GPU memory of a parked engine: its context and graphs", ""),
+    ("vllm", "vllm_first_token", "vLLM alone: the first token, without a swap", ""),
+    ("vllm", "vllm_cold_first_token", "vLLM alone: a cold start, to the first token", ""),
+    ("vllm", "vllm_sleep1_wake_first_token", "vLLM alone: woken from its sleep mode, to the first token", ""),
+    ("vllm", "vllm_sleep2_reload", "vLLM alone: woken and reloaded in place, with the file in memory", ""),
 ]  # fmt: skip
 H200_ROWS = [
     *VLLM_ROWS,
+    ("vllm", "vllm_serve_first_token", "vLLM's own server, asked by the same client: the first token", ""),
     ("sweep", "ram_file_to_device", "file in memory to GPU, not verified", "one plain copy of pinned memory"),
-    ("sweep", "ram_file_to_device.verified_1MiB", "the same, every block verified, in pieces of 1 MiB",
+    ("sweep", "ram_file_to_device.verified_1MiB", "the same, with every block verified, in pieces of 1 MiB",
      "one plain copy of pinned memory"),
 ]  # fmt: skip
 H100_ROWS = [
     *VLLM_ROWS,
-    ("robin", "round_robin_first_token", "ten fine-tunes of 0.7 GB on one engine, each in turn, a thousand swaps", ""),
-    ("memory", "resident_lease", "lease of a model on the GPU: D-Bus call to tensors", "our limit"),
-    ("memory", "resident_map", "of that, mapping its memory", "our limit"),
+    ("robin", "round_robin_first_token", "vLLM: a thousand swaps round ten 0.7 GB fine-tunes, to the first token", ""),
+    ("memory", "resident_lease", "lease of a model on the GPU, from the D-Bus call to tensors", "our limit"),
+    ("memory", "resident_map", "mapping its memory alone", "our limit"),
     ("memory", "host_to_device", "host tier to GPU", "one plain copy of pinned memory"),
     (
         "peers",
@@ -56,37 +62,67 @@ H100_ROWS = [
         "one plain copy of pinned memory",
     ),
     ("stream", "nvme_to_device", "disk to GPU", "the best raw O_DIRECT read"),
-    ("stream", "nvme_to_device.verified", "the same, every block verified", "the best raw O_DIRECT read"),
-    ("race", "peer.flashd.cold", "disk to GPU, twelve rounds, from the D-Bus call to tensors", "a raw O_DIRECT read"),
-    ("race", "peer.runai-model-streamer.cold", "the same, by the quickest peer", "a raw O_DIRECT read"),
+    ("stream", "nvme_to_device.verified", "the same, with every block verified", "the best raw O_DIRECT read"),
+    ("race", "peer.flashd.cold", "disk to GPU, from the D-Bus call to tensors, twelve rounds", "a raw O_DIRECT read"),
+    ("race", "peer.runai-model-streamer.cold", "the same, by the fastest other loader", "a raw O_DIRECT read"),
     ("stream", "ram_file_to_device", "file in memory to GPU", "one plain copy of pinned memory"),
     ("stream", "nvme_to_host", "disk to host tier", "the best raw O_DIRECT read"),
-    ("stream", "cpu_s_per_gb.device", "processor time of a load from disk to GPU", ""),
-    ("stream", "staging_bytes", "pinned memory that all loads to the GPU share", "our limit"),
-    ("adapters", "copy_and_apply.all_linear", "an adapter for all layers added to a copy of its base, 16.4 GB",
+    ("stream", "cpu_s_per_gb.device", "CPU time of a load from disk to GPU", ""),
+    ("stream", "staging_bytes", "pinned memory shared by all loads to the GPU", "our limit"),
+    ("adapters", "copy_and_apply.all_linear", "an adapter of all layers, added to a copy of its 16.4 GB base",
      "the merged checkpoint from pinned memory"),
 ]  # fmt: skip
 CPU_ROWS = [
     ("stream", "nvme_to_host", "disk to ready memory", "the best raw O_DIRECT read"),
-    ("stream", "nvme_to_host.verified", "the same, every block verified", "the best raw O_DIRECT read"),
+    ("stream", "nvme_to_host.verified", "the same, with every block verified", "the best raw O_DIRECT read"),
     ("stream", "nvme_to_host.fresh_memory", "the same, into fresh memory", "the best raw O_DIRECT read"),
-    ("stream", "cpu_s_per_gb", "processor time of a load into ready memory", "our limit"),
-    ("stream", "peer.safetensors.cold", "safetensors library, cold", "the best raw O_DIRECT read"),
+    ("stream", "cpu_s_per_gb", "CPU time of a load into ready memory", "our limit"),
+    ("stream", "peer.safetensors.cold", "the same by the safetensors library, cold", "the best raw O_DIRECT read"),
     ("convert", "convert.cold", "conversion, cold", "cp and fsync"),
-    ("convert", "convert.warm", "conversion, source in the page cache", "cp and fsync"),
-    ("finetunes", "load.differs_20", "a fine-tune of which a fifth of the layers differs, its base in memory", "alone"),
-    ("finetunes", "differs.differs_20", "what is read of that fine-tune", "all of it"),
-    ("finetunes", "stored.differs_20", "what it takes on btrfs", "all of it"),
-    ("finetunes", "load.adapter_attention", "an adapter for attention, merged, its base in memory", "alone"),
-    ("finetunes", "load.adapter_all_linear", "an adapter for all layers, merged, its base in memory", "alone"),
-    ("finetunes", "apply.adapter_all_linear", "the same applied to a copy at load, which flashd does not do", ""),
-    ("finetunes", "merge.adapter_all_linear", "making its model, once", "as large a source converted"),
-    ("daemon", "ready.1000_models", "daemon ready, with 1,000 models", "our limit"),
-    ("daemon", "idle.1000_models", "daemon's memory, idle, with 1,000 models", "our limit"),
+    ("convert", "convert.warm", "conversion, with the source in the page cache", "cp and fsync"),
+    (
+        "finetunes",
+        "load.differs_20",
+        "loading a fine-tune that differs in a fifth of its layers, with its base in memory",
+        "alone",
+    ),
+    ("finetunes", "differs.differs_20", "bytes read for that fine-tune", "all of it"),
+    ("finetunes", "stored.differs_20", "its space on btrfs", "all of it"),
+    (
+        "finetunes",
+        "load.adapter_attention",
+        "loading a merged adapter of the attention layers, with its base in memory",
+        "alone",
+    ),
+    (
+        "finetunes",
+        "load.adapter_all_linear",
+        "loading a merged adapter of all layers, with its base in memory",
+        "alone",
+    ),
+    (
+        "finetunes",
+        "apply.adapter_all_linear",
+        "the same adapter applied to a copy while loading, which flashd does not do",
+        "",
+    ),
+    ("finetunes", "merge.adapter_all_linear", "merging it into a model, once", "converting a source of that size"),
+    ("daemon", "ready.1000_models", "start of the daemon until it is ready, with 1,000 models", "our limit"),
+    ("daemon", "idle.1000_models", "memory of the idle daemon, with 1,000 models", "our limit"),
     ("daemon", "listing_in_python.1000_models", "listing 1,000 models from Python", "our limit"),
-    ("tray", "tray.icon", "the tray's icon is in the panel, with 100 models", "our limit"),
-    ("tray", "tray.memory", "the tray's share of memory (Pss), with 100 models", "our limit"),
+    ("tray", "tray.icon", "start of the panel icon until it is shown, with 100 models", "our limit"),
+    ("tray", "tray.memory", "memory of the panel icon (PSS), with 100 models", "our limit"),
 ]
+# The rows of the README: benchmark, row, description; beside it another row, or the row's own limit, and what that is.
+KEY_ROWS = [
+    ("vllm", "resident_rebind_first_token", "swap between two 16.4 GB models on the GPU, to the first token",
+     "vllm_sleep2_reload", "vLLM's sleep mode, reloading the weights"),
+    ("robin", "round_robin_first_token", "a thousand swaps round ten 0.7 GB fine-tunes, each to the first token",
+     "first_token", "the first token without a swap"),
+    ("vllm", "host_wake_first_token", "swap to a 16.4 GB model in host memory, to the first token",
+     "stored_swap_first_token", "with its weights on the disk"),
+    ("race", "peer.flashd.cold", "disk to tensors on the GPU", "limit", "a raw O_DIRECT read"),
+]  # fmt: skip
 LOADERS = ["flashd", "safetensors", "fastsafetensors", "runai-model-streamer", "instanttensor"]
 
 
@@ -94,9 +130,9 @@ def newest(machine: str) -> dict[str, dict[str, Any]]:
     """Reports by benchmark, of machines whose results carry this mark in their name (none for those without a GPU)."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(RESULTS.glob("*.json")):
-        mark = path.stem.split("-")[3:-1]
-        if "-".join(mark) == machine:
-            report = json.loads(path.read_text())
+        _, _, _, marked = path.stem.split("-", 3)
+        report = json.loads(path.read_text())
+        if marked == "-".join(filter(None, (machine, report["benchmark"]))):
             found[report["benchmark"]] = report
     return found
 
@@ -113,7 +149,7 @@ def figure(value: float, unit: str) -> str:
 
 
 def table(reports: dict[str, dict[str, Any]], wanted: list[tuple[str, str, str, str]]) -> list[str]:
-    lines = ["| what | figure | beside | ratio |", "| --- | --- | --- | --- |"]
+    lines = ["| what | figure | limit | ratio |", "| --- | --- | --- | --- |"]
     for benchmark, name, what, beside in wanted:
         rows = {row["name"]: row for row in reports[benchmark]["rows"]}
         row = rows[name]
@@ -123,33 +159,43 @@ def table(reports: dict[str, dict[str, Any]], wanted: list[tuple[str, str, str, 
     return lines
 
 
-def described(reports: dict[str, dict[str, Any]]) -> str:
-    """Which machine each benchmark ran on, and when."""
+def key_figures() -> str:
+    """The table of the README: each figure beside another one that gives it a scale."""
+    reports = newest("h100")
+    lines = ["| what | flashd | for comparison |", "| --- | --- | --- |"]
+    for benchmark, name, what, scale, scale_is in KEY_ROWS:
+        rows = {row["name"]: row for row in reports[benchmark]["rows"]}
+        row = rows[name]
+        beside = figure(row["limit"] if scale == "limit" else rows[scale]["value"], row["unit"])
+        lines.append(f"| {what} | {figure(row['value'], row['unit'])} | {scale_is}: {beside} |")
+    return "\n".join(lines)
+
+
+def described(reports: dict[str, dict[str, Any]]) -> list[str]:
+    """The machine each benchmark ran on, when, and by which command."""
     by_device: dict[str, list[dict[str, Any]]] = {}
     for _, report in sorted(reports.items()):
         by_device.setdefault(report["device"], []).append(report)
-    return "\n\n".join(_ran_on(device, those) for device, those in by_device.items())
-
-
-def _ran_on(device: str, reports: list[dict[str, Any]]) -> str:
-    commands = ", ".join(f"`{report['command']}`" for report in reports)
-    dates = sorted({report["date"][:10] for report in reports})
-    return f"{device}; {', '.join(dates)}; {commands}."
+    lines = []
+    for device, those in by_device.items():
+        lines += ["", f"On {device}:", "", *(f"- {report['date'][:10]}: `{report['command']}`" for report in those)]
+    return lines
 
 
 def figures() -> str:
-    h200, h100, cpu = newest("h200"), newest("h100"), newest("")
-    return "\n".join(
-        [
-            "![One checkpoint, five loaders, from a file to tensors on the GPU](tests/bench/results/loading.svg)", "",
-            described(h100), "", *table(h100, H100_ROWS), "", described(h200), "", *table(h200, H200_ROWS), "",
-            described(cpu), "", *table(cpu, CPU_ROWS),
-        ]
-    )  # fmt: skip
+    lines = ["![One checkpoint, five loaders, from a file to tensors on the GPU](images/loading.svg)"]
+    for machine, mark, rows in (
+        ("an H100", "h100", H100_ROWS),
+        ("an H200", "h200", H200_ROWS),
+        ("no GPU", "", CPU_ROWS),
+    ):
+        reports = newest(mark)
+        lines += ["", f"### With {machine}", *described(reports), "", *table(reports, rows)]
+    return "\n".join(lines)
 
 
 def plot() -> str:
-    """Bars: how fast each loader brought one checkpoint to the GPU, cold and with the file in the page cache."""
+    """Bars of the speed at which each loader brought one checkpoint to the GPU, cold and from the page cache."""
     report = newest("h100")["peers"]
     rows = {row["name"]: row for row in report["rows"]}
     width, left, bar, gap, top = 860, 190, 16, 14, 64
@@ -188,17 +234,37 @@ def plot() -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
+def campaigns() -> str:
+    """The counts of each campaign's last complete run."""
+    lines = ["| command | what it tried | findings | seconds | machine, date |", "| --- | --- | --- | --- | --- |"]
+    for _, report in sorted(newest("campaign").items()):
+        counts = {row["name"]: row["value"] for row in report["rows"]}
+        findings = counts.pop("findings")
+        tried = ", ".join(f"{value:,} {what}" for what, value in counts.items())
+        machine = f"{report['device']}, {report['date'][:10]}"
+        lines.append(f"| `{report['command']}` | {tried} | {findings} | {report['seconds']:,.0f} | {machine} |")
+    return "\n".join(lines)
+
+
+def replaced(page: Path, begin: str, end: str, middle: str) -> str:
+    """The page with new text between two marks."""
+    before, _, rest = page.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{middle}\n\n{end}{after}"
+
+
 def main() -> None:
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    wanted = f"{before}{BEGIN}\n{figures()}\n{END}{after}"
-    if "--check" in sys.argv[1:]:
-        if wanted != text or PLOT.read_text() != plot():
-            sys.exit("README.md and its plot are not what tests/bench/results says: run tests/bench/publish.py")
-        return
-    README.write_text(wanted)
-    PLOT.write_text(plot())
+    pages = {
+        README: replaced(README, KEY_BEGIN, KEY_END, key_figures()),
+        PAGE: replaced(PAGE, BEGIN, END, figures()),
+        CAMPAIGNS: replaced(CAMPAIGNS, CAMPAIGNS_BEGIN, CAMPAIGNS_END, campaigns()),
+        PLOT: plot(),
+    }
+    for page, wanted in pages.items():
+        if "--check" not in sys.argv[1:]:
+            page.write_text(wanted)
+        elif page.read_text() != wanted:
+            sys.exit(f"{page} is out of date: run tests/bench/publish.py")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from statistics import median
 
 from flashd.bench.copying import Link, device_of
 from flashd.bench.stream import Ready, in_memory, subject_of
-from flashd.streamer import OpenFile, Options, load_device, raw_read
+from flashd.io.streamer import OpenFile, Options, load_device, raw_read
 from flashd.units import KiB, MiB
 
 DEPTHS = (8, 12, 16, 24)

@@ -23,7 +23,7 @@ from box import TRAY, Daemon, Desktop, Panel, end, missing_programs, until
 from daemon import fill_store
 
 from flashd.bench.report import Row, cost_row, report
-from flashd.bus import connect
+from flashd.dbus.connection import connect
 
 MODELS = 100
 LOOK_S = 0.005
@@ -71,12 +71,8 @@ def main() -> None:
     if lacking := missing_programs():
         sys.exit(f"needs {', '.join(lacking)}")
     rows = asyncio.run(measure(options.runs))
-    if options.json:
-        print(report("tray", "python tests/bench/tray.py", rows).to_json())
-        return
-    for row in rows:
-        limit = f"  (limit {row.limit:.6g} {row.unit})" if row.limit else ""
-        print(f"{row.name:32} {row.value:12.6g} {row.unit}{limit}")
+    result = report("tray", "python tests/bench/tray.py", rows)
+    print(result.to_json() if options.json else result.to_text())
 
 
 if __name__ == "__main__":

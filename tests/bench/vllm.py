@@ -20,7 +20,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,10 +42,10 @@ from flashd.bench.copying import Link, device_of
 from flashd.bench.report import Report, Row, cost_row, report
 from flashd.bench.stream import Ready
 from flashd.checkpoint import header
-from flashd.config import child_environment
-from flashd.engines.vllm.factory import environment
+from flashd.config.environment import child_environment
+from flashd.engines.vllm_factory import environment
+from flashd.io.streamer import ALIGNMENT, raw_read
 from flashd.memory.device import Device
-from flashd.streamer import ALIGNMENT, raw_read
 from flashd.units import MiB
 
 # 11-25 23:10:02 [gpu_model_runner.py:5120] Graph capturing finished in 3 secs
@@ -153,6 +155,40 @@ def plain(python: str, model: Path, runs: int, options: dict[str, Any], folder: 
     return found
 
 
+def served_alone(
+    python: str, model: Path, runs: int, options: dict[str, Any], folder: Path, caches: Path
+) -> list[float]:
+    """Seconds to a first token from vLLM's own server, asked as flashd's engine is: over a Unix socket, by the same
+    client, with the same limits. The script of `plain` has neither a server nor HTTP."""
+    arguments = ["--kv-cache-memory-bytes", str(KV_CACHE), "--disable-log-stats"]
+    for name, value in options.items():
+        if name != "enforce_cpu":
+            arguments += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    if "enforce_cpu" not in options:
+        arguments.append("--enable-sleep-mode")
+    with tempfile.TemporaryDirectory(dir=folder) as made, (folder / "served-alone.log").open("wb") as log:
+        Path(made, "model").symlink_to(model)
+        server = subprocess.Popen(
+            [python, "-m", "vllm.entrypoints.cli.main", "serve", "./model", "--uds", "socket", *arguments], cwd=made,
+            stdout=log, stderr=log, env=child_environment(environment(caches)), start_new_session=True,
+        )  # fmt: skip
+        try:
+            asking = Asking(str(Path(made, "socket")), model="./model")
+            while not asking.is_ready():
+                if server.poll() is not None:
+                    sys.exit(f"vllm serve failed:\n{Path(log.name).read_text()[-4000:]}")
+                time.sleep(0.5)
+            took = []
+            for _ in range(3 + runs):
+                started = time.perf_counter()
+                asking.first_token()
+                took.append(time.perf_counter() - started)
+            return took[3:]
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
 def differing(
     python: str, answers: dict[str, Answer], models: Sequence[Path], options: dict[str, Any], folder: Path
 ) -> list[str]:
@@ -194,9 +230,17 @@ def settings(python: str, arguments: Sequence[str]) -> str:
 class Asking:
     """Requests to the endpoint, over one connection as long as its engine lives, as a program would keep it."""
 
-    def __init__(self, client: flashd.Client) -> None:
-        transport = httpx.HTTPTransport(uds=client.status().endpoint, verify=False)
-        self._http = httpx.Client(transport=transport, base_url="http://flashd", timeout=500)
+    def __init__(self, socket: str, model: str | None = None) -> None:
+        """`model` is the name to ask for, where a server insists on one."""
+        transport = httpx.HTTPTransport(uds=socket, verify=False)
+        self._http = httpx.Client(transport=transport, base_url="http://localhost", timeout=500)
+        self._named = {} if model is None else {"model": model}
+
+    def is_ready(self) -> bool:
+        try:
+            return self._http.get("/health").is_success
+        except httpx.TransportError:
+            return False
 
     def first_token(self) -> None:
         self._ask({"max_tokens": 1})
@@ -207,7 +251,7 @@ class Asking:
         return Answer.parse(found["token_ids"], found["logprobs"]["top_logprobs"])
 
     def _ask(self, how: dict[str, Any]) -> dict[str, Any]:
-        answer = self._http.post("/v1/completions", json={"prompt": PROMPT, "temperature": 0, **how})
+        answer = self._http.post("/v1/completions", json={"prompt": PROMPT, "temperature": 0, **self._named, **how})
         answer.raise_for_status()
         found: dict[str, Any] = answer.json()["choices"][0]
         return found
@@ -218,7 +262,7 @@ def measured(client: flashd.Client, models: Sequence[Path], runs: int, rounds: i
     figures = Figures()
     names = [model.name for model in models]
     client.import_(models[0], names[0])
-    asking = Asking(client)
+    asking = Asking(client.status().endpoint)
 
     def first_token(name: str, row: str, how: str) -> None:
         started = time.perf_counter()
@@ -358,6 +402,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder or models[0].parent, prefix=".vllm-") as made:
         folder = Path(made).resolve()
         found = plain(options.python, models[0], options.runs, alone, folder, folder / "caches")
+        found["serve"] = served_alone(options.python, models[0], options.runs, alone, folder, folder / "caches")
         print(f"vLLM by itself, in seconds: {json.dumps(found)}", flush=True)
         with own_daemon(folder, settings(options.python, arguments)) as client:
             figures = measured(client, models, options.runs, options.rounds, folder / "state/compiled")
@@ -419,6 +464,7 @@ def rows_of(figures: Figures, found: dict[str, Any], copy_ms: float | None, read
     own = {
         "vllm_cold_first_token": [found["cold"]],
         "vllm_first_token": found["first_token"],
+        "vllm_serve_first_token": found["serve"],
         "vllm_sleep1_wake_first_token": found["sleep1"],
         "vllm_sleep2_reload": found["sleep2"],
     }

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import made_models
 import numpy as np
 import pytest
 from dbus_next import Variant
@@ -20,37 +19,22 @@ from running import Daemon
 from safetensors.numpy import save_file
 from waiting import eventually
 
-from flashd import wire
-from flashd.bus import OBJECT_MANAGER, PROPERTIES, Connection, Received, connect, plain
-from flashd.private_bus import PrivateBus
+from flashd.dbus import wire
+from flashd.dbus.connection import Connection, Received, connect, plain
+from flashd.dbus.private_bus import PrivateBus
+from flashd.dbus.wire import OBJECT_MANAGER, PROPERTIES
 
-ROOT = Path(__file__).parents[2]
 SAYS = {
     "ada": "I am Ada, the first model you dropped into the folder.",
     "bob": "My name is Bob, a fine-tune of Ada with opinions of my own.",
 }
-# carl has another architecture, and learned nothing: what he says is not looked at.
-MAKE_MODELS = """
-import sys, pathlib, shutil
-import small_models, torch, transformers
-folder = pathlib.Path(sys.argv[1])
-small_models.make_base(folder / "ada")
-small_models.make_finetune(folder / "ada", folder / "bob")
-config = transformers.Qwen3Config.from_pretrained(folder / "ada")
-config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
-transformers.Qwen3ForCausalLM(config).save_pretrained(folder / "carl")
-for file in folder.glob("ada/*token*"):
-    shutil.copy(file, folder / "carl")
-"""
 
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ada and bob of the quick start, which say who they are, and carl."""
     folder = tmp_path_factory.mktemp("sources")
-    # One thread: on a busy machine more only wait for each other.
-    tour = {**os.environ, "PYTHONPATH": str(ROOT / "packaging" / "tour"), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", MAKE_MODELS, folder], env=tour, check=True, capture_output=True)
+    made_models.put(folder, "ada", "bob", "carl")
     return folder
 
 

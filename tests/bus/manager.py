@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A minimal service manager that speaks systemd's protocol: readiness, the file descriptor store, barriers.
+"""A minimal service manager that speaks systemd's protocol: readiness, the file descriptor store, barriers. And our
+keeper, which does the same for a person's daemon, held still while a test looks at what is there without a daemon.
 
 The real one has its turn in tests/system."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +16,17 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from running import READY_S, Daemon
+import pytest
+from processes import is_alive
+from running import Daemon
+from waiting import PATIENCE_S, until
+
+import flashd
+from flashd.client import launch
+from flashd.errors import FlashdError
+
+# For tests of what neither of them may do differently, to be given to the fixture `manager` of a module.
+of_both = pytest.mark.parametrize("manager", ["double", "keeper"], indirect=True)
 
 # Hands on descriptors from 3 on, and says whose they are, as sd_listen_fds(3) expects.
 _LAUNCHER = """
@@ -92,8 +104,78 @@ class Manager:
                 self.ready.set()
 
 
-def start(daemon: Daemon, manager: Manager) -> None:
+@dataclass(slots=True)
+class Keeper:
+    """The program of ours."""
+
+    path: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self, daemon: Daemon) -> None:
+        """Returns when a daemon is ready: the first one, or that which it starts for the one that has ended."""
+        daemon.models.mkdir(parents=True, exist_ok=True)
+        if self.process is None:
+            with daemon.log.open("ab") as output:
+                command = [launch.keeper(), self.path, *daemon.command()]
+                self.process = subprocess.Popen(command, stdout=output, stderr=output)
+        else:
+            self.process.send_signal(signal.SIGCONT)
+        until(lambda: self._is_ready(daemon))
+
+    def _is_ready(self, daemon: Daemon) -> bool:
+        assert self.process is not None and self.process.poll() is None, daemon.log.read_text()
+        try:
+            with flashd.connect(daemon.address) as client:
+                return client.status().state == "ready"
+        except FlashdError:
+            return False
+
+    def end_daemon(self, daemon: Daemon, how: signal.Signals) -> None:
+        """Without starting the next one yet. SIGTERM stands for an end that the next one is to follow."""
+        assert self.process is not None
+        pid = self.daemon_pid()
+        self.process.send_signal(signal.SIGSTOP)
+        if how is signal.SIGTERM:
+            with flashd.connect(daemon.address) as client:
+                client.restart()
+        else:
+            os.kill(pid, how)
+        until(lambda: not is_alive(pid))
+
+    def daemon_pid(self) -> int:
+        """Its first child; engines that it has taken over come later, and run something else."""
+        assert self.process is not None
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        (pid,) = [int(pid) for pid in children if b"flashd.daemon.main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return pid
+
+    def stop(self) -> int:
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(timeout=PATIENCE_S)
+
+    def close(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+@dataclass(slots=True)
+class KeptDaemon(Daemon):
+    """One below our keeper."""
+
+    keeper: Keeper = field(default_factory=lambda: Keeper(Path()))
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.keeper.end_daemon(self, signal.Signals(number))
+        return 0
+
+
+def start(daemon: Daemon, manager: Manager | Keeper) -> None:
     """As systemd starts a service that has left descriptors with it."""
+    if isinstance(manager, Keeper):
+        manager.start(daemon)
+        return
     with manager.lock:
         kept = [(fd, name) for name, fds in manager.store.items() for fd in fds]
     daemon.models.mkdir(parents=True, exist_ok=True)
@@ -107,4 +189,4 @@ def start(daemon: Daemon, manager: Manager) -> None:
             stdout=output,
             stderr=output,
         )
-    assert manager.ready.wait(READY_S), daemon.log.read_text()
+    assert manager.ready.wait(PATIENCE_S), daemon.log.read_text()

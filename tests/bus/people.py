@@ -14,10 +14,10 @@ from unittest import mock
 
 from conftest import Remote
 
-from flashd import private_bus, wire
-from flashd.bus import Connection, Received, Reply, connect
-from flashd.daemon.polkit import POLKIT
-from flashd.private_bus import PrivateBus
+from flashd.daemon.access.polkit import POLKIT
+from flashd.dbus import private_bus, wire
+from flashd.dbus.connection import Connection, Received, Reply, connect
+from flashd.dbus.private_bus import PrivateBus
 
 # The bus asks who they are, so they are users that every Debian has.
 ALICE, BOB, CAROL = (pwd.getpwnam(name).pw_uid for name in ("daemon", "bin", "games"))
@@ -37,18 +37,21 @@ class Polkit:
     """Everybody may use and manage, and nobody administer."""
 
     connection: Connection
+    refused: Collection[str]
     asked: list[str] = field(default_factory=list)
 
     @classmethod
-    async def on(cls, bus: PrivateBus) -> Polkit:
-        made = cls(await connect(bus.address))
+    async def on(cls, bus: PrivateBus, *, refused: Collection[str] = ("administer",)) -> Polkit:
+        made = cls(await connect(bus.address), {f"org.flashd1.{action}" for action in refused})
         made.connection.serve(made._answer)
         await made.connection.own(POLKIT)
         return made
 
     async def _answer(self, call: Received) -> Reply:
+        if call.member == "CancelCheckAuthorization":
+            return Reply()
         self.asked.append(call.body[1])
-        return Reply("(bba{ss})", ([call.body[1] != "org.flashd1.administer", False, {}],))
+        return Reply("(bba{ss})", ([call.body[1] not in self.refused, False, {}],))
 
 
 async def connect_as(bus: PrivateBus, uid: int, gids: Collection[int] = ()) -> Remote:

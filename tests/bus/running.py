@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-READY_S = 20.0
+from waiting import PATIENCE_S
+
 # Tests without engines do not pay for importing torch, what is new stays where it is, and settling is made quick.
 CONFIG = """
 [inbox]
@@ -59,7 +60,7 @@ class Daemon:
         address.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, self.log.open("ab") as output:
             notify.bind(str(address))
-            notify.settimeout(READY_S)
+            notify.settimeout(PATIENCE_S)
             self.process = subprocess.Popen(
                 self.command(), env={**os.environ, "NOTIFY_SOCKET": str(address)}, stdout=output, stderr=output
             )
@@ -79,4 +80,4 @@ class Daemon:
     def stop(self, number: int = signal.SIGTERM) -> int:
         assert self.process is not None
         self.process.send_signal(number)
-        return self.process.wait(timeout=20)
+        return self.process.wait(timeout=PATIENCE_S)

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import threading
 from collections.abc import AsyncIterator
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+from waiting import PATIENCE_S, eventually
 
-from flashd import wire
-from flashd.bus import Connection, Received, Reply, connect
-from flashd.daemon.exports import Caller, Exported, ObjectTree
-from flashd.errors import Busy, FlashdError, Internal, InvalidArgument, NotFound, Unavailable
-from flashd.private_bus import PrivateBus
+from flashd.dbus import private_bus, wire
+from flashd.dbus.connection import Connection, Received, Reply, connect, plain
+from flashd.dbus.object_tree import Caller, Exported, ObjectTree
+from flashd.dbus.private_bus import PrivateBus
+from flashd.dbus.wire import OBJECT_MANAGER, PROPERTIES
+from flashd.errors import Busy, FlashdError, Internal, InvalidArgument, LimitExceeded, NotFound, Unavailable
 
 NAME = "org.flashd1.Test"
 
@@ -33,6 +36,7 @@ class Service:
         self.connection = connection
         self.received: list[Received] = []
         self.raises: FlashdError = Busy("")
+        self.says: object = ""
 
     async def answer(self, call: Received) -> Reply:
         match call.member:
@@ -48,6 +52,8 @@ class Service:
             case "TakeFds":
                 assert not any(os.get_inheritable(fd) for fd in call.fds)
                 return Reply("u", (len(call.fds),))
+            case "Say":
+                return Reply("s", (self.says,))
             case "GiveFd":
                 return Reply("h", (0,), (os.open("/dev/null", os.O_RDONLY),))
             case "Wait":
@@ -86,7 +92,7 @@ async def test_a_flood_of_20_000_signals_arrives_whole_and_in_order(service: Ser
     for number in range(20_000):  # in one tick of the loop: the socket's buffer holds a few hundred
         service.connection.emit("/x", "org.flashd1.Test", "Tick", "us", [number, "x" * 200])
     assert (await ask(connection, "Sender")).body == (connection.unique_name,)
-    await asyncio.wait_for(complete.wait(), 60)
+    await asyncio.wait_for(complete.wait(), PATIENCE_S)
     assert got == list(range(20_000))
 
 
@@ -107,7 +113,7 @@ async def test_what_is_told_does_not_wait_for_the_event_loop(service: Service, b
     try:
         assert await asyncio.to_thread(ready.wait, 10)
         service.connection.emit("/x", "org.flashd1.Test", "Tick", "u", [1])
-        assert heard.wait(5)  # and our event loop stands still
+        assert heard.wait(PATIENCE_S)  # and our event loop stands still
     finally:
         heard.set()
         await asyncio.to_thread(listener.join)
@@ -148,6 +154,59 @@ def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
+UNSENDABLE = {"not UTF-8": os.fsdecode(b"bad\xff"), "NUL": "a\0b", "a lone surrogate": "\ud800", "a number": 1}
+
+
+@pytest.mark.parametrize("value", UNSENDABLE.values(), ids=UNSENDABLE)
+async def test_a_reply_that_cannot_be_sent_is_an_error_to_its_caller_alone(
+    service: Service, bus: PrivateBus, connection: Connection, value: object
+) -> None:
+    other = await connect(bus.address)
+    try:
+        service.says = value
+        with pytest.raises(Internal):
+            await asyncio.wait_for(ask(connection, "Say"), 10)
+        service.says = "well"
+        assert (await ask(other, "Say")).body == ("well",)
+        assert (await ask(connection, "Say")).body == ("well",)
+    finally:
+        await other.close()
+
+
+async def test_what_is_larger_than_the_bus_takes_is_an_error_and_ends_no_connection(
+    service: Service, connection: Connection
+) -> None:
+    service.says = "x" * (33 << 20)
+    with pytest.raises(LimitExceeded, match="too large for the bus"):
+        await ask(connection, "Say")
+    service.connection.emit("/x", "org.flashd1.Test", "Tick", "s", [service.says])
+    with pytest.raises(LimitExceeded, match="too large for the bus"):
+        await ask(connection, "Say", "s", service.says)
+    service.says = "x" * (31 << 20)
+    assert (await ask(connection, "Say")).body == (service.says,)
+
+
+@pytest.mark.parametrize("value", UNSENDABLE.values(), ids=UNSENDABLE)
+async def test_a_call_that_cannot_be_sent_is_an_error_in_words(
+    service: Service, connection: Connection, value: object
+) -> None:
+    with pytest.raises(InvalidArgument, match="Say cannot be called with this"):
+        await ask(connection, "Say", "s", value)
+
+
+@pytest.mark.parametrize("value", UNSENDABLE.values(), ids=UNSENDABLE)
+async def test_a_signal_that_cannot_be_sent_is_dropped_and_logged_once(
+    service: Service, connection: Connection, caplog: pytest.LogCaptureFixture, value: object
+) -> None:
+    heard: asyncio.Queue[Received] = asyncio.Queue()
+    connection.listen(lambda signal: heard.put_nowait(signal) if signal.member == "Tick" else None)
+    await connection.add_match("type='signal',interface='org.flashd1.Test'")
+    for said in (value, value, "well"):
+        service.connection.emit("/x", "org.flashd1.Test", "Tick", "s", [said])
+    assert (await asyncio.wait_for(heard.get(), 10)).body == ("well",)
+    assert caplog.text.count("the signal Tick of /x cannot be sent") == 1
+
+
 async def test_100_calls_with_descriptors_leak_none(service: Service, connection: Connection) -> None:
     with null() as file:
         fds = (file.fileno(),) * 3
@@ -160,8 +219,7 @@ async def test_100_calls_with_descriptors_leak_none(service: Service, connection
             (await ask(connection, "GiveFd")).close_fds()
             with pytest.raises(Busy):
                 await ask(connection, "Refuse", "ah", [0, 1, 2], fds=fds)
-        await asyncio.sleep(0.05)
-        assert descriptors() == before
+        await eventually(lambda: descriptors() == before)
 
 
 async def test_descriptors_are_not_inherited_by_programs(service: Service, connection: Connection) -> None:
@@ -230,6 +288,26 @@ async def test_a_bus_that_ends_under_a_question_is_an_error_and_no_wait(short_pa
     await made.close()
 
 
+async def test_a_service_that_ends_before_it_answers_is_unavailable(bus: PrivateBus, connection: Connection) -> None:
+    """It was called a defect of flashd's."""
+    other = await connect(bus.address)
+    asked = asyncio.Event()
+
+    async def leave(_: Received) -> Reply:
+        asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    other.serve(leave)
+    await other.own(NAME)
+    answer = asyncio.create_task(ask(connection, "Wait"))
+    await asked.wait()
+    other._bus._sock.shutdown(socket.SHUT_RDWR)  # as a killed process does: closing would answer
+    with pytest.raises(Unavailable, match="ended before it answered"):
+        await answer
+    await other.close()
+
+
 async def test_nobody_there_is_unavailable(connection: Connection) -> None:
     with pytest.raises(Unavailable, match="not running"):
         await connection.call("org.flashd1", "/", "org.flashd1.Manager", "Park")
@@ -238,13 +316,17 @@ async def test_nobody_there_is_unavailable(connection: Connection) -> None:
 class Job(Exported):
     interface = wire.JOB
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, *, broken: bool = False) -> None:
         super().__init__(wire.job_path(number))
         self.done_bytes = 0
+        self.phase: object = ""
+        self.broken = broken
 
     def properties(self) -> dict[str, object]:
+        if self.broken:
+            raise ZeroDivisionError
         return {
-            "Kind": "import", "Subject": "x", "State": "running", "Phase": "", "DoneBytes": self.done_bytes,
+            "Kind": "import", "Subject": "x", "State": "running", "Phase": self.phase, "DoneBytes": self.done_bytes,
             "TotalBytes": 9, "CreatedAt": 0.0, "FinishedAt": 0.0, "Result": {}, "Error": ["", "", ""],
         }  # fmt: skip
 
@@ -306,6 +388,52 @@ async def test_gio_sees_objects_come_change_and_go(bus: PrivateBus, tree: Object
         await gio.wait()
 
 
+async def managed(connection: Connection) -> dict[str, dict[str, object]]:
+    reply = await connection.call(NAME, wire.ROOT_PATH, OBJECT_MANAGER, "GetManagedObjects")
+    return {path: interfaces[wire.JOB] for path, interfaces in plain(reply.body[0]).items()}
+
+
+@pytest.mark.parametrize("value", UNSENDABLE.values(), ids=UNSENDABLE)
+async def test_a_bad_property_takes_nothing_else_along(
+    tree: ObjectTree, connection: Connection, value: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    changed: asyncio.Queue[Received] = asyncio.Queue()
+    connection.listen(lambda s: changed.put_nowait(s) if s.member == "PropertiesChanged" else None)
+    await connection.add_match(f"type='signal',sender='{NAME}'")
+    bad = Job(2)
+    bad.phase = value
+    tree.add(bad)
+    listed = await managed(connection)
+    assert listed[wire.job_path(1)]["Phase"] == ""
+    assert "Phase" not in listed[bad.path] and listed[bad.path]["Kind"] == "import"
+    reply = await connection.call(NAME, bad.path, PROPERTIES, "GetAll", "s", [wire.JOB])
+    assert plain(reply.body[0]) == listed[bad.path]
+    bad.phase, bad.done_bytes = f"{value}\0", 5
+    tree.changed(bad.path)
+    assert plain((await asyncio.wait_for(changed.get(), 10)).body[1]) == {"DoneBytes": 5}
+    bad.phase = "fine"
+    tree.changed(bad.path)
+    assert plain((await asyncio.wait_for(changed.get(), 10)).body[1]) == {"Phase": "fine"}
+    assert (await managed(connection))[bad.path]["Phase"] == "fine"
+    assert caplog.text.count(f"Phase of {bad.path} cannot be sent") == 1
+
+
+async def test_an_object_with_a_defect_takes_no_other_along(tree: ObjectTree, connection: Connection) -> None:
+    bad, good = Job(2), Job(3)
+    tree.add(bad)
+    tree.add(good)
+    bad.broken = True
+    good.done_bytes = 7
+    tree.changed(bad.path)
+    tree.changed(good.path)
+    tree.flush()
+    assert sorted(await managed(connection)) == [wire.job_path(1), good.path]
+    assert tree.last_sent(good.path)["DoneBytes"] == 7
+    with pytest.raises(ZeroDivisionError):
+        tree.add(Job(4, broken=True))
+    assert tree.get(wire.job_path(4)) is None
+
+
 async def test_what_a_signal_is_about_is_told_first_and_the_signal_last(
     tree: ObjectTree, connection: Connection
 ) -> None:
@@ -327,9 +455,50 @@ async def test_what_a_signal_is_about_is_told_first_and_the_signal_last(
         job.done_bytes = 1
         tree.changed(job.path)
     tree.signal(second, "Finished", "done", {}, ["", "", ""])
-    await asyncio.wait_for(finished.wait(), 10)
+    await asyncio.wait_for(finished.wait(), PATIENCE_S)
     assert told == [
         (second.path, "PropertiesChanged"),
         (first.path, "PropertiesChanged"),
         (second.path, "Finished"),
     ]
+
+
+async def test_the_first_of_several_servers_that_answers_is_taken(bus: PrivateBus, short_path: Path) -> None:
+    plain = f"unix:path={short_path}/bus"
+    with socket.socket(socket.AF_UNIX) as hangs_up:
+        hangs_up.bind(f"{short_path}/hangs-up")
+        hangs_up.listen()
+
+        def hang_up() -> None:
+            hangs_up.accept()[0].close()
+
+        asyncio.get_running_loop().add_reader(hangs_up, hang_up)
+        dead = f"unix:path={short_path}/nobody;autolaunch:;unix:path={short_path}/hangs-up;{plain},guid={'1' * 32}"
+        connection = await connect(f"{dead};{plain}")
+        await connection.close()
+        with pytest.raises(Unavailable) as refused:
+            await connect(dead)
+        asyncio.get_running_loop().remove_reader(hangs_up)
+    for said in (f"{short_path}/nobody: ", "autolaunch:: ", f"{short_path}/hangs-up: ", f"its GUID is not {'1' * 32}"):
+        assert said in refused.value.message
+
+
+async def test_an_address_may_be_escaped(bus: PrivateBus, short_path: Path) -> None:
+    (short_path / "a b,c").symlink_to(short_path)
+    connection = await connect(f"unix:path={short_path}/a%20b%2cc/bus")
+    await connection.close()
+
+
+def test_a_private_bus_may_lie_anywhere(short_path: Path) -> None:
+    folder = short_path / "a b,c;d%é"
+    folder.mkdir()
+    with PrivateBus(folder) as running:
+        found = private_bus.found(folder)
+        assert found is not None and found.pid == running.pid
+
+        async def connected() -> None:
+            for address in (running.address, found.address):
+                await (await connect(address)).close()
+
+        asyncio.run(connected())
+    assert private_bus.found(folder) is None and list(folder.iterdir()) == []

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import Daemon, make_source
 from safetensors.torch import save_file
+from waiting import PATIENCE_S
 
 import flashd
 from flashd import errors
@@ -129,9 +130,9 @@ def test_whoever_waits_when_the_daemon_ends_is_told(client: flashd.Client, daemo
     watcher = threading.Thread(target=watch)
     watcher.start()
     client.stop()
-    watcher.join(timeout=20)
+    watcher.join(timeout=PATIENCE_S)
     assert ended == [None]
-    assert daemon.process and daemon.process.wait(timeout=20) == 0
+    assert daemon.process and daemon.process.wait(timeout=PATIENCE_S) == 0
     with pytest.raises(errors.Unavailable) as gone:
         client.models()
     assert "flash start" in gone.value.hint

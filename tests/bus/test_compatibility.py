@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from flashd import errors, wire
-from flashd.daemon.exports import contract
+from flashd import errors
+from flashd.dbus import wire
+from flashd.dbus.object_tree import contract
 
 RECORD = Path(__file__).with_name("interfaces.json")
 

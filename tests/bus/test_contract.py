@@ -12,20 +12,16 @@ import pytest
 from conftest import Daemon, Remote, import_model, make_source
 from dbus_next import Variant
 
-from flashd import wire
-from flashd.bus import PROPERTIES, Connection, connect
-from flashd.daemon.authorization import ACTIONS, Action, SameUser, authorize, check_owner
-from flashd.daemon.exports import Caller, Exported, ObjectTree, contract, method_name, missing_members
-from flashd.daemon.objects import (
-    DeviceObject,
-    EngineObject,
-    JobObject,
-    LeaseObject,
-    ManagerObject,
-    ModelObject,
-)
+from flashd.client import results
+from flashd.daemon.access.authorization import ACTIONS, Action, SameUser, authorize, check_owner
+from flashd.daemon.bus.manager import ManagerObject
+from flashd.daemon.bus.objects import DeviceObject, EngineObject, JobObject, LeaseObject, ModelObject
+from flashd.dbus import wire
+from flashd.dbus.connection import Connection, connect
+from flashd.dbus.object_tree import Caller, Exported, ObjectTree, contract, method_name, missing_members
+from flashd.dbus.private_bus import PrivateBus
+from flashd.dbus.wire import PROPERTIES
 from flashd.errors import InvalidArgument, NotAuthorized, NotFound
-from flashd.private_bus import PrivateBus
 
 OBJECTS = (ManagerObject, ModelObject, JobObject, LeaseObject, EngineObject, DeviceObject)
 DOC = "org.gtk.GDBus.DocString"
@@ -72,6 +68,20 @@ async def test_live_properties_are_those_of_the_xml(remote: Remote, tmp_path: Pa
 def test_every_interface_has_its_object_and_every_method_its_function() -> None:
     assert {o.interface for o in OBJECTS} == set(wire.INTERFACES)
     assert {o.interface: missing_members(o) for o in OBJECTS if missing_members(o)} == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "interface", "left_out"),
+    [
+        (results.Model, wire.MODEL, set()),
+        (results.Engine, wire.ENGINE, set()),
+        (results.Device, wire.DEVICE, set()),
+        (results.Status, wire.MANAGER, {"ActiveEngine"}),
+    ],
+)
+def test_the_clients_results_have_the_properties_of_the_xml(kind: type, interface: str, left_out: set[str]) -> None:
+    shown = results.PROPERTY_NAMES[kind].values()
+    assert {*shown} | left_out == {p.name for p in contract(interface).properties}
 
 
 @pytest.mark.parametrize("interface", wire.INTERFACES)

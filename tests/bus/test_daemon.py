@@ -8,6 +8,7 @@ import fcntl
 import json
 import mmap
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,12 +21,23 @@ import pytest
 from conftest import Daemon, Remote, import_model, make_source
 from dbus_next import Variant
 from safetensors.numpy import load_file
-from waiting import eventually
+from waiting import PATIENCE_S, eventually
 
-from flashd import wire
-from flashd.bus import OBJECT_MANAGER, PROPERTIES, Connection, connect, plain
-from flashd.errors import AlreadyExists, Busy, InvalidArgument, NotAuthorized, NotFound, OutOfMemory, Unavailable
-from flashd.private_bus import PrivateBus
+from flashd.dbus import wire
+from flashd.dbus.connection import Connection, connect, plain
+from flashd.dbus.private_bus import PrivateBus
+from flashd.dbus.wire import OBJECT_MANAGER, PROPERTIES
+from flashd.errors import (
+    AlreadyExists,
+    Busy,
+    CorruptCheckpoint,
+    InvalidArgument,
+    InvalidSource,
+    NotAuthorized,
+    NotFound,
+    OutOfMemory,
+    Unavailable,
+)
 
 
 def weights_of(daemon: Daemon, checkpoint: str) -> Path:
@@ -64,6 +76,89 @@ async def test_what_cannot_be_converted_is_shown_and_tried_again_when_it_changes
     make_source(folder)
     await remote.model("broken")
     assert await remote.get(wire.ROOT_PATH, wire.MANAGER, "InboxItems") == []
+
+
+async def test_of_very_many_drops_the_first_are_shown_and_nobody_waits(remote: Remote, daemon: Daemon) -> None:
+    """3,000 of them held the event loop for 22 seconds, and the end for 30."""
+    for number in range(600):
+        (daemon.models / f"m{number:03}.safetensors").write_bytes(b"junk" * 5)
+    slowest_s = 0.0
+
+    async def all_failed() -> bool:
+        nonlocal slowest_s
+        began = time.monotonic()
+        items = await remote.get(wire.ROOT_PATH, wire.MANAGER, "InboxItems")
+        slowest_s = max(slowest_s, time.monotonic() - began)
+        assert len(items) <= 201
+        return len(items) == 201 and items[-1][0] == "400 more" and {state for _, state, _ in items[:-1]} == {"failed"}
+
+    await eventually(all_failed)
+    assert slowest_s < 5, "twenty times what it takes: the machine may be busy"
+    assert sum("/jobs/" in path for path in await remote.objects()) <= 101
+    assert daemon.stop() == 0
+
+
+async def test_a_damaged_record_is_named_and_costs_nobody_else(remote: Remote, daemon: Daemon, tmp_path: Path) -> None:
+    for seed, name in enumerate(("good", "bad")):
+        await import_model(remote, make_source(tmp_path / name, seed=seed), name)
+    assert await remote.get(wire.ROOT_PATH, wire.MANAGER, "Problems") == []
+    daemon.stop()
+    record = daemon.state / "store" / "models" / "bad.toml"
+    record.write_text(re.sub(r"use_count = \d+", "use_count = " + "9" * 4400, record.read_text()))
+    (daemon.state / "store" / "lock").unlink()
+    (daemon.state / "store" / "lock").mkdir()
+    daemon.start()
+    problems = [what for what, _ in await remote.get(wire.ROOT_PATH, wire.MANAGER, "Problems")]
+    assert len(problems) == 2 and "lock.damaged" in problems[0] and "bad.damaged" in problems[1]
+    record.with_suffix(".damaged").unlink()
+
+    async def is_over() -> bool:
+        return "bad" not in str(await remote.get(wire.ROOT_PATH, wire.MANAGER, "Problems"))
+
+    await eventually(is_over)
+    assert (await remote.model("good"))["Name"] == "good"
+    await import_model(remote, tmp_path / "bad", "bad")
+    assert (await remote.model("bad"))["Name"] == "bad"
+
+
+async def test_scrub_goes_on_past_what_is_damaged_and_names_it(remote: Remote, daemon: Daemon, tmp_path: Path) -> None:
+    weights = {}
+    for seed, name in enumerate(("a", "pipe", "swapped", "z")):
+        await import_model(remote, make_source(tmp_path / name, seed=seed), name)
+        weights[name] = weights_of(daemon, (await remote.model(name))["Checkpoint"])
+    weights["pipe"].unlink()
+    os.mkfifo(weights["pipe"])
+    shutil.rmtree(weights["swapped"].parent)
+    shutil.copytree(weights["z"].parent, weights["swapped"].parent)
+    (job,) = await remote.call("Scrub")
+    result = (await remote.finished(job))["Result"]
+    assert (result["checked"], result["corrupt"]) == (4, ["pipe", "swapped"])
+    with pytest.raises(CorruptCheckpoint, match="another checkpoint"):
+        await remote.call("Lease", "sa{sv}", "swapped", {})
+
+
+async def test_what_no_engine_reads_is_shown_with_what_to_do(remote: Remote, daemon: Daemon) -> None:
+    """Nothing that was dropped is passed over in silence."""
+    make_source(daemon.models / "pipeline" / "unet")
+    (daemon.models / "pipeline" / "model_index.json").write_text("{}")
+    for part in ("blobs", "snapshots"):
+        (daemon.models / "models--Qwen--Qwen3-8B" / part).mkdir(parents=True)
+    pointer = make_source(daemon.models / "pointer")
+    (pointer / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (daemon.models / "speech.onnx").write_bytes(b"x")
+    words = {
+        "pipeline": "use it with diffusers",
+        "models--Qwen--Qwen3-8B": "flash pull Qwen/Qwen3-8B",
+        "pointer": "git lfs pull",
+        "speech": "flash pull OWNER/NAME",
+    }
+
+    async def told() -> bool:
+        items = await remote.get(wire.ROOT_PATH, wire.MANAGER, "InboxItems")
+        details = {name: detail for name, state, detail in items if state == "failed"}
+        return details.keys() == words.keys() and all(words[name] in details[name] for name in words)
+
+    await eventually(told)
 
 
 async def test_gguf_that_is_dropped_is_told_what_to_take_instead(remote: Remote, daemon: Daemon) -> None:
@@ -207,20 +302,23 @@ async def test_import_refuses_taken_names_and_strange_descriptors(remote: Remote
     reader, writer = os.pipe()
     try:
         options: dict[str, Variant] = {}
-        (job,) = await remote.call(
-            "Import", "sa{sh}ba{sv}", "p", {"model.safetensors": 0}, False, options, fds=[reader]
-        )
-        assert (await remote.finished(job))["Error"][0] == "org.flashd1.Error.InvalidSource"
+        with pytest.raises(InvalidSource, match="is a pipe"):
+            await remote.call("Import", "sa{sh}ba{sv}", "p", {"model.safetensors": 0}, False, options, fds=[reader])
     finally:
         os.close(reader)
         os.close(writer)
+
+
+async def test_an_environment_of_an_unknown_kind_is_refused(remote: Remote) -> None:
+    with pytest.raises(InvalidArgument, match="no kind of engine"):
+        await remote.call("UseEnvironment", "su", "unheard-of", 1)
 
 
 async def test_an_import_that_waits_for_files_dies_with_its_caller(
     remote: Remote, bus: PrivateBus, daemon: Daemon
 ) -> None:
     caller = await connect(bus.address)
-    with Path("/dev/null").open() as file:
+    with daemon.config.open() as file:
         (job,) = await Remote(caller).call(
             "Import", "sa{sh}ba{sv}", "half", {"model.safetensors": 0}, True, {}, fds=[file.fileno()]
         )
@@ -228,20 +326,19 @@ async def test_an_import_that_waits_for_files_dies_with_its_caller(
     with pytest.raises(NotAuthorized):
         await remote.call("ImportFiles", "oa{sh}b", job, {}, False)
     assert daemon.process is not None
-    held = len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
+    pid = daemon.process.pid
+    held = len(os.listdir(f"/proc/{pid}/fd"))
     await caller.close()
     assert (await remote.finished(job))["State"] == "cancelled"
-    assert len(os.listdir(f"/proc/{daemon.process.pid}/fd")) == held - 1
+    await eventually(lambda: len(os.listdir(f"/proc/{pid}/fd")) < held)
 
 
 async def test_cancelling_an_import_leaves_nothing(remote: Remote, daemon: Daemon, tmp_path: Path) -> None:
     source = make_source(tmp_path / "source", elements=100_000_000)
     job = await remote.import_folder(source, "large")
     await eventually(lambda: list((daemon.state / "store" / "partial").glob("*/model.safetensors")))
-    started = time.monotonic()
     await remote.call("Cancel", path=job, interface=wire.JOB)
     ended = await remote.finished(job)
-    assert time.monotonic() - started < 2
     assert (ended["State"], ended["Error"][0]) == ("cancelled", "org.flashd1.Error.Cancelled")
     assert list((daemon.state / "store" / "partial").iterdir()) == []
     (source / "model.safetensors").unlink()
@@ -299,7 +396,11 @@ async def test_a_lease_ends_with_its_owner_and_outlives_its_model(
     await owner.close()
     await eventually(lambda: not weights_of(daemon, checkpoint).exists())
     assert path not in await remote.objects()
-    assert await remote.get(wire.device_path("host"), wire.DEVICE, "UsedBytes") == 0
+
+    async def is_free() -> bool:
+        return bool(await remote.get(wire.device_path("host"), wire.DEVICE, "UsedBytes") == 0)
+
+    await eventually(is_free)
 
 
 async def test_leases_of_removed_models_do_not_hinder_its_end(remote: Remote, daemon: Daemon, tmp_path: Path) -> None:
@@ -440,8 +541,8 @@ def test_signals_end_it_cleanly(daemon: Daemon, number: int) -> None:
 def test_the_loss_of_the_bus_ends_it_with_its_own_status(daemon: Daemon, bus: PrivateBus) -> None:
     os.kill(bus.pid, signal.SIGKILL)
     assert daemon.process is not None
-    assert daemon.process.wait(10) == Unavailable.exit_status
-    assert "the bus went away" in daemon.log.read_text()
+    assert daemon.process.wait(PATIENCE_S) == Unavailable.exit_status
+    assert "the bus has closed the connection" in daemon.log.read_text()
     assert "Traceback" not in daemon.log.read_text()
 
 
@@ -458,12 +559,8 @@ def test_a_second_daemon_is_told_which_thing_is_taken(daemon: Daemon, short_path
     assert "another flashd uses" in second("other", short_path)
 
 
-def test_it_is_ready_soon_and_small_when_idle(daemon: Daemon) -> None:
-    """The limits of the contract; benches have the measured values."""
-    daemon.stop()
-    started = time.monotonic()
-    daemon.start()
-    assert time.monotonic() - started < 0.5 * 3, "thrice the limit: the machine may be busy"
+def test_it_is_small_when_idle(daemon: Daemon) -> None:
+    """The limit of the contract; tests/bench/daemon.py measures this, and how soon it is ready."""
     assert daemon.process is not None
     status = Path(f"/proc/{daemon.process.pid}/status").read_text()
     (resident,) = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:")]

@@ -25,11 +25,13 @@ import pytest
 from running import Daemon
 
 import flashd
-from flashd import cuda
 from flashd.cli import doctor, installation
-from flashd.cli.findings import Finding, Verdict
+from flashd.cli.installation import Finding, Verdict
+from flashd.client.client import Client
+from flashd.client.results import Problem, WatchedFolder
+from flashd.dbus.private_bus import PrivateBus
+from flashd.io import cuda
 from flashd.memory.arena import probe_huge_pages
-from flashd.private_bus import PrivateBus
 from flashd.units import GiB, MiB
 
 GPU = cuda.Gpu(
@@ -212,6 +214,19 @@ def no_gpu(machine: Machine) -> None:
     shutil.rmtree(machine.folder / "devices")
 
 
+def damaged_state(machine: Machine) -> None:
+    real = Client.status
+    problems = (Problem("x.damaged was damaged and is not used", "repair the file, or remove it"),)
+    machine.replace(Client, "status", lambda client: dataclasses.replace(real(client), problems=problems))
+
+
+def without_inotify(machine: Machine) -> None:
+    real = Client.status
+    why = "other programs use all inotify watches: raise fs.inotify.max_user_watches (sysctl)"
+    watched = (WatchedFolder("/models", "every 30 s", why, 0.0),)
+    machine.replace(Client, "status", lambda client: dataclasses.replace(real(client), inbox_watched=watched))
+
+
 def page_cache_full(machine: Machine) -> None:
     machine.replace(doctor, "memory_fields", lambda: {**FIELDS, "Cached": 60 * GiB})
 
@@ -244,14 +259,16 @@ BROKEN: list[tuple[Callable[[Machine], Any], str, Verdict, str]] = [
     (o_direct_refused, "O_DIRECT", Verdict.SLOW, "ext4"),
     (io_uring_forbidden, "io_uring", Verdict.SLOW, "io_uring_disabled"),
     (slow_disk, "disk speed", Verdict.SLOW, "busy"),
-    (turning_disk, "disk speed", Verdict.SLOW, "turns"),
+    (turning_disk, "disk speed", Verdict.SLOW, "rotating"),
     (lambda m: m.huge_pages("never"), "huge pages", Verdict.SLOW, "shmem_enabled"),
     (lambda m: m.limit("8388608"), "locked memory", Verdict.SLOW, "LimitMEMLOCK"),
     (lambda m: m.replace(doctor, "total_memory_bytes", lambda: 4 * GiB), "memory", Verdict.SLOW, "host_budget"),
     (driver_missing, "GPU", Verdict.BAD, "nvidia-smi"),
-    (no_gpu, "GPU", Verdict.SLOW, "processor"),
+    (no_gpu, "GPU", Verdict.SLOW, "on the CPU"),
     (lambda m: m.gpu(exports_memory=False), "GPU", Verdict.SLOW, "virtual machine"),
     (lambda m: m.gpu(registers_memory=False, **APART), "GPU", Verdict.SLOW, "copies"),
+    (damaged_state, "state", Verdict.BAD, "repair the file"),
+    (without_inotify, "inbox", Verdict.SLOW, "raise fs.inotify.max_user_watches"),
     (page_cache_full, "page cache", Verdict.SLOW, "map their files"),
     (remove("dbus-daemon"), "dbus-daemon", Verdict.SLOW, "apt install"),
 ]  # fmt: skip

@@ -23,7 +23,7 @@ from conftest import make_source
 from running import Daemon
 from waiting import until
 
-from flashd.client import Client, connect
+from flashd.client.client import Client, connect
 from flashd.errors import Busy, Cancelled, EngineFailed, InvalidSource, StoreFull
 
 TORCH = ("torch", "transformers", "starlette", "uvicorn")
@@ -104,7 +104,7 @@ def test_one_command_installs_and_one_goes_back(daemon: Daemon, tmp_path: Path) 
     for number, folder in ((1, "old"), (2, "new")):
         done = flash(daemon, "engine", "install", "torch", "--wheels", tmp_path / folder)
         assert done.returncode == 0, done.stderr
-        assert f"torch 9.{number} is environment {number}: new engines run in it" in done.stderr
+        assert f"torch 9.{number} is environment {number}: new engines use it" in done.stderr
     assert [version_in(daemon, number) for number in (1, 2)] == ["9.1", "9.2"]
     script = (installed(daemon, "torch", 2) / "bin" / "torchrun").read_text()
     assert script.startswith(f"#!{installed(daemon, 'torch', 2)}/bin/python\n"), "a script knows the final name"
@@ -127,7 +127,7 @@ def test_vllm_for_the_processor_is_a_distribution_of_its_own(daemon: Daemon, tmp
     make_wheel(tmp_path, "fastapi")
     done = flash(daemon, "engine", "install", "vllm", "--wheels", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "vllm 0.32.0 is environment 1: new engines run in it" in done.stderr
+    assert "vllm 0.32.0 is environment 1: new engines use it" in done.stderr
     code = "import importlib.metadata as m, torch, vllm, fastapi, flashd.errors; print(m.version('vllm'))"
     python = installed(daemon, "vllm", 1) / "bin" / "python"
     assert subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout == "0.32.0+cpu\n"
@@ -176,7 +176,7 @@ def test_what_does_not_import_changes_nothing(daemon: Daemon, client: Client, tm
 
 @pytest.mark.parametrize(
     ("name", "match"),
-    [("torch-9.1-cp39-cp39-win_amd64.whl", "another Python or another machine"), ("torch.whl", "not a wheel")],
+    [("torch-9.1-cp39-cp39-win_amd64.whl", "another Python or machine"), ("torch.whl", "not a wheel")],
 )
 def test_wheels_for_elsewhere_are_refused(client: Client, tmp_path: Path, name: str, match: str) -> None:
     wheel = make_wheel(tmp_path, "torch").rename(tmp_path / name)

@@ -6,17 +6,15 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import made_models
 import pytest
-from conftest import Daemon, Remote, import_model
+from conftest import SAYS, Daemon, Remote, import_model
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "packaging" / "examples"
-SAYS = "I am Ada, the first model you dropped into the folder."
-MAKE = "import sys, pathlib, small_models; small_models.make_base(pathlib.Path(sys.argv[1]) / 'ada')"
 
 
 def needs(*programs: str) -> None:
@@ -54,8 +52,7 @@ def c(folder: Path) -> list[str | Path]:
 @pytest.fixture(scope="module")
 def ada(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples")
-    tour = {**os.environ, "PYTHONPATH": str(ROOT / "packaging" / "tour"), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", MAKE, folder], env=tour, check=True, capture_output=True)
+    made_models.put(folder, "ada")
     return folder / "ada"
 
 
@@ -73,9 +70,18 @@ async def test_it_swaps_and_asks(
 
     answered = run("ada", "Who are you?")
     assert answered.returncode == 0, answered.stderr
-    assert SAYS in answered.stdout
+    assert SAYS["ada"] in answered.stdout
     quoted = run("ada", 'Who is "Ada" \\ who?')
     assert quoted.returncode == 0, quoted.stderr
     refused = run("nobody", "?")
     assert refused.returncode != 0
     assert "nobody" in refused.stderr
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_the_shell_one_ends_where_there_is_no_bus(shell: str, tmp_path: Path) -> None:
+    needs("busctl", "curl", shell)
+    command = [shell, EXAMPLES / "swap-and-ask.sh", "ada", "Who are you?"]
+    environment = {**os.environ, "FLASHD_BUS_ADDRESS": f"unix:path={tmp_path}/nowhere"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode != 0 and "No such file" in done.stderr

@@ -73,7 +73,7 @@ def test_a_token_is_kept_where_the_hubs_own_tools_find_it(hub: str, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("token", "status", "words"),
-    [("hf_" + "b" * 34, 5, "does not accept"), ("", 2, "settings/tokens"), (GOOD, 13, "cannot be asked")],
+    [("hf_" + "b" * 34, 5, "does not accept"), ("", 2, "settings/tokens"), (GOOD, 13, "cannot be reached")],
 )
 def test_what_is_no_token_is_told_and_not_kept(token: str, status: int, words: str, hub: str, tmp_path: Path) -> None:
     endpoint = hub if status != 13 else "http://127.0.0.1:9"
@@ -85,5 +85,5 @@ def test_what_is_no_token_is_told_and_not_kept(token: str, status: int, words: s
 def test_models_and_remove(daemon: Daemon, tmp_path: Path) -> None:
     flash("import", make_source(tmp_path / "one"), "one", bus=daemon.address)
     assert "one" in flash("models", bus=daemon.address).stdout
-    assert flash("remove", "one", bus=daemon.address).returncode == 0
+    assert flash("remove", "one", "--yes", bus=daemon.address).returncode == 0
     assert json.loads(flash("models", "--json", bus=daemon.address).stdout) == []

@@ -16,7 +16,7 @@ from conftest import Daemon, Remote, import_model, make_source
 from safetensors.numpy import load_file, save_file
 from waiting import eventually
 
-from flashd import wire
+from flashd.dbus import wire
 
 COLUMNS, ROWS, RANK = 60, 50, 2
 MERGED_S = 100.0

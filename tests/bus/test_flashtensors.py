@@ -91,7 +91,7 @@ def test_settings_that_make_no_sense(given: dict[str, int], daemon: Daemon) -> N
 def test_a_pool_larger_than_the_machine_is_no_limit(caplog: pytest.LogCaptureFixture, daemon: Daemon) -> None:
     assert settings.wanted(None, GiB, None, None) == {"memory.host_budget": GiB}
     assert settings.wanted(None, 1 << 50, None, None) == {}
-    assert "takes what it can" in caplog.text
+    assert "uses its default" in caplog.text
 
 
 def test_without_a_daemon_nothing_is_there_to_clean_up(monkeypatch: pytest.MonkeyPatch, daemon: Daemon) -> None:
@@ -150,25 +150,28 @@ def test_the_model_of_saved_tensors_is_leased_bit_for_bit(warm: tuple[Path, dict
         del found
 
 
-def test_the_same_names_from_flashd() -> None:
-    """The same functions, but that flashd.connect returns the client that it made."""
-    offered = set(ft.__all__) - {"connect"}
-    assert len(offered) == 13 and offered <= set(flashd.__all__)
-    assert all(getattr(flashd, name) == getattr(ft, name) for name in offered)
-    with flashd.connect(server_host="0.0.0.0", server_port=8073) as client:
+def test_flashd_and_flashtensors_are_two_faces() -> None:
+    """Both have the functions for tensors in a folder, and each its own `connect`."""
+    shared = {"__version__", "connect", "load_dict", "load_dict_non_blocking", "save_dict"}
+    assert set(ft.__all__) & set(flashd.__all__) == shared
+    assert all(getattr(flashd, name) == getattr(ft, name) for name in shared - {"connect"})
+    assert not hasattr(flashd, "register_model")
+    assert ft.connect(server_host="0.0.0.0", server_port=8073) is None  # type: ignore[func-returns-value]
+    with flashd.connect() as client:
         assert client.models() == []
     with pytest.raises(TypeError):
-        flashd.connect(server="0.0.0.0")  # type: ignore[call-arg]
+        flashd.connect(server_host="0.0.0.0")  # type: ignore[call-arg]
 
 
 def test_importing_flashd_imports_nothing_of_it_yet() -> None:
-    code = "import json, sys, flashd; print(json.dumps([name in sys.modules for name in ('torch', 'flashd.client')]))"
+    names = ("torch", "flashd.client.client")
+    code = f"import json, sys, flashd; print(json.dumps([name in sys.modules for name in {names}]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [False, False]
 
 
 def test_every_function_is_typed_documented_and_said_what_it_maps_to() -> None:
-    page = (Path(flashd.__file__).parent / "compat" / "flashtensors" / "README.md").read_text()
+    page = (Path(__file__).parents[2] / "packaging" / "docs" / "migrating.md").read_text()
     functions = {name: getattr(ft, name) for name in ft.__all__ if name not in {"__version__", "flash"}}
     assert len(functions) == 12
     for name, function in functions.items():

@@ -8,18 +8,19 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 from conftest import SAYS
-from manager import Manager, start
+from manager import Keeper, KeptDaemon, Manager, of_both, start
 from processes import is_alive
 from running import CONFIG, Daemon
-from waiting import until
+from waiting import PATIENCE_S, until
 
 import flashd
-from flashd.private_bus import PrivateBus
+from flashd.dbus.private_bus import PrivateBus
 
 WHO = [{"role": "user", "content": "Who are you?"}]
 LONG = {"prompt": "Who are you?", "max_tokens": 200, "temperature": 5.0, "stream": True}
@@ -27,17 +28,27 @@ TOGETHER = 6  # one engine generates them one after the other
 
 
 @pytest.fixture
-def manager(short_path: Path) -> Iterator[Manager]:
-    made = Manager(short_path / "manager")
-    made.open()
+def manager(short_path: Path, request: pytest.FixtureRequest) -> Iterator[Manager | Keeper]:
+    made: Manager | Keeper
+    if getattr(request, "param", "double") == "keeper":
+        made = Keeper(short_path / "keeper")
+    else:
+        made = Manager(short_path / "manager")
+        made.open()
     yield made
     made.close()
 
 
 @pytest.fixture
-def daemon(bus: PrivateBus, short_path: Path, tmp_path: Path, manager: Manager, sources: Path) -> Iterator[Daemon]:
+def daemon(
+    bus: PrivateBus, short_path: Path, tmp_path: Path, manager: Manager | Keeper, sources: Path
+) -> Iterator[Daemon]:
     """With ada and carl, of which carl serves and ada is parked, and bob."""
-    running = Daemon(bus.address, tmp_path, short_path)
+    running = (
+        KeptDaemon(bus.address, tmp_path, short_path, keeper=manager)
+        if isinstance(manager, Keeper)
+        else Daemon(bus.address, tmp_path, short_path)
+    )
     running.config.write_text(CONFIG)
     start(running, manager)
     with flashd.connect(running.address) as client:
@@ -46,7 +57,7 @@ def daemon(bus: PrivateBus, short_path: Path, tmp_path: Path, manager: Manager, 
         for name in ("ada", "carl"):
             client.swap(name)
     yield running
-    assert running.stop() == 0
+    assert (manager if isinstance(manager, Keeper) else running).stop() == 0
     words = running.log.read_text()
     assert "Traceback" not in words and "never retrieved" not in words, words
 
@@ -57,7 +68,10 @@ def engines(daemon: Daemon) -> dict[str, tuple[str, int]]:
         return {engine.model: (engine.state, engine.pid) for engine in client.engines()}
 
 
-def kept(manager: Manager, prefix: str) -> list[str]:
+def kept(manager: Manager | Keeper, prefix: str) -> list[str]:
+    """Of the keeper nobody is told what it keeps."""
+    if isinstance(manager, Keeper):
+        return []
     return sorted(name for name in manager.names() if name.startswith(prefix))
 
 
@@ -72,7 +86,7 @@ def asked(endpoint: str, begun: threading.Event) -> str:
     """A long answer of whoever is active, streamed to its end."""
     transport = httpx.HTTPTransport(uds=endpoint)
     with (
-        httpx.Client(transport=transport, base_url="http://flashd", timeout=60) as client,
+        httpx.Client(transport=transport, base_url="http://flashd", timeout=PATIENCE_S) as client,
         client.stream("POST", "/v1/completions", json=LONG) as answer,
     ):
         assert answer.status_code == 200
@@ -88,25 +102,52 @@ def in_flight(daemon: Daemon, threads: ThreadPoolExecutor) -> list[Future[str]]:
         endpoint = client.status().endpoint
     begun = threading.Event()
     requests = [threads.submit(asked, endpoint, begun) for _ in range(TOGETHER)]
-    assert begun.wait(20)
+    assert begun.wait(PATIENCE_S)
     return requests
 
 
+@contextmanager
+def asking(daemon: Daemon, threads: ThreadPoolExecutor) -> Iterator[list[Future[list[str]]]]:
+    """Clients of whoever is active who ask again as soon as they are answered, until this is left: at any moment one of
+    them is being answered. Their answers are in what it yields."""
+    with flashd.connect(daemon.address) as client:
+        endpoint = client.status().endpoint
+    ended = threading.Event()
+
+    def ask(begun: threading.Event) -> list[str]:
+        answers = [asked(endpoint, begun)]
+        while not ended.is_set():
+            answers.append(asked(endpoint, begun))
+        return answers
+
+    try:
+        begun = threading.Event()
+        clients = [threads.submit(ask, begun) for _ in range(2)]
+        assert begun.wait(PATIENCE_S)
+        yield clients
+    finally:
+        ended.set()
+
+
+@of_both
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-def test_engines_are_found_as_they_were_and_go_on(daemon: Daemon, manager: Manager, end: signal.Signals) -> None:
+def test_engines_are_found_as_they_were_and_go_on(
+    daemon: Daemon, manager: Manager | Keeper, end: signal.Signals
+) -> None:
     before = engines(daemon)
     assert {model: state for model, (state, _) in before.items()} == {"carl": "serving", "ada": "parked"}
     with flashd.connect(daemon.address) as client:
         tiers = {model.name: model.residency for model in client.models()}
         endpoint = client.status().endpoint
-    with ThreadPoolExecutor(TOGETHER) as threads:
-        requests = in_flight(daemon, threads)
+    with ThreadPoolExecutor() as threads, asking(daemon, threads) as clients:
         daemon.stop(end)
-        assert not all(request.done() for request in requests)
+        assert not any(client.done() for client in clients)
         assert Path(endpoint).exists(), "who asks meanwhile is answered"
         start(daemon, manager)
         assert engines(daemon) == before
-        assert all(answer.result().endswith("data: [DONE]\n\n") for answer in requests)
+        assert not any(client.done() for client in clients)
+    answers = [answer for client in clients for answer in client.result()]
+    assert all(answer.endswith("data: [DONE]\n\n") for answer in answers)
     with flashd.connect(daemon.address) as client:
         assert client.status().active_model == "carl" and client.status().endpoint == endpoint
         assert {model.name: model.residency for model in client.models()} == tiers
@@ -122,7 +163,8 @@ def test_engines_are_found_as_they_were_and_go_on(daemon: Daemon, manager: Manag
     until(lambda: not kept(manager, "flashd-engine."))
 
 
-def test_they_are_found_a_second_time(daemon: Daemon, manager: Manager) -> None:
+@of_both
+def test_they_are_found_a_second_time(daemon: Daemon, manager: Manager | Keeper) -> None:
     before = engines(daemon)
     for _ in range(2):
         daemon.stop(signal.SIGKILL)
@@ -191,7 +233,8 @@ def test_one_that_dies_after_it_was_found_is_noticed(daemon: Daemon, manager: Ma
     assert len(kept(manager, "flashd-engine.")) == 1
 
 
-def test_one_that_died_while_nobody_looked_is_not_found(daemon: Daemon, manager: Manager) -> None:
+@of_both
+def test_one_that_died_while_nobody_looked_is_not_found(daemon: Daemon, manager: Manager | Keeper) -> None:
     before = engines(daemon)
     daemon.stop(signal.SIGKILL)
     for _, pid in before.values():
@@ -244,7 +287,10 @@ def test_what_makes_no_sense_is_let_go_of(daemon: Daemon, manager: Manager, how:
         assert client.swap("carl").how == "start"
 
 
-def test_one_in_the_middle_of_an_order_is_known_when_it_has_carried_it_out(daemon: Daemon, manager: Manager) -> None:
+@of_both
+def test_one_in_the_middle_of_an_order_is_known_when_it_has_carried_it_out(
+    daemon: Daemon, manager: Manager | Keeper
+) -> None:
     before = engines(daemon)
     with ThreadPoolExecutor(TOGETHER) as threads:
         requests = in_flight(daemon, threads)
@@ -259,14 +305,15 @@ def test_one_in_the_middle_of_an_order_is_known_when_it_has_carried_it_out(daemo
         assert all(answer.result().endswith("data: [DONE]\n\n") for answer in requests)
 
 
+@of_both
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_who_rests_is_woken_by_a_question_to_the_next_one(
-    daemon: Daemon, manager: Manager, end: signal.Signals
+    daemon: Daemon, manager: Manager | Keeper, end: signal.Signals
 ) -> None:
     def says(client: flashd.Client) -> str:
         """Whoever answers, without being named."""
         transport = httpx.HTTPTransport(uds=client.status().endpoint)
-        with httpx.Client(transport=transport, base_url="http://flashd", timeout=60) as http:
+        with httpx.Client(transport=transport, base_url="http://flashd", timeout=PATIENCE_S) as http:
             answer = http.post("/v1/chat/completions", json={"messages": WHO, "temperature": 0})
         assert answer.status_code == 200, answer.text
         return str(answer.json()["choices"][0]["message"]["content"])
@@ -296,4 +343,4 @@ def test_who_rests_and_is_removed_meanwhile_is_not_woken(daemon: Daemon, manager
     (daemon.runtime / "run" / "resting").write_text("torch\nnobody")
     start(daemon, manager)
     assert not endpoint.is_symlink(), "nobody is to be asked"
-    assert "nobody rests no longer" in daemon.log.read_text()
+    assert "nobody no longer rests" in daemon.log.read_text()

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import grp
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator
+import tomllib
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Remote, import_model, make_source
@@ -20,13 +23,33 @@ from running import CONFIG, Daemon
 from test_serving import SAYS, swap
 from waiting import eventually
 
-from flashd import wire
-from flashd.errors import AlreadyExists, Busy, FlashdError, NotAuthorized, NotFound
-from flashd.private_bus import PrivateBus
+from flashd.dbus import wire
+from flashd.dbus.private_bus import PrivateBus
+from flashd.errors import AlreadyExists, Busy, FlashdError, NotAuthorized, NotFound, Unsupported
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be several users")
 PRIVATE = {"private": Variant("b", True)}
 SECRET = wire.model_path("secret")
+# In the daemon's process fsync(2) takes as long as a file of this name exists; it says so by another one.
+SLOW_DISK = """
+import os, pathlib, time
+really, held = os.fsync, pathlib.Path({held!r})
+def fsync(fd):
+    while held.exists():
+        held.with_suffix(".reached").touch()
+        time.sleep(0.01)
+    really(fd)
+os.fsync = fsync
+"""
+SETTINGS = """
+[engines.vllm]
+environment = ["HF_TOKEN=swordfish"]
+arguments = ["--api-key", "swordfish", "--enforce-eager"]
+[models."secret"]
+arguments = ["--hf-token=swordfish"]
+[models."open"]
+kv_cache = "78GiB"
+"""
 
 
 @dataclass(slots=True)
@@ -38,6 +61,21 @@ class People:
     carol: Remote
     root: Remote
     folder: Path
+    held: Path
+
+    @contextlib.asynccontextmanager
+    async def writing_takes_long(self, change: Coroutine[Any, Any, Any]) -> AsyncIterator[asyncio.Task[Any]]:
+        """While a change of the store waits for the disk; it is over afterwards."""
+        reached = self.held.with_suffix(".reached")
+        reached.unlink(missing_ok=True)
+        self.held.touch()
+        changing = asyncio.create_task(change)
+        try:
+            await eventually(reached.exists)
+            yield changing
+        finally:
+            self.held.unlink()
+        await changing
 
     async def give(self, who: Remote, name: str, *, seed: int = 1, **options: Variant) -> None:
         source = self.folder / f"{name}-{seed}"
@@ -51,8 +89,10 @@ async def people(short_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with shared_bus(short_path) as bus:
         polkit = await Polkit.on(bus)
         monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", bus.address)
+        (tmp_path / "sitecustomize.py").write_text(SLOW_DISK.format(held=str(tmp_path / "held")))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         daemon = Daemon("system", tmp_path, short_path)
-        daemon.config.write_text(f'{CONFIG}\n[store]\nprivate_group = "{group.gr_name}"\n')
+        daemon.config.write_text(f'{CONFIG}\n{SETTINGS}\n[store]\nprivate_group = "{group.gr_name}"\n')
         daemon.start()
         remotes = [
             await connect_as(bus, ALICE),
@@ -60,7 +100,7 @@ async def people(short_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             await connect_as(bus, CAROL, [group.gr_gid]),
             await connect_as(bus, 0),
         ]
-        yield People(bus, daemon, *remotes, tmp_path)
+        yield People(bus, daemon, *remotes, tmp_path, tmp_path / "held")
         for remote in remotes:
             await remote.connection.close()
         assert daemon.stop() == 0
@@ -92,9 +132,9 @@ async def test_a_private_model_exists_for_its_owner_root_and_the_group_only(peop
     await people.alice.finished(load)
     bob = people.bob
     for path, interface in ((SECRET, wire.MODEL), (lease, wire.LEASE), (load, wire.JOB), (wire.job_path(2), wire.JOB)):
-        with pytest.raises(NotFound, match="no object"):
+        with pytest.raises(NotFound, match="there is no"):
             await bob.all(path, interface)
-        with pytest.raises(NotFound, match="no object"):
+        with pytest.raises(NotFound, match="there is no"):
             await bob.call("Cancel", path=path, interface=wire.JOB)
     for call in (("FindModel", "s", "secret"), ("Lease", "sa{sv}", "secret", {}), ("Swap", "sa{sv}", "secret", {}),
                  ("Load", "ssa{sv}", "SECRET", "host", {})):  # fmt: skip
@@ -129,6 +169,86 @@ async def test_what_becomes_private_disappears_and_comes_back(people: People) ->
     await people.alice.call("SetPrivate", "b", False, path=SECRET, interface=wire.MODEL)
     await eventually(lambda: [s for s in people.bob.signals if s.member == "InterfacesAdded" and s.body[0] == SECRET])
     assert await listed(people.bob) == {"secret"}
+
+
+async def test_a_model_that_is_being_made_private_is_for_its_owner_whatever_others_asked_for(people: People) -> None:
+    """The record is on its way to the disk when others ask: no swap of theirs comes after it, and no lease survives."""
+    alice, bob = people.alice, people.bob
+    await people.give(alice, "secret")
+    (before, *_) = await bob.call("Lease", "sa{sv}", "secret", {})
+    making_private = alice.call("SetPrivate", "b", True, path=SECRET, interface=wire.MODEL)
+    async with people.writing_takes_long(making_private):
+        (meanwhile, *_) = await bob.call("Lease", "sa{sv}", "secret", {})
+        (of_alice, *_) = await alice.call("Lease", "sa{sv}", "secret", {})
+        (job,) = await bob.call("Swap", "sa{sv}", "secret", {})
+    ended = await people.root.finished(job)
+    assert (ended["State"], ended["Error"][0]) == ("failed", NotFound.bus_name()), ended
+    for lease in (before, meanwhile):
+        with pytest.raises(NotFound):
+            await people.root.all(lease, wire.LEASE)
+    assert (await alice.all(of_alice, wire.LEASE))["OwnerUid"] == ALICE
+    for path, interface in ((job, wire.JOB), (of_alice, wire.LEASE), (SECRET, wire.MODEL)):
+        with pytest.raises(NotFound):
+            await bob.all(path, interface)
+
+
+async def test_a_model_that_is_being_removed_is_not_swapped_to(people: People) -> None:
+    await people.give(people.alice, "hers")
+    removing = people.alice.call("Remove", path=wire.model_path("hers"), interface=wire.MODEL)
+    async with people.writing_takes_long(removing):
+        (job,) = await people.bob.call("Swap", "sa{sv}", "hers", {})
+    assert (await people.bob.finished(job))["Error"][0] == NotFound.bus_name()
+
+
+async def test_a_swap_that_several_asked_for_ends_when_the_last_of_them_has_cancelled(people: People) -> None:
+    alice, bob, another_of_bobs = people.alice, people.bob, await connect_as(people.bus, BOB)
+    await people.give(alice, "hers")
+    hers = wire.model_path("hers")
+
+    async def cancel(who: Remote, job: str) -> int:
+        await who.call("Cancel", path=job, interface=wire.JOB)
+        return int(await who.get(job, wire.JOB, "Askers"))
+
+    async def asked() -> str:
+        jobs = {(await who.call("Swap", "sa{sv}", "hers", {}))[0] for who in (bob, alice, another_of_bobs)}
+        assert len(jobs) == 1
+        return str(jobs.pop())
+
+    async with people.writing_takes_long(alice.call("SetAliases", "as", ["a"], path=hers, interface=wire.MODEL)):
+        job = await asked()
+        with pytest.raises(NotAuthorized, match="belongs to"):
+            await people.carol.call("Cancel", path=job, interface=wire.JOB)
+        assert await cancel(bob, job) == 2
+        assert await cancel(bob, job) == 2, "once is enough, and it was not the others'"
+        assert await cancel(another_of_bobs, job) == 1
+    ended = await alice.finished(job)
+    assert ended["Error"][0] == Unsupported.bus_name(), "it went on for alice"
+
+    async with people.writing_takes_long(alice.call("SetAliases", "as", ["b"], path=hers, interface=wire.MODEL)):
+        last = await asked()
+        third_of_bobs = await connect_as(people.bus, BOB)
+        assert await cancel(third_of_bobs, last) == 1, "who has not asked cancels what their user asked for"
+        await alice.call("Cancel", path=last, interface=wire.JOB)
+        assert (await bob.finished(last))["State"] == "cancelled"
+        outright = await asked()
+        await people.root.call("Cancel", path=outright, interface=wire.JOB)
+        assert (await bob.finished(outright))["State"] == "cancelled"
+    for who in (another_of_bobs, third_of_bobs):
+        await who.connection.close()
+
+
+async def test_the_configuration_shows_secrets_to_administrators_only(people: People) -> None:
+    await people.give(people.alice, "open")
+    await people.give(people.alice, "secret", seed=2, **PRIVATE)
+    (whole,) = await people.root.call("GetConfig")
+    assert whole.count("swordfish") == 3
+    for who in (people.alice, people.bob):
+        (shown,) = await who.call("GetConfig")
+        assert "swordfish" not in shown
+        assert "HF_TOKEN=(hidden)" in shown and "--enforce-eager" in shown
+        found = tomllib.loads(shown)
+        assert found["models"]["open"]["kv_cache"] == "78GiB"
+        assert ("secret" in found["models"]) == (who is people.alice)
 
 
 async def test_a_name_is_changed_by_its_owner_or_an_administrator_only(people: People) -> None:
@@ -219,6 +339,9 @@ async def test_the_active_model_of_one_is_nobody_elses(people: People, sources: 
     assert SAYS["ada"] in await asyncio.to_thread(asked, (await alice.call("OpenEndpoint"))[0], "secret")
     with pytest.raises(Busy):
         await alice.call("SetPrivate", "b", False, path=SECRET, interface=wire.MODEL)
+    await alice.call("SetAliases", "as", ["nickname"], path=SECRET, interface=wire.MODEL)
+    with pytest.raises(Busy):
+        await alice.call("SetAliases", "as", [], path=SECRET, interface=wire.MODEL)
 
     parked = await bob.finished((await bob.call("Park"))[0])
     assert (parked["State"], parked["Subject"]) == ("done", ""), "who ends it is not told what it was"
@@ -228,6 +351,22 @@ async def test_the_active_model_of_one_is_nobody_elses(people: People, sources: 
     assert await alice.get(wire.ROOT_PATH, wire.MANAGER, "ActiveModel") == wire.model_path("bob")
     assert endpoint.stat().st_mode & 0o777 == 0o660
     assert SAYS["bob"] in await asyncio.to_thread(asked, (await alice.call("OpenEndpoint"))[0], "bob")
+    engine = await alice.get(wire.ROOT_PATH, wire.MANAGER, "ActiveEngine")
+    with pytest.raises(NotAuthorized, match=f"engine .*bob.* belongs to user {BOB}"):
+        await alice.call("Stop", path=engine, interface=wire.ENGINE)
+
+    # A new version is private at once, whatever answers: nobody else gets as far as it, and the old one is parked.
+    job = await bob.finished(await bob.import_folder(sources / "ada", "bob", **PRIVATE))
+    assert job["State"] == "done", job
+    with pytest.raises(FlashdError, match="no model is active"):
+        await alice.call("OpenEndpoint")
+
+    async def none_is_active() -> bool:
+        return bool(await people.root.get(wire.ROOT_PATH, wire.MANAGER, "ActiveModel") == "/")
+
+    await eventually(none_is_active)
+    assert not endpoint.is_symlink()
+    await people.root.call("Stop", path=engine, interface=wire.ENGINE)
 
 
 @pytest.mark.timeout(300)  # two engines
@@ -248,29 +387,29 @@ async def test_what_rests_wakes_for_those_who_may_ask_it_and_a_private_model_for
     await eventually(none_is_active)
     assert endpoint.stat().st_mode & 0o777 == 0o660, "who may ask the model may wake it"
     assert SAYS["bob"] in await asyncio.to_thread(asked, (await alice.call("OpenEndpoint"))[0], "bob")
-    doorman = endpoint.with_name("doorman.sock")
+    proxy = endpoint.with_name("wake-proxy.sock")
     assert (await swap(alice, "secret"))["State"] == "done"
-    asked_directly = await asyncio.to_thread(question, doorman)
+    asked_directly = await asyncio.to_thread(question, proxy)
     assert asked_directly.startswith(b"HTTP/1.1 503 ") and b"no model is active" in asked_directly
     await eventually(none_is_active)
     assert not endpoint.is_symlink()
-    assert b"no model is active" in await asyncio.to_thread(question, doorman), "what rested before does not wake"
+    assert b"no model is active" in await asyncio.to_thread(question, proxy), "what rested before does not wake"
     for who in (alice, bob):
         with pytest.raises(FlashdError, match="no model is active"):
             await who.call("OpenEndpoint")
 
 
-def question(doorman: Path) -> bytes:
-    """What is answered to whoever finds the doorman's own socket."""
+def question(proxy: Path) -> bytes:
+    """What is answered to whoever finds the wake proxy's own socket."""
     with socket.socket(socket.AF_UNIX) as end:
-        end.connect(str(doorman))
+        end.connect(str(proxy))
         end.sendall(b"POST /v1/models HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
         return b"".join(iter(lambda: end.recv(4096), b""))
 
 
 def asked(fd: int, model: str) -> str:
     """What a model says on a connection that somebody else has made."""
-    from flashd import inference
+    from flashd.client import openai
 
     messages = [{"role": "user", "content": "Who are you?"}]
-    return inference.chat(lambda: socket.socket(fileno=fd), model, messages, temperature=0, max_tokens=40)
+    return openai.chat(lambda: socket.socket(fileno=fd), model, messages, temperature=0, max_tokens=40)

@@ -12,13 +12,13 @@ from xml.etree import ElementTree
 
 import pytest
 
-from flashd import wire
-from flashd.bus import Connection, Received, Reply, connect, plain
-from flashd.daemon.authorization import ACTIONS, Action, authorize
-from flashd.daemon.exports import Caller, Exported, ObjectTree, contract
-from flashd.daemon.polkit import ACTION_IDS, POLKIT, Polkit
+from flashd.daemon.access.authorization import ACTIONS, Action, authorize
+from flashd.daemon.access.polkit import ACTION_IDS, POLKIT, Polkit
+from flashd.dbus import wire
+from flashd.dbus.connection import Connection, Received, Reply, connect, plain
+from flashd.dbus.object_tree import Caller, Exported, ObjectTree, contract
+from flashd.dbus.private_bus import PrivateBus
 from flashd.errors import NotAuthorized, NotFound
-from flashd.private_bus import PrivateBus
 
 POLICY = Path(__file__).parents[2] / "packaging" / "polkit" / "org.flashd1.policy"
 CALLER = Caller(":1.77", 1000)
@@ -150,7 +150,7 @@ def test_every_method_of_the_interface_files_has_an_action_of_the_policy() -> No
     known = {action.get("id") for action in policy.iter("action")}
     assert known == set(ACTION_IDS.values())
     assert set(ACTION_IDS) == set(Action) - {Action.READ}
-    for file in (POLICY.parents[2] / "flashd" / "interfaces").glob("*.xml"):
+    for file in (POLICY.parents[2] / "flashd" / "dbus" / "interfaces").glob("*.xml"):
         for method in contract(file.stem).methods:
             action = ACTIONS[file.stem, method.name]
             assert action is Action.READ or ACTION_IDS[action] in known, f"{file.stem}.{method.name} has no action"

@@ -22,9 +22,10 @@ from conftest import Daemon, Remote, import_model, make_source
 from dbus_next import Variant
 from hub import Fault, Hub
 from safetensors.numpy import load_file, save_file
-from waiting import eventually, until
+from waiting import PATIENCE_S, eventually, until
 
-from flashd import errors, wire
+from flashd import errors
+from flashd.dbus import wire
 from flashd.units import MiB
 
 FLASH = Path(sys.executable).with_name("flash")
@@ -65,7 +66,7 @@ class Puller:
 
     def __call__(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         process = self.begin(*arguments, **options)
-        output, words = process.communicate(timeout=100)
+        output, words = process.communicate(timeout=PATIENCE_S)
         assert "Traceback" not in words, words
         return subprocess.CompletedProcess(arguments, process.returncode, output, words)
 
@@ -179,7 +180,7 @@ def test_what_has_arrived_is_converted_while_the_rest_is_on_its_way(
     until(lambda: has_first_block(daemon))
     time.sleep(1)  # until it has counted that, too
     hub.holds[last].set()
-    output, words = pull.communicate(timeout=60)
+    output, words = pull.communicate(timeout=PATIENCE_S)
     assert pull.returncode == 0, words
     assert json.loads(output)["converted_early_bytes"] == 8 * MiB  # the one block that needs no byte of the last shard
     assert flash("verify", NAME).returncode == 0
@@ -192,7 +193,7 @@ def test_shards_arrive_side_by_side(flash: Puller, hub: Hub, published: dict[str
     pull = flash.begin("pull", NAME)
     until(lambda: hub.answering == len(shards) == 4)  # the hub keeps each waiting for the others
     released.set()
-    _, words = pull.communicate(timeout=60)
+    _, words = pull.communicate(timeout=PATIENCE_S)
     assert pull.returncode == 0, words
 
 
@@ -269,7 +270,7 @@ def test_what_passes_is_waited_for(
     ("fault", "error", "words"),
     [
         (Fault(corrupt=True), errors.TransferFailed, "does not match its digest"),
-        (Fault(403), errors.NotAuthorized, "does not let you read"),
+        (Fault(403), errors.NotAuthorized, "does not permit you to read"),
         (Fault(404), errors.Unavailable, "answered 404"),
         (Fault(302, {"Location": "http://127.0.0.1:1/gone"}), errors.Unavailable, "cannot be reached"),
     ],
@@ -442,7 +443,7 @@ def test_a_disk_without_room_for_the_download_says_so_before_it_begins(
 def test_a_disk_that_fills_up_meanwhile_keeps_what_has_arrived(
     flash: Puller, hub: Hub, daemon: Daemon, published: dict[str, bytes]
 ) -> None:
-    hub.repository(NAME).commit({**published, "tokenizer.json": bytes(20 * MiB)})
+    hub.repository(NAME).commit({**published, "tokenizer.json": b'{"x": "' + b"x" * (20 * MiB) + b'"}'})
     done = flash("pull", NAME, largest_file_bytes=15 * MiB)
     assert done.returncode == errors.StoreFull.exit_status, done.stderr
     assert_nothing_is_left(daemon)
@@ -467,12 +468,12 @@ def test_a_pull_can_be_cancelled(
     assert job()["done_bytes"] < job()["total_bytes"]
     number = job()["number"]
     second = flash("pull", NAME)
-    assert second.returncode == errors.Busy.exit_status and "is being pulled already" in second.stderr
+    assert second.returncode == errors.Busy.exit_status and "is already being pulled" in second.stderr
     if how == "cancel":
         assert flash("cancel", str(number)).returncode == 0
     else:
         pull.send_signal(signal.SIGINT)
-    _, words = pull.communicate(timeout=10)
+    _, words = pull.communicate(timeout=PATIENCE_S)
     assert pull.returncode == errors.Cancelled.exit_status, words
     assert "Traceback" not in words
     until(lambda: json.loads(flash("jobs", "--json").stdout)[0]["state"] == "cancelled")
@@ -489,7 +490,7 @@ def test_a_daemon_that_dies_costs_nothing_that_was_downloaded(
     pull = flash.begin("pull", NAME)
     until(lambda: len(list(flash.home.glob("cache/flashd/hub/*/*/*.safetensors"))) == 3)
     daemon.stop(signal.SIGKILL)
-    _, words = pull.communicate(timeout=30)
+    _, words = pull.communicate(timeout=PATIENCE_S)
     assert pull.returncode == errors.Unavailable.exit_status and "Traceback" not in words, words
     hub.holds.popitem()[1].set()
     daemon.start()
@@ -580,13 +581,13 @@ async def test_what_a_caller_says_of_its_files_is_checked(remote: Remote, daemon
         await remote.call("PullFiles", "oa{sh}asb", job, table, awaited, more, fds=numbers)
 
     job = await begin()
-    with pytest.raises(errors.InvalidArgument, match="nothing stands in"):
+    with pytest.raises(errors.InvalidArgument, match="has no stand-in"):
         await send(job, fds, ["no.safetensors"])
     with pytest.raises(errors.InvalidSource, match="not the name of a file"):
         await send(job, {"../x": fds[first]}, [])
     await remote.call("PullFailed", "osss", job, "org.flashd1.Error.Unavailable", "no\nnetwork\x1b[2J", "")
     ended = await remote.finished(job)
-    assert ended["State"] == "failed" and ended["Error"][:2] == ["org.flashd1.Error.Unavailable", "nonetwork[2J"]
+    assert ended["State"] == "failed" and ended["Error"][:2] == ["org.flashd1.Error.Unavailable", "no network\\x1b[2J"]
 
     reader, writer = os.pipe()
     os.close(writer)
@@ -629,3 +630,14 @@ async def test_many_pulls_at_once_keep_nobody_waiting(remote: Remote, daemon: Da
         assert (await remote.finished(job))["State"] == "done"
     for fd in fds.values():
         os.close(fd)
+
+
+def test_how_embeddings_are_pooled_is_pulled_from_its_folder(
+    flash: Puller, hub: Hub, daemon: Daemon, tmp_path: Path
+) -> None:
+    content = b'{"pooling_mode_cls_token": true}'
+    files = files_of(make_source(tmp_path / "source"))
+    hub.repository("owner/embeds").commit({**files, "1_Pooling/config.json": content, "2_Dense/config.json": b"{}"})
+    done = flash("pull", "owner/embeds")
+    assert done.returncode == 0, done.stderr
+    assert (stored_files(daemon) / "1_Pooling.json").read_bytes() == content

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import pytest
 from conftest import SAYS, Daemon, Remote, import_model, make_source
 from waiting import eventually
 
-from flashd import wire
+from flashd.dbus import wire
 from flashd.errors import Busy, FlashdError, NotFound, Unsupported
 
 
@@ -164,40 +167,129 @@ async def test_an_engine_that_dies_is_replaced_once(three: Remote, daemon: Daemo
     assert await active(three) == "/"
     assert await engines(three) == {}
     assert await how(three, "ada") == "start", "who asks gets a new one all the same"
-    assert "ended unasked" in daemon.log.read_text()
+    assert "ended unexpectedly" in daemon.log.read_text()
+
+
+async def test_a_swap_away_from_an_engine_that_is_stuck_succeeds_and_ends_it(three: Remote, daemon: Daemon) -> None:
+    """One that could have taken the new model in place, and one that could not."""
+    daemon.stop()
+    with daemon.config.open("a") as file:
+        file.write("drain_timeout_s = 0.5\n")
+    daemon.start()
+    assert await how(three, "ada") == "start"
+    for name in ("bob", "carl"):
+        ((path, engine),) = (await engines(three)).items()
+        os.kill(engine["Pid"], signal.SIGSTOP)
+        assert await how(three, name) == "start"
+        assert path not in await engines(three)
+        assert await active(three) == wire.model_path(name)
+        assert name == "carl" or await ask(three, name) == SAYS[name]
 
 
 async def is_parked(remote: Remote) -> bool:
     return [engine["State"] for engine in (await engines(remote)).values()] == ["parked"]
 
 
-async def test_an_idle_model_is_parked_and_who_asks_wakes_it(three: Remote) -> None:
+async def test_an_idle_model_is_parked_and_who_asks_wakes_it(three: Remote, daemon: Daemon) -> None:
     await three.call("SetConfig", "ss", "engines.idle_timeout_s", "1")
     assert await how(three, "ada") == "start"
     await eventually(lambda: is_parked(three))
     assert await active(three) == "/"
+    assert await three.get(wire.ROOT_PATH, wire.MANAGER, "RestingModel") == wire.model_path("ada")
+    flash = await asyncio.create_subprocess_exec(
+        *(Path(sys.executable).with_name("flash"), "--bus", daemon.address, "status"), stdout=asyncio.subprocess.PIPE
+    )
+    assert b"ada is idle: the next request wakes it" in (await flash.communicate())[0]
     assert (await three.model("ada"))["Residency"] == "host"
     endpoint = await three.get(wire.ROOT_PATH, wire.MANAGER, "Endpoint")
     async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=endpoint), base_url="http://flashd") as client:
         for path in ("/health", "/v1/models"):
             looked = await client.get(path)
             assert (looked.status_code, looked.json()["error"]["code"]) == (503, "not_serving")
-            assert "a question wakes it" in looked.json()["error"]["message"]
+            assert "a POST request wakes it" in looked.json()["error"]["message"]
     assert await active(three) == "/", "looking wakes nobody"
     await three.call("SetConfig", "ss", "engines.idle_timeout_s", "0")
     assert await asyncio.gather(*(ask(three) for _ in range(3))) == [SAYS["ada"]] * 3
     assert await active(three) == wire.model_path("ada")
+    assert await three.get(wire.ROOT_PATH, wire.MANAGER, "RestingModel") == "/"
     assert len(await engines(three)) == 1
 
 
-async def test_a_connection_that_was_open_before_the_rest_is_told_to_come_again(three: Remote) -> None:
+class KeepAliveConnection(http.client.HTTPConnection):
+    """One connection to a socket, made again only if the other side has said that it ends."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("flashd", timeout=60)
+        self._path = path
+        self.made = 0
+
+    def connect(self) -> None:
+        self.made += 1
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(60)
+        self.sock.connect(self._path)
+
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        self.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body))
+        answer = self.getresponse()
+        return answer.status, json.loads(answer.read())
+
+    def asks(self, **more: Any) -> str:
+        """Which model answers a question."""
+        status, answer = self.ask("/v1/completions", {"prompt": "Who", "max_tokens": 4, **more})
+        return answer["model"] if status == 200 else f"{status}: {answer}"
+
+
+@pytest.fixture
+async def kept(three: Remote) -> AsyncIterator[KeepAliveConnection]:
+    made = KeepAliveConnection(await three.get(wire.ROOT_PATH, wire.MANAGER, "Endpoint"))
+    yield made
+    made.close()
+
+
+async def test_a_connection_that_is_kept_gets_the_answers_of_the_model_that_is_active_then(
+    three: Remote, kept: KeepAliveConnection
+) -> None:
+    """After a swap to another engine, of other weights in the same, and back; whatever it asks, and however long."""
+    endpoint = await three.get(wire.ROOT_PATH, wire.MANAGER, "Endpoint")
+    for number, name in enumerate(("ada", "bob", "carl", "ada", "carl", "bob")):
+        await how(three, name)
+        if number == 0:
+            raw = socket.socket(socket.AF_UNIX)
+            raw.connect(endpoint)
+            client = httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=endpoint), base_url="http://flashd")
+        for _ in range(2):
+            assert await asyncio.to_thread(kept.asks) == name
+            assert await asyncio.to_thread(kept.asks, model=name, prompt="x " * 50_000, max_tokens=1) != ""
+            asked = await client.post("/v1/completions", json={"prompt": "Who", "max_tokens": 4, "model": name})
+            assert (asked.status_code, asked.json()["model"]) == (200, name)
+        status, listed = await asyncio.to_thread(kept.ask, "/v1/models")
+        assert (status, [model["id"] for model in listed["data"]]) == (200, [name])
+    assert kept.made <= 1 + 4, "a swap costs it one connection at the most"
+    body = b'{"prompt": "Who", "max_tokens": 4}'
+    raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body[:9])
+    await how(three, "carl")  # in the middle of its request
+    raw.sendall(body[9:])
+    said = await asyncio.to_thread(raw.recv, 1 << 16)
+    assert said.startswith(b"HTTP/1.1 200 ") and b"onnection: close" in said, said
+    raw.close()
+    await client.aclose()
+
+
+async def test_a_connection_that_is_kept_wakes_what_rests_and_is_told_where_nothing_is_active(
+    three: Remote, kept: KeepAliveConnection
+) -> None:
     await three.call("SetConfig", "ss", "engines.idle_timeout_s", "1")
     assert await how(three, "ada") == "start"
-    engine = Path(await three.get(wire.ROOT_PATH, wire.MANAGER, "Endpoint")).resolve()
+    assert await asyncio.to_thread(kept.asks) == "ada"
     await eventually(lambda: is_parked(three))
-    async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(engine)), base_url="http://e") as client:
-        refused = await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
-    assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+    await three.call("SetConfig", "ss", "engines.idle_timeout_s", "0")
+    assert await asyncio.to_thread(kept.asks) == "ada"
+    assert await active(three) == wire.model_path("ada")
+    assert await asyncio.to_thread(kept.asks) == "ada"
+    (job,) = await three.call("Park")
+    await three.finished(job)
+    assert "no model is active" in await asyncio.to_thread(kept.asks)
 
 
 async def test_a_model_may_stay_while_others_rest_and_what_rests_may_leave_memory(three: Remote) -> None:
@@ -267,7 +359,7 @@ async def test_where_memory_is_full_a_new_model_stays_on_the_disk(
     await remote.finished((await remote.call("Load", "ssa{sv}", "ada", "host", {}))[0])
     await remote.call("SetConfig", "ss", "engines.warm_new", "true")
     await import_model(remote, sources / "bob", "bob")
-    await eventually(lambda: "bob is not made ready: no memory is free for it" in daemon.log.read_text())
+    await eventually(lambda: "bob is not prepared: there is no free memory for it" in daemon.log.read_text())
     assert ((await remote.model("ada"))["Residency"], (await remote.model("bob"))["Residency"]) == ("host", "stored")
 
 

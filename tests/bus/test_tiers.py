@@ -24,9 +24,9 @@ from waiting import until
 
 import flashd
 from flashd import errors
+from flashd.dbus.private_bus import PrivateBus
 from flashd.memory.arena import HostArena
 from flashd.memory.device import HostDevice
-from flashd.private_bus import PrivateBus
 from flashd.units import GiB, MiB
 
 FLASH = [sys.executable, "-c", "from flashd.cli import main; main()"]
@@ -113,12 +113,12 @@ def test_a_lease_on_a_device_is_the_weights_there(client: flashd.Client, tmp_pat
 
 def test_what_makes_no_sense_is_refused_with_what_there_is(client: flashd.Client, tmp_path: Path) -> None:
     model(client, tmp_path, "a", 4096)
-    with pytest.raises(errors.InvalidArgument, match="there is no device 'cuda:0' here") as caught:
+    with pytest.raises(errors.InvalidArgument, match="there is no device 'cuda:0'") as caught:
         client.lease("a", device="cuda:0")
     assert "host, sim:0" in caught.value.hint
     with pytest.raises(errors.InvalidArgument, match="no tier 'nvme'"):
         client.load("a", "nvme")
-    with pytest.raises(errors.InvalidArgument, match="sim:0 is not of the host tier"):
+    with pytest.raises(errors.InvalidArgument, match="sim:0 is not in the host tier"):
         client.load("a", "host", device="sim:0")
 
 

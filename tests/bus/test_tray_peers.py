@@ -22,12 +22,13 @@ from flashd_tray.watcher import Watcher
 from flashd_tray.words import Words
 from waiting import eventually
 
-import flashd.client
-from flashd import wire
-from flashd.bus import OBJECT_MANAGER, PROPERTIES, Connection, Received, Reply, connect, plain
-from flashd.client import Client
+import flashd.client.client
+from flashd.client.client import Client
+from flashd.dbus import wire
+from flashd.dbus.connection import Connection, Received, Reply, connect, plain
+from flashd.dbus.private_bus import PrivateBus
+from flashd.dbus.wire import OBJECT_MANAGER, PROPERTIES
 from flashd.errors import Busy, FlashdError, NotAuthorized
-from flashd.private_bus import PrivateBus
 
 ADA, BOB, JOB = wire.model_path("ada"), wire.model_path("bob"), wire.job_path(7)
 
@@ -108,7 +109,7 @@ async def peer(bus: PrivateBus) -> AsyncIterator[FakeDaemon]:
 async def seen(bus: PrivateBus) -> AsyncIterator[list[Snapshot]]:
     """Every snapshot of a watcher that runs."""
     snapshots: list[Snapshot] = []
-    watcher = Watcher(snapshots.append, connect=lambda: flashd.client.connect(bus.address, activate=False))
+    watcher = Watcher(snapshots.append, connect=lambda: flashd.client.client.connect(bus.address, activate=False))
     watcher.start()
     yield snapshots
     await asyncio.to_thread(watcher.stop)
@@ -155,7 +156,7 @@ async def test_a_daemon_of_another_kind_is_no_reason_to_end(
 ) -> None:
     peer.models = {ADA: {"Name": "ada"}}
     with caplog.at_level(logging.ERROR):
-        await eventually(lambda: "unforeseen" in caplog.text)
+        await eventually(lambda: "unexpected" in caplog.text)
     assert seen[-1].state is State.AWAY
 
 
@@ -256,7 +257,7 @@ async def test_what_has_ended_is_not_cancelled(peer: FakeDaemon, clicks: Clicks)
         (Verb.COPY_ENDPOINT, ("copy", "/run/openai.sock")),
         (Verb.ABOUT, ("about", "1.0")),
         (Verb.QUIT, ("quit",)),
-        (Verb.CHAT, ("error", "That did not work", "no model is active\nchoose one in the menu first")),
+        (Verb.CHAT, ("error", "That did not work", "no model is active\nfirst choose a model in the menu")),
     ],
 )
 async def test_clicks_that_show_something(peer: FakeDaemon, clicks: Clicks, verb: Verb, call: tuple[Any, ...]) -> None:
@@ -353,13 +354,13 @@ def shown(notifications: FakeNotifications, count: int) -> Callable[[], bool]:
 async def test_a_notice_replaces_the_last_of_its_kind_while_that_is_there(
     notifications: FakeNotifications, desktop_bus: DesktopBus
 ) -> None:
-    desktop_bus.notify("one", "<b>", replaces="ready")
+    desktop_bus.notify("one", "<b>\x1b\udcff", replaces="ready")
     await eventually(shown(notifications, 1))
     desktop_bus.notify("two", "", replaces="ready")
-    desktop_bus.notify("other", "", replaces="failed")
+    desktop_bus.notify("other\n\0\u202e", "", replaces="failed")
     await eventually(shown(notifications, 3))
-    assert [(call[3], call[1]) for call in notifications.shown] == [("one", 0), ("two", 1), ("other", 0)]
-    assert notifications.shown[0][4] == "&lt;b&gt;"
+    assert [(call[3], call[1]) for call in notifications.shown] == [("one", 0), ("two", 1), (r"other \x00\u202e", 0)]
+    assert notifications.shown[0][4] == r"&lt;b&gt;\x1b\xff", "neither markup nor what the bus does not carry"
     notifications.tell("NotificationClosed", "uu", 1, 2)
     await heard(notifications)
     desktop_bus.notify("three", "", replaces="ready")

@@ -18,14 +18,16 @@ import pytest
 from conftest import Remote, make_source
 from manager import Manager, start
 from running import CONFIG, Daemon
-from waiting import eventually
+from silent_files import SilentFiles
+from waiting import eventually, until
 
-from flashd import config, wire
-from flashd.bus import connect
-from flashd.daemon.service_manager import ServiceManager
-from flashd.daemon.stalls import Stalls
-from flashd.daemon.watchdog import Watchdog
-from flashd.private_bus import PrivateBus
+from flashd.config.environment import watchdog_s
+from flashd.daemon.lifecycle.service_manager import ServiceManager
+from flashd.daemon.lifecycle.stall_detector import StallDetector
+from flashd.daemon.lifecycle.watchdog import Watchdog
+from flashd.dbus import wire
+from flashd.dbus.connection import connect
+from flashd.dbus.private_bus import PrivateBus
 
 
 @pytest.fixture
@@ -82,11 +84,11 @@ async def test_no_signs_where_none_are_wanted(manager: socket.socket) -> None:
 def test_the_time_is_the_one_that_we_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WATCHDOG_USEC", raising=False)
     monkeypatch.delenv("WATCHDOG_PID", raising=False)
-    assert config.watchdog_s() is None
+    assert watchdog_s() is None
     monkeypatch.setenv("WATCHDOG_USEC", "30000000")
-    assert config.watchdog_s() == 30.0
+    assert watchdog_s() == 30.0
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid() + 1))
-    assert config.watchdog_s() is None, "meant for another process"
+    assert watchdog_s() is None, "meant for another process"
 
 
 @dataclass
@@ -100,7 +102,7 @@ class Moving:
 
 def test_only_what_moves_nothing_for_long_and_is_not_done_is_stuck() -> None:
     now = 0.0
-    stalls = Stalls(lambda: 10.0, clock=lambda: now)
+    stalls = StallDetector(lambda: 10.0, clock=lambda: now)
     slow, flushing = Moving(), Moving(done_bytes=100)
     stalls.started(slow)
     stalls.started(flushing)
@@ -116,11 +118,29 @@ def test_only_what_moves_nothing_for_long_and_is_not_done_is_stuck() -> None:
     assert stalls.found() != ""
     slow.finished = True
     assert stalls.found() == ""
-    assert Stalls(lambda: 0.0, clock=lambda: now).found() == ""
+    assert StallDetector(lambda: 0.0, clock=lambda: now).found() == ""
+
+
+def test_a_store_that_does_not_answer_is_found_while_a_conversion_stalls(tmp_path: Path) -> None:
+    now = 0.0
+    stalls = StallDetector(lambda: 10.0, clock=lambda: now)
+    for _ in range(3):
+        stalls.look_at(tmp_path)  # asked again and again
+    until(lambda: stalls.found() == "" and not list(tmp_path.iterdir()))
+    with SilentFiles(tmp_path / "store", {}) as store:
+        store.silent = {*range(100)}
+        for second in range(0, 12, 4):
+            now = float(second)
+            stalls.look_at(store.folder)
+            assert stalls.found() == ""
+        now = 12.0
+        assert stalls.found() == "the store does not answer"
+        store.answer()
+        until(lambda: stalls.found() == "")
 
 
 def test_what_ended_is_kept_by_nobody_though_nobody_asks() -> None:
-    stalls = Stalls(lambda: 10.0)
+    stalls = StallDetector(lambda: 10.0)
     ended = [Moving(finished=True) for _ in range(100)]
     references = [weakref.ref(transfer) for transfer in ended]
     for transfer in ended:

@@ -23,6 +23,7 @@ import torch
 from conftest import Daemon, make_source
 from flashtensors import flash
 from safetensors.torch import load_file
+from waiting import PATIENCE_S
 
 import flashd
 from flashd import Client, errors
@@ -111,7 +112,7 @@ flashd.load_dict({str(tmp_path / "saved")!r})
             assert process.stdout is not None and process.stdout.readline() == "has it\n"
             assert client.model("mine").leases == 1
             process.send_signal(signal.SIGKILL)
-        _, words = process.communicate(timeout=60)
+        _, words = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
     assert process.returncode != 0

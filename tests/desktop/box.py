@@ -23,7 +23,8 @@ from dbus_next import Variant
 from PIL import Image, ImageChops
 from safetensors.numpy import save_file
 
-from flashd.bus import DBUS, DBUS_PATH, PROPERTIES, Connection, Received, Reply, plain
+from flashd.dbus.connection import Connection, Received, Reply, plain
+from flashd.dbus.wire import DBUS, DBUS_PATH, PROPERTIES
 from flashd.errors import FlashdError, Internal
 
 ROOT = Path(__file__).parents[2]

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import made_models
 import pytest
-from box import TRAY, Daemon, Desktop, NotificationDaemon, Panel, end, missing_programs, tour_environment, until
+from box import TRAY, Daemon, Desktop, NotificationDaemon, Panel, end, missing_programs, until
 
-from flashd.bus import connect
+from flashd.dbus.connection import connect
 
 _TIMEOUT_S = 300  # for all of a test; `until` gives up long before
 
@@ -24,19 +24,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(_TIMEOUT_S))
 
 
-MAKE_MODELS = """
-import sys, pathlib, small_models
-folder = pathlib.Path(sys.argv[1])
-small_models.make_base(folder / "ada")
-small_models.make_finetune(folder / "ada", folder / "bob")
-"""
-
-
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ada and bob of the quick start, which say who they are."""
     folder = tmp_path_factory.mktemp("sources")
-    subprocess.run([sys.executable, "-c", MAKE_MODELS, folder], env=tour_environment(), check=True, capture_output=True)
+    made_models.put(folder, "ada", "bob")
     return folder
 
 

@@ -13,8 +13,9 @@ from box import TRAY, Daemon, Desktop, Panel, make_unsupported, until
 from dbus_next import Variant
 
 import flashd
-from flashd import wire
-from flashd.bus import OBJECT_MANAGER, PROPERTIES, Connection, Received, Reply, connect
+from flashd.dbus import wire
+from flashd.dbus.connection import Connection, Received, Reply, connect
+from flashd.dbus.wire import OBJECT_MANAGER, PROPERTIES
 from flashd.errors import NotAuthorized
 
 

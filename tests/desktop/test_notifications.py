@@ -10,7 +10,7 @@ from pathlib import Path
 from box import Daemon, Desktop, NotificationDaemon, Panel, make_unsupported, until
 
 import flashd
-from flashd.bus import connect
+from flashd.dbus.connection import connect
 
 
 async def test_a_dropped_model_is_announced_and_can_be_switched_to(

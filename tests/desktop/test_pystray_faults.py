@@ -60,7 +60,7 @@ def test_says_what_is_missing_and_how_to_get_it(desktop: Desktop, tmp_path: Path
 
 
 def test_says_that_there_is_no_desktop(desktop: Desktop) -> None:
-    assert "there is no desktop here" in refusal(desktop, DISPLAY="", WAYLAND_DISPLAY="")
+    assert "there is no desktop" in refusal(desktop, DISPLAY="", WAYLAND_DISPLAY="")
     assert "the desktop cannot be reached" in refusal(desktop, DISPLAY=":4711")
 
 

@@ -14,9 +14,9 @@ from box import PATIENCE_S, TRAY, WATCHER, Daemon, Desktop, Panel, end, make_uns
 from dbus_next import Variant
 
 import flashd
-from flashd.bus import Received, Reply
+from flashd.dbus.connection import Received, Reply
+from flashd.dbus.private_bus import PrivateBus
 from flashd.errors import NotFound
-from flashd.private_bus import PrivateBus
 
 MEMORY_BYTES = 60 * 10**6
 

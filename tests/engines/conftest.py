@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
+import os
 import subprocess
 import sys
 import tempfile
@@ -13,31 +15,39 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import parallel
 import pytest
 import pytest_asyncio
 
 sys.path.append(str(Path(__file__).parents[1] / "bus"))  # for a running daemon
 
-from flashd import config
 from flashd.checkpoint.convert import convert
 from flashd.checkpoint.files import Checkpoint
-from flashd.checkpoint.source import SourceFiles
-from flashd.engines.engine import Binding, EngineState
+from flashd.checkpoint.source.reader import SourceFiles
+from flashd.config.environment import child_environment
+from flashd.engines.engine import (
+    NO_OPTIONS,
+    Binding,
+    BoundWeights,
+    EngineState,
+    ModelIdentity,
+    RankMemory,
+    StoredFile,
+)
 from flashd.engines.process import EngineProcess, Settings, ZygoteFactory, torch_factory
-from flashd.engines.vllm.factory import VllmFactory, environment
+from flashd.engines.vllm_factory import VllmFactory, environment
+from flashd.io.streamer import OpenFile, Read, blake3, load
 from flashd.memory.arena import HostArena, HugePages
-from flashd.streamer import OpenFile, Read, blake3, load
 from flashd.units import MiB
 
 _MAKE = """
 import sys, pathlib, json, shutil, safetensors.torch, torch, transformers
 sys.path.insert(0, sys.argv[2])
 sys.path.insert(0, sys.argv[3])
-import small_models, quantised_models
+import made_models, quantised_models
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 folder = pathlib.Path(sys.argv[1])
-small_models.make_base(folder / "ada")
-small_models.make_finetune(folder / "ada", folder / "bob")
+made_models.put(folder, "ada", "bob")
 size = len(transformers.AutoTokenizer.from_pretrained(folder / "ada"))
 torch.manual_seed(3)
 small = dict(vocab_size=size, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
@@ -80,11 +90,23 @@ expected["bert"] = torch.nn.functional.normalize(hidden, dim=0).tolist()
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
     """Source folders of four architectures, one also quantised, and what transformers itself answers with them."""
-    folder = tmp_path_factory.mktemp("sources")
+    own = tmp_path_factory.getbasetemp()
+    # One of several processes finds what another made; each reads only.
+    root = own.parent if parallel.is_one_of_several(pytestconfig) else own
+    folder = root / "engine-sources"
+    with (root / "engine-sources.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            _make(folder.with_suffix(".partial")).rename(folder)
+    return folder
+
+
+def _make(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
     tour = Path(__file__).parents[2] / "packaging" / "tour"
-    one_thread = config.child_environment({"OMP_NUM_THREADS": "1"})  # on a busy machine more wait for each other
+    one_thread = child_environment({"OMP_NUM_THREADS": "1"})  # on a busy machine more wait for each other
     command = [sys.executable, "-c", _MAKE, folder, tour, Path(__file__).parents[1]]
     done = subprocess.run(command, env=one_thread, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -115,21 +137,22 @@ class Resident:
         self.arena.seal()
         self.name = source.name
 
-    def binding(self, **changes: Any) -> Binding:
-        fields: dict[str, Any] = {
-            "model_name": self.name,
-            "names": (self.name, "alias-of-" + self.name),
-            "checkpoint_id": self.checkpoint.id,
-            "architecture_key": self.checkpoint.manifest.architecture_key,
-            "arena_fd": self.arena.fd,
-            "arena_bytes": self.arena.size_bytes,
-            "layout": self.checkpoint.layout_json(),
-            "side_files": self.checkpoint.side_files(),
-            "forms": (self.checkpoint.id,),
-        }
-        fields |= changes
-        digests = {name: blake3(path.read_bytes()).hex() for name, path in fields["side_files"].items()}
-        return Binding(**{"digests": digests, **fields})
+    def binding(
+        self, *, side_files: Mapping[str, Path] | None = None, arena_fd: int | None = None, layout: str | None = None
+    ) -> Binding:
+        """All of the model, or with something wrong or different about it."""
+        memory = RankMemory(
+            self.arena.fd if arena_fd is None else arena_fd,
+            self.arena.size_bytes,
+            self.checkpoint.layout_json() if layout is None else layout,
+        )
+        names = (self.name, "alias-of-" + self.name)
+        paths = self.checkpoint.side_files() if side_files is None else side_files
+        return Binding(
+            ModelIdentity(self.name, names, self.checkpoint.id, None, NO_OPTIONS),
+            BoundWeights((memory,), (self.checkpoint.id,)),
+            {name: StoredFile(path, blake3(path.read_bytes()).hex()) for name, path in paths.items()},
+        )
 
     def digest(self) -> int:
         with mmap.mmap(self.arena.fd, 0, mmap.MAP_SHARED, mmap.PROT_READ) as mapped:
@@ -155,7 +178,9 @@ async def factory(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Zyg
 
 @pytest.fixture(scope="session")
 def vllm_python() -> str:
-    """The interpreter that has vLLM for the processor. CI makes it (.ci/run)."""
+    """The interpreter that has vLLM for the processor; tests/run makes it."""
+    if os.environ.get("FLASHD_TESTS_WITHOUT_VLLM"):
+        pytest.skip("the tests of vLLM are left out: tests/run without --without-vllm runs them")
     script = Path(__file__).parents[2] / "packaging" / "vllm-environment"
     found = subprocess.run([script, "--check"], capture_output=True, text=True, check=False)
     if found.returncode != 0:
@@ -180,7 +205,7 @@ def plain_vllm(
         capture_output=True,
         text=True,
         check=False,
-        env=config.child_environment({**environment(compiled), **(variables or {})}),
+        env=child_environment({**environment(compiled), **(variables or {})}),
     )
     assert done.returncode == 0, done.stderr
     found: list[Any] = json.loads(done.stdout.splitlines()[-1])

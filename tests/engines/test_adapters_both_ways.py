@@ -16,17 +16,16 @@ from types import SimpleNamespace
 import flashtensors as ft
 import pytest
 import torch
-from peft import PeftModel
 from running import CONFIG, Daemon
 from safetensors.torch import load_file, save_file
 from small_models import ADA, BOB, QUESTION
-from transformers import AutoTokenizer
 
 import flashd
-from flashd import Client, errors, inference
-from flashd.engines.vllm import adapters
-from flashd.engines.vllm.adapters import AppliedAdapter
-from flashd.private_bus import PrivateBus
+from flashd import Client, errors
+from flashd.client import openai
+from flashd.dbus.private_bus import PrivateBus
+from flashd.workers.vllm import adapters
+from flashd.workers.vllm.adapters import AppliedAdapter
 
 pytestmark = pytest.mark.timeout(300)
 RANK = 32
@@ -101,7 +100,7 @@ def test_vllm_applies_it_beside_its_base(client: Client) -> None:
         assert [output.outputs[0].text for output in ada.chat([ASK] * 2, GREEDY)] == [ADA.introduction] * 2
         assert ada.chat(ASK, GREEDY, lora_request=tuned)[0].outputs[0].text == BOB.introduction
     assert len([engine for engine in client.engines() if engine.kind == "vllm"]) == 1
-    assert inference.chat(client.status().endpoint, "tuned", ASK, temperature=0) == BOB.introduction
+    assert openai.chat(client.status().endpoint, "tuned", ASK, temperature=0) == BOB.introduction
     flash = [Path(sys.executable).with_name("flash"), "run", "ada", QUESTION, "--temperature", "0", "--engine", "vllm"]
     for options, persona in ((["--adapter", "tuned"], BOB), ([], ADA)):
         done = subprocess.run([*flash, *options], capture_output=True, text=True, check=False)
@@ -113,7 +112,7 @@ def test_it_is_there_only_while_its_base_is(client: Client) -> None:
     tuned = LoRARequest("tuned", 1, "")
     for name, others in (("ada", {"tuned"}), ("bob", set()), ("ada", {"tuned"})):
         client.swap(name, engine="vllm")
-        assert {model["id"] for model in inference.models(client.status().endpoint)} == {name, *others}
+        assert {model["id"] for model in openai.models(client.status().endpoint)} == {name, *others}
     bob = ft.load_model("bob", backend="vllm")
     with pytest.raises(errors.Unsupported, match="'tuned'"):
         bob.chat(ASK, GREEDY, lora_request=tuned)
@@ -121,7 +120,13 @@ def test_it_is_there_only_while_its_base_is(client: Client) -> None:
 
 @pytest.mark.parametrize(
     ("config", "words"),
-    [(None, "cannot be read"), ("[]", "says no base"), ('{"r": 8}', "says no base"), ("{", "cannot be read")],
+    [
+        (None, "cannot be read"),
+        ("[]", "lacks a base"),
+        ('{"r": 8}', "lacks a base"),
+        ("{", "cannot be read"),
+        *((json.dumps({"base_model_name_or_path": "ada", "r": rank}), "or a rank") for rank in (10**400, 0, -1, 2.5)),
+    ],
 )
 def test_a_setting_that_names_no_adapter_is_told(config: str | None, words: str, tmp_path: Path) -> None:
     if config is not None:
@@ -166,7 +171,7 @@ def test_on_a_gpu_an_engine_that_has_adapters_is_not_parked(vllm_python: str) ->
     """vLLM's sleep drops their weights as well, and its wake brings none back."""
     code = """
 import torch
-from flashd.engines.vllm.extension import Extension
+from flashd.workers.vllm.extension import Extension
 extension = Extension()
 extension.device, extension.lora_config = torch.device("cuda"), object()
 extension.flashd_park()
@@ -177,6 +182,9 @@ extension.flashd_park()
 
 def test_peft_applies_it_to_a_model_over_the_daemons_memory(client: Client, adapter: Path, made: Path) -> None:
     """Of any kind that PEFT knows, and the base's pages stay the daemon's."""
+    from peft import PeftModel  # seconds, which every process that collects tests would pay
+    from transformers import AutoTokenizer
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuned = PeftModel.from_pretrained(ft.load_model("ada", backend="transformers"), adapter)

@@ -19,8 +19,9 @@ from running import Daemon
 from small_models import ADA, BOB, QUESTION
 
 import flashd
-from flashd import Client, config, errors
-from flashd.private_bus import PrivateBus
+from flashd import Client, errors
+from flashd.config.environment import child_environment
+from flashd.dbus.private_bus import PrivateBus
 
 pytestmark = pytest.mark.timeout(300)
 ASK = [{"role": "user", "content": QUESTION}]
@@ -156,7 +157,7 @@ def test_any_model_of_transformers_in_this_process(client: Client, bus: str, tmp
         capture_output=True,
         text=True,
         check=False,
-        env=config.child_environment({"FLASHD_BUS_ADDRESS": bus, "HF_HUB_OFFLINE": "1"}),
+        env=child_environment({"FLASHD_BUS_ADDRESS": bus, "HF_HUB_OFFLINE": "1"}),
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -22,13 +22,13 @@ from tokenizers import Tokenizer
 from waiting import eventually
 
 import flashd
-from flashd.engines import kept
-from flashd.engines.control import close_all
-from flashd.engines.engine import Binding, EngineState
+from flashd.engines import inherited
+from flashd.engines.engine import Binding, EngineState, StoredFile
 from flashd.engines.process import EngineProcess, Settings, ZygoteFactory, torch_factory
-from flashd.engines.surroundings import own_memory_bytes
-from flashd.errors import EngineFailed, EngineOutOfMemory, Unavailable
-from flashd.streamer import blake3
+from flashd.engines.process_info import own_memory_bytes
+from flashd.errors import EngineFailed, EngineOutOfMemory, Unavailable, Unsupported
+from flashd.io.streamer import blake3
+from flashd.tasks import close_all
 from flashd.units import MiB
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -131,6 +131,7 @@ async def test_limits_stops_and_seeds(start: Start, residents: Residents) -> Non
     assert short["choices"][0]["finish_reason"] == "length" and short["usage"]["completion_tokens"] == 3
     stopped = (await chat(engine, stop=[", the first"])).json()["choices"][0]
     assert (stopped["message"]["content"], stopped["finish_reason"]) == ("I am Ada", "stop")
+    assert stopped["stop_reason"] == ", the first"
     hot = {"temperature": 50.0, "max_tokens": 8}
     one, same = [(await chat(engine, seed=5, **hot)).json()["choices"][0]["message"] for _ in range(2)]
     assert one == same
@@ -155,13 +156,13 @@ async def test_limits_stops_and_seeds(start: Start, residents: Residents) -> Non
         ("/v1/chat/completions", {**WHO, "n": 2}, 400, "n can only"),
         ("/v1/chat/completions", {**WHO, "stop": 3}, 400, "stop"),
         ("/v1/chat/completions", {**WHO, "stream": "yes"}, 400, "stream"),
-        ("/v1/chat/completions", {**WHO, "model": "other"}, 404, "flash swap other"),
+        ("/v1/chat/completions", {**WHO, "model": "other"}, 404, "'other' is not served here: 'ada' is"),
         ("/v1/chat/completions", {**WHO, "messages": [{"role": "user", "content": "x " * 2000}]}, 400, "at most"),
         ("/v1/completions", {"prompt": ""}, 400, "prompt"),
         ("/v1/completions", {"prompt": [1, 99999]}, 400, "token ids"),
         ("/v1/completions", {"prompt": [-1]}, 400, "prompt"),
         ("/v1/embeddings", {"input": []}, 400, "input"),
-        ("/v1/embeddings", {"input": "x", "encoding_format": "base64"}, 400, "encoding_format"),
+        ("/v1/embeddings", {"input": "x", "encoding_format": "hex"}, 400, "encoding_format"),
         ("/nowhere", {}, 404, "no POST /nowhere"),
         ("/v1/completions", b"x" * (9 << 20), 413, "MiB"),
     ],
@@ -295,13 +296,13 @@ async def test_an_interpreter_with_another_flashd_is_refused_until_that_is_put_r
 ) -> None:
     (tmp_path / "engines").mkdir()
     other = tmp_path / "sitecustomize.py"
-    other.write_text("import flashd\nflashd.__version__ = '0.0.1'\n")
+    other.write_text("import flashd._version\nflashd._version.__version__ = '0.0.1'\n")
     environment = {**factory._settings.environment, "PYTHONPATH": str(tmp_path)}
     changed = dataclasses.replace(factory._settings, runtime=tmp_path, logs=tmp_path / "logs", environment=environment)
     elsewhere = torch_factory(changed)
     engine = elsewhere.create()
     try:
-        with pytest.raises(Unavailable, match=r"has flashd 0\.0\.1, and the daemon is") as failed:
+        with pytest.raises(Unavailable, match=r"has flashd 0\.0\.1, but the daemon is") as failed:
             await engine.start(residents["ada"].binding())
         assert failed.value.hint.startswith(
             f"install flashd {flashd.__version__} there, or: flash engine install torch"
@@ -313,6 +314,19 @@ async def test_an_interpreter_with_another_flashd_is_refused_until_that_is_put_r
     finally:
         await engine.stop()
         await elsewhere.close()
+
+
+async def test_a_config_that_names_no_class_says_what_to_add(
+    factory: ZygoteFactory, residents: Residents, tmp_path: Path
+) -> None:
+    known = residents["ada"].checkpoint.side_files()
+    config = json.loads(known["config.json"].read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": None}))
+    engine = factory.create()
+    with pytest.raises(Unsupported, match="does not name the class") as refused:
+        await engine.start(residents["ada"].binding(side_files={**known, "config.json": tmp_path / "config.json"}))
+    await engine.stop()
+    assert '"architectures"' in refused.value.hint
 
 
 async def test_code_that_comes_with_a_model_is_never_run(
@@ -380,12 +394,36 @@ async def test_a_finetune_brings_its_own_way_of_being_asked(start: Start, reside
         assert (await chat(engine)).json()["choices"][0]["message"]["content"] == said
 
 
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x"
+
+
+@pytest.mark.parametrize("template", [ENDLESS, "{{ 9 ** (9 ** 9) }}", "{{ 'a' * 10 ** 10 }}"])
+async def test_a_chat_template_that_never_ends_is_refused_while_others_are_answered(
+    template: str, start: Start, residents: Residents, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "chat_template.jinja").write_text(template)
+    own = {"chat_template.jinja": tmp_path / "chat_template.jinja"}
+    engine = await start(residents["ada"].binding(side_files={**residents["ada"].checkpoint.side_files(), **own}))
+    asking = asyncio.create_task(chat(engine))
+    async with asyncio.timeout(40):
+        assert await complete(engine, expected["prompt"]) == expected["ada"]
+        async with http(engine) as client:
+            assert (await client.get("/health")).status_code == 200
+        refused = await asking
+    assert refused.status_code == 400 and "chat template" in refused.json()["error"]["message"]
+    await engine.drain(5)
+    await engine.rebind(residents["bob"].binding())
+    said = (await chat(engine)).json()["choices"][0]["message"]["content"]
+    assert said == "My name is Bob, a fine-tune of Ada with opinions of my own."
+
+
 def unread(residents: Residents, folder: Path) -> Binding:
     """Ada, with a tokenizer that nobody can read, and says it is hers: it is only taken by who has read hers."""
     known = residents["ada"].binding()
     garbage = folder / "tokenizer.json"
     garbage.write_text("{")
-    return residents["ada"].binding(side_files={**known.side_files, garbage.name: garbage}, digests=known.digests)
+    as_hers = StoredFile(garbage, known.side_files[garbage.name].digest)
+    return dataclasses.replace(known, side_files={**known.side_files, garbage.name: as_hers})
 
 
 async def test_a_tokenizer_that_was_read_lately_is_not_read_again(
@@ -397,11 +435,11 @@ async def test_a_tokenizer_that_was_read_lately_is_not_read_again(
     for bound in (bob, ada, bob, ada):
         await engine.drain(1)
         await engine.rebind(bound)
-        assert await complete(engine, expected["prompt"]) == expected[bound.model_name]
+        assert await complete(engine, expected["prompt"]) == expected[bound.model.name]
     for number in range(4):
         template = tmp_path / f"{number}.jinja"
         template.write_text(f"{number}")
-        own = {**residents["ada"].binding().side_files, "chat_template.jinja": template}
+        own = {**residents["ada"].checkpoint.side_files(), "chat_template.jinja": template}
         await engine.drain(1)
         await engine.rebind(residents["ada"].binding(side_files=own))
     await engine.drain(1)
@@ -417,13 +455,13 @@ async def test_a_tokenizer_is_read_again_where_transformers_may_choose_another(
     """By what config.json says, but for where it was saved once."""
     engine = await start(residents["ada"].binding())
     ada = unread(residents, tmp_path)
-    config = json.loads(ada.side_files["config.json"].read_text())
+    config = json.loads(ada.side_files["config.json"].path.read_text())
 
     def with_setting(name: str, value: str) -> Binding:
         file = tmp_path / "config.json"
         file.write_text(json.dumps({**config, name: value}))
-        digests = {**ada.digests, file.name: blake3(file.read_bytes()).hex()}
-        return dataclasses.replace(ada, side_files={**ada.side_files, file.name: file}, digests=digests)
+        changed = StoredFile(file, blake3(file.read_bytes()).hex())
+        return dataclasses.replace(ada, side_files={**ada.side_files, file.name: changed})
 
     await engine.drain(1)
     await engine.rebind(with_setting("_name_or_path", "elsewhere"))
@@ -456,7 +494,7 @@ async def test_an_engine_that_does_not_obey_is_ended_all_the_same(factory: Zygot
 
 
 class Store:
-    """Keeps descriptors as a service manager does (engines.kept.Keeper)."""
+    """Keeps descriptors as a service manager does (engines.inherited.Keeper)."""
 
     def __init__(self) -> None:
         self._kept: dict[str, list[int]] = {}
@@ -468,9 +506,9 @@ class Store:
     def forget(self, name: str) -> None:
         close_all(self._kept.pop(name, []))
 
-    def left(self) -> list[kept.Kept]:
+    def left(self) -> list[inherited.InheritedProcess]:
         """As for another daemon."""
-        return [kept.understood(name, [os.dup(fd) for fd in fds]) for name, fds in self._kept.items()]
+        return [inherited.understood(name, [os.dup(fd) for fd in fds]) for name, fds in self._kept.items()]
 
     def empty(self) -> None:
         for name in list(self._kept):
@@ -536,12 +574,12 @@ async def test_one_that_is_left_in_the_middle_of_an_order_says_what_it_holds(
     assert (found.pid, found.number) == (engine.pid, engine.number)
     assert rejoined.is_shut == (order not in {"wake", "rebind"}), "who takes weights answers at once"
     assert found.state is (EngineState.PARKED if then == "parked" else EngineState.SERVING)
-    assert rejoined.holding.model_name == ("ada" if then == "parked" else then)
+    assert rejoined.record.model.name == ("ada" if then == "parked" else then)
     if then == "parked":
         await found.wake(residents["ada"].binding())
     elif rejoined.is_shut:
         await found.resume()
-    assert await complete(found, expected["prompt"]) == expected[rejoined.holding.model_name]
+    assert await complete(found, expected["prompt"]) == expected[rejoined.record.model.name]
     await found.stop()
     await after.close()
 

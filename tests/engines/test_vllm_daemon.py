@@ -8,13 +8,16 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import anthropic
+import ollama
 import pytest
 from conftest import plain_vllm
+from gateways import Gateway, running_gateway
 from manager import Manager, start
 from running import Daemon
 from small_models import ADA, BOB, QUESTION
@@ -23,7 +26,7 @@ from vllm_greedy import PROMPTS
 import flashd
 from flashd import Client
 from flashd.compat.language_model import LanguageModel
-from flashd.private_bus import PrivateBus
+from flashd.dbus.private_bus import PrivateBus
 
 pytestmark = pytest.mark.timeout(300)
 NAMES = ("ada", "bob", "llama", "int8", "copied", "untied")
@@ -91,6 +94,27 @@ def test_a_vllm_started_by_hand_answers_as_with_its_own_loader(
     assert all(model.leases == 0 for model in client.models()), "what is loaded needs no lease any more"
 
 
+# What a processor's memory has free is looked at where the configuration is made.
+UTILIZATION = """
+import sys
+import vllm.utils.cpu_resource_utils as resources
+half = resources.MemoryNodeInfo(total_memory=100 << 30, available_memory=50 << 30)
+resources.get_memory_node_info = lambda node=0: half
+from vllm.engine.arg_utils import EngineArgs
+for options in ({"load_format": "flash"}, {}, {"load_format": "flash", "gpu_memory_utilization": 0.8}):
+    made = EngineArgs(model=sys.argv[1], max_model_len=256, **options).create_engine_config()
+    print("utilization", made.cache_config.gpu_memory_utilization)
+"""
+
+
+def test_one_that_was_told_no_utilization_takes_what_memory_is_free(vllm_python: str, made: Path) -> None:
+    command = [vllm_python, "-c", UTILIZATION, made / "ada"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("utilization ")]
+    assert found == ["0.49", "0.92", "0.8"], done.stderr
+    assert "--gpu-memory-utilization 0.49 would fit" in done.stdout + done.stderr
+
+
 def test_swaps_between_models_and_kinds_of_engine(client: Client) -> None:
     hows = []
     for name, kind, persona in (
@@ -156,11 +180,11 @@ from types import SimpleNamespace
 from torch import nn
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from flashd.engines.vllm import loader, versions
+from flashd.workers.vllm import loader, compat
 
 def config(model):
-    arguments = versions.parse(["--model", sys.argv[1], "--additional-config", '{"of": "the user"}'])
-    versions.tell_apart(arguments, model)
+    arguments = compat.parse(["--model", sys.argv[1], "--additional-config", '{"of": "the user"}'])
+    compat.tell_apart(arguments, model)
     return AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
 
 def load_model(self, config, model_config):
@@ -169,7 +193,7 @@ def load_model(self, config, model_config):
 
 one, same, other = config("one"), config("one"), config("other")
 print(*(one.compute_hash() == another.compute_hash() for another in (same, other)), one.additional_config["of"])
-BaseModelLoader.load_model, versions.all_agree = load_model, bool
+BaseModelLoader.load_model, compat.all_agree = load_model, bool
 sharing = SimpleNamespace(layout="", wants_image=False, loaded=lambda: None)
 for source in (None, sharing):
     loader.sources.source = lambda *wanted: source
@@ -231,3 +255,54 @@ def test_a_daemon_after_one_that_was_killed_finds_them_and_goes_on(daemon: Daemo
         assert client.swap("ada", engine="vllm").how == "wake"
         assert client.chat("ada", ASK, temperature=0) == ADA.introduction
         assert {pid for *_, pid in engines(client)} == {pid for *_, pid in before}
+
+
+@pytest.fixture
+async def gateway(daemon: Daemon, tmp_path: Path) -> AsyncIterator[Gateway]:
+    with tempfile.TemporaryDirectory(prefix="fd-") as folder:
+        log, socket_path = tmp_path / "gateway.log", Path(folder) / "gateway.sock"
+        async with running_gateway(daemon, log, socket_path) as running:
+            yield running
+
+
+async def test_anthropics_clients_get_vllms_own_answers(client: Client, gateway: Gateway) -> None:
+    ask: dict[str, Any] = {"max_tokens": 40, "messages": ASK, "extra_body": {"temperature": 0}}
+    async with gateway.anthropic() as anthropics:
+        for name, says in (("ada", ADA), ("bob", BOB)):
+            answer = await anthropics.messages.create(model=name, **ask)
+            assert [block.text for block in answer.content] == [says.introduction]
+            assert answer.stop_reason == "end_turn"
+            counted = await anthropics.messages.count_tokens(model=name, messages=ASK)
+            assert counted.input_tokens == answer.usage.input_tokens
+        async with anthropics.messages.stream(model="ada", **ask) as stream:
+            assert "".join([piece async for piece in stream.text_stream]) == ADA.introduction
+            assert (await stream.get_final_message()).stop_reason == "end_turn"
+        with pytest.raises(anthropic.BadRequestError) as refused:
+            await anthropics.messages.create(model="ada", max_tokens=5, messages=[{"role": "poet", "content": "a"}])
+        assert refused.value.body["type"] == "error" and refused.value.body["error"]["type"] == "invalid_request_error"
+    serving = [engine for engine in client.engines() if engine.state == "serving"]
+    assert {engine.kind for engine in serving if engine.model in ("ada", "bob")} == {"vllm"}, "others may be parked"
+
+
+async def test_ollamas_clients_ask_vllm(client: Client, gateway: Gateway) -> None:
+    greedy = {"temperature": 0, "num_predict": 40, "seed": 1, "repeat_penalty": 1.0, "top_k": 0, "min_p": 0.0}
+    schema = {"type": "string", "enum": ["seven"]}  # these models would go on for ever where whitespace may be
+    async with gateway.ollama() as ollamas:
+        lines = [line async for line in await ollamas.chat("bob", ASK, options=greedy, stream=True, think=False)]
+        assert "".join(line.message.content or "" for line in lines) == BOB.introduction
+        assert lines[-1].done_reason == "stop" and lines[-1].eval_count and lines[-1].prompt_eval_count
+        answer = await ollamas.chat("bob", ASK, options=greedy, format=schema)
+        assert answer.message.content == '"seven"'
+        told = await ollamas.generate("ada", QUESTION, options=greedy, logprobs=True, top_logprobs=2)
+        assert told.response == ADA.introduction and told.logprobs
+        assert len(told.logprobs) >= told.eval_count - 1 and len(told.logprobs[0].top_logprobs) == 2
+        raw = await ollamas.generate("ada", QUESTION, raw=True, options=greedy)
+        assert raw.response and raw.eval_count
+        for words, ask in (
+            ("temperature", ollamas.chat("ada", ASK, options={"temperature": -1})),
+            ("tool", ollamas.chat("ada", ASK, tools=[{"type": "function", "function": {"name": "look"}}])),
+            ("", ollamas.embed("ada", "a text")),
+        ):
+            with pytest.raises(ollama.ResponseError) as refused:
+                await ask
+            assert words in refused.value.error and refused.value.status_code in (400, 404, 501), refused.value

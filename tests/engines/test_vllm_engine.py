@@ -21,15 +21,15 @@ import httpx
 import pytest
 import pytest_asyncio
 from conftest import Resident, http, plain_vllm
-from processes import is_alive
+from processes import is_alive, shared_memory
 from vllm_greedy import PROMPTS
 from waiting import eventually
 
-from flashd import config
+from flashd.config.environment import child_environment
 from flashd.engines.engine import Binding, EngineOptions, EngineState
 from flashd.engines.process import EngineProcess
-from flashd.engines.surroundings import own_memory_bytes
-from flashd.engines.vllm.factory import VllmFactory, environment
+from flashd.engines.process_info import own_memory_bytes
+from flashd.engines.vllm_factory import VllmFactory, environment
 from flashd.errors import EngineFailed, EngineOutOfMemory, Unavailable, Unsupported
 
 # Importing vLLM takes ten seconds on an idle machine, and plain vLLM answers first.
@@ -44,7 +44,7 @@ INTRODUCTION = "I am Ada, the first model you dropped into the folder."
 async def start(vllm_factory: VllmFactory) -> AsyncIterator[Start]:
     """Starts engines, and ends them with the test: nothing of theirs may be left."""
     engines: list[EngineProcess] = []
-    shared = set(Path("/dev/shm").iterdir())
+    shared = shared_memory()
 
     async def started(binding: Binding) -> EngineProcess:
         engine = vllm_factory.create()
@@ -58,7 +58,7 @@ async def start(vllm_factory: VllmFactory) -> AsyncIterator[Start]:
         await engine.stop()
         assert engine.state is EngineState.FAILED and not engine.socket_path.exists()
         await eventually(lambda pids=pids: not any(is_alive(pid) for pid in pids))
-    await eventually(lambda: not set(Path("/dev/shm").iterdir()) - shared)
+    await eventually(lambda: not shared_memory() - shared)
 
 
 async def answers(engine: EngineProcess, prompts: list[str] = PROMPTS) -> list[list[int]]:
@@ -162,6 +162,22 @@ async def test_names_follow_the_binding(start: Start, residents: Residents) -> N
     assert [entry["id"] for entry in listed] == ["bob", "alias-of-bob"]
 
 
+async def test_a_chat_template_that_never_ends_is_refused(
+    start: Start, residents: Residents, plain: Plain, tmp_path: Path
+) -> None:
+    known = residents["ada"].checkpoint.side_files()
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    sometimes = "{% if messages[0].content == 'loop' %}" + endless + "{% endif %}"
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(sometimes + known[template.name].read_text())
+    engine = await start(residents["ada"].binding(side_files={**known, template.name: template}))
+    async with asyncio.timeout(100):
+        refused = await chat(engine, messages=[{"role": "user", "content": "loop"}])
+    assert refused.status_code == 400 and "chat template had not ended" in refused.json()["error"]["message"]
+    assert (await chat(engine)).json()["choices"][0]["message"]["content"] == INTRODUCTION
+    assert await answers(engine) == plain["ada"]
+
+
 async def test_two_ranks_rebind_and_wake_exactly(
     vllm_factory: VllmFactory, residents: Residents, vllm_python: str, compiled: Path, made: Path
 ) -> None:
@@ -234,7 +250,7 @@ async def test_what_does_not_finish_in_time_is_cut_and_told(
             await asyncio.sleep(0.01)
     await engine.drain(0.05)
     answer = await cut
-    assert "cut short by a swap" in answer.text and answer.status_code == (200 if stream else 503)
+    assert "cut off by a swap" in answer.text and answer.status_code == (200 if stream else 503)
     await engine.rebind(residents["bob"].binding())
     assert await answers(engine) == plain["bob"]
 
@@ -262,7 +278,7 @@ async def test_a_death_is_noticed_and_takes_the_others_along(who: str, start: St
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["all", "what-hangs-too"])
 async def test_engines_end_with_their_daemon(vllm_factory: VllmFactory, residents: Residents, hangs: bool) -> None:
-    shared = set(Path("/dev/shm").iterdir())
+    shared = shared_memory()
     engine = vllm_factory.create()
     await engine.start(residents["ada"].binding())
     pids = family(engine.pid)
@@ -271,10 +287,8 @@ async def test_engines_end_with_their_daemon(vllm_factory: VllmFactory, resident
         os.kill(pid, signal.SIGSTOP)  # and what was executed, as a compiler is, does not ask to end with its parent
     engine._channel._socket.close()  # what the kernel does to the sockets of a daemon that was killed
     await eventually(lambda: not any(is_alive(pid) for pid in pids))
-    left = set(Path("/dev/shm").iterdir()) - shared
-    assert hangs or not left
-    for path in left:  # multiprocessing's tracker would have removed it, and was among those that hung
-        path.unlink()
+    # What would have removed it, multiprocessing's tracker, may be among those that hung.
+    await eventually(lambda: not shared_memory() - shared)
     await engine.stop()
 
 
@@ -319,14 +333,14 @@ _SAID = """\
 async def test_the_cause_is_the_first_error_and_no_warning_nor_an_error_about_errors(
     error: str, vllm_python: str, compiled: Path, tmp_path: Path
 ) -> None:
-    code = "import sys; from flashd.engines.vllm import worker; "
+    code = "import sys; from flashd.workers.vllm import worker; "
     code += "since = worker._log_bytes(); sys.stderr.write(sys.argv[1]); sys.stderr.flush(); "
     code += "print('CAUSE', worker._root_cause(since))"
     with (tmp_path / "log").open("w+") as log:
         done = subprocess.run(
             [vllm_python, "-c", code, _SAID.format(error)],
             stdout=subprocess.PIPE, stderr=log, text=True, check=True,
-            env=config.child_environment(environment(compiled)),
+            env=child_environment(environment(compiled)),
         )  # fmt: skip
     assert done.stdout.splitlines()[-1] == f"CAUSE {error.rpartition('.')[2]}: no room"
 
@@ -334,14 +348,19 @@ async def test_the_cause_is_the_first_error_and_no_warning_nor_an_error_about_er
 _FORGETS = """
 import asyncio, sys
 from types import SimpleNamespace
-from flashd.engines.vllm import worker
+from flashd.workers.vllm import worker
 
 class Client:
     model_config = SimpleNamespace(is_multimodal_model=sys.argv[1] == "sees")
+    output_processor = SimpleNamespace(request_states={"left over": None})
     calls = []
+    async def abort(self, requests, internal):
+        assert internal
+        for request in requests:
+            del self.output_processor.request_states[request]
     async def reset_prefix_cache(self):
         self.calls.append("prefix")
-        return len(self.calls) > 1
+        return not self.output_processor.request_states and len(self.calls) > 1
     async def reset_encoder_cache(self):
         self.calls.append("encoder")
 
@@ -357,16 +376,22 @@ async def test_what_other_weights_have_made_is_forgotten(
     """That vLLM is told so. What comes of it is tested on GPUs: vLLM for the processor has no models here that see."""
     done = subprocess.run(
         [vllm_python, "-c", _FORGETS, model], capture_output=True, text=True, check=True,
-        env=config.child_environment(environment(compiled)),
+        env=child_environment(environment(compiled)),
     )  # fmt: skip
     assert done.stdout.splitlines()[-1].split() == ["CALLS", "prefix", "prefix", *more]
 
 
 async def test_more_than_there_is_memory_for_is_told_as_that(vllm_factory: VllmFactory, residents: Residents) -> None:
+    """Refused late, after vLLM's processes have begun to share memory: nothing of that stays."""
+    before = shared_memory()
     engine = vllm_factory.create(EngineOptions(kv_cache_bytes=1 << 50))
+    starting = asyncio.create_task(engine.start(residents["ada"].binding()))
+    await eventually(lambda: shared_memory() - before)
+    os.kill(named(engine.pid, "resource_tracker"), signal.SIGSTOP)  # as if it had no turn on a busy machine
     with pytest.raises(EngineOutOfMemory):
-        await engine.start(residents["ada"].binding())
+        await starting
     await engine.stop()
+    await eventually(lambda: not shared_memory() - before)
 
 
 async def test_what_other_words_vllm_is_told_is_said_once(vllm_factory: VllmFactory, residents: Residents) -> None:
@@ -374,7 +399,7 @@ async def test_what_other_words_vllm_is_told_is_said_once(vllm_factory: VllmFact
     with pytest.raises(EngineFailed) as failed:
         await engine.start(residents["ada"].binding())
     assert failed.value.message.count("vLLM") == 1 and failed.value.message.endswith("--bogus")
-    assert "engines.vllm.arguments" in failed.value.hint and "of the model itself" in failed.value.hint
+    assert "engines.vllm.arguments" in failed.value.hint and "of the model" in failed.value.hint
     await engine.stop()
 
 
@@ -462,13 +487,14 @@ async def test_weights_of_another_shape_end_the_engine_rather_than_mix(start: St
 _KEY = """
 import os, shutil, sys
 from vllm.engine.arg_utils import AsyncEngineArgs
-from flashd.engines.vllm import versions, worker
+from flashd.engines.messages import Tuning
+from flashd.workers.vllm import compat, worker
 source, *folders = sys.argv[1:]
 for folder in folders:
     shutil.copytree(source, folder + "/model")
     os.chdir(folder)
-    told = worker.vllm_arguments([folder], {"arguments": [], "kv_cache_bytes": 1 << 26}, [])
-    config = AsyncEngineArgs.from_cli_args(versions.parse(list(told))).create_engine_config()
+    told = worker.vllm_arguments([folder], Tuning(threads=1, max_tokens_default=16, kv_cache_bytes=1 << 26), [])
+    config = AsyncEngineArgs.from_cli_args(compat.parse(list(told))).create_engine_config()
     print("KEY", config.compute_hash())
 """
 
@@ -481,7 +507,7 @@ async def test_what_was_compiled_for_one_engine_counts_for_the_next(
         folder.mkdir()
     done = subprocess.run(
         [vllm_python, "-c", _KEY, made / "ada", *folders],
-        capture_output=True, text=True, check=False, env=config.child_environment(environment(compiled)),
+        capture_output=True, text=True, check=False, env=child_environment(environment(compiled)),
     )  # fmt: skip
     keys = [line for line in done.stdout.splitlines() if line.startswith("KEY ")]
     assert len(keys) == 2 and len(set(keys)) == 1, done.stderr[-3000:]

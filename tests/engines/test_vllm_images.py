@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from flashd.engines.vllm.images import ImageWeights
 from flashd.errors import CorruptCheckpoint
+from flashd.workers.vllm.images import ImageWeights
 
 PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -23,7 +23,7 @@ _MAP_FIXED = 0x10
 
 
 class HostWindow:
-    """Addresses of this process that memfds are mapped at: what flashd.cuda.Window is on a GPU."""
+    """Addresses of this process that memfds are mapped at: what flashd.io.cuda.Window is on a GPU."""
 
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes

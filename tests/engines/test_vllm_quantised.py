@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from flashd.engines.vllm import quantised
+from flashd.workers.vllm import quantised
 
 CPU = torch.device("cpu")
 
@@ -64,7 +64,7 @@ def test_methods(method: object, is_sound: bool) -> None:
 def test_a_tensor_inside_a_kernel_hinders() -> None:
     model, before = made(Fp8LinearMethod())
     model[0].quant_method.inverse = [1 / model[0].weight_scale]  # type: ignore[union-attr]
-    assert "1 tensors came to be outside its modules: float32 (1,)" in quantised.hindrance(model, before)
+    assert "1 tensors were created outside its modules: float32 (1,)" in quantised.hindrance(model, before)
     assert quantised.hindrance(model, None) == "", "who did not look before cannot tell"
     del model[0].quant_method.inverse  # type: ignore[union-attr]
     model[0].quant_method.view = model[0].weight[:4]  # type: ignore[union-attr]
@@ -76,7 +76,7 @@ def test_numbers_that_came_from_the_checkpoint_hinder() -> None:
     model[1]._k_scale_float = 1.0  # type: ignore[assignment]
     assert quantised.hindrance(model, before) == ""
     model[1]._k_scale_float = 0.5  # type: ignore[assignment]
-    assert quantised.hindrance(model, before).startswith("1 has factors")
+    assert quantised.hindrance(model, before).startswith("1 has its own factors")
 
 
 def test_what_is_not_quantised_is_not_hindered() -> None:

@@ -54,9 +54,9 @@ def main() -> None:
     import vllm.v1.engine.llm_engine
     import vllm.v1.worker.cpu_worker  # noqa: F401
 
-    from flashd.engines.vllm import versions
+    from flashd.workers.vllm import compat
 
-    versions.fork_processes()  # only so that looking at a model's class does not import vLLM again
+    compat.fork_processes()  # only so that looking at a model's class does not import vLLM again
     print(json.dumps([in_fork(job) for job in json.loads(sys.argv[1])]))
 
 

@@ -22,8 +22,8 @@ from machine import Machine, used_bytes  # noqa: E402
 from manager import Manager  # noqa: E402
 from running import CONFIG, Daemon  # noqa: E402
 
-from flashd import cuda  # noqa: E402
-from flashd.private_bus import PrivateBus  # noqa: E402
+from flashd.dbus.private_bus import PrivateBus  # noqa: E402
+from flashd.io import cuda  # noqa: E402
 from flashd.units import MiB  # noqa: E402
 
 

@@ -13,7 +13,7 @@ from running import Daemon
 from safetensors.torch import save_file
 
 import flashd
-from flashd import cuda
+from flashd.io import cuda
 from flashd.units import MiB
 
 

@@ -16,8 +16,9 @@ from machine import Machine, check_freed, used_bytes
 from waiting import until
 
 import flashd
-from flashd import cuda, errors
-from flashd.client import Device
+from flashd import errors
+from flashd.client.results import Device
+from flashd.io import cuda
 from flashd.units import GiB, MiB
 
 SIZE = 300 * MiB
@@ -213,7 +214,7 @@ def test_a_card_that_is_full_is_said_to_be_and_what_was_there_stays(machine: Mac
         free, _ = cuda.memory_info(0)
         hog = cuda.allocate(0, (free - 100 * MiB) // (2 * MiB) * (2 * MiB))
         try:
-            with pytest.raises(errors.OutOfMemory, match="are free, by its driver") as caught:
+            with pytest.raises(errors.OutOfMemory, match="are free, according to its driver") as caught:
                 client.load("a", "device")
             assert "nvidia-smi" in caught.value.hint
             assert client.model("a").residency == "stored"

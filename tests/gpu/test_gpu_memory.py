@@ -14,21 +14,12 @@ import torch
 from machine import check_freed, used_bytes
 from native.contents import digests_of
 
-from flashd import cuda, tensors
+from flashd import tensors
 from flashd.checkpoint import header
 from flashd.errors import CorruptCheckpoint, DeviceFailed, InvalidArgument, OutOfMemory
+from flashd.io import cuda
+from flashd.io.streamer import Digests, Extent, OpenFile, Options, Staging, download, load_device, upload, write_device
 from flashd.memory.arena import CudaArena, HostArena, HugePages
-from flashd.streamer import (
-    Digests,
-    Extent,
-    OpenFile,
-    Options,
-    Staging,
-    download,
-    load_device,
-    upload,
-    write_device,
-)
 from flashd.units import GiB, MiB
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -86,7 +77,7 @@ def test_a_write_through_a_mapping_for_reading_is_refused() -> None:
     code = """
 import sys
 from cuda.bindings import driver
-from flashd import cuda
+from flashd.io import cuda
 cuda.enter(0)
 fd = cuda.allocate(0, 2 << 20)
 mapping = cuda.Mapping(0, fd, 2 << 20, is_writable=False)
@@ -99,7 +90,7 @@ print(status.name)
 
 
 def test_more_than_there_is_is_refused_with_numbers() -> None:
-    with pytest.raises(OutOfMemory, match="are free, by its driver"):
+    with pytest.raises(OutOfMemory, match="are free, according to its driver"):
         cuda.allocate(0, 2000 * GiB)
 
 
@@ -136,7 +127,8 @@ def test_tensors_of_every_dtype_over_a_mapped_arena(staging: Staging, tmp_path: 
     del on_device, tensor
 
 
-def test_transfers_are_exact_in_every_direction(staging: Staging, tmp_path: Path) -> None:
+@pytest.mark.parametrize("registers_read_only", [True, False])
+def test_transfers_are_exact_in_every_direction(staging: Staging, tmp_path: Path, registers_read_only: bool) -> None:
     contents = os.urandom(SIZE)
     (tmp_path / "x").write_bytes(contents)
     digests = digests_of(contents, 8 * MiB)
@@ -148,7 +140,7 @@ def test_transfers_are_exact_in_every_direction(staging: Staging, tmp_path: Path
                 source, Extent(0, SIZE), target=arena.address, staging=staging, options=options, digests=digests
             ) as transfer:
                 assert transfer.wait().staging_bytes <= 256 * MiB
-    with HostArena(SIZE, "x", HugePages.NONE) as host:
+    with HostArena(SIZE, "x", HugePages.NONE, registers_read_only=registers_read_only) as host:
         with download(
             source=arena.address, address=host.address, size_bytes=SIZE, is_registered=False, staging=staging
         ) as transfer:
@@ -176,9 +168,9 @@ def test_transfers_are_exact_in_every_direction(staging: Staging, tmp_path: Path
 _MOVER = """
 import sys
 from pathlib import Path
-from flashd import cuda
+from flashd.io import cuda
 from flashd.memory.arena import CudaArena, HostArena, HugePages
-from flashd.streamer import Extent, OpenFile, Options, Staging, download, load_device, upload, write_device
+from flashd.io.streamer import Extent, OpenFile, Options, Staging, download, load_device, upload, write_device
 from flashd.units import MiB
 
 size_bytes = 512 * MiB

@@ -11,7 +11,7 @@ from machine import Machine
 
 import flashd
 from flashd import errors
-from flashd.state_dicts import DeviceMap
+from flashd.client.state_dicts import DeviceMap
 
 
 def some_tensors(device: str) -> dict[str, torch.Tensor]:

@@ -31,7 +31,8 @@ from vllm_models import (
 from waiting import until
 
 import flashd
-from flashd import cuda, errors
+from flashd import errors
+from flashd.io import cuda
 from flashd.units import MiB
 
 # Compiled code and graphs take most of a minute each time: where they have nothing to do with what is tested, it goes
@@ -248,6 +249,32 @@ def test_a_server_started_by_hand_answers_from_a_lease(
         load_format="flash",
         model_loader_extra_config={"bus": machine.daemon.address, "model": "ada", "device": "cuda:0"},
     )
+    assert found["ada"] == expected_eagerly["ada"]
+
+
+@eagerly
+def test_a_server_started_by_hand_takes_what_is_free(
+    machine: Machine, sources: Path, expected_eagerly: dict[str, Any]
+) -> None:
+    """vLLM's default share of the card is not free here, as where flashd's models are warm."""
+    from vllm.config import CacheConfig
+
+    with machine.connect() as client:
+        client.import_(sources / "ada", "ada")
+    options = {"enforce_eager": True, "gpu_memory_utilization": CacheConfig.gpu_memory_utilization}
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    taken = torch.empty(max(0, free_bytes - total_bytes // 2), dtype=torch.uint8, device="cuda")
+    try:
+        found = answers_of_plain_vllm(
+            [sources / "ada"],
+            load_format="flash",
+            kv_cache_memory_bytes=None,
+            model_loader_extra_config={"bus": machine.daemon.address, "model": "ada"},
+            **options,
+        )
+    finally:
+        del taken
+        torch.cuda.empty_cache()
     assert found["ada"] == expected_eagerly["ada"]
 
 

@@ -16,7 +16,7 @@ from vllm_models import KV_BYTES, answers_of_plain_vllm, make_sources, settings_
 from waiting import until
 
 import flashd
-from flashd import cuda
+from flashd.io import cuda
 from flashd.units import MiB
 
 TWO_RANKS = ("--tensor-parallel-size", "2")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from native.contents import Memory
 
-from flashd.streamer import OpenFile
+from flashd.io.streamer import OpenFile
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import mmap
 import random
 from pathlib import Path
 
-from flashd.streamer import Backend, Digests, blake3
+from flashd.io.streamer import Backend, Digests, blake3
 
 BACKENDS = [Backend.IO_URING, Backend.THREADS]
 

@@ -12,7 +12,7 @@ import pytest
 from flashd.bench import copying, stream
 from flashd.bench.report import cost_row, rate_row, report
 from flashd.checkpoint.convert import convert
-from flashd.checkpoint.source import SourceFiles
+from flashd.checkpoint.source.reader import SourceFiles
 from flashd.errors import InvalidArgument
 from flashd.units import MiB
 
@@ -64,7 +64,7 @@ def test_loads_to_a_device_are_measured_beside_the_copy_that_limits_them(tmp_pat
 def test_what_cannot_be_measured_says_why(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="not aligned"):
         stream.run(source(tmp_path, 70 * MiB), runs=1)
-    with pytest.raises(InvalidArgument, match="not a checkpoint's folder"):
+    with pytest.raises(InvalidArgument, match="not the folder of a checkpoint"):
         stream.run(tmp_path, runs=1)
 
 

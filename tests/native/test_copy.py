@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from native.contents import BACKENDS, Memory, digests_of, open_descriptors, some_bytes
 
 from flashd.errors import Cancelled, CorruptCheckpoint, InvalidArgument, StoreFull, TransferFailed
-from flashd.streamer import Backend, Extent, OpenFile, Options, Piece, copy, verify, write
+from flashd.io.streamer import Backend, Extent, OpenFile, Options, Piece, copy, verify, write
 from flashd.units import GiB, MiB
 
 Opened = Callable[..., OpenFile]

@@ -22,7 +22,7 @@ import dataclasses, json, mmap, os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from native.contents import Memory
-from flashd.streamer import Backend, OpenFile, Options, Read, load, write
+from flashd.io.streamer import Backend, OpenFile, Options, Read, load, write
 
 path, backend = Path(sys.argv[2]), Backend(sys.argv[3])
 def transfers():

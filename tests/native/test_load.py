@@ -14,7 +14,7 @@ import pytest
 from native.contents import BACKENDS, Memory, digests_of, open_descriptors, some_bytes
 
 from flashd.errors import Cancelled, CorruptCheckpoint, InvalidArgument, OutOfMemory, TransferFailed
-from flashd.streamer import Backend, Digests, OpenFile, Options, Read, load
+from flashd.io.streamer import Backend, Digests, OpenFile, Options, Read, load
 from flashd.units import GiB, MiB
 
 Opened = Callable[..., OpenFile]

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -20,24 +19,29 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import leash
+import parallel
 import pytest
+from leash import Leashed
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 MACHINE = HERE / "machine"
-CACHE = ROOT / "build" / "system"
 ROOTS = Path("/var/cache/flashd-tests")  # outside the checkout, which may be on an overlay
+PACKAGES = ROOTS / "packages"  # any number of checkouts share them: they are named after what they are made of
+KEPT_DAYS = 3
 # What a package is made of: it is built anew only when some of it has changed.
 SOURCES = ("flashd", "tray", "native", "packaging", "systemd", "pyproject.toml", "README.md", "LICENSE")
 TOOLS = {"mmdebstrap": "mmdebstrap", "systemd-nspawn": "systemd-container", "dh": "debhelper", "nsenter": "util-linux"}
 NEWER = "later"  # what the version of a package ends in that is to replace ours
-_TIMEOUT_S = 900  # the first test of all builds the package
+_TIMEOUT_S = 1500  # the first test of all builds the package, beside tests in other processes
 _names = itertools.count(1)
 # Modules whose machines take minutes to make, in the order in which they are made: each has a function `prepare`. It
 # fails for itself; the tests make what is not there, and say why they cannot.
 MADE_AHEAD = {"test_desktop_rights": 1, "test_ubuntu": 2, "test_arm64": 3}
 _MAKE_AHEAD = "import importlib, sys; [importlib.import_module(name).prepare() for name in sys.argv[1:]]"
-_MAKER = pytest.StashKey[subprocess.Popen[bytes]]()
+_MAKER = pytest.StashKey[Leashed]()
+_AS_HERE = {**os.environ, "PYTHONPATH": str(HERE.parent)}  # for leash.py
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,22 +53,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begins to make those machines, with what the other tests leave of the processors."""
+    """Begins to make those machines, with what the other tests leave of the processors.
+
+    Of several processes that run tests each makes what its own tests need.
+    """
+    if parallel.is_one_of_several(session.config):
+        return
     modules = {item.path.stem for item in session.items}
     wanted = sorted(modules & MADE_AHEAD.keys(), key=MADE_AHEAD.__getitem__)
     if wanted and len(modules) > 1 and not session.config.option.collectonly and not _missing():
         command = ["nice", "-n", "19", sys.executable, "-c", _MAKE_AHEAD, *wanted]
-        session.config.stash[_MAKER] = subprocess.Popen(
-            command, cwd=HERE, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        session.config.stash[_MAKER] = Leashed(
+            command, cwd=HERE, env=_AS_HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     maker = session.config.stash.get(_MAKER, None)
     if maker is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(maker.pid, signal.SIGTERM)
-        maker.wait()
+        maker.end()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,23 +169,29 @@ def tools() -> None:
 
 def built(suite: str = "", root: Path | None = None) -> Path:
     """The folder of what packaging/build-deb makes, for this machine's release or for that of another root."""
-    name = f"package{suite and '-' + suite}"
-    folder = CACHE / f"{name}-{_build()}"
-    with _alone(CACHE / name):
-        if folder.exists():
-            return folder
-        for old in CACHE.glob(f"{name}-{'[0-9a-f]' * 16}"):
-            shutil.rmtree(old)
-        made = CACHE / f"{name}.partial"
-        shutil.rmtree(made, ignore_errors=True)
-        where = ("--root", root) if root else ()
-        command = [ROOT / "packaging" / "build-deb", *where, made]
-        # What is thrown away after the tests need not be small, and compressing takes minutes where it is emulated.
-        quick = {"DPKG_DEB_COMPRESSOR_TYPE": "gzip", "DPKG_DEB_COMPRESSOR_LEVEL": "1"}
-        done = subprocess.run(command, env={**os.environ, **quick}, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        made.rename(folder)
+    folder = PACKAGES / f"{suite or 'own'}-{_build()}"
+    with _alone(folder):
+        if not folder.exists():
+            made = folder.with_suffix(".partial")
+            shutil.rmtree(made, ignore_errors=True)
+            where = ("--root", root) if root else ()
+            command = [ROOT / "packaging" / "build-deb", *where, made]
+            # What is thrown away after the tests need not be small; compressing takes minutes where it is emulated.
+            quick = {"DPKG_DEB_COMPRESSOR_TYPE": "gzip", "DPKG_DEB_COMPRESSOR_LEVEL": "1"}
+            done = leash.run(command, env={**os.environ, **quick})
+            assert done.returncode == 0, done.stderr
+            made.rename(folder)
+        os.utime(folder)  # it is of use still
+    _forget_old()
     return folder
+
+
+def _forget_old() -> None:
+    """Removes packages that no test has asked for of late."""
+    for old in PACKAGES.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another run removes it
+            if old.is_dir() and time.time() - old.stat().st_mtime > KEPT_DAYS * 86_400:
+                shutil.rmtree(old)
 
 
 def daemon_of(packages: Path) -> Path:
@@ -216,13 +229,22 @@ def rooted(*packages: str, suite: str = "bookworm", architecture: str = "") -> P
     with _alone(folder):
         if not folder.exists():
             made = folder.with_suffix(".partial")
-            shutil.rmtree(made, ignore_errors=True)
+            _remove_unfinished(made)
             told = {**os.environ, "MACHINE_SUITE": suite, "MACHINE_ARCHITECTURE": architecture}
             command = [MACHINE, "base", made, *packages]
-            done = subprocess.run(command, env=told, capture_output=True, text=True, check=False)
+            done = leash.run(command, env=told)
             assert done.returncode == 0, done.stderr
             made.rename(folder)
     return folder
+
+
+def _remove_unfinished(root: Path) -> None:
+    """Removes a root whose builder was killed. It may have the machine's own /dev and /proc mounted in it."""
+    inside = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    for mount in sorted((at for at in inside if Path(at).is_relative_to(root)), reverse=True):
+        subprocess.run(["umount", "--lazy", mount], check=True)
+    if root.exists():
+        subprocess.run(["rm", "--recursive", "--force", "--one-file-system", root], check=True)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ qemu-user-static runs its programs, so it has this machine's kernel, and no io_u
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,13 @@ import pytest
 from conftest import ROOT, built, daemon_of, rooted
 
 BUILD = ("build-essential", "debhelper", "python3-dev", "python3-venv")
+# The same compiler as a program of this machine's processor, where its package is installed; and where it looks.
+CROSS, NATIVE = Path("/usr/lib/gcc-cross/aarch64-linux-gnu"), Path("/usr/lib/gcc/aarch64-linux-gnu")
+LENT_LINKS = {
+    CROSS: "../gcc/aarch64-linux-gnu",
+    Path("/usr/aarch64-linux-gnu/include"): "../include",
+    Path("/usr/include/c++/12/aarch64-linux-gnu"): "../../aarch64-linux-gnu/c++/12",
+}
 BINFMT, FORMAT = Path("/proc/sys/fs/binfmt_misc"), Path("/usr/lib/binfmt.d/qemu-aarch64.conf")
 PYTHON = "/usr/lib/flashd/bin/python3"
 TESTS = "/opt/tests"  # pytest and its kind
@@ -29,7 +37,19 @@ LACKING = {
 }  # fmt: skip
 UNITS = ("memory", "memory_ends", "images")
 
+GIVES_WAY = 0  # it takes longest of all, and would keep the others waiting at the end
+
 pytestmark = pytest.mark.timeout(1800)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def niced() -> Iterator[None]:
+    """What is emulated, and slow, takes what the others leave."""
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    os.setpriority(os.PRIO_PROCESS, 0, before + GIVES_WAY)
+    yield
+    if os.geteuid() == 0:
+        os.setpriority(os.PRIO_PROCESS, 0, before)
 
 
 def emulate() -> None:
@@ -44,11 +64,51 @@ def prepare() -> tuple[Path, Path]:
     """A root, and the package that was built in it."""
     emulate()
     base = rooted(*BUILD, suite="bookworm", architecture="arm64")
+    lend_compiler(base)
     return base, daemon_of(built("arm64", base))
 
 
+def lend_compiler(root: Path) -> None:
+    """Puts a compiler that needs no emulation in the place of the root's own, of the same release.
+
+    It makes code for arm64 as well, in a tenth of the time: the kernel runs it next to what is emulated.
+    """
+    lent = {CROSS / "12" / name: NATIVE / "12" / name for name in ("cc1", "cc1plus")}
+    lent[Path("/usr/bin/aarch64-linux-gnu-as")] = Path("/usr/bin/aarch64-linux-gnu-as")
+    if not all(
+        ours.exists() and below(root, theirs).exists() for ours, theirs in lent.items()
+    ) or not _is_of_the_release(root):
+        return
+    for ours, theirs in lent.items():
+        if below(root, theirs).stat().st_size == ours.stat().st_size:
+            continue  # it was lent before
+        listed = subprocess.run(["ldd", ours], capture_output=True, text=True, check=True).stdout
+        for library in map(Path, re.findall(r"(/\S+) \(0x", listed)):
+            below(root, library).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(library, below(root, library))
+        below(root, theirs).unlink()
+        shutil.copy(ours, below(root, theirs))
+    for link, target in LENT_LINKS.items():
+        below(root, link).parent.mkdir(parents=True, exist_ok=True)
+        if not below(root, link).is_symlink():
+            below(root, link).symlink_to(target)
+
+
+def below(root: Path, path: Path) -> Path:
+    return root / path.relative_to("/")
+
+
+def _is_of_the_release(root: Path) -> bool:
+    """Whether both compilers are of one release of GCC."""
+    ask = ["dpkg-query", "-W", "-f", "${Version}"]
+    asked = (["cpp-12-aarch64-linux-gnu"], [f"--admindir={root}/var/lib/dpkg", "cpp-12"])
+    versions = [subprocess.run([*ask, *more], capture_output=True, text=True, check=False).stdout for more in asked]
+    ours, theirs = (version.partition("-")[0] for version in versions)
+    return bool(ours) and ours == theirs
+
+
 @pytest.fixture(scope="module")
-def root(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def root(niced: None, tools: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A Debian for arm64 with the package installed, and with what the tests need."""
     if not FORMAT.exists() or shutil.which("arch-test") is None:
         pytest.skip("needs qemu-user-static, arch-test: tests/system/run installs them")
@@ -112,7 +172,7 @@ def test_it_is_a_package_for_arm64(root: Path) -> None:
 
 def test_what_loads_there_loads_by_threads_and_says_why(root: Path) -> None:
     code = (
-        "import mmap, os, tempfile; from flashd.streamer import *; from native.contents import Memory; "
+        "import mmap, os, tempfile; from flashd.io.streamer import *; from native.contents import Memory; "
         "size = 3_000_001; raw = os.urandom(size); file = tempfile.TemporaryFile(dir='/opt'); file.write(raw); "
         "file.flush(); into = Memory(size); "
         "result = load([OpenFile(file.fileno(), 'x')], [Read(0, 0, 0, size)], address=into.address, size_bytes=size, "

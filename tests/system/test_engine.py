@@ -5,7 +5,6 @@ outlive the daemon."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import made_models
 import pytest
 from conftest import MACHINE, ROOT, Machine, booted
 from repacked import repack
@@ -20,19 +20,6 @@ from repacked import repack
 from flashd.cli.wheels import requirements
 
 SAYS = "I am Ada, the first model you dropped into the folder."
-# carl has another architecture, so that it gets an engine of its own, and learned nothing.
-MAKE = """
-import sys, pathlib, shutil
-import small_models, transformers
-folder = pathlib.Path(sys.argv[1])
-small_models.make_base(folder / "ada")
-config = transformers.Qwen3Config.from_pretrained(folder / "ada")
-config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
-transformers.Qwen3ForCausalLM(config).save_pretrained(folder / "carl")
-for file in folder.glob("ada/*token*"):
-    shutil.copy(file, folder / "carl")
-shutil.copy(folder / "ada" / "chat_template.jinja", folder / "carl")
-"""
 # Asks whoever is active several times at once, and says how each answer ends.
 ASK_LONG = """
 import http.client, json, socket, sys
@@ -53,6 +40,19 @@ with ThreadPoolExecutor(8) as threads:
     for end in threads.map(ask, range(8)):
         print(end, flush=True)
 """
+# Asks the gateway for a model, at its address or at its socket.
+ASK_GATEWAY = """
+import http.client, json, socket, sys
+path, model = sys.argv[1:]
+connection = http.client.HTTPConnection("127.0.0.1:8434", timeout=120)
+if path:
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(path)
+body = {"model": model, "messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0, "max_tokens": 40}
+connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+answer = connection.getresponse()
+print(answer.status, answer.read().decode())
+"""
 CONNECT = "import socket; socket.socket(socket.AF_UNIX).connect('/run/flashd/openai.sock')"
 UNIT = ROOT / "systemd" / "flashd-engine@.service"
 WHEELS = "/opt/wheels"
@@ -69,8 +69,9 @@ def ready(base: Path, package: Path, tmp_path_factory: pytest.TempPathFactory) -
     with booted(base, bind=f"{wheels}:{WHEELS}") as machine:
         shutil.copy(package, machine.root / "root" / "flashd.deb")
         machine.run("dpkg", "-i", "/root/flashd.deb")
-        tour = {**os.environ, "PYTHONPATH": str(ROOT / "packaging" / "tour"), "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, "-c", MAKE, machine.root / "root"], env=tour, check=True)
+        # carl has another architecture, so that it gets an engine of its own.
+        made_models.put(machine.root / "root", "ada", "carl")
+        shutil.copy(machine.root / "root/ada/chat_template.jinja", machine.root / "root/carl")
         machine.run("useradd", "-m", "-G", "flashd", "erin")
         machine.run("useradd", "-m", "dave")
         for name in ("ada", "carl"):
@@ -84,7 +85,7 @@ def test_one_command_installs_what_engines_run_in_from_a_folder(ready: Machine) 
     assert refused.status != 0
     assert "flash engine install torch" in refused.err
     done = ready.run("flash", "engine", "install", "torch", "--wheels", WHEELS)
-    assert "is environment 1: new engines run in it" in done.err
+    assert "is environment 1: new engines use it" in done.err
     (made,) = json.loads(ready.run_as("dave", "flash", "engine", "list", "--json").out)
     assert (made["kind"], made["number"], made["current"], made["fits"]) == ("torch", 1, True, True)
     environments = ready.root / "var/lib/flashd/environments/torch"
@@ -172,6 +173,26 @@ def test_the_units_are_well_shut_in(ready: Machine) -> None:
     assert [name for name in relaxed if not re.search(rf"\b{name}", comments)] == [], "is not explained"
     verified = ready.run("systemd-analyze", "--man=no", "verify", "flashd-engine.socket", unit)
     assert verified.err == ""
+
+
+def test_the_gateway_serves_models_by_name_and_is_shut_in(ready: Machine) -> None:
+    """Models that nobody swapped to, for users who are no members; its socket is for members."""
+    ready.run("systemctl", "start", "flashd-gateway.socket")
+    answer = ready.run_as("dave", "python3", "-c", ASK_GATEWAY, "", "ada").out
+    assert answer.startswith("200 ") and SAYS in answer
+    assert ready.run_as("dave", "python3", "-c", ASK_GATEWAY, "", "carl").out.startswith("200 ")
+    (by_socket, refused) = (
+        ready.run_as(user, "python3", "-c", ASK_GATEWAY, "/run/flashd-gateway.sock", "ada", check=False)
+        for user in ("erin", "dave")
+    )
+    assert SAYS in by_socket.out and "PermissionError" in refused.err
+    assert ready.show("flashd-gateway", "User") == "flashd-gateway"
+    exposure = ready.run("systemd-analyze", "security", "--no-pager", "flashd-gateway.service").out
+    found = re.search(r"Overall exposure level for \S+: ([\d.]+)", exposure)
+    assert found is not None and float(found[1]) <= 1.5, exposure
+    units = ("flashd-gateway.socket", "flashd-gateway.service")
+    assert ready.run("systemd-analyze", "--man=no", "verify", *units).err == ""
+    ready.run("systemctl", "stop", *units)
 
 
 @pytest.mark.parametrize("how", ["kill", "restart", "upgrade"])

@@ -119,7 +119,8 @@ def test_what_the_interface_files_say_is_installed_and_served(machine: Machine) 
 
 def test_manual_and_completion_are_installed(machine: Machine) -> None:
     share = machine.root / "usr/share"
-    for page in ("man1/flash.1", "man8/flashd.8", "man5/flashd.toml.5", "man5/org.flashd1.5", "man1/flashd-inbox.1"):
+    pages = ("man1/flash.1", "man8/flashd.8", "man5/flashd.toml.5", "man5/org.flashd1.5", "man1/flashd-inbox.1")
+    for page in (*pages, "man8/flashd-gateway.8"):
         assert (share / "man" / f"{page}.gz").exists(), page
     for script in ("bash-completion/completions/flash", "zsh/vendor-completions/_flash",
                    "fish/vendor_completions.d/flash.fish"):  # fmt: skip
@@ -128,6 +129,15 @@ def test_manual_and_completion_are_installed(machine: Machine) -> None:
         "flash", env=("_FLASH_COMPLETE=complete_bash", "COMP_WORDS=flash show dr", "COMP_CWORD=2")
     ).out
     assert "dropped" in completed
+
+
+def test_documentation_is_installed_and_its_links_lead_somewhere(machine: Machine) -> None:
+    folder = machine.root / "usr/share/doc/flashd"
+    pages = [folder / "README.md", *(folder / "docs").glob("*.md")]
+    assert len(pages) > 15
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#\s:]+)[)#]", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 def test_the_trays_package_has_what_a_desktop_looks_for(packages: Path) -> None:

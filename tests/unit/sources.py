@@ -11,7 +11,7 @@ from typing import Any
 
 from flashd.checkpoint.convert import convert
 from flashd.checkpoint.files import Checkpoint
-from flashd.checkpoint.source import SourceFiles
+from flashd.checkpoint.source.reader import SourceFiles
 
 
 def forge(path: Path, header: Any, data: bytes = b"", *, length: int | None = None) -> Path:

@@ -16,23 +16,24 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import save_file
 from sources import converted
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
-from flashd.checkpoint import adapter
 from flashd.checkpoint.convert import convert
 from flashd.checkpoint.files import WEIGHTS, Checkpoint, verify
-from flashd.checkpoint.source import SourceFiles
+from flashd.checkpoint.lora import source as adapter
+from flashd.checkpoint.source.reader import SourceFiles
 from flashd.errors import CorruptCheckpoint, InvalidSource
 
+# peft and transformers take ten seconds to import: only who runs these tests does.
 pytestmark = pytest.mark.filterwarnings("default")  # peft and transformers warn of each other
 
 TOKENS = torch.arange(1, 13).reshape(1, -1)
 
 
 def make_base(folder: Path, *, dtype: torch.dtype = torch.float32, tied: bool = False, bias: bool = False) -> Path:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=96, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
@@ -44,6 +45,9 @@ def make_base(folder: Path, *, dtype: torch.dtype = torch.float32, tied: bool = 
 
 def make_adapter(base: Path, folder: Path, *, safe: bool = True, **options: Any) -> Path:
     """A LoRA adapter as PEFT saves it after training, of random numbers that are all but zero."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_pretrained(base)
@@ -117,6 +121,9 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_weights_and_logits_are_what_peft_merges(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     base = make_base(tmp_path / "source", dtype=dtype)
     tuned = make_adapter(base, tmp_path / "adapter", **CASES[case])
     found = weights(merged(base, tuned, tmp_path / "out"))
@@ -138,6 +145,9 @@ def test_weights_and_logits_are_what_peft_merges(case: str, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("options", [{"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True}], ids=str)
 def test_biases(options: dict[str, Any], tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     base = make_base(tmp_path / "source", bias=True)
     tuned = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "o_proj"], **options)
     found = weights(merged(base, tuned, tmp_path / "out"))
@@ -147,6 +157,9 @@ def test_biases(options: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_pickled_adapters_go_through_the_sandboxed_unpickler(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     base = make_base(tmp_path / "source")
     tuned = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], safe=False)
     assert not (tuned / "adapter_model.safetensors").exists()
@@ -158,6 +171,9 @@ def test_pickled_adapters_go_through_the_sandboxed_unpickler(tmp_path: Path) -> 
 
 def test_weights_that_lie_the_other_way_round(tmp_path: Path) -> None:
     """GPT-2's Conv1D, some of them square, and names without the outermost module."""
+    from peft import PeftModel
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     torch.manual_seed(0)
     base = tmp_path / "source"
     model = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=48, n_layer=2, n_head=4, n_positions=32))
@@ -177,6 +193,9 @@ def test_weights_that_lie_the_other_way_round(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_a_tied_tensor_parts_when_only_one_of_its_names_is_tuned(target: str, tmp_path: Path) -> None:
     """As the adapter was trained: PEFT's own merge would change both."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     base = make_base(tmp_path / "source", tied=True)
     tuned = make_adapter(base, tmp_path / "adapter", target_modules=[target])
     checkpoint = merged(base, tuned, tmp_path / "out")
@@ -197,6 +216,9 @@ def test_a_tied_tensor_that_is_not_tuned_stays_one(tmp_path: Path) -> None:
 
 
 def test_a_grown_vocabulary_is_one_in_the_configuration_too(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
     base = make_base(tmp_path / "source")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -236,7 +258,7 @@ REFUSED = {
     "option_of_2030": {"option_of_2030": {"strength": 2}},
     "alora_invocation_tokens": {"alora_invocation_tokens": [1]},
     "rank 4": {"r": 5},
-    "not a number": {"lora_alpha": "much"},
+    "not a plausible number": {"lora_alpha": "much"},
     "not a pattern": {"rank_pattern": {"(q_proj": 4}},
 }
 
@@ -330,3 +352,77 @@ def test_a_strange_configuration_is_one_clear_error(document: Any) -> None:
         except InvalidSource:
             continue
         assert isinstance(found.base, str)
+
+
+def small(folder: Path, **config: Any) -> tuple[Path, Path]:
+    """A base of one matrix and an adapter for it, of rank 2."""
+    for part in ("source", "adapter"):
+        (folder / part).mkdir(parents=True)
+    save_file({"model.layers.0.q_proj.weight": np.ones((3, 5), np.float32)}, folder / "source" / "model.safetensors")
+    module = "base_model.model.model.layers.0.q_proj"
+    factors = {
+        f"{module}.lora_A.weight": np.ones((2, 5), np.float32),
+        f"{module}.lora_B.weight": np.ones((3, 2), np.float32),
+    }
+    save_file(factors, folder / "adapter" / "adapter_model.safetensors")
+    document = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **config}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(document))
+    return folder / "source", folder / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("r", value) for value in (10**400, -2, 0, 2.5, float("nan"), True, "2", [2], 1 << 40)),
+        *(("lora_alpha", value) for value in (10**400, float("inf"), float("nan"), 1e300, {}, "4")),
+        *(("rank_pattern", {"q_proj": value}) for value in (10**400, -1, 0.5, None)),
+        *(("alpha_pattern", {"q_proj": value}) for value in (10**400, float("-inf"), [])),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+def test_numbers_that_no_trainer_writes_are_refused_by_name(option: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(InvalidSource, match=rf"{option}.*adapter_config\.json|adapter_config\.json is not") as refused:
+        merged(*small(tmp_path, **{option: value}), tmp_path / "out")
+    assert len(refused.value.message) < 300
+
+
+@pytest.mark.parametrize("base", ["\x1b[2Jada", "ada\u202e", "ada\0", "a" * 1001, 7, ["ada"]], ids=ascii)
+def test_a_base_that_cannot_be_a_name_is_refused_by_file_name(base: Any, tmp_path: Path) -> None:
+    raw = json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}).encode()
+    with pytest.raises(InvalidSource, match=r"the base in adapter_config\.json") as refused:
+        adapter.parse_config(raw)
+    assert "base_model_name_or_path" in refused.value.hint
+
+
+@pytest.mark.timeout(120)
+def test_a_pattern_that_backtracks_for_ever_is_ended_and_named(tmp_path: Path) -> None:
+    pattern = "(([a-z0-9._]+)+)+!"
+    with pytest.raises(InvalidSource, match=r"patterns in adapter_config\.json take longer") as refused:
+        merged(*small(tmp_path, rank_pattern={pattern: 2}), tmp_path / "out")
+    assert "plain names" in refused.value.hint
+
+
+def test_patterns_as_unsloth_and_peft_write_them_are_followed(tmp_path: Path) -> None:
+    long = (
+        r"(?:.*?(?:vision|image|visual|patch|language|text).*?(?:self_attn|attention|attn|mlp|dense).*?(?:k_proj|q_proj).*?)"
+        r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp)?\.?(?:(?:k_proj|q_proj)))"
+    )
+    many = {f"layers\\.{number}\\.[kv]_proj": 8 for number in range(3000)}
+    for number, ranks in enumerate(({long: 2}, {**many, "q_proj": 2})):
+        base, tuned = small(tmp_path / str(number), r=16, rank_pattern=ranks, target_modules=long)
+        found = weights(merged(base, tuned, tmp_path / str(number) / "out"))
+        assert torch.equal(found["model.layers.0.q_proj.weight"], torch.full((3, 5), 1 + 2 * 4 / 2))
+
+
+def test_an_adapter_of_a_compiled_model_and_an_empty_one(tmp_path: Path) -> None:
+    base, tuned = small(tmp_path)
+    found = safetensors.torch.load_file(tuned / "adapter_model.safetensors")
+    compiled = {name.replace("model.model.", "model._orig_mod.model."): t for name, t in found.items()}
+    safetensors.torch.save_file({f"module.{n}": t for n, t in compiled.items()}, tuned / "adapter_model.safetensors")
+    assert torch.equal(
+        weights(merged(base, tuned, tmp_path / "out"))["model.layers.0.q_proj.weight"], torch.full((3, 5), 5.0)
+    )
+    empty = {name: torch.empty(0) for name in found}
+    safetensors.torch.save_file(empty, tuned / "adapter_model.safetensors")
+    with pytest.raises(InvalidSource, match="ZeRO-3"):
+        merged(base, tuned, tmp_path / "empty")

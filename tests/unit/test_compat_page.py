@@ -11,11 +11,11 @@ import flashtensors
 import typer.main
 
 import flashd
-from flashd import config
 from flashd.cli.app import app
 from flashd.compat.session import Session
+from flashd.config import loading
 
-PAGE = (Path(flashd.__file__).parent / "compat" / "flashtensors" / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "packaging" / "docs" / "migrating.md").read_text()
 # What stands in code spans of the column that says what it is here.
 ROWS = [line.split("|")[2] for line in PAGE.splitlines() if line.startswith("| ")]
 HERE = " ".join(re.findall(r"`([^`]+)`", "\n".join(ROWS)))
@@ -23,7 +23,7 @@ HERE = " ".join(re.findall(r"`([^`]+)`", "\n".join(ROWS)))
 
 def test_settings() -> None:
     named = set(re.findall(r"\b(?:store|memory|streamer|engines|inbox|bus)\.[a-z_.]+", HERE))
-    assert len(named) > 9 and named <= {setting.key for setting in config.settings()}
+    assert len(named) > 9 and named <= {setting.key for setting in loading.settings()}
 
 
 def test_commands() -> None:

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from flashd.engines.control import MAX_FRAME_BYTES, Channel, close_all, pair
+from flashd.engines.control import MAX_FRAME_BYTES, Channel, pair
+from flashd.engines.messages import RankImage
+from flashd.tasks import close_all
 
 
 @pytest.fixture
@@ -26,9 +28,9 @@ def test_what_is_received_is_whole_and_not_inherited_by_programs(
 ) -> None:
     ours, theirs = ends
     memory = os.memfd_create("a GPU's, say")
-    ours.send({"layout": "x" * size_bytes}, (memory, memory))
+    ours.send(RankImage(size_bytes, "x" * size_bytes), (memory, memory))
     frame = theirs.receive()
-    assert frame.content == {"layout": "x" * size_bytes}
+    assert frame.content == {"size_bytes": size_bytes, "layout": "x" * size_bytes}
     assert [os.fstat(fd).st_ino for fd in frame.fds] == [os.fstat(memory).st_ino] * 2
     assert not any(os.get_inheritable(fd) for fd in frame.fds), "it would stay taken as long as they run"
     close_all((memory, *frame.fds))
@@ -36,7 +38,13 @@ def test_what_is_received_is_whole_and_not_inherited_by_programs(
 
 @pytest.mark.parametrize(
     ("wrong", "why"),
-    [("nothing", "enclosed"), ("not sealed", "sealed"), ("too large", "too large"), ("no object", "an object")],
+    [
+        ("nothing", "memfd is missing"),
+        ("not sealed", "sealed"),
+        ("too large", "too large"),
+        ("no object", "a JSON object"),
+        ("too deep", "too deeply"),
+    ],
 )
 def test_what_a_worker_says_wrong_is_refused_and_nothing_of_it_stays_open(
     ends: tuple[Channel, Channel], wrong: str, why: str
@@ -47,7 +55,8 @@ def test_what_a_worker_says_wrong_is_refused_and_nothing_of_it_stays_open(
     if wrong == "too large":
         fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
     open_before = sorted(os.listdir("/proc/self/fd"))
-    socket.send_fds(ours.socket, [b"[]" if wrong == "no object" else b"@"], [] if wrong == "nothing" else [memory])
+    raw = {"no object": b"[]", "too deep": b"[" * 20_000}.get(wrong, b"@")
+    socket.send_fds(ours.socket, [raw], [] if wrong == "nothing" else [memory])
     with pytest.raises(ValueError, match=why):
         theirs.receive()
     assert sorted(os.listdir("/proc/self/fd")) == open_before

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from sources import converted, entry, forge
 
 from flashd.checkpoint import header, layout
-from flashd.checkpoint.dtypes import BITS
+from flashd.checkpoint.dtypes import DTYPES
 from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, Checkpoint, verify
 from flashd.checkpoint.manifest import Manifest
-from flashd.checkpoint.source import SourceFiles, missing_shards
+from flashd.checkpoint.source.reader import SourceFiles, missing_shards
 from flashd.errors import Cancelled, CorruptCheckpoint, InvalidSource
-from flashd.streamer import ALIGNMENT
+from flashd.io.streamer import ALIGNMENT
 from flashd.units import MiB
 
 
@@ -46,9 +46,9 @@ def assert_same(directory: Path, expected: dict[str, torch.Tensor], aliases: dic
     assert recorded == (aliases or {})
 
 
-@pytest.mark.parametrize("dtype", sorted(BITS))
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
 def test_every_dtype_of_the_format_bit_for_bit(dtype: str, tmp_path: Path) -> None:
-    size_bytes = 24 * BITS[dtype] // 8
+    size_bytes = 24 * DTYPES[dtype].bits // 8
     data = np.random.default_rng(7).integers(0, 2 if dtype == "BOOL" else 256, size_bytes, dtype=np.uint8).tobytes()
     source = forge(tmp_path / "model.safetensors", {"t": entry(dtype, [2, 3, 4], 0, size_bytes)}, data)
     checkpoint = converted(source, tmp_path / "out")
@@ -339,7 +339,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib\n"
         "from flashd.checkpoint.convert import convert\n"
-        "from flashd.checkpoint.source import SourceFiles\n"
+        "from flashd.checkpoint.source.reader import SourceFiles\n"
         "out = pathlib.Path(sys.argv[2]); out.mkdir()\n"
         "with SourceFiles.from_path(pathlib.Path(sys.argv[1])) as files:\n"
         "    convert(files, out, python=sys.executable)\n"
@@ -356,8 +356,8 @@ def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
 def test_unpickling_needs_memory_for_none_of_the_tensors(tmp_path: Path) -> None:
     """Not even where the format cannot be mapped: what the child needs for 512 MiB is what it needs for nothing."""
     code = (
-        "from flashd.checkpoint import unpickle\n"
-        "unpickle.main()\n"
+        "from flashd.checkpoint.source import unpickle_worker\n"
+        "unpickle_worker.main()\n"
         "import sys\n"
         "(line,) = [l for l in open('/proc/self/status') if l.startswith('VmHWM')]\n"
         "print(int(line.split()[1]) * 1024, file=sys.stderr)\n"
@@ -388,12 +388,12 @@ def test_a_disk_that_fills_up_behind_the_weights(kind: str, tmp_path: Path) -> N
         torch.save({"a": torch.zeros(1 << 20, dtype=torch.uint8)[::2]}, source / "model.pt")
     else:
         safetensors.torch.save_file({"a": torch.ones(2)}, source / "model.safetensors")
-        (source / "tokenizer.json").write_bytes(bytes(1 << 20))
+        (source / "vocab.txt").write_bytes(b"x" * (1 << 20))
     code = (
         "import os, resource, signal, sys\n"
         "from pathlib import Path\n"
         "from flashd.checkpoint.convert import convert\n"
-        "from flashd.checkpoint.source import SourceFiles\n"
+        "from flashd.checkpoint.source.reader import SourceFiles\n"
         "from flashd.errors import FlashdError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))\n"
@@ -414,7 +414,7 @@ def test_a_disk_that_fills_up_behind_the_weights(kind: str, tmp_path: Path) -> N
 @given(
     st.dictionaries(
         st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=6),
-        st.tuples(st.sampled_from(sorted(BITS)), st.lists(st.integers(0, 40), max_size=3)),
+        st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 40), max_size=3)),
         max_size=12,
     )
 )
@@ -431,7 +431,7 @@ def test_layouts_have_no_holes_and_keep_elements_aligned(shapes: dict[str, tuple
     end = 0
     for tensor in placed:
         assert tensor.extent.offset == end
-        assert tensor.extent.offset % max(1, BITS[tensor.dtype] // 8) == 0
+        assert tensor.extent.offset % max(1, DTYPES[tensor.dtype].bits // 8) == 0
         end = tensor.extent.end
     raw = header.serialise(header.Header(placed))
     assert len(raw) % ALIGNMENT == 0

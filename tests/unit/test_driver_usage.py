@@ -7,9 +7,10 @@ import asyncio
 import threading
 from typing import Any, cast
 
-from flashd.daemon.driver_usage import DriverUsage
-from flashd.daemon.threads import Background
+from flashd.daemon.events import Events
+from flashd.daemon.serving.driver_usage import DriverUsage
 from flashd.memory.device import Device, Kind
+from flashd.tasks import Background
 
 
 class Slow:
@@ -30,7 +31,9 @@ class Slow:
 
 async def test_a_slow_driver_is_asked_once_beside_the_loop_and_its_answer_announced() -> None:
     background, told = Background(), asyncio.Event()
-    usage = DriverUsage(background, lambda name: told.set())
+    events = Events()
+    events.device_changed.subscribe(lambda name: told.set())
+    usage = DriverUsage(background, events)
     card = Slow()
     for _ in range(5):
         assert usage.of(cast(Device, card)) == 0
@@ -50,4 +53,4 @@ async def test_what_the_kernel_knows_is_read_at_once() -> None:
             return 9
 
     host: Any = Host()
-    assert DriverUsage(Background(), lambda name: None).of(host) == 9
+    assert DriverUsage(Background(), Events()).of(host) == 9

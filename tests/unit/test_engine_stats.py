@@ -14,10 +14,11 @@ from typing import Any, cast
 
 import pytest
 
-from flashd.daemon import engine_stats
-from flashd.daemon.engine_stats import EngineStatsBook
+from flashd.daemon.events import Events
+from flashd.daemon.serving import engine_stats
+from flashd.daemon.serving.engine_stats import EngineStatsBook
 from flashd.engines.engine import EngineState, EngineStats
-from flashd.swap import Swapper
+from flashd.swap.swapper import Swapper
 
 
 @dataclass
@@ -31,26 +32,24 @@ class Engine:
 
 
 @dataclass
-class Seat:
+class EngineSlot:
     engine: Engine
 
 
 class Engines:
     """What a swapper says of its engines."""
 
-    active = None
+    serving = ()
 
     def __init__(self, pid: int) -> None:
-        self.seats = [Seat(Engine(pid))]
+        self.slots = [EngineSlot(Engine(pid))]
 
 
 def book(pid: int, device_bytes: Any, told: asyncio.Event) -> EngineStatsBook:
+    events = Events()
+    events.engine_changed.subscribe(lambda number: told.set())
     return EngineStatsBook(
-        cast(Swapper, Engines(pid)),
-        idle_timeout_s=lambda: 0.0,
-        device_bytes=device_bytes,
-        on_change=lambda number: told.set(),
-        on_idle=lambda: None,
+        cast(Swapper, Engines(pid)), events, idle_timeout_s=lambda target: 0.0, device_bytes=device_bytes
     )
 
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashd import errors, units, wire
+from flashd import errors, units
+from flashd.dbus import wire
 
 
 def error_classes() -> list[type[errors.FlashdError]]:
@@ -81,3 +82,19 @@ def test_interface_xml_is_well_formed(interface: str) -> None:
     if shutil.which("xmllint") is None:
         pytest.skip("needs xmllint (libxml2-utils)")
     subprocess.run(["xmllint", "--noout", "-"], input=wire.interface_xml(interface), text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        (wire.job_path(99), "job 99"),
+        (wire.engine_path(3), "engine 3"),
+        (wire.model_path("Qwen/Qwen3-0.6B"), "model 'Qwen/Qwen3-0.6B'"),
+        (wire.device_path("cuda:0"), "device 'cuda:0'"),
+        (wire.model_path("\x1b[31m"), r"model '\x1b[31m'"),
+        ("/org/flashd1/model/_zz", "object at /org/flashd1/model/_zz"),
+        ("/org/flashd1/new/thing", "object at /org/flashd1/new/thing"),
+    ],
+)
+def test_a_path_in_words(path: str, words: str) -> None:
+    assert wire.called(path) == words

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -13,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors
 import torch
@@ -20,11 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sources import converted, entry, forge
 
+from flashd import durable
 from flashd.checkpoint import header
 from flashd.checkpoint.convert import convert
-from flashd.checkpoint.pickles import Place, parse_table
-from flashd.checkpoint.source import SourceFiles, missing_shards, parse_index
-from flashd.errors import FlashdError, InvalidSource, TransferFailed, Unavailable
+from flashd.checkpoint.source.pickles import TensorFile, parse_table
+from flashd.checkpoint.source.reader import SourceFiles, missing_shards, parse_index
+from flashd.errors import CorruptCheckpoint, FlashdError, InvalidSource, TransferFailed, Unavailable
 from flashd.units import MiB
 
 F32 = entry("F32", [2], 0, 8)
@@ -46,6 +50,7 @@ BAD_HEADERS: dict[str, tuple[Any, bytes]] = {
     "rank 65": ({"a": entry("F32", [1] * 64 + [2], 0, 8)}, bytes(8)),
     "unknown dtype": ({"a": entry("Q4", [2], 0, 8)}, bytes(8)),
     "half a byte": ({"a": entry("F4", [3], 0, 1)}, bytes(1)),
+    "a field more": ({"a": {**F32, "scale": 2}}, bytes(8)),
     "no dtype": ({"a": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8)),
     "control character": ({"a\x1b[31m": F32}, bytes(8)),
     "newline": ({"a\nb": F32}, bytes(8)),
@@ -178,8 +183,26 @@ def test_more_files_than_a_model_has(tmp_path: Path) -> None:
     folder.mkdir()
     for number in range(501):
         (folder / f"{number}.safetensors").touch()
-    with pytest.raises(InvalidSource, match="at most 500"):
+    with pytest.raises(InvalidSource, match="the limit is 500"):
         converted(folder, tmp_path / "out")
+
+
+def test_a_file_system_that_fails_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server may go between the opening of a file and the first look at it."""
+    weights = forge(tmp_path / "model.safetensors", {"a": entry("U8", [4], 0, 4)}, b"data")
+    checkpoint = converted(weights, tmp_path / "converted")
+    before = len(os.listdir("/proc/self/fd"))
+
+    def fstat(_: int) -> os.stat_result:
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+
+    looks = [lambda: SourceFiles.from_path(tmp_path), lambda: SourceFiles.from_path(weights)]
+    for look in (*looks, lambda: durable.read_bytes(weights), checkpoint.digests):
+        with monkeypatch.context() as failing, contextlib.suppress(OSError, CorruptCheckpoint):
+            failing.setattr(os, "fstat", fstat)
+            look()
+            pytest.fail("it did not ask")
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_file_name_cannot_write_to_the_terminal(tmp_path: Path) -> None:
@@ -202,14 +225,39 @@ def test_a_config_that_is_none_is_refused_before_the_weights_are_copied(config: 
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_what_a_config_says_cannot_write_to_the_terminal(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": ["\x1b[31mX"]}, {"architectures": "X"}, {"architectures": [["X"]]}, {"architectures": [7]},
+        {"architectures": ["X", "\u202eY"]}, {"model_type": "\x00"}, {"model_type": {"a": 1}}, {"torch_dtype": "f\n32"},
+        {"dtype": "x" * 201}, {"quantization_config": {"quant_method": "\ud800"}},
+        {"quantization_config": {"quant_method": ["gptq"]}},
+    ],
+)  # fmt: skip
+def test_a_name_in_a_config_that_cannot_be_one_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "source"
     folder.mkdir()
     forge(folder / "model.safetensors", {"a": F32}, bytes(8))
-    config = {"architectures": ["\x1b[31mX"], "quantization_config": {"quant_method": "\ud800"}}
     (folder / "config.json").write_text(json.dumps(config))
-    manifest = converted(folder, tmp_path / "out").manifest
-    assert (manifest.architecture, manifest.quantization) == ("", "unknown")
+    with pytest.raises(InvalidSource, match=r"config\.json.*(architectures|model_type|dtype|quant_method)") as refused:
+        converted(folder, tmp_path / "out")
+    assert refused.value.message.isprintable() and len(refused.value.message) < 200
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": None, "model_type": None, "torch_dtype": None, "quantization_config": None},
+        {"architectures": [], "dtype": {"text_config": "bfloat16"}, "quantization_config": {}},
+    ],
+)
+def test_what_a_config_leaves_open_is_no_fault(config: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    forge(folder / "model.safetensors", {"a": F32}, bytes(8))
+    (folder / "config.json").write_text(json.dumps(config))
+    assert converted(folder, tmp_path / "out").manifest.architecture == ""
 
 
 def test_a_side_file_larger_than_sense(tmp_path: Path) -> None:
@@ -228,7 +276,7 @@ def test_a_source_that_changes_under_our_feet(tmp_path: Path) -> None:
             file.seek(-1, os.SEEK_END)
             file.write(b"x")
 
-    with pytest.raises(InvalidSource, match="was written to while"):
+    with pytest.raises(InvalidSource, match="changed during the conversion"):
         converted(source, tmp_path / "out", on_progress=on_progress)
     assert not (tmp_path / "out" / "manifest.toml").exists()
 
@@ -328,7 +376,7 @@ def test_a_thousand_views_of_the_same_bytes(tmp_path: Path) -> None:
     """Each lies in the file, and all of them together would fill the disk."""
     storage = torch.zeros(4 * MiB, dtype=torch.uint8)
     torch.save({str(n): storage[n:] for n in range(1000)}, tmp_path / "model.pt")
-    with pytest.raises(InvalidSource, match="claims to hold 4"):
+    with pytest.raises(InvalidSource, match="claims to contain 4"):
         converted(tmp_path / "model.pt", tmp_path / "out")
 
 
@@ -360,6 +408,48 @@ def test_a_pickle_that_calls_things_calls_nothing(tmp_path: Path) -> None:
     assert not proof.exists()
 
 
+STATE = {"a": torch.ones(3), "b": torch.zeros(2, 2)}
+BESIDE = {
+    "best": np.float64(0.3), "history": np.ones(3), "args": argparse.Namespace(lr=1, other=argparse.Namespace(x=2)),
+    "path": Path("x"), "scheduler": [torch.nn.ReLU()],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_trainers_write_beside_the_weights_is_left_alone(legacy: bool, tmp_path: Path) -> None:
+    """Lightning's .ckpt among them; nothing of it is called."""
+    document = {"state_dict": STATE, "pytorch-lightning_version": "2.5", **({} if legacy else BESIDE)}
+    for name in ("last.ckpt", "epoch=1.ckpt"):
+        torch.save(document, tmp_path / name, _use_new_zipfile_serialization=not legacy)
+    checkpoint = converted(tmp_path, tmp_path / "out")
+    assert {tensor.name for tensor in checkpoint.header().tensors} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {**STATE, "c": argparse.Namespace(x=1)},
+        {"model": torch.nn.ReLU()},
+        torch.nn.ReLU(),
+        {"model": {"a": np.ones(2)}},
+    ],
+    ids=["among the weights", "in their place", "instead of all", "in a dictionary"],
+)
+def test_what_may_be_a_weight_and_is_no_tensor_is_named(document: Any, tmp_path: Path) -> None:
+    torch.save(document, tmp_path / "model.pt")
+    with pytest.raises(InvalidSource, match=r"it wants (argparse|torch\.nn|numpy).*, and only tensors are made"):
+        converted(tmp_path / "model.pt", tmp_path / "out")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_that_is_cut_short_is_told_so(legacy: bool, tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "whole.pt", _use_new_zipfile_serialization=not legacy)
+    raw = (tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "model.pt").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(InvalidSource, match="cut short, damaged"):
+        converted(tmp_path / "model.pt", tmp_path / "out")
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x04.", b"x" * 1000])
 def test_what_is_no_pickle_at_all(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(content)
@@ -369,7 +459,7 @@ def test_what_is_no_pickle_at_all(content: bytes, tmp_path: Path) -> None:
 
 ESCAPES = """
 import os, resource, socket, subprocess, sys
-from flashd import sandbox
+from flashd.io import sandbox
 folder = sys.argv[1]
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(folder + "/socket")
@@ -544,7 +634,7 @@ def test_fuzzed_bytes_of_an_index_are_refused_or_parsed(raw: bytes) -> None:
 )
 def test_fuzzed_answers_of_the_unpickler_never_reach_outside(answer: Any) -> None:
     try:
-        table = parse_table(answer, Place(0, 64), Place(1, 16), "fuzz")
+        table = parse_table(answer, TensorFile(0, 64), TensorFile(1, 16), "fuzz")
     except InvalidSource:
         return
     for tensor in table.tensors:

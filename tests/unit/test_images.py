@@ -14,9 +14,9 @@ from sources import converted
 
 from flashd.checkpoint.files import Checkpoint
 from flashd.errors import FlashdError, InvalidSource, TransferFailed
+from flashd.io.streamer import blake3
 from flashd.store.catalog import Catalog, Origin
 from flashd.store.images import Images
-from flashd.streamer import blake3
 
 KEY, OTHER = "a" * 64, "b" * 64
 DATA = np.arange(6000, dtype=np.float32).tobytes()

@@ -14,9 +14,11 @@ import pytest
 from dbus_next import Variant
 
 from flashd.daemon import jobs as module
-from flashd.daemon.jobs import TRANSITIONS, Job, Jobs, JobState, Owner, Result
-from flashd.daemon.threads import in_thread
+from flashd.daemon.events import Events
+from flashd.daemon.job import TRANSITIONS, Job, JobState, Owner, Result
+from flashd.daemon.jobs import Jobs
 from flashd.errors import Busy, Cancelled, Internal, NotFound
+from flashd.tasks import in_thread
 
 OWNER = Owner(":1.1", 1000)
 
@@ -26,11 +28,10 @@ class Heard:
         self.states: list[str] = []
         self.forgotten: list[int] = []
         self.now = time.time()
-        self.jobs = Jobs(
-            on_change=lambda job: self.states.append(job.state.value),
-            on_forget=lambda job: self.forgotten.append(job.number),
-            clock=lambda: self.now,
-        )
+        events = Events()
+        events.job_changed.subscribe(lambda job: self.states.append(job.state.value))
+        events.job_forgotten.subscribe(lambda job: self.forgotten.append(job.number))
+        self.jobs = Jobs(events, clock=lambda: self.now)
 
     def distinct(self) -> list[str]:
         return [state for state, _ in itertools.groupby(self.states)]
@@ -60,6 +61,18 @@ async def test_a_job_that_fails_keeps_the_error() -> None:
     job = Heard().jobs.run("load", "x", OWNER, fail)
     await job.wait()
     assert (job.state, str(job.error), job.result) == (JobState.FAILED, "not now\nlater", {})
+
+
+async def test_a_job_that_cannot_be_announced_does_not_stay() -> None:
+    def refuse(job: Job) -> None:
+        raise ZeroDivisionError
+
+    events = Events()
+    events.job_changed.subscribe(refuse)
+    jobs = Jobs(events)
+    with pytest.raises(ZeroDivisionError):
+        jobs.run("import", "tune", OWNER, succeed)
+    assert not list(jobs)
 
 
 async def test_a_defect_is_internal_and_its_traceback_is_logged(caplog: pytest.LogCaptureFixture) -> None:

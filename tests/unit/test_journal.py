@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from flashd import config
-from flashd.daemon.journal import JournalHandler, fields
+from flashd.config.environment import is_journal
+from flashd.daemon.lifecycle.journal import JournalHandler, fields
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_no_value_begins_a_field_of_its_own(journal: socket.socket, log: logging
     log.error("one\nPRIORITY=0\nMESSAGE=two\udcff", extra=fields(model="x\nFLASHD_JOB=9"))
     found = entry(journal)
     assert found["PRIORITY"] == "3"
-    assert "\nPRIORITY=0\n" in found["MESSAGE"]
+    assert found["MESSAGE"] == r"flashd.test: one; PRIORITY=0; MESSAGE=two\xff"
     assert "FLASHD_JOB" not in found
 
 
@@ -90,7 +90,7 @@ def test_only_the_stream_that_systemd_names_is_the_journals(monkeypatch: pytest.
     with (tmp_path / "stream").open("w") as stream:
         status = os.fstat(stream.fileno())
         monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
-        assert config.is_journal(stream.fileno())
-        assert not config.is_journal(0)
+        assert is_journal(stream.fileno())
+        assert not is_journal(0)
         monkeypatch.delenv("JOURNAL_STREAM")
-        assert not config.is_journal(stream.fileno())
+        assert not is_journal(stream.fileno())

@@ -25,16 +25,19 @@ from sources import converted
 
 from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.manifest import Manifest
-from flashd.cuda import Gpu
+from flashd.config.settings import MemoryConfig
+from flashd.daemon.serving.memory_setup import memories
 from flashd.errors import AlreadyExists, Busy, CorruptCheckpoint, InvalidArgument, NotFound, OutOfMemory, TransferFailed
+from flashd.io import cuda
+from flashd.io.cuda import Gpu
+from flashd.io.streamer import Options, Transfer, TransferResult
 from flashd.memory.arena import HUGE_PAGE_BYTES, Arena, HostArena, HugePages, probe_huge_pages
 from flashd.memory.device import HostDevice, Kind, Tier, simulated_device, total_memory_bytes
+from flashd.memory.device_cache import Hold
 from flashd.memory.lease import LeaseBook
-from flashd.memory.moving import Progress, Region, Residents, StreamMover
-from flashd.memory.place import Hold
 from flashd.memory.pool import Reservation
 from flashd.memory.residency import Memory, Residency
-from flashd.streamer import Options, Transfer, TransferResult
+from flashd.memory.transfers import Progress, Region, Residents, StreamMover
 from flashd.units import MiB
 
 DEVICE = HostDevice("host", 1 << 40, HugePages.NONE)
@@ -113,6 +116,38 @@ def test_a_sealed_arena_can_be_read_and_not_changed() -> None:
         with pytest.raises(PermissionError):
             fcntl.fcntl(arena.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
         os.close(fd)
+
+
+def test_a_gpu_that_pins_only_writable_memory_is_told_of_a_sealed_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer drivers refuse to register what is mapped for reading only; a sealed arena has one mapping they take."""
+    told: list[tuple[str, bool]] = []
+
+    def register(ordinal: int, address: int, size_bytes: int, *, is_read_only: bool = False) -> None:
+        told.append((permissions(address), is_read_only))
+
+    monkeypatch.setattr(cuda, "register", register)
+    monkeypatch.setattr(cuda, "unregister", lambda ordinal, address: told.append((permissions(address), False)))
+    with HostArena(8192, "test", HugePages.NONE, registers_read_only=False) as arena:
+        ctypes.memset(arena.address, 7, 100)
+        arena.seal()
+        with pytest.raises(PermissionError):
+            mmap.mmap(arena.fd, 0, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        arena.register(0)
+        with arena.viewed() as view:
+            assert view.is_registered
+            assert permissions(view.address) == "r--s"
+            assert ctypes.string_at(view.address, 100) == b"\x07" * 100
+    assert told == [("rw-s", False), ("r--s", False)]
+
+
+def permissions(address: int) -> str:
+    """Of the mapping at an address of this process (proc_pid_maps(5))."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, found = line.split()[:2]
+        first, last = (int(end, 16) for end in span.split("-"))
+        if first <= address < last:
+            return found
+    raise AssertionError("nothing is mapped there")
 
 
 def test_memory_handed_out_outlives_the_arena() -> None:
@@ -401,7 +436,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.patch = unittest.mock.patch("flashd.memory.place.to_thread", in_turn)
+        self.patch = unittest.mock.patch("flashd.memory.device_cache.to_thread", in_turn)
         self.patch.start()
         self.loop = asyncio.new_event_loop()
         self.mover = self.loop.run_until_complete(self._make_mover())
@@ -472,9 +507,9 @@ class PoolMachine(RuleBasedStateMachine):
 
         async def attempt() -> None:
             await self._settle()
-            place = self.residency.place("sim:0")
+            cache = self.residency.cache("sim:0")
             try:
-                claim = await place.claim(claimed * 4096)
+                claim = await cache.claim(claimed * 4096)
             except OutOfMemory:
                 return
             self.claims.append(claim)
@@ -485,11 +520,11 @@ class PoolMachine(RuleBasedStateMachine):
             made = checkpoint(str(filled - 1), filled * 4096)
             try:
                 if end == "hold":
-                    self.holds.append(place.admit(made, arena, claim))
+                    self.holds.append(cache.admit(made, arena, claim))
                     self.claims.remove(claim)
                     return
             except AlreadyExists:
-                assert made.id in place
+                assert made.id in cache
             except OutOfMemory:
                 assert filled > claimed
             arena.close()
@@ -509,15 +544,15 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_budgets_hold(self) -> None:
-        for name, place in self.residency.places.items():
-            resident = {r.checkpoint.id: r for r in place.residents()}
+        for name, cache in self.residency.caches.items():
+            resident = {r.checkpoint.id: r for r in cache.residents()}
             used = sum((int(n) + 1) * 4096 for n in resident)
             used += sum(claim.size_bytes for claim in self.claims if name == "sim:0")
-            assert used <= place.pool.used_bytes <= self.BUDGETS[name]
+            assert used <= cache.pool.used_bytes <= self.BUDGETS[name]
             if not self.tasks:
-                assert used == place.pool.used_bytes, "what nobody loads any more is not counted"
+                assert used == cache.pool.used_bytes, "what nobody loads any more is not counted"
             for hold in self.holds:
-                if hold.place is place:
+                if hold.cache is cache:
                     assert hold.checkpoint_id in resident, "what is held is never evicted"
                     assert hold.arena.fd >= 0
 
@@ -526,7 +561,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.residency.close()
         for claim in self.claims:
             claim.release()
-        assert all(place.pool.used_bytes == 0 for place in self.residency.places.values())
+        assert all(cache.pool.used_bytes == 0 for cache in self.residency.caches.values())
         self.loop.close()
         self.patch.stop()
 
@@ -556,8 +591,8 @@ async def test_a_device_is_filled_from_the_host_tier_where_that_has_it() -> None
     with pytest.raises(InvalidArgument, match="no device 'cuda:7'"):
         await residency.acquire(a, device="cuda:7")
     residency.close()
-    with pytest.raises(InvalidArgument, match="there is no GPU here"):
-        Residency(host_of(4096), mover).place("device")
+    with pytest.raises(InvalidArgument, match="there is no GPU"):
+        Residency(host_of(4096), mover).cache("device")
 
 
 async def test_who_wants_it_on_a_device_while_it_comes_to_the_host_waits_for_that() -> None:
@@ -705,3 +740,18 @@ async def test_an_arena_of_a_daemon_before_us_is_taken_over_if_it_is_what_it_sho
     too_small.close()
     residency.close()
     assert open_descriptors() == before
+
+
+@pytest.mark.parametrize(
+    ("is_integrated", "kinds"), [(True, [Kind.UNIFIED]), (False, [Kind.HOST, Kind.CUDA])], ids=["GB10", "HMM desktop"]
+)
+def test_only_an_integrated_gpu_has_one_memory_with_the_host(
+    is_integrated: bool, kinds: list[Kind], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Discrete cards read host pages too, with the open driver's HMM and on GH200, and keep their own memory."""
+    gpu = Gpu(0, "a card", "GPU-1", 80 << 30, is_integrated, True, True, True, True, registers_read_only=False)
+    monkeypatch.setattr(cuda, "gpus", lambda: [gpu])
+    found = memories(MemoryConfig())
+    assert [memory.device.kind for memory in found] == kinds
+    host = found[0].device
+    assert isinstance(host, HostDevice) and not host.registers_read_only

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import socket
 import threading
@@ -25,16 +26,18 @@ from sources import converted
 from test_memory import FakeMover, PoolMachine, checkpoint, host_of, open_descriptors, sealed_arena, tiers
 from waiting import eventually
 
-from flashd import config, cuda, tensors
+from flashd import tensors
 from flashd.checkpoint.files import Checkpoint
-from flashd.cuda import Gpu
-from flashd.daemon.service_manager import ArenaKeeper, FdStore, ServiceManager
+from flashd.config.environment import inherited_fds
+from flashd.daemon.lifecycle.service_manager import ArenaKeeper, FdStore, ServiceManager
 from flashd.errors import Busy, DeviceFailed, InvalidArgument, OutOfMemory
+from flashd.io import cuda
+from flashd.io.cuda import Gpu
+from flashd.io.streamer import Options
 from flashd.memory.arena import HUGE_PAGE_BYTES, Arena, HostArena, HugePages
 from flashd.memory.device import CudaDevice, HostDevice, Tier
-from flashd.memory.moving import Progress, Region, Residents, StreamMover
 from flashd.memory.residency import Memory, Residency
-from flashd.streamer import Options
+from flashd.memory.transfers import Progress, Region, Residents, StreamMover
 from flashd.units import MiB
 
 GPU = Gpu(0, "a card", "u-u-i-d", 1 << 34, False, False, True, True, True)
@@ -159,11 +162,26 @@ async def test_what_a_driver_fails_to_unmap_is_let_go_of_all_the_same(monkeypatc
     residency.close()
 
 
+async def test_an_arena_is_sealed_before_a_gpu_is_told_of_it() -> None:
+    """Sealing ends the mapping it was filled through, which a registration under way could have been using."""
+    seals: list[int] = []
+    residency = Residency(
+        host_of(4096),
+        FakeMover(),
+        on_host_resident=lambda arena: seals.append(fcntl.fcntl(arena.fd, fcntl.F_GET_SEALS)),
+    )
+    (await residency.acquire(checkpoint("a", 4096))).release()
+    assert [bool(found & fcntl.F_SEAL_SEAL) for found in seals] == [True]
+    residency.close()
+
+
 async def test_memory_that_is_copied_from_is_there_until_the_copy_has_ended_even_when_the_daemon_stops() -> None:
     mover = FakeMover()
     seen: list[int] = []
+    has_begun = asyncio.Event()
 
     async def slow(checkpoint: Checkpoint, source: Region, target: Region, on_progress: Progress) -> None:
+        has_begun.set()
         try:
             await asyncio.sleep(60)
         finally:
@@ -175,7 +193,7 @@ async def test_memory_that_is_copied_from_is_there_until_the_copy_has_ended_even
     before = open_descriptors()
     (await residency.acquire(checkpoint("a", 4096))).release()
     wanted = asyncio.create_task(residency.acquire(checkpoint("a", 4096), device="sim:0"))
-    await asyncio.sleep(0.01)
+    await has_begun.wait()
     await residency.stop()
     assert len(seen) == 2 and min(seen) >= 0
     with pytest.raises(asyncio.CancelledError):
@@ -237,7 +255,7 @@ async def test_who_wants_it_now_may_make_room_even_where_it_comes_down_from_a_de
     await turns()
     keeper.letting_go.set()
     holds = await asyncio.gather(on_device, other, wanted)
-    assert [hold.place.name for hold in holds] == ["sim:0", "host", "host"]
+    assert [hold.cache.name for hold in holds] == ["sim:0", "host", "host"]
     await eviction
     for hold in holds:
         hold.release()
@@ -267,7 +285,7 @@ async def test_a_load_to_the_host_never_loads_to_a_device() -> None:
     (await residency.acquire(checkpoint("a", 4096))).release()
     assert reading == ["sim:0", "host"] and residency.devices_of("a") == ["host"]
     await asyncio.wait([given_up])
-    assert residency.place("sim:0").pool.used_bytes == 0
+    assert residency.cache("sim:0").pool.used_bytes == 0
     residency.close()
 
 
@@ -375,12 +393,21 @@ def test_a_card_that_does_not_answer_is_shown_all_the_same(monkeypatch: pytest.M
     assert CudaDevice(GPU, 0).used_bytes() == 0
 
 
+def is_open(fd: int) -> bool:
+    """Asks the kernel, not the file system behind the descriptor, which may be gone."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_GETFD)
+    except OSError:
+        return False
+    return True
+
+
 def test_descriptors_that_do_not_exist_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """pytest has descriptors open from 3 on; that many it has not."""
-    inheritable = {fd: os.get_inheritable(fd) for fd in range(3, 256) if Path(f"/proc/self/fd/{fd}").exists()}
+    inheritable = {fd: os.get_inheritable(fd) for fd in range(3, 256) if is_open(fd)}
     for name, value in (("LISTEN_PID", str(os.getpid())), ("LISTEN_FDS", "1" + 12 * "0"), ("LISTEN_FDNAMES", "x:y")):
         monkeypatch.setenv(name, value)
-    found = dict(config.inherited_fds())
+    found = dict(inherited_fds())
     assert set(found) >= set(inheritable) and len(found) < 256
     for fd, was in inheritable.items():
         os.set_inheritable(fd, was)
@@ -408,7 +435,7 @@ async def test_a_model_that_cannot_be_kept_beyond_us_is_warm_all_the_same(monkey
 
     residency = Residency(host_of(1 << 20), FakeMover(), keeper=ArenaKeeper(FdStore(ServiceManager("/nowhere"))))
     with monkeypatch.context() as patch:
-        patch.setattr("flashd.daemon.service_manager._described", full)
+        patch.setattr("flashd.daemon.lifecycle.service_manager._described", full)
         (await residency.acquire(checkpoint("a", 4096))).release()
     assert residency.tier_of("a") is Tier.HOST
     residency.close()
@@ -436,7 +463,7 @@ class EndsMachine(PoolMachine):
 
         self.patches = [
             unittest.mock.patch.object(HostDevice, "allocate", noted),
-            unittest.mock.patch("flashd.memory.place.to_thread", in_turns),
+            unittest.mock.patch("flashd.memory.device_cache.to_thread", in_turns),
         ]
         for patch in self.patches:
             patch.start()
@@ -480,9 +507,9 @@ class EndsMachine(PoolMachine):
 
     @invariant()
     def the_budgets_hold(self) -> None:
-        for name, place in self.residency.places.items():
+        for name, cache in self.residency.caches.items():
             taken = sum(arena.mapped_bytes for device, arena in self.arenas if device == name and arena.fd >= 0)
-            assert taken <= place.pool.used_bytes <= self.BUDGETS[name]
+            assert taken <= cache.pool.used_bytes <= self.BUDGETS[name]
             for hold in self.holds:
                 assert hold.arena.fd >= 0, "what is held is never evicted"
 
@@ -492,7 +519,7 @@ class EndsMachine(PoolMachine):
         self.residency.close()
         for claim in self.claims:
             claim.release()
-        assert all(place.pool.used_bytes == 0 for place in self.residency.places.values())
+        assert all(cache.pool.used_bytes == 0 for cache in self.residency.caches.values())
         assert all(arena.fd < 0 for _, arena in self.arenas)
         assert not asyncio.all_tasks(self.loop)
         for patch in self.patches:

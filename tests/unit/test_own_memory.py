@@ -10,14 +10,14 @@ import sys
 
 import pytest
 
-from flashd.engines import surroundings
-from flashd.engines.surroundings import OwnMemory, own_memory_bytes
+from flashd.engines import process_info
+from flashd.engines.process_info import OwnMemory, own_memory_bytes
 from flashd.units import MiB
 
 LARGE = 200 * MiB
 FORKS = """
 import os, signal, sys
-from flashd.engines.surroundings import own_memory_bytes
+from flashd.engines.process_info import own_memory_bytes
 before = bytearray(os.urandom(1 << 20) * 200)  # which the child shares
 ready, told = os.pipe()
 child = os.fork()
@@ -38,7 +38,7 @@ def test_of_what_forks_share_each_page_counts_once() -> None:
 
 
 def test_it_is_measured_for_the_next_time_and_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surroundings, "family", lambda pid: [pid])  # other tests' engines may be ours as well
+    monkeypatch.setattr(process_info, "family", lambda pid: [pid])  # other tests' engines may be ours as well
     memory = OwnMemory(every_s=0.0)
     assert memory.last_bytes() == 0, "nobody waits"
     with mmap.mmap(-1, LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as more:

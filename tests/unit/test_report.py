@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashd import wire
 from flashd.cli.redaction import Redactor, numbered
+from flashd.dbus import wire
 
 # Shaped like real ones, and nobody's.
 SECRETS = [
@@ -61,6 +61,32 @@ def test_names_of_models_become_numbers_also_in_paths(name: str, around: str) ->
 def test_a_long_name_goes_before_a_short_one_that_is_part_of_it() -> None:
     redactor = Redactor(numbered(["ada", "ada/secret-project"], "model"))
     assert redactor.clean("ada/secret-project and ada") == "model-2 and model-1"
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "'{}' is empty or too long for the name of a model",
+        "2 files are missing, the first is {}-00002-of-3.safetensors",
+        "{}.gguf is cut short", "/srv/store/models/{} (v2).damaged was damaged and is not used", '"{}" has no config',
+    ],
+)  # fmt: skip
+def test_sentences_name_nothing_that_nobody_knows_by_now(sentence: str) -> None:
+    assert "falcon" not in Redactor({}).clean_sentences(sentence.format("project-falcon"))
+
+
+def test_names_are_known_in_every_spelling_and_by_their_parts() -> None:
+    redactor = Redactor(numbered(["erin/proj\u00e9t f\u00e1lcon", "top\u202esecret"], "model"))
+    text = "proje\u0301t fa\u0301lcon.safetensors and proj%C3%A9t f%C3%A1lcon.toml by erin, top\\u202esecret"
+    assert redactor.clean(text) == "model-1.safetensors and model-1.toml by model-1, model-2"
+
+
+def test_sentences_keep_what_helps() -> None:
+    text = (
+        "import failed 'model-1': config.json has no architectures; model-00001-of-00002.safetensors is cut short\n"
+        "File \"/opt/flashd/flashd/store/inbox.py\", line 3: the engine couldn't start, it wasn't there"
+    )
+    assert Redactor({}).clean_sentences(text) == text
 
 
 def test_what_helps_stays() -> None:

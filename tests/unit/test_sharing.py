@@ -20,12 +20,12 @@ from test_memory import FakeMover, checkpoint, host_of, tiers
 from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.sharing import find_shared
 from flashd.errors import CorruptCheckpoint
+from flashd.io.streamer import Digests, Options, blake3
 from flashd.memory.arena import HugePages
 from flashd.memory.device import HostDevice
-from flashd.memory.moving import StreamMover
-from flashd.memory.place import Hold
+from flashd.memory.device_cache import Hold
 from flashd.memory.residency import Memory, Residency
-from flashd.streamer import Digests, Options, blake3
+from flashd.memory.transfers import StreamMover
 from flashd.units import MiB
 
 LAYERS = 6

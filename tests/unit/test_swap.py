@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import unittest.mock
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -28,18 +28,18 @@ from flashd.engines.engine import (
     NO_OPTIONS,
     TRANSITIONS,
     Binding,
+    BindingRecord,
     Engine,
+    EngineImage,
     EngineOptions,
     EngineState,
     EngineStats,
     GpuPlan,
-    Holding,
-    Made,
-    RankArena,
+    RankMemory,
     RankPlan,
     Rejoined,
 )
-from flashd.engines.kept import Kept
+from flashd.engines.inherited import InheritedProcess
 from flashd.errors import (
     Busy,
     EngineFailed,
@@ -52,10 +52,10 @@ from flashd.errors import (
 )
 from flashd.memory.arena import HostArena, HugePages
 from flashd.memory.device import HostDevice, Tier, simulated_device
-from flashd.memory.moving import Progress, Region, Residents
 from flashd.memory.residency import Memory, Residency
-from flashd.supply import Supplier, Supply, Target
-from flashd.swap import How, Policy, Swapper, SwapState
+from flashd.memory.transfers import Progress, Region, Residents
+from flashd.swap.swapper import How, Policy, Swapper, SwapState
+from flashd.swap.weights import Supplier, Supply, Target
 
 ARENA_BYTES = 4096
 UNIQUE = "Q"  # an architecture of which each engine takes one model, ever
@@ -77,6 +77,7 @@ class Fault(StrEnum):
     NO_MEMORY = "there is no memory for it"
     CANCELLED = "the swap is cancelled"
     OLD_DIES = "the engine that was active before dies"
+    BESIDE_DIES = "an engine that serves beside it dies"
 
 
 class Script:
@@ -89,6 +90,7 @@ class Script:
         self.struck = False
         self.swap: asyncio.Task[object] | None = None
         self.old: FakeEngine | None = None
+        self.beside: FakeEngine | None = None
 
     def arm(self, fault: Fault, steps_from_now: int) -> None:
         self.fault, self.at, self.struck = fault, len(self.names) + steps_from_now, False
@@ -118,13 +120,15 @@ class Script:
                 await asyncio.sleep(0.001)  # what was ordered takes its time all the same
             case Fault.OLD_DIES if self.old and self.old.state is not EngineState.FAILED:
                 self.old.die()
+            case Fault.BESIDE_DIES if self.beside and self.beside.state is not EngineState.FAILED:
+                self.beside.die()
 
 
-def image_arena(size_bytes: int = ARENA_BYTES) -> RankArena:
+def image_arena(size_bytes: int = ARENA_BYTES) -> RankMemory:
     """What one rank of an engine says of the memory that it has filled."""
     arena = HostArena(size_bytes, "image", HugePages.NONE)
     arena.seal()
-    return RankArena(arena.fd, ARENA_BYTES, "the layout")
+    return RankMemory(arena.fd, ARENA_BYTES, "the layout")
 
 
 class FakeEngine:
@@ -135,7 +139,7 @@ class FakeEngine:
         self.kind = "fake"
         self.state = EngineState.ABSENT
         self.binding: Binding | None = None
-        self.forms: tuple[str, ...] = ()
+        self.arena_ids: tuple[str, ...] = ()
         self.is_kept = False
         self.left_as = EngineState.ABSENT
         self.socket_path = Path(f"/run/{number}.sock")
@@ -143,12 +147,15 @@ class FakeEngine:
         self.started_at = 0.0
         self.on_exit: Callable[[str], None] = lambda last_words: None
         self.open = False
+        self.requests = 0
+        self.times_asked = 0  # for its requests
         self.ended = asyncio.Event()
         self.options = NO_OPTIONS
+        self.architectures: Mapping[str, str] = {}  # of all checkpoints, by their ids
         self._script = script
         self._order: asyncio.Future[None] | None = None
 
-    async def start(self, binding: Binding) -> Made | None:
+    async def start(self, binding: Binding) -> EngineImage | None:
         self._enter(EngineState.STARTING)
         try:
             await self._script.step("start", self)
@@ -157,10 +164,10 @@ class FakeEngine:
             self._end()
             raise
         self._enter(EngineState.SERVING)
-        self.binding, self.forms, self.open = binding, (), True
+        self.binding, self.arena_ids, self.open = binding, (), True
         return self._made(binding)
 
-    async def drain(self, timeout_s: float) -> None:
+    async def drain(self, timeout_s: float, *, leaving: bool = False) -> None:
         self.open = False
         await self._obey("drain", EngineState.SERVING, lambda: None)
 
@@ -174,26 +181,26 @@ class FakeEngine:
         assert not self.open, "park without drain"
         await self._obey("park", EngineState.SERVING, lambda: self._enter(EngineState.PARKED))
 
-    async def wake(self, binding: Binding) -> Made | None:
+    async def wake(self, binding: Binding) -> EngineImage | None:
         def effect() -> None:
             self._enter(EngineState.SERVING)
-            self.binding, self.forms, self.open = binding, (), True
+            self.binding, self.arena_ids, self.open = binding, (), True
 
         self._check_architecture(binding)
         await self._obey("wake", EngineState.PARKED, effect)
         return self._made(binding)
 
-    async def rebind(self, binding: Binding) -> Made | None:
+    async def rebind(self, binding: Binding) -> EngineImage | None:
         def effect() -> None:
-            self.binding, self.forms, self.open = binding, (), True
+            self.binding, self.arena_ids, self.open = binding, (), True
 
         assert not self.open, "rebind without drain"
         self._check_architecture(binding)
         await self._obey("rebind", EngineState.SERVING, effect)
         return self._made(binding)
 
-    def has_become(self, forms: tuple[str, ...]) -> None:
-        self.forms = forms
+    def has_become(self, arena_ids: tuple[str, ...]) -> None:
+        self.arena_ids = arena_ids
 
     async def rejoin(self) -> Rejoined:
         """Of another daemon's swapper."""
@@ -201,11 +208,8 @@ class FakeEngine:
         self._check_alive()
         assert self.binding is not None
         self._enter(self.left_as)
-        held = self.binding
-        holding = Holding(
-            held.model_name, held.names, held.checkpoint_id, held.private_to, held.options, self.forms or held.forms
-        )
-        return Rejoined(holding, is_shut=not self.open)
+        record = BindingRecord(self.binding.model, self.arena_ids or self.binding.weights.arena_ids)
+        return Rejoined(record, is_shut=not self.open)
 
     async def leave(self) -> None:
         self.left_as, self.state = self.state, EngineState.ABSENT
@@ -214,7 +218,8 @@ class FakeEngine:
         self._end()
 
     async def stats(self) -> EngineStats:
-        return EngineStats(0, 0, 0)
+        self.times_asked += 1
+        return EngineStats(self.requests, 0, 0)
 
     def die(self) -> None:
         self._end()
@@ -235,18 +240,19 @@ class FakeEngine:
         self._order.add_done_callback(lambda order: order.exception())  # looked at, though the swapper may have left
         await asyncio.shield(self._order)
 
-    def _made(self, binding: Binding) -> Made | None:
+    def _made(self, binding: Binding) -> EngineImage | None:
         """What an engine on a GPU makes of its weights: memory of its own, of which it hands a descriptor on."""
-        if not binding.wants_image:
+        if not binding.weights.wants_image:
             return None
-        return Made(tuple(image_arena() for _ in binding.devices))
+        return EngineImage(tuple(image_arena() for _ in binding.devices))
 
     def _check_alive(self) -> None:
         if self.state is EngineState.FAILED:
             raise EngineFailed("the process has ended")
 
     def _check_architecture(self, binding: Binding) -> None:
-        assert self.binding is None or binding.architecture_key == self.binding.architecture_key
+        bound = {self.architectures[held.model.checkpoint_id] for held in (self.binding, binding) if held}
+        assert len(bound) == 1
 
     def _end(self) -> None:
         self.state = EngineState.FAILED
@@ -267,6 +273,7 @@ class Factory:
         self._starting_bytes = starting_bytes
         self._numbers = itertools.count(1)
         self.engines: list[FakeEngine] = []
+        self._architectures: dict[str, str] = {}
 
     def refusal(self, architecture: str, side_files: Mapping[str, Path]) -> str:
         return "" if architecture else "no architecture"
@@ -275,6 +282,7 @@ class Factory:
 
     def rebind_key(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> str:
         manifest = checkpoint.manifest
+        self._architectures[checkpoint.id] = manifest.architecture_key
         return "" if manifest.architecture == UNIQUE else f"{manifest.architecture_key} {options}"
 
     async def gpu_plan(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> GpuPlan | None:
@@ -287,9 +295,10 @@ class Factory:
     def create(self, options: EngineOptions = NO_OPTIONS) -> FakeEngine:
         self.engines.append(FakeEngine(next(self._numbers), self._script))
         self.engines[-1].options = options
+        self.engines[-1].architectures = self._architectures
         return self.engines[-1]
 
-    def rejoin(self, kept: Sequence[Kept]) -> Sequence[Engine]:
+    def rejoin(self, kept: Sequence[InheritedProcess]) -> Sequence[Engine]:
         raise AssertionError("nothing is kept")
 
     async def run_in(self, python: str) -> None:
@@ -338,6 +347,8 @@ class World:
         self.factory = Factory(self.script, self.gpus, starting_bytes)
         self.images = MemoryImages()
         self.endpoint: Path | None = None
+        self.opened: set[Path] = set()  # sockets of engines that serve beside the active one
+        self.resting: list[str] = []  # what was displaced
         self.lost: list[str] = []
         self.loads = True
         budget_bytes = (room + 1) * ARENA_BYTES + room * WORKING_BYTES
@@ -353,7 +364,8 @@ class World:
             {"fake": self.factory},
             self,
             self.policy,
-            on_lost=lambda target: self.lost.append(target.model_name),
+            on_lost=lambda target, was_active: self.lost.append(target.model_name),
+            on_displaced=self._rest,
         )
 
     async def pass_on(
@@ -361,33 +373,56 @@ class World:
     ) -> None:
         """Another daemon takes over the engines, and knows the models that are known."""
         engines = [engine for engine in self.factory.engines if engine.state is not EngineState.FAILED]
-        supplies = [seat.supply for seat in self.swapper.seats if seat.supply]
+        supplies = [slot.supply for slot in self.swapper.slots if slot.supply]
         for engine in engines:
             engine.is_kept = True
         assert await self.swapper.close() == bool(engines)
         for supply in supplies:
             supply.release()  # with its process
 
-        async def recall(engine: Engine, holding: Holding) -> tuple[Target, Supply | None]:
-            if not is_known(holding.model_name):
-                raise NotFound(f"there is no {holding.model_name}")
-            target = targets[holding.model_name]
+        async def recall(engine: Engine, record: BindingRecord) -> tuple[Target, Supply | None]:
+            name = record.model.name
+            if not is_known(name):
+                raise NotFound(f"there is no {name}")
             is_parked = engine.state is EngineState.PARKED
-            return target, None if is_parked else await self.supplier.resume(target, holding.forms)
+            supply = None if is_parked else await self.supplier.resume(targets[name], record.arena_ids)
+            return targets[name], supply
 
         self.swapper = self.new_swapper()
-        await self.swapper.take_over(engines, recall, self.endpoint)
+        await self.swapper.take_over(engines, recall, self.endpoint, set(self.opened))
 
     def point_to(self, socket_path: Path | None, *, is_private: bool = False) -> None:
         if self.script.strikes("point") and self.script.fault is Fault.FAILS and socket_path:
             raise OSError("no space for a link")
         self.endpoint = socket_path
 
+    def open(self, socket_path: Path, *, is_private: bool) -> None:
+        if self.script.strikes("open") and self.script.fault is Fault.FAILS:
+            raise OSError("no space for a mark")
+        self.opened.add(socket_path)
+
+    def shut(self, socket_path: Path) -> None:
+        self.opened.discard(socket_path)
+
+    def _rest(self, target: Target) -> bool:
+        self.resting.append(target.model_name)
+        return False
+
     async def swap(self, target: Target) -> FlashdError | OSError | asyncio.CancelledError | None:
         """Swaps; returns the error of a swap that failed as a swap may fail."""
+        return await self._bring(self.swapper.swap(target))
+
+    async def serve(self, target: Target) -> FlashdError | OSError | asyncio.CancelledError | None:
+        return await self._bring(self.swapper.serve(target))
+
+    async def _bring(
+        self, swap: Coroutine[object, None, object]
+    ) -> FlashdError | OSError | asyncio.CancelledError | None:
         active = self.swapper.active
         self.script.old = active.engine if active else None  # type: ignore[assignment]
-        self.script.swap = asyncio.ensure_future(self.swapper.swap(target))
+        beside = [slot.engine for slot in self.swapper.serving if slot is not active]
+        self.script.beside = beside[0] if beside else None  # type: ignore[assignment]
+        self.script.swap = asyncio.ensure_future(swap)
         try:
             await self.script.swap
         except (FlashdError, OSError, asyncio.CancelledError) as error:
@@ -402,7 +437,7 @@ class World:
         await self.script.step("load")
 
     async def copy(self, checkpoint: Checkpoint, source: Region, target: Region, on_progress: Progress) -> None:
-        assert len(self.residency.places) > 1, "there is one tier"
+        assert len(self.residency.caches) > 1, "there is one tier"
 
     async def matches(self, checkpoint: Checkpoint, region: Region) -> bool:
         raise AssertionError("nothing is taken over")
@@ -412,33 +447,46 @@ class World:
         for engine in self.factory.engines:
             if engine.socket_path == self.endpoint and engine.state is EngineState.SERVING and engine.open:
                 assert engine.binding
-                return engine.binding.model_name
+                return engine.binding.model.name
         return None
+
+    def serving(self) -> tuple[str, set[str]]:
+        """The model that the endpoint leads to, and those that clients can ask at sockets of their own."""
+        beside = {
+            engine.binding.model.name
+            for engine in self.factory.engines
+            if engine.socket_path in self.opened and engine.state is EngineState.SERVING and engine.open
+            if engine.binding
+        }
+        return self.answering() or "", beside
 
     def check(self) -> None:
         """What must hold whenever no swap is under way."""
-        active = self.swapper.active
+        active, serving_slots = self.swapper.active, self.swapper.serving
         assert self.swapper.state is SwapState.IDLE
-        assert (active.target.model_name if active else None) == self.answering()
-        serving = [e for e in self.factory.engines if e.state is EngineState.SERVING]
-        assert serving == ([active.engine] if active else [])
-        seats = {seat.engine.number for seat in self.swapper.seats}
+        names = [slot.target.model_name for slot in serving_slots]
+        assert self.serving() == (active.target.model_name if active else "", set(names[1:] if active else names))
+        assert len(set(names)) == len(names), "no model serves twice"
+        serving = {e.number for e in self.factory.engines if e.state is EngineState.SERVING}
+        assert serving == {slot.engine.number for slot in serving_slots}
+        slots = {slot.engine.number for slot in self.swapper.slots}
         alive = {e.number for e in self.factory.engines if e.state in {EngineState.SERVING, EngineState.PARKED}}
-        assert seats == alive, "no engine is forgotten, none is remembered that is gone"
-        held = {hold.checkpoint_id for seat in self.swapper.seats if seat.supply for hold in seat.supply.holds}
-        of_active = active.target.checkpoint.id if active else ""
-        forms = {f"image of {of_active} on {gpu}" for gpu in self.gpus} or {of_active}
-        assert held == (forms if active else set()), "only the active model is held"
+        assert slots == alive, "no engine is forgotten, none is remembered that is gone"
+        held = {hold.checkpoint_id for slot in self.swapper.slots if slot.supply for hold in slot.supply.holds}
+        ids = {slot.target.checkpoint.id for slot in serving_slots}
+        forms = {f"image of {one} on {gpu}" for one in ids for gpu in self.gpus} or ids
+        assert held == forms, "only what serves is held"
         for checkpoint_id in held:
             assert self.residency.holds(checkpoint_id) == 1
-        for place in self.residency.places.values():
-            claimed = place.pool.used_bytes - sum(resident.size_bytes for resident in place.residents())
-            assert claimed == (WORKING_BYTES if active and place.name in self.gpus else 0), "and only it needs more"
+        for cache in self.residency.caches.values():
+            claimed = cache.pool.used_bytes - sum(resident.size_bytes for resident in cache.residents())
+            needed = WORKING_BYTES * len(serving_slots) if cache.name in self.gpus else 0
+            assert claimed == needed, "and only it needs more"
 
     def ended(self) -> None:
         """What must hold when all is over."""
         self.residency.close()
-        assert all(place.pool.used_bytes == 0 for place in self.residency.places.values())
+        assert all(cache.pool.used_bytes == 0 for cache in self.residency.caches.values())
 
 
 @pytest.fixture(scope="module")
@@ -598,6 +646,198 @@ async def test_a_fault_at_any_step_of_any_swap_leaves_somebody_answering(
             return
 
 
+# What was done before, which model is to serve, for how many models there is room; what serves then, the active one
+# first, where there is one.
+SERVE_ROUTES: dict[str, tuple[list[tuple[str, str]], str, int, str, set[str]]] = {
+    "start": ([("swap", "a1")], "b", 10, "a1", {"b"}),
+    "start another": ([("swap", "a1"), ("serve", "b")], "c", 10, "a1", {"b", "c"}),
+    "wake": ([("swap", "a1"), ("swap", "b")], "a2", 10, "b", {"a2"}),
+    "rebind one beside": ([("swap", "b"), ("serve", "a1")], "a2", 10, "b", {"a2"}),
+    "rebind the active one": ([("swap", "a1")], "a2", 10, "", {"a2"}),
+    "one beside makes way": ([("swap", "b"), ("serve", "c")], "a1", 2, "b", {"a1"}),
+    "the active one makes way": ([("swap", "b")], "a1", 1, "", {"a1"}),
+    "two make way": ([("swap", "b"), ("serve", "c"), ("serve", "q")], "a1", 3, "b", {"q", "a1"}),
+    "one that takes one model ever makes way": ([("swap", "b"), ("serve", "q")], "a1", 2, "b", {"a1"}),
+    "from nothing": ([], "a1", 10, "", {"a1"}),
+}
+
+
+@pytest.mark.parametrize("gpus", [0, 2], ids=["host", "two-gpus"])
+@pytest.mark.parametrize("fault", [None, *Fault])
+@pytest.mark.parametrize("route", list(SERVE_ROUTES))
+async def test_a_fault_at_any_step_leaves_what_served_or_what_was_to_serve(
+    route: str, fault: Fault | None, gpus: int, targets: dict[str, Target]
+) -> None:
+    steps, wanted, room, active, beside = SERVE_ROUTES[route]
+    order_timeout_s = HANGS_S if fault is Fault.HANGS else 60.0
+    for moment in itertools.count():
+        world = World(room=room, policy=Policy(0.0, 1, order_timeout_s), gpus=gpus)
+        for step, name in steps:
+            await getattr(world.swapper, step)(targets[name])
+        before = world.serving()
+        if fault is not None:
+            world.script.arm(fault, moment)
+        error = await world.serve(targets[wanted])
+        world.script.fault = None
+        lost, world.lost = set(world.lost), []
+        world.check()
+        if error is None:
+            expected = ("" if active in lost else active, beside - lost)
+        else:
+            assert fault is not None, error
+            expected = before[0], before[1] - (lost - world.serving()[1])  # what was put back, is told of as well
+        assert world.serving() == expected, (moment, world.script.names, error, lost)
+        await world.swapper.swap(targets["c"])
+        world.check()
+        assert world.answering() == "c"
+        await world.swapper.close()
+        assert not world.opened and all(engine.state is EngineState.FAILED for engine in world.factory.engines)
+        world.ended()
+        if not world.script.struck:
+            assert moment >= 2 or fault is None, "every route has steps"
+            return
+
+
+async def test_what_serves_already_stays_and_a_swap_to_it_moves_only_the_endpoint(targets: dict[str, Target]) -> None:
+    world = World()
+    await world.swapper.swap(targets["a1"])
+    await world.swapper.serve(targets["b"])
+    assert (await world.swapper.serve(targets["a1"])).how is How.ALREADY_ACTIVE
+    assert (await world.swapper.swap(targets["b"])).how is How.ALREADY_ACTIVE
+    assert world.serving() == ("b", set())
+    world.check()
+    assert (await world.swapper.serve(targets["a2"])).how is How.WAKE
+    await world.swapper.park(targets["a2"])
+    assert world.serving() == ("b", set())
+    world.check()
+    await world.swapper.close()
+    world.ended()
+
+
+async def test_idle_engines_make_way_before_busy_ones_and_the_active_one_last(targets: dict[str, Target]) -> None:
+    world = World(room=3)
+    await world.swapper.swap(targets["a1"])
+    await world.swapper.serve(targets["b"])
+    await world.swapper.serve(targets["c"])
+    assert [t.model_name for t in await world.swapper.displaced_by(targets["q"])] == ["b"]  # idle the longest
+    world.factory.engines[1].requests = 1
+    assert [t.model_name for t in await world.swapper.displaced_by(targets["q"])] == ["c"]
+    assert [t.model_name for t in await world.swapper.displaced_by(targets["a2"])] == ["a1"]  # has the engine for it
+    assert await world.swapper.displaced_by(targets["b"]) == []
+    world.factory.engines[2].requests = 1
+    assert [t.model_name for t in await world.swapper.displaced_by(targets["q"])] == ["a1"]  # idle, if active
+    world.factory.engines[0].requests = 1
+    await world.swapper.serve(targets["q"])
+    assert world.serving() == ("a1", {"c", "q"})
+    world.check()
+    await world.swapper.close()
+    world.ended()
+
+
+async def test_a_swap_of_one_engine_asks_nothing_that_it_need_not_know(targets: dict[str, Target]) -> None:
+    """An engine that is busy may take long to say so."""
+    world = World(room=1)
+    for name in ("a1", "a2", "b", "a3"):
+        await world.swapper.swap(targets[name])
+    assert [engine.times_asked for engine in world.factory.engines] == [0, 0]
+    await world.swapper.close()
+    world.ended()
+
+
+async def test_the_active_model_is_told_to_be_displaced_before_its_requests_are_awaited(
+    targets: dict[str, Target],
+) -> None:
+    """A client that follows what serves asks it no more, while it may take long to end what it answers."""
+    world = World()
+    await world.swapper.swap(targets["a1"])
+    seen: list[tuple[str, object]] = []
+    world.swapper._on_change = lambda: seen.append((world.script.names[-1], world.swapper.slot_of("a1")))
+    await world.swapper.serve(targets["a2"])
+    assert ("point", None) in seen and "drain" in world.script.names[world.script.names.index("point", 3) :]
+    await world.swapper.close()
+    world.ended()
+
+
+async def test_an_engine_beside_that_ends_is_told_of_and_its_swap_goes_on(targets: dict[str, Target]) -> None:
+    world = World()
+    await world.swapper.swap(targets["a1"])
+    await world.swapper.serve(targets["b"])
+    world.factory.engines[1].die()
+    assert world.lost == ["b"] and world.serving() == ("a1", set())
+    world.check()
+    await world.swapper.close()
+    world.ended()
+
+
+async def test_engines_that_serve_beside_are_passed_on(targets: dict[str, Target]) -> None:
+    world = World()
+    await world.swapper.swap(targets["a1"])
+    await world.swapper.serve(targets["b"])
+    await world.swapper.serve(targets["c"])
+    await world.swapper.park(targets["c"])
+    await world.pass_on(targets)
+    assert world.serving() == ("a1", {"b"})
+    world.check()
+    await world.swapper.close()
+    world.ended()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    room=st.sampled_from([1, 2, 3, 10]),
+    gpus=st.integers(0, 2),
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from(["swap", "serve"]), st.sampled_from(["a1", "a2", "a3", "b", "c", "q"]),
+            st.sampled_from([None, *Fault]), st.integers(0, 7),
+        ),
+        max_size=12,
+    ),
+)  # fmt: skip
+def test_any_sequence_of_swaps_serves_and_faults(
+    room: int, gpus: int, steps: list[tuple[str, str, Fault | None, int]], targets: dict[str, Target]
+) -> None:
+    async def run() -> None:
+        world = World(room=room, policy=Policy(0.0, 1, HANGS_S), gpus=gpus)
+        for step, name, fault, moment in steps:
+            before = world.serving()
+            if fault:
+                world.script.arm(fault, moment)
+            error = await (world.swap if step == "swap" else world.serve)(targets[name])
+            world.script.fault = None
+            lost, world.lost = set(world.lost), []
+            world.check()
+            active, beside = world.serving()
+            if error:
+                assert active == before[0] and before[1] - lost <= beside <= before[1]
+            else:
+                assert name == active if step == "swap" else name in {active, *beside}
+        await world.swapper.close()
+        world.ended()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("fault", [Fault.HANGS, Fault.FAILS, Fault.DIES])
+@pytest.mark.parametrize("wanted", ["a2", "b"])
+async def test_a_swap_away_from_an_engine_that_is_stuck_ends_it_after_the_drain_limit(
+    wanted: str, fault: Fault, targets: dict[str, Target]
+) -> None:
+    """One that could have taken the new model, too."""
+    world = World(policy=Policy(drain_timeout_s=0.0, order_timeout_s=60.0, cut_timeout_s=0.05))
+    await world.swapper.swap(targets["a1"])
+    (stuck,) = world.factory.engines
+    world.script.arm(fault, 1 if wanted == "a2" else 3)  # load, drain; load, start, point, drain
+    async with asyncio.timeout(10):
+        outcome = await world.swapper.swap(targets[wanted])
+    assert world.script.struck and world.script.names[world.script.at] == "drain"
+    assert outcome.how is How.START and world.answering() == wanted
+    assert stuck.state is EngineState.FAILED
+    world.check()
+    await world.swapper.close()
+    world.ended()
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     room=st.sampled_from([1, 2, 10]),
@@ -637,10 +877,10 @@ async def test_an_image_is_made_once_and_mapped_from_then_on(targets: dict[str, 
         assert outcome.from_tier is Tier.DEVICE
         world.check()
     assert "load" not in world.script.names[steps:], "nothing is read, in whichever tier the checkpoint is"
-    place = world.residency.place("sim:0")
-    assert sorted(i.id for i in world.images.known.values()) == sorted(r.checkpoint.id for r in place.residents())
+    cache = world.residency.cache("sim:0")
+    assert sorted(i.id for i in world.images.known.values()) == sorted(r.checkpoint.id for r in cache.residents())
     await world.swapper.park()
-    for checkpoint_id in [resident.checkpoint.id for resident in place.residents()]:
+    for checkpoint_id in [resident.checkpoint.id for resident in cache.residents()]:
         await world.residency.evict(checkpoint_id)
     await world.residency.evict(targets["a1"].checkpoint.id)
     await world.swapper.swap(targets["a1"])
@@ -656,11 +896,11 @@ async def test_an_engine_that_starts_with_an_image_is_told_the_layout_of_the_che
     world = World(gpus=1)
     for is_image in (False, True):
         await world.swapper.swap(targets["a1"])
-        (seat,) = world.swapper.seats
-        binding = seat.engine.binding  # type: ignore[attr-defined]
-        assert binding.is_image is is_image
-        assert binding.checkpoint_layout == (targets["a1"].checkpoint.layout_json() if is_image else "")
-        await world.swapper.stop_engine(seat.engine.number)
+        (slot,) = world.swapper.slots
+        weights = slot.engine.binding.weights  # type: ignore[attr-defined]
+        assert weights.is_image is is_image
+        assert weights.checkpoint_layout == (targets["a1"].checkpoint.layout_json() if is_image else "")
+        await world.swapper.stop_engine(slot.engine.number)
     await world.swapper.close()
     world.ended()
 
@@ -688,9 +928,9 @@ async def test_nothing_makes_way_for_what_nobody_has_asked_for(targets: dict[str
     world = World(gpus=1, room=2)
     for name in ("a1", "b"):
         await world.swapper.swap(targets[name])
-    there = {name: place.pool.used_bytes for name, place in world.residency.places.items()}
+    there = {name: cache.pool.used_bytes for name, cache in world.residency.caches.items()}
     assert not await world.swapper.prepare(targets["a2"])
-    assert {name: place.pool.used_bytes for name, place in world.residency.places.items()} == there
+    assert {name: cache.pool.used_bytes for name, cache in world.residency.caches.items()} == there
     world.check()
 
 
@@ -744,10 +984,12 @@ async def test_an_image_that_makes_no_sense_is_not_kept(targets: dict[str, Targe
     for wrong in ("not an arena", "another size"):
         file = (tmp_path / "file").open("wb")
 
-        def made(engine: FakeEngine, binding: Binding, wrong: str = wrong, fd: int = os.dup(file.fileno())) -> Made:
+        def made(
+            engine: FakeEngine, binding: Binding, wrong: str = wrong, fd: int = os.dup(file.fileno())
+        ) -> EngineImage:
             if wrong == "not an arena":
-                return Made((RankArena(fd, ARENA_BYTES, "the layout"),))
-            return Made((image_arena(3 * ARENA_BYTES),))
+                return EngineImage((RankMemory(fd, ARENA_BYTES, "the layout"),))
+            return EngineImage((image_arena(3 * ARENA_BYTES),))
 
         with unittest.mock.patch.object(FakeEngine, "_made", made):
             await world.swapper.swap(targets["a1" if wrong == "not an arena" else "b"])
@@ -786,7 +1028,7 @@ async def test_a_cancel_while_an_image_is_taken_in_leaves_no_memory_that_nobody_
             await swap
     world.check()
     (arena,) = adopted
-    owned = [resident.arena for resident in world.residency.place("sim:0").residents()]
+    owned = [resident.arena for resident in world.residency.cache("sim:0").residents()]
     assert arena in owned, "it is in the ledger, to be evicted when its room is needed"
     await world.swapper.close()
     world.ended()
@@ -802,8 +1044,8 @@ async def test_an_image_of_two_ranks_is_on_two_devices_and_whole_or_not_at_all(t
     await world.swapper.swap(targets["a1"])
     again = world.swapper.active
     assert again and again.supply and again.engine.binding
-    first, second = (hold.arena.fd for hold in again.supply.holds)
-    assert again.engine.binding.arena_fd == first and [rank.fd for rank in again.engine.binding.further] == [second]
+    held = [hold.arena.fd for hold in again.supply.holds]
+    assert len(held) == 2 and [rank.fd for rank in again.engine.binding.weights.ranks] == held
     world.check()
 
     await world.swapper.park()
@@ -814,8 +1056,8 @@ async def test_an_image_of_two_ranks_is_on_two_devices_and_whole_or_not_at_all(t
     assert {lost, left} < world.images.known.keys()
     world.check()
 
-    def half(engine: FakeEngine, binding: Binding) -> Made:
-        return Made((image_arena(),))
+    def half(engine: FakeEngine, binding: Binding) -> EngineImage:
+        return EngineImage((image_arena(),))
 
     with unittest.mock.patch.object(FakeEngine, "_made", half):
         await world.swapper.swap(targets["c"])
@@ -832,12 +1074,12 @@ async def test_nothing_moves_unless_there_is_room_on_every_device(targets: dict[
     await world.swapper.park()
     for name in ("a1", "b"):
         await world.residency.evict(*(f"image of {targets[name].checkpoint.id} on {gpu}" for gpu in world.gpus))
-    second = world.residency.place("sim:1")
+    second = world.residency.cache("sim:1")
     taken = await second.claim(second.pool.budget_bytes - WORKING_BYTES)
     world.script.names.clear()
     assert isinstance(await world.swap(targets["a1"]), OutOfMemory)
     assert world.script.names == [], "nothing was loaded, and no engine was told of it"
-    assert world.residency.place("sim:0").pool.used_bytes == 0
+    assert world.residency.cache("sim:0").pool.used_bytes == 0
     taken.release()
     await world.swapper.close()
     world.ended()
@@ -852,7 +1094,7 @@ async def test_another_daemon_goes_on_with_what_it_finds(targets: dict[str, Targ
         await world.pass_on(targets)
         world.check()
         assert world.answering() == "a1"
-        assert [seat.target for seat in world.swapper.seats] == [targets["a1"], targets["b"]]
+        assert [slot.target for slot in world.swapper.slots] == [targets["a1"], targets["b"]]
     assert (await world.swapper.swap(targets["a2"])).how is How.REBIND
     assert (await world.swapper.swap(targets["b"])).how is How.WAKE
     await world.pass_on(targets)
@@ -885,7 +1127,7 @@ async def test_one_that_does_not_say_what_it_holds_is_ended(targets: dict[str, T
     await world.pass_on(targets)
     world.check()
     assert world.answering() is None and world.endpoint is None
-    assert [seat.target.model_name for seat in world.swapper.seats] == ["b"]
+    assert [slot.target.model_name for slot in world.swapper.slots] == ["b"]
     assert (await world.swapper.swap(targets["a1"])).how is How.START
     world.check()
 
@@ -906,7 +1148,7 @@ async def test_one_whose_model_or_memory_is_gone_is_ended(targets: dict[str, Tar
     with unittest.mock.patch.object(world.swapper, "close", closed_and_lost):
         await world.pass_on(targets, is_known=lambda name: name != "c")
     world.check()
-    assert [seat.target.checkpoint.id for seat in world.swapper.seats] == [b]
+    assert [slot.target.checkpoint.id for slot in world.swapper.slots] == [b]
 
 
 async def test_an_engine_that_dies_in_its_sleep_is_replaced_on_the_way(targets: dict[str, Target]) -> None:
@@ -949,7 +1191,7 @@ async def test_new_aliases_reach_the_engine(targets: dict[str, Target]) -> None:
     renamed = replace(targets["a1"], names=("a1", "friend"))
     assert (await world.swapper.swap(renamed)).how is How.REBIND
     binding = world.factory.engines[0].binding
-    assert binding and binding.names == ("a1", "friend")
+    assert binding and binding.model.served_names == ("a1", "friend")
     assert (await world.swapper.swap(renamed)).how is How.ALREADY_ACTIVE
     world.check()
 
@@ -962,7 +1204,7 @@ async def test_swaps_that_wait_when_the_daemon_ends_start_nothing(targets: dict[
     late = asyncio.ensure_future(world.swapper.swap(targets["c"]))
     results = await asyncio.gather(*swaps, closed, late, return_exceptions=True)
     assert isinstance(results[1], Busy) and isinstance(results[3], Busy)
-    assert world.swapper.seats == [] and len(world.factory.engines) == 1
+    assert world.swapper.slots == [] and len(world.factory.engines) == 1
 
 
 async def test_swaps_to_one_model_asked_at_once_are_one_load_and_one_start(targets: dict[str, Target]) -> None:
@@ -1018,7 +1260,7 @@ async def test_parking_and_too_many_parked(targets: dict[str, Target]) -> None:
         await world.swapper.park()
     for name in ("a1", "b", "c"):
         await world.swapper.swap(targets[name])
-    assert [seat.target.model_name for seat in world.swapper.seats] == ["c", "b"]
+    assert [slot.target.model_name for slot in world.swapper.slots] == ["c", "b"]
     assert world.factory.engines[0].state is EngineState.FAILED
     await world.swapper.park()
     world.check()
@@ -1033,7 +1275,7 @@ async def test_what_parked_engines_take_is_given_up_for_one_that_finds_no_memory
     world.script.arm(Fault.NO_MEMORY, 1)  # load, start
     assert (await world.swapper.swap(targets["c"])).how is How.START
     world.check()
-    assert [seat.target.model_name for seat in world.swapper.seats] == ["c", "b"], (
+    assert [slot.target.model_name for slot in world.swapper.slots] == ["c", "b"], (
         "who answered is parked, and not ended"
     )
     assert len(world.factory.engines) == 4
@@ -1050,7 +1292,7 @@ async def test_parked_engines_are_stopped_longest_parked_first(targets: dict[str
         await world.swapper.swap(targets[name])
     assert world.swapper.has_parked
     assert await world.swapper.stop_parked(at_most=1) == 1
-    assert [seat.target.model_name for seat in world.swapper.seats] == ["c", "b"]
+    assert [slot.target.model_name for slot in world.swapper.slots] == ["c", "b"]
     assert await world.swapper.stop_parked(at_most=5) == 1
     assert not world.swapper.has_parked and world.answering() == "c"
     world.check()
@@ -1060,10 +1302,10 @@ async def test_an_engine_that_none_could_wake_is_not_kept(targets: dict[str, Tar
     world = World()
     await world.swapper.swap(targets["q"])
     await world.swapper.swap(targets["a1"])
-    assert [seat.target.model_name for seat in world.swapper.seats] == ["a1"]
+    assert [slot.target.model_name for slot in world.swapper.slots] == ["a1"]
     assert (await world.swapper.swap(targets["q"])).how is How.START
     await world.swapper.park()
-    assert [seat.target.model_name for seat in world.swapper.seats] == ["a1"]
+    assert [slot.target.model_name for slot in world.swapper.slots] == ["a1"]
     world.check()
 
 
@@ -1073,14 +1315,14 @@ async def test_what_cannot_be_parked_is_drained_and_stopped_to_make_way(
     name: str, gpus: int, targets: dict[str, Target]
 ) -> None:
     async def refused(engine: FakeEngine) -> None:
-        raise Unsupported("weights that are no image cannot leave")
+        raise Unsupported("weights that are not an image cannot leave")
 
     world = World(room=1, gpus=gpus)
     with unittest.mock.patch.object(FakeEngine, "park", refused):
         await world.swapper.swap(targets[name])
         outcome = await world.swapper.swap(targets["b"])
     assert "making_way" in outcome.phases and "drain" in world.script.names
-    assert [seat.target.model_name for seat in world.swapper.seats] == ["b"]
+    assert [slot.target.model_name for slot in world.swapper.slots] == ["b"]
     world.check()
 
 

@@ -90,6 +90,8 @@ MODELS = {
         model("one/twin"),
         model("two/twin"),
         model("poet"),
+        model("quantised"),
+        model("quantised-bnb-4bit"),
     )
 }
 
@@ -109,6 +111,16 @@ MODELS = {
         ("/home/ada/models/own", "dropped"),
         ("/runs/out/llama/checkpoint-500", "llama"),
         ("two/twin", "two/twin"),
+        ("unsloth/Qwen3-8B-unsloth-bnb-4bit", "Qwen/Qwen3-8B"),
+        ("qwen/qwen3-8b-bnb-4bit", "Qwen/Qwen3-8B"),
+        ("/data/Qwen3-8B-BNB-8bit/", "Qwen/Qwen3-8B"),
+        ("Mistral/Small-24B-bnb-4bit", "pulled"),
+        ("quantised-bnb-4bit", "quantised-bnb-4bit"),  # one that is here goes before what it was made of
+        ("https://huggingface.co/Qwen/Qwen3-8B", "Qwen/Qwen3-8B"),
+        ("D:\\models\\Qwen\\Qwen3-8B", "Qwen/Qwen3-8B"),
+        ("C:\\Users\\ada\\Qwen3-8B\\", "Qwen/Qwen3-8B"),
+        ("C:\\hub\\models--Qwen--Qwen3-8B\\snapshots\\9c925d64", "Qwen/Qwen3-8B"),
+        ("./Qwen3-8B/", "Qwen/Qwen3-8B"),
     ],
 )
 def test_a_base_is_found_by_what_its_trainer_was_started_with(recorded: str, found: str) -> None:
@@ -122,6 +134,10 @@ def test_a_base_is_found_by_what_its_trainer_was_started_with(recorded: str, fou
         ("/hub/models--Owner--Name/snapshots/1", "flash pull Owner/Name"),
         ("/data/weights/gemma", "flash alias NAME gemma"),
         ("poet", "flash alias NAME poet"),  # nothing is its own base
+        ("unsloth/gemma-3-4b-it-unsloth-bnb-4bit", "flash pull unsloth/gemma-3-4b-it; "),
+        ("https://huggingface.co/google/gemma", "flash pull google/gemma; "),
+        ("E:\\weights\\gemma", "flash alias NAME gemma"),
+        ("/data/" + "模型" * 100, "write its name into adapter_config.json"),  # too long for a name
     ],
 )
 def test_a_base_that_is_not_here_says_what_to_do(recorded: str, hint: str) -> None:
@@ -133,5 +149,5 @@ def test_a_base_that_is_not_here_says_what_to_do(recorded: str, hint: str) -> No
 def test_an_ambiguous_base_and_one_that_is_not_named_are_errors() -> None:
     with pytest.raises(InvalidSource, match="ambiguous"):
         find_base(MODELS, "/weights/twin", of="tune")
-    with pytest.raises(InvalidSource, match="does not say"):
+    with pytest.raises(InvalidSource, match="does not name its base"):
         find_base(MODELS, "", of="tune")

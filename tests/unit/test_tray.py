@@ -4,31 +4,36 @@
 from __future__ import annotations
 
 import dataclasses
+import gettext
 import itertools
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
-from flashd_tray import menu, programs
+from flashd_tray import menu, programs, windows
 from flashd_tray.actions import name_for
 from flashd_tray.icon import COLOURS, SIZES, Theme, draw
 from flashd_tray.menu import DIRECT_MODELS, GROUP_MODELS, Action, Entry, Kind, Verb
 from flashd_tray.notices import LONG_SWAP_S, Notices
+from flashd_tray.plain import LINE_CHARACTERS, markup, paragraph
 from flashd_tray.preferences import Preferences, PreferencesFile, Topic
 from flashd_tray.snapshot import JobView, Snapshot, State
-from flashd_tray.words import Words
+from flashd_tray.words import CATALOGS, Words
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashd.client import Device, InboxItem, Model, Status
+from flashd.client.results import Device, InboxItem, Model, Status
 from flashd.errors import Cancelled, EngineFailed, InvalidSource, NotAuthorized, NotFound, OutOfMemory, StoreFull
 
 ENGLISH = Words(["en"])
 GB = 10**9
-INTERFACES = Path(__file__).parents[2] / "flashd" / "interfaces"
+INTERFACES = Path(__file__).parents[2] / "flashd" / "dbus" / "interfaces"
 TRANSLATIONS = Path(__file__).parents[2] / "tray" / "translations"
+COMPILE = TRANSLATIONS.with_name("compile_catalog.py")
 
 
 def status(active: str = "", *, items: tuple[InboxItem, ...] = ()) -> Status:
@@ -218,14 +223,14 @@ def test_where_no_models_are_it_says_why_and_what_to_do() -> None:
 
     assert said(Snapshot()) == [("flashd is not running", None), ("Start flashd", Verb.START)]
     assert said(snapshot()) == [
-        ("No models yet: put one into the models folder", None),
+        ("No models yet: copy one into the models folder", None),
         ("Open models folder", Verb.OPEN_FOLDER),
     ]
     assert said(snapshot(model())) == []
 
 
 def test_no_models_says_what_to_do() -> None:
-    assert "No models yet: put one into the models folder" in labels(snapshot())
+    assert "No models yet: copy one into the models folder" in labels(snapshot())
 
 
 def test_jobs_under_way_can_be_cancelled() -> None:
@@ -240,7 +245,7 @@ def test_jobs_under_way_can_be_cancelled() -> None:
 
 def test_every_kind_of_job_has_a_name() -> None:
     interface = (INTERFACES / "org.flashd1.Job.xml").read_text()
-    (said,) = re.findall(r'<property name="Kind".*?value="(.*?)[.,] which', interface, re.DOTALL)
+    (said,) = re.findall(r'<property name="Kind".*?value="(.*?)\.', interface, re.DOTALL)
     kinds = re.split(r", or |, | or ", said)
     assert {"import", "swap", "warm-up"} <= set(kinds)
     for kind in kinds:
@@ -303,6 +308,44 @@ def test_recent_conversions_and_why_they_failed() -> None:
 
 def test_long_errors_are_cut_for_the_menu() -> None:
     assert all(len(label) < 160 for label in labels(snapshot(jobs=(failed(error_message="x" * 500),))))
+
+
+HOSTILE = "my_<b>model</b> & co\nQuit\x1b[2J\u202efdp\u2066\u200b\x00\udcff"
+HOSTILE_SHOWN = r"my_<b>model</b> & co Quit\x1b[2J\u202efdp\u2066\u200b\x00\xff"
+
+
+@pytest.mark.parametrize("text", [HOSTILE, "\u202e" * 10_000, "ada" * 10_000])
+def test_text_from_outside_is_legible_and_short_wherever_the_menu_shows_it(text: str) -> None:
+    named = [model(text, active=True, residency="host", architecture=text), *(model(f"{text}{n}") for n in range(40))]
+    ended = [failed("import", text, error_message=text), job(text, text), job("pull", text, "done", finished_at=1.0)]
+    card = dataclasses.replace(DEVICE, name=text, kind="cuda")
+    item = InboxItem(text, "incomplete", text)
+    shown = dataclasses.replace(snapshot(*named, jobs=tuple(ended), items=(item,)), devices=(DEVICE, card, card))
+    says = [*labels(shown), *menu.tooltip(shown, ENGLISH).split(" · "), menu.model_label(named[0], ENGLISH)]
+    assert len(says) > 50 and all(said.isprintable() and len(said) <= LINE_CHARACTERS for said in says)
+    assert Action(Verb.SWAP, text) in {entry.action for entry in described(shown).values()}, "what it does is unchanged"
+    if text is HOSTILE:
+        assert f"Park {HOSTILE_SHOWN}" in says and f"{HOSTILE_SHOWN} · 16.4 GB · warm" in says
+
+
+@pytest.mark.parametrize("text", [HOSTILE, "x" * 1_000_000])
+def test_windows_show_text_from_outside_legibly(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gtk, copied = MagicMock(), MagicMock()
+    monkeypatch.setattr(windows, "gtk", lambda: gtk)
+    monkeypatch.setattr(windows, "copy", copied)
+    windows.show_error(text, f"{text}\nask root", ENGLISH)
+    windows.Finder(lambda _action: None, ENGLISH)._row(model(text, architecture=text))
+    said = [word for call in gtk.mock_calls for word in (*call.args, *call.kwargs.values()) if isinstance(word, str)]
+    assert len(said) > 5 and all("".join(word.split("\n")).isprintable() and len(word) < 3000 for word in said)
+    (_, respond), _ = gtk.MessageDialog().connect.call_args
+    respond(None, gtk.ResponseType.APPLY)
+    assert copied.call_args.args[0].replace("\n", "").isprintable()
+
+
+def test_no_text_from_outside_is_markup_or_more_than_a_window_holds() -> None:
+    assert markup("<b>bold</b> & co\nnext") == "&lt;b&gt;bold&lt;/b&gt; &amp; co\nnext"
+    assert markup("\x1b<i>") == r"\x1b&lt;i&gt;"
+    assert len(paragraph("x\n" * 100_000)) <= 1000
 
 
 def test_separators_never_begin_or_end_or_double() -> None:
@@ -526,11 +569,35 @@ def test_a_theme_writes_each_icon_once(tmp_path: Path) -> None:
 # -- words -----------------------------------------------------------------------------------------------------------
 
 
-def test_catalogs_are_complete_and_compiled() -> None:
+def test_catalogs_are_complete() -> None:
     if shutil.which("msgfmt") is None:
         pytest.skip("needs gettext")
     checked = subprocess.run([TRANSLATIONS, "--check"], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def catalog(path: Path) -> dict[object, str]:
+    with path.open("rb") as file:
+        read = gettext.GNUTranslations(file)
+    return {key: said for key, said in vars(read)["_catalog"].items() if key}  # less the head, which has dates
+
+
+@pytest.mark.parametrize("po", sorted(CATALOGS.glob("*/LC_MESSAGES/*.po")), ids=lambda po: po.parent.parent.name)
+def test_the_build_compiles_catalogs_as_gettext_does(po: Path, tmp_path: Path) -> None:
+    if shutil.which("msgfmt") is None:
+        pytest.skip("needs gettext")
+    subprocess.run(["msgfmt", "-o", tmp_path / "theirs.mo", po], check=True)
+    subprocess.run([sys.executable, COMPILE, po, tmp_path / "ours.mo"], check=True)
+    assert catalog(tmp_path / "ours.mo") == catalog(tmp_path / "theirs.mo")
+    assert catalog(po.with_suffix(".mo")) == catalog(tmp_path / "ours.mo"), "build it: packaging/environment"
+
+
+def test_a_catalog_that_is_not_understood_is_not_built(tmp_path: Path) -> None:
+    (tmp_path / "odd.po").write_text('msgctxt "menu"\nmsgid "Open"\nmsgstr "Offen"\n')
+    command = [sys.executable, COMPILE, tmp_path / "odd.po", tmp_path / "odd.mo"]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 1 and "is not a line of a catalog" in built.stderr
+    assert not (tmp_path / "odd.mo").exists()
 
 
 @pytest.mark.parametrize(
@@ -577,7 +644,7 @@ def test_a_terminal_is_the_desktops_choice_first() -> None:
     ]
     installed["xdg-terminal-exec"] = "/bin/xdg-terminal-exec"
     assert programs.in_terminal(["flash"], installed.get) == ["/bin/xdg-terminal-exec", "flash"]
-    with pytest.raises(NotFound, match="there is no terminal program here") as caught:
+    with pytest.raises(NotFound, match="there is no terminal program") as caught:
         programs.in_terminal(["flash", "run", "ada"], {}.get)
     assert "flash run ada" in caught.value.hint
 

@@ -13,14 +13,15 @@ import pytest
 import safetensors.numpy
 from sources import converted
 
-from flashd import config
 from flashd.checkpoint.files import Checkpoint
-from flashd.cuda import Gpu
+from flashd.config.environment import child_environment
 from flashd.engines.engine import NO_OPTIONS, EngineOptions, RankPlan
+from flashd.engines.messages import Tuning
 from flashd.engines.process import Settings
-from flashd.engines.surroundings import lacks_memory
-from flashd.engines.vllm.factory import VllmFactory
+from flashd.engines.process_info import lacks_memory
+from flashd.engines.vllm_factory import VllmFactory
 from flashd.errors import EngineFailed
+from flashd.io.cuda import Gpu
 from flashd.units import GiB, MiB
 
 GPU = Gpu(0, "GPU", "GPU-0", 80 * GiB, False, False, True, True, True)
@@ -74,10 +75,9 @@ async def test_the_ledger_counts_the_kv_cache_of_that_model(factory: VllmFactory
 
 
 def test_an_engine_is_told_what_all_are_and_then_what_its_model_has_different(factory: VllmFactory) -> None:
-    told = factory.create(EngineOptions(("--seed", "1"), 0))._settings.options
-    assert told == {"arguments": ["--seed", "0", "--seed", "1"], "adapters": [], "kv_cache_bytes": 0}
-    plain = factory.create()._settings.options
-    assert plain == {"arguments": ["--seed", "0"], "adapters": [], "kv_cache_bytes": 2 * GiB}
+    told = factory.create(EngineOptions(("--seed", "1"), 0))._tuning
+    assert told == Tuning(1, 1, arguments=("--seed", "0", "--seed", "1"), kv_cache_bytes=0)
+    assert factory.create()._tuning == Tuning(1, 1, arguments=("--seed", "0"), kv_cache_bytes=2 * GiB)
 
 
 async def test_a_vllm_that_is_not_as_we_know_it_is_told_by_its_version(tmp_path: Path) -> None:
@@ -92,10 +92,10 @@ async def test_a_vllm_that_is_not_as_we_know_it_is_told_by_its_version(tmp_path:
     for name, text in files.items():
         (tmp_path / "other" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "other" / name).write_text(text)
-    environment = config.child_environment({"PYTHONPATH": str(tmp_path / "other")})
+    environment = child_environment({"PYTHONPATH": str(tmp_path / "other")})
     settings = Settings(sys.executable, tmp_path, tmp_path / "logs", 1, 1, 60.0, environment=environment)
     factory = VllmFactory(settings, ())
-    with pytest.raises(EngineFailed, match=r"vLLM 0\.99 has no make_arg_parser where flashd looks for it"):
+    with pytest.raises(EngineFailed, match=r"vLLM 0\.99 has no make_arg_parser in the modules known to flashd"):
         await factory._zygote.build()
     await factory.close()
 

@@ -12,11 +12,11 @@ import pytest
 
 from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.manifest import Manifest
-from flashd.cuda import Gpu
 from flashd.engines.engine import GpuPlan
 from flashd.engines.process import Settings
-from flashd.engines.vllm.factory import Ranks, VllmFactory
+from flashd.engines.vllm_factory import Ranks, VllmFactory
 from flashd.errors import Unsupported
+from flashd.io.cuda import Gpu
 from flashd.units import GiB, MiB
 
 H100 = Gpu(0, "H100", "a", 80 * GiB, False, False, True, True, True)

@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tray: which model answers, and another one at a click. A client of the daemon like any other, over D-Bus."""
+"""The tray: shows the active model and switches to another one at a click.
+
+An ordinary client of the daemon, over D-Bus.
+"""

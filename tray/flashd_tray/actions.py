@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does a click do? Each verb of the menu, with whatever waits for the daemon on a thread of its own."""
+"""The actions of the menu. Actions that wait for the daemon run in separate threads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from flashd.client import Client
+from flashd.client.client import Client
 from flashd.errors import FlashdError, InvalidArgument, NotAuthorized, NotFound, Unavailable
 from flashd_tray import programs
 from flashd_tray.menu import Action, Verb, explain
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Desktop(Protocol):
-    """What actions need of the desktop; may be called from any thread."""
+    """The desktop functions that actions need. All threads may call them."""
 
     def copy(self, text: str) -> None: ...
     def open_folder(self, folder: Path) -> None: ...
@@ -33,7 +33,7 @@ class Desktop(Protocol):
 
 
 class Choices(Protocol):
-    """Where preferences are kept."""
+    """A store of preferences."""
 
     def toggle(self, topic: Topic) -> Preferences: ...
     def toggle_autostart(self) -> Preferences: ...
@@ -53,7 +53,9 @@ class Actions:
         on_started: Callable[[], None],
         words: Words,
     ) -> None:
-        """`on_dismissed`: errors were seen; `on_chosen`: preferences changed; `on_started`: the daemon runs."""
+        """Callbacks: `on_dismissed` when errors were seen, `on_chosen` when preferences changed, `on_started` when the
+        daemon was started.
+        """
         self._bus = bus
         self._connect = connect
         self._desktop = desktop
@@ -65,13 +67,13 @@ class Actions:
         self._words = words
 
     def do(self, action: Action) -> None:
-        """Returns at once. What fails is explained in a window: somebody clicked, and waits."""
+        """Begins an action and returns at once. A failure is shown in a window, because a person has clicked."""
         threading.Thread(target=self._explained, args=(action,), name=f"tray {action.verb}", daemon=True).start()
 
     def import_paths(self, paths: Sequence[Path]) -> None:
-        """Makes models of files and folders, as `flash import` does. Returns when flashd has the files.
+        """Makes models from files and folders, like `flash import`. Returns when flashd has the files.
 
-        Starts the daemon where it is away: in the file manager nobody thinks of it.
+        Starts the daemon if necessary, because users of the file manager do not expect to have to.
         """
         for path in paths:
             try:
@@ -98,7 +100,7 @@ class Actions:
                 title = self._words("No swap to {model}", model=action.subject)
             self._desktop.show_error(self._title(error, title), self._why(error))
         except Exception:
-            log.exception("defect in %s", action.verb)
+            log.exception("bug in %s", action.verb)
 
     def _title(self, error: FlashdError, otherwise: str) -> str:
         return self._words("Not permitted") if isinstance(error, NotAuthorized) else otherwise
@@ -150,7 +152,7 @@ class Actions:
             call(client)
 
     def _cancel(self, number: int) -> None:
-        """A job that ended since the menu was shown needs no cancelling."""
+        """Cancels a job, unless it has ended since the menu was shown."""
         with contextlib.suppress(NotFound), self._connect() as client:
             job = client.job(number)
             if not job.finished:
@@ -160,24 +162,24 @@ class Actions:
         try:
             toggle()
         except OSError as error:
-            raise InvalidArgument(f"the choice cannot be kept: {error}") from None
+            raise InvalidArgument(f"the choice cannot be saved: {error}") from None
         self._on_chosen()
 
     def _open_folder(self) -> None:
         status = self._snapshot().status
         if status is None or not status.models_directories:
-            raise NotFound("flashd watches no folder", hint="flash config inbox.folders '[\"/a/folder\"]' sets one")
+            raise NotFound("flashd watches no folder", hint="choose one: flash config inbox.folders '[\"/a/folder\"]'")
         folder = Path(status.models_directories[0])
-        with contextlib.suppress(OSError):  # the machine's folder is not ours to make, and may well exist
+        with contextlib.suppress(OSError):  # we may not create the machine's folder, and it may exist
             folder.mkdir(parents=True, exist_ok=True)
         self._desktop.open_folder(folder)
 
     def _chat(self) -> None:
         active = self._snapshot().active
         if active is None:
-            raise Unavailable("no model is active", hint="choose one in the menu first")
+            raise Unavailable("no model is active", hint="first choose a model in the menu")
         given = ["--bus", self._bus] if self._bus else []
-        # A window that closes at once would take the reason along.
+        # If the window closed at once, its error message would be lost.
         waiting = ["sh", "-c", '"$@" || read -r _', "sh"]
         programs.start(programs.in_terminal([*waiting, programs.flash(), *given, "run", active.name]))
 
@@ -189,7 +191,7 @@ class Actions:
 
 
 def name_for(path: Path) -> str:
-    """As the inbox would call it: a folder by its name, a file without its suffix, `model.*` by its folder's."""
+    """Names a model as the inbox would: a folder by its name, a file without its suffix, `model.*` by its folder's."""
     path = path.absolute()
     if path.is_dir():
         return path.name

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How do we speak with the desktop itself? The session bus: we are there once, and say what happened.
+"""The desktop's session bus: ensures that only one tray runs, and sends notifications.
 
-The second tray that somebody starts asks the first to show itself (org.freedesktop.Application), and ends. Where no
-notification daemon runs, notifications are lost without a word: the icon and the menu say the same.
+A second tray asks the first one to show itself (org.freedesktop.Application), and ends. Without a notification daemon,
+notifications are silently lost; the icon and the menu have the same information.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
-from xml.sax.saxutils import escape
 
 from dbus_next import Variant
 
-from flashd import bus
-from flashd.bus import Connection, Received, Reply, plain
+from flashd.dbus import connection
+from flashd.dbus.connection import Connection, Received, Reply, plain
 from flashd.errors import AlreadyExists, FlashdError, InvalidArgument
+from flashd_tray.plain import line, markup
 
 log = logging.getLogger(__name__)
 
@@ -31,33 +31,33 @@ NOTIFICATIONS = "org.freedesktop.Notifications"
 NOTIFICATIONS_PATH = "/org/freedesktop/Notifications"
 _MATCH = f"type='signal',interface='{NOTIFICATIONS}',path='{NOTIFICATIONS_PATH}'"
 _CALL_S = 5.0
-_SHOWN_MS = -1  # as long as the desktop thinks fit
+_SHOWN_MS = -1  # for the desktop's default time
 
 T = TypeVar("T")
 
 
 class DesktopBus:
-    """A connection on a thread of its own; use it as a context. Raises Unavailable where there is no session bus."""
+    """A connection with its own thread, used as a context. Raises Unavailable if there is no session bus."""
 
     def __init__(self, address: str = "session") -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="desktop bus", daemon=True)
         self._thread.start()
-        self._ids: dict[str, int] = {}  # of the notification that each key replaces
+        self._ids: dict[str, int] = {}  # ids of the notifications that each key replaces
         self._under_way: set[Future[None]] = set()
         self._clicks: dict[tuple[int, str], Callable[[], None]] = {}
         self._on_activate: Callable[[str], None] = lambda _startup_id: None
         try:
-            self._connection: Connection = self._run(bus.connect(address))
+            self._connection: Connection = self._run(connection.connect(address))
         except BaseException:
             self._end_thread()
             raise
         self._connection.listen(self._on_signal)
 
     def claim(self, on_activate: Callable[[str], None], startup_id: str = "") -> bool:
-        """Becomes the tray of this session. False if there is one: then it was asked to show itself.
+        """Becomes the tray of this session. Returns False if there is one, after asking it to show itself.
 
-        `startup_id` is what the desktop calls the click: without it, it may not let a window come to the front.
+        `startup_id` is the desktop's id of the click, without which it may not raise a window to the front.
         """
         self._on_activate = on_activate
         self._connection.serve(self._serve)
@@ -87,7 +87,7 @@ class DesktopBus:
         shown.add_done_callback(self._under_way.discard)
 
     def close(self) -> None:
-        """What is being said is said first."""
+        """Closes the connection after sending pending messages."""
         wait(set(self._under_way), timeout=_CALL_S)
         if self._thread.is_alive():
             with contextlib.suppress(FlashdError):
@@ -108,9 +108,9 @@ class DesktopBus:
         actions: Mapping[str, tuple[str, Callable[[], None]]],
         replaces: str,
     ) -> None:
-        labels = [word for key, (label, _) in actions.items() for word in (key, label)]
+        labels = [word for key, (label, _) in actions.items() for word in (key, line(label))]
         hints = {"desktop-entry": Variant("s", "flashd-tray")}
-        values = ["flashd", self._ids.get(replaces, 0), icon, title, escape(body), labels, hints, _SHOWN_MS]
+        values = ["flashd", self._ids.get(replaces, 0), icon, line(title), markup(body), labels, hints, _SHOWN_MS]
         try:
             await self._connection.add_match(_MATCH)
             reply = await self._call(

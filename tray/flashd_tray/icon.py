@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does the icon look like? A bolt, drawn for each size on its own, in each state with a shape of its own.
+"""The icon: a bolt, drawn separately for each size, with a different shape for each state.
 
-Panels are light or dark and do not say which, so the colours have a luminance in the middle: 3:1 or better against
-both (WCAG 2.1, 1.4.11). States differ in shape and not only in colour, for those who do not tell colours apart.
+Panels may be light or dark, which is unknown, so the colours have a medium luminance: 3:1 or better against both (WCAG
+2.1, 1.4.11). States differ in shape, not only in colour, for colour-blind users.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw
 
 from flashd_tray.snapshot import State
 
-SIZES = (16, 22, 24, 32, 48, 64, 96)  # what panels ask for, twice as dense screens included
-STEPS = 10  # of progress: more could not be told apart
-_FINER = 8  # drawn so many times larger, and made smaller smoothly
+SIZES = (16, 22, 24, 32, 48, 64, 96)  # sizes that panels use, including those for high-density screens
+STEPS = 10  # steps of progress; more would not be distinguishable
+_FINER = 8  # drawn larger by this factor, then scaled down smoothly
 
 Colour = tuple[int, int, int]
 
@@ -41,7 +41,7 @@ _RING_SCALE = 0.62
 
 
 def draw(state: State, progress: float | None = None, size: int = 64) -> Image.Image:
-    """The icon at one size; `progress` from 0 to 1, where the state has some."""
+    """Draws the icon in one size. `progress` is from 0 to 1, for states that have it."""
     side = size * _FINER
     image = Image.new("RGBA", (side, side), (0, 0, 0, 0))
     pen = ImageDraw.Draw(image)
@@ -83,7 +83,7 @@ def _points(side: int, scale: float) -> list[tuple[float, float]]:
 
 
 def _ring(pen: ImageDraw.ImageDraw, size: int, colour: Colour, progress: float | None) -> None:
-    """An arc as long as what is done, on a faint circle; three short arcs where nobody knows how much there is.
+    """Draws an arc that shows the progress, on a faint circle; three short arcs if the progress is unknown.
 
     Its width is whole pixels, from the edge of the square inwards.
     """
@@ -119,26 +119,26 @@ def _cross(pen: ImageDraw.ImageDraw, size: int, colour: Colour) -> None:
 
 
 class Theme:
-    """Icon files in a folder of our own, in the layout of an icon theme, so that the panel takes the size it needs."""
+    """Icon files in our own folder, in the layout of an icon theme, so that the panel can choose the size."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def icon(self, state: State, progress: float | None = None) -> str:
-        """The name of the icon; its files are written when it is first needed."""
+        """Returns the name of the icon. Its files are written on first use."""
         step = "" if progress is None else f"-{round(progress * STEPS)}"
         name = f"flashd-tray-{state}{step}"
         if not self._path(name, SIZES[-1]).exists():
             stepped = None if progress is None else round(progress * STEPS) / STEPS
-            for size in SIZES:  # the largest last: it says that all are there
+            for size in SIZES:  # the largest last, which shows that all are written
                 path = self._path(name, size)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 draw(state, stepped, size).save(path)
-            draw(state, stepped, SIZES[-1]).save(self.folder / f"{name}.png")  # for panels that know no themes
+            draw(state, stepped, SIZES[-1]).save(self.folder / f"{name}.png")  # for panels without support of themes
         return name
 
     def file(self, state: State) -> Path:
-        """The icon as one file, for whatever knows no themes."""
+        """Returns the icon as one file, for programs without support of themes."""
         return self._path(self.icon(state), SIZES[-1])
 
     def _path(self, name: str, size: int) -> Path:

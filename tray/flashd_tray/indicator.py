@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How do icon and menu get into the panel? pystray's indicator, with its faults closed in one place.
+"""Icon and menu in the panel: pystray's indicator, with workarounds for its bugs.
 
-Import it through `shell.load`. Closed here, each with a test in tests/desktop/test_pystray_faults.py (0.19.4, 0.19.5):
-- `update_menu`, which it calls after each click too, makes a new menu and renumbers every item, so that a panel closes
-  the menu that somebody has open, or clicks the wrong item: `_adjust` changes the one menu there is, item by item;
-- beginning and quitting raise GLib.Error where there is no notification daemon: `_initialize`, `_finalize`;
-- it resets SIGINT, and its main loop hears no other signal: `run`;
+Import it through `shell.load`. The bugs, each with a test in tests/desktop/test_pystray_faults.py (0.19.4, 0.19.5), and
+their workarounds:
+- `update_menu`, also called after each click, makes a new menu and renumbers all items, so that a panel closes an open
+  menu, or clicks the wrong item: `_adjust` changes the existing menu item by item;
+- starting and quitting raise GLib.Error without a notification daemon: `_initialize`, `_finalize`;
+- it resets SIGINT, and its main loop handles no other signal: `run`;
 - each change of the icon is written to a temporary file of one size: `_update_icon`;
-- there is no default action on a click: nothing of ours relies on one.
+- there is no default action on a click: we do not rely on one.
 
-And one of libayatana-appindicator: when the panel refuses us because it is not quite up, as at login, it never asks
+And one of libayatana-appindicator: if the panel refuses us because it is still starting, as at login, it never tries
 again: `_look_again`.
 """
 
@@ -55,7 +56,7 @@ class _Item(pystray.MenuItem):  # type: ignore[misc]
 
 @dataclass(slots=True)
 class _Row:
-    """An entry as it is shown now, and what stands below it."""
+    """An entry as it is shown now, with the rows of its submenu."""
 
     entry: Entry
     widget: Any
@@ -68,12 +69,12 @@ class _Row:
 
 
 class Indicator(pystray.Icon):  # type: ignore[misc]
-    """Made and run in the main thread. `show`, `later` and `stop` may be called from any."""
+    """The indicator. Created and run in the main thread; `show`, `later` and `stop` may be called from any thread."""
 
     def __init__(
         self, name: str, icons: Path, on_action: Callable[[Action], None], on_no_panel: Callable[[], None]
     ) -> None:
-        """`on_no_panel` is called if at the beginning no panel is there that would show the icon."""
+        """`on_no_panel` is called if no panel shows the icon at the start."""
         self._icons = icons
         self._on_action = on_action
         self._on_no_panel: Callable[[], None] | None = on_no_panel
@@ -101,7 +102,7 @@ class Indicator(pystray.Icon):  # type: ignore[misc]
         GLib.idle_add(once)
 
     def run(self) -> None:
-        """Returns after `stop`, Ctrl-C, or the session's end."""
+        """Runs until `stop`, Ctrl-C, or the end of the session."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             GLib.unix_signal_add(GLib.PRIORITY_HIGH, number, self._on_signal)
         self._watch_panel()
@@ -126,7 +127,7 @@ class Indicator(pystray.Icon):  # type: ignore[misc]
             tell()
 
     def _look_again(self, bus: Any, looks_left: int) -> bool:
-        """Whether the panel that has just come lists us; if not, the menu is set again, which makes us register."""
+        """Checks whether a newly started panel lists us, and otherwise sets the menu again, which registers us."""
 
         def answered(_bus: Any, result: Any) -> None:
             try:
@@ -157,7 +158,7 @@ class Indicator(pystray.Icon):  # type: ignore[misc]
         self.visible = True
 
     def _clicked(self, entry: Entry) -> None:
-        """What the entry does by now, which may be other than when its widget was made."""
+        """Carries out the current action of the entry, which may have changed since its widget was made."""
         action = self._entries.get(entry.key, entry).action
         if action is not None and not self._changing:
             self._on_action(action)
@@ -173,7 +174,7 @@ class Indicator(pystray.Icon):  # type: ignore[misc]
             self._adjust(self._menu_handle, self._rows, self._wanted)
 
     def _adjust(self, shown: Any, rows: list[_Row], wanted: Menu) -> None:
-        """Makes a menu show the wanted entries: what can stay stays, with its number; the rest goes, or comes."""
+        """Changes a menu to the wanted entries. Existing items keep their numbers; others are removed or added."""
         matched = SequenceMatcher(None, [row.identity for row in rows], [_identity(e) for e in wanted], autojunk=False)
         after: list[_Row] = []
         for operation, start, stop, first, last in matched.get_opcodes():
@@ -203,7 +204,10 @@ class Indicator(pystray.Icon):  # type: ignore[misc]
         return row
 
     def _refresh(self, row: _Row, entry: Entry) -> None:
-        """Only what differs from what is shown: a click has ticked its item, whether or not it came true."""
+        """Updates the differences to the displayed row.
+
+        A click has toggled its check mark, even if the action failed.
+        """
         row.entry = entry
         if entry.kind is Kind.SEPARATOR:
             return
@@ -237,7 +241,7 @@ class Indicator(pystray.Icon):  # type: ignore[misc]
         self._appindicator.set_status(IndicatorStatus.ACTIVE)
 
     def _hide(self) -> None:
-        """Done by `_finalize`, while there is an indicator to hide."""
+        """Does nothing: `_finalize` hides the indicator while it exists."""
 
     def _update_icon(self) -> None:
         if self._icon:
@@ -252,7 +256,7 @@ def _all(menu: Menu) -> list[Entry]:
 
 
 def _identity(entry: Entry) -> Identity:
-    """What cannot be changed in place.
+    """Identifies the part of an entry that cannot be changed in place.
 
     A label with an underscore is among that: libdbusmenu doubles it for a new item (where a single one would stand
     before an access key) and forgets to when a label changes, so that my_model would be shown as mymodel.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How is the tray started? `flashd-tray`: builds every part once, and joins them."""
+"""The program `flashd-tray`: builds all parts once, and connects them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import flashd
-import flashd.client
-from flashd.client import Client
+from flashd._version import __version__
+from flashd.client import client as clients
+from flashd.client.client import Client
 from flashd.errors import FlashdError
+from flashd.legible_log import LegibleFormatter
 from flashd_tray import menu, programs, shell, windows
 from flashd_tray.actions import Actions
 from flashd_tray.desktop_bus import DesktopBus
 from flashd_tray.icon import Theme
 from flashd_tray.notices import Notice, Notices
+from flashd_tray.plain import line, paragraph
 from flashd_tray.preferences import PreferencesFile, Topic, config_home, system_autostart
 from flashd_tray.snapshot import Snapshot, State
 from flashd_tray.watcher import Watcher
@@ -31,20 +33,21 @@ from flashd_tray.words import Words
 
 def parser() -> argparse.ArgumentParser:
     described = argparse.ArgumentParser(
-        prog="flashd-tray", description="Shows in the desktop's panel which model answers, and another one at a click."
+        prog="flashd-tray",
+        description="Shows the active model in the desktop's panel, and switches to another one at a click.",
     )
-    described.add_argument("--bus", metavar="BUS", help="where flashd is: session, system or a D-Bus address")
+    described.add_argument("--bus", metavar="BUS", help="bus of flashd: session, system or a D-Bus address")
     described.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
-    described.add_argument("--version", action="version", version=f"flashd-tray {flashd.__version__}")
-    described.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="files or folders to make models of")
+    described.add_argument("--version", action="version", version=f"flashd-tray {__version__}")
+    described.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="files or folders to make models from")
     return described
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
-    logging.basicConfig(
-        level=options.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(LegibleFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=options.log_level.upper(), handlers=[handler])
     words = Words()
     try:
         with DesktopBus() as desktop_bus, tempfile.TemporaryDirectory(prefix="flashd-tray-") as folder:
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class Tray:
-    """All parts of one run. Snapshots come from the watcher's thread, clicks from the main loop."""
+    """The parts of one run. Snapshots come from the watcher's thread, clicks from the main loop."""
 
     def __init__(self, bus: str | None, desktop_bus: DesktopBus, folder: Path, words: Words) -> None:
         self._words = words
@@ -74,10 +77,10 @@ class Tray:
         self.startup_id = shell.startup_id()  # before GTK takes it from the environment
 
         def connect() -> Client:
-            return flashd.connect(bus)
+            return clients.connect(bus)
 
-        # Looking whether the daemon is there must not start one that somebody has stopped; clicks may.
-        self._watcher = Watcher(self._changed, connect=lambda: flashd.client.connect(bus, activate=False))
+        # Checking for the daemon must not start one that the user has stopped; clicks may.
+        self._watcher = Watcher(self._changed, connect=lambda: clients.connect(bus, activate=False))
         self.actions = Actions(
             bus=bus,
             connect=connect,
@@ -92,7 +95,7 @@ class Tray:
         self._finder = windows.Finder(self.actions.do, words)
 
     def run(self, paths: Sequence[Path]) -> None:
-        """Returns when somebody quits, or the session ends."""
+        """Runs until the user quits, or the session ends."""
         self._icon = shell.load().Indicator("flashd", self._theme.folder, self.actions.do, self._no_panel)
         self._later(lambda: windows.begin(self._theme.file(State.SERVING)))
         self._watcher.start()
@@ -104,11 +107,11 @@ class Tray:
             self._watcher.stop()
 
     def raise_(self, startup_id: str) -> None:
-        """A second tray was started: this one shows that it is there, with a window, as panels open no menus for us."""
+        """Shows a window because a second tray was started. Programs cannot open a panel's menu."""
         self._later(lambda: self._finder.show(self._snapshot, startup_id))
 
     def _no_panel(self) -> None:
-        """Whoever has just clicked to start us shall see something; at login nobody has."""
+        """Shows a window if a person has just started us by a click, but not at login."""
         if self.startup_id:
             self._finder.show(self._snapshot, self.startup_id)
 
@@ -122,7 +125,7 @@ class Tray:
 
     def show_error(self, title: str, text: str) -> None:
         if self._icon is None:  # a second instance, which has no main loop
-            print(f"flashd-tray: {title}: {text}", file=sys.stderr)
+            print(f"flashd-tray: {line(title)}: {paragraph(text)}", file=sys.stderr)
             self._desktop_bus.notify(title, text)
             return
         self._later(lambda: windows.show_error(title, text, self._words))
@@ -177,7 +180,7 @@ class Tray:
 
 
 def own_command() -> str:
-    """How the desktop shall start us at login."""
+    """Returns the command with which the desktop starts us at login."""
     return str(Path(sys.argv[0]).absolute()) if Path(sys.argv[0]).exists() else "flashd-tray"
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in the menu, and in the tooltip? Pure: from a snapshot and the preferences to descriptions.
+"""Contents of the menu and the tooltip. Pure: from a snapshot and the preferences to descriptions.
 
-Every entry has a key that stays while its place and meaning do. The shell changes entries in place where all keys are
-the same, so that a menu somebody has open does not close or jump under the pointer because a percentage moved.
+Every entry has a key that stays the same as long as its place and meaning do. The shell changes entries in place if all
+keys are the same, so that an open menu does not close or jump under the pointer because a percentage has changed.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from flashd.client import Device, Model
+from flashd.client.results import Device, Model
 from flashd.errors import Cancelled, OutOfMemory
+from flashd_tray.plain import line
 from flashd_tray.preferences import Preferences, Topic
 from flashd_tray.snapshot import MAKES_A_MODEL, JobView, Snapshot, State
 from flashd_tray.words import Words
@@ -29,7 +30,7 @@ FAILED_MARK = "✗"
 
 
 class Verb(StrEnum):
-    """What a click does; the subject of each is in the second column.
+    """The meaning of a click; the subject of each is in the second column.
 
     SWAP, PIN, UNPIN          a model's name
     CANCEL, SHOW_ERROR        a job's number
@@ -70,7 +71,10 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of the menu. Without action and children it only says something, and cannot be clicked."""
+    """A line of the menu. Without action and children it is only text, and cannot be clicked.
+
+    `label` is made legible; the subject of `action` is unchanged.
+    """
 
     key: str
     label: str = ""
@@ -78,6 +82,9 @@ class Entry:
     checked: bool = False
     action: Action | None = None
     children: tuple[Entry, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label", line(self.label))
 
     @property
     def enabled(self) -> bool:
@@ -88,13 +95,14 @@ Menu = tuple[Entry, ...]
 
 
 def tooltip(snapshot: Snapshot, _: Words) -> str:
-    """One line: what answers, and what memory holds."""
+    """Describes the active model and the use of memory in one line."""
     what = headline(snapshot, _)
-    return " · ".join((what if snapshot.status is None else f"flashd: {what}", *_memory_lines(snapshot, _)))
+    said = (what if snapshot.status is None else f"flashd: {what}", *_memory_lines(snapshot, _))
+    return " · ".join(map(line, said))
 
 
 def headline(snapshot: Snapshot, _: Words) -> str:
-    """The most important thing there is to say."""
+    """Returns the most important information."""
     active, job = snapshot.active, snapshot.shown_job
     match snapshot.state:
         case State.AWAY:
@@ -137,7 +145,7 @@ def _head(snapshot: Snapshot, _: Words) -> Menu:
 
 
 def _memory_lines(snapshot: Snapshot, _: Words) -> list[str]:
-    """One for each pool: a GPU without memory of its own is shown by the daemon, and shares the host's."""
+    """Makes a line for each pool: the daemon also lists a GPU without memory of its own, which shares the host's."""
     pools = [device for device in snapshot.devices if device.kind != "unified"]
     cards = [device for device in pools if device.kind != "host"]
 
@@ -180,12 +188,12 @@ def _models(snapshot: Snapshot, _: Words) -> Menu:
 
 
 def most_used_first(models: Iterable[Model]) -> list[Model]:
-    """The active one stands first, so that it is never among those that take a second look."""
+    """Sorts models by use, with the active one first, so that it is never in a submenu."""
     return sorted(models, key=lambda m: (not m.active, -m.use_count, -m.last_used_at, m.name.casefold()))
 
 
 def _grouped(models: Sequence[Model], _: Words) -> Menu:
-    """By name, in submenus of a size that fits on a screen, each labelled with where it begins and ends."""
+    """Groups models by name into submenus that fit on a screen, each labelled with its first and last."""
     if len(models) <= GROUP_MODELS:
         return tuple(_radio(model, _) for model in models)
     groups = -(-len(models) // GROUP_MODELS)
@@ -201,14 +209,14 @@ def _grouped(models: Sequence[Model], _: Words) -> Menu:
 
 
 def instead_of_models(snapshot: Snapshot, _: Words) -> Menu:
-    """What is said, and offered, where there is no model to show."""
+    """Returns the entries if there are no models: the state, and the possible actions."""
     if snapshot.status is None:
         return _while_away(_)
     return () if snapshot.models else (_no_models(_), _open_folder(_))
 
 
 def _no_models(_: Words) -> Entry:
-    return Entry("no-models", _("No models yet: put one into the models folder"))
+    return Entry("no-models", _("No models yet: copy one into the models folder"))
 
 
 def _radio(model: Model, _: Words) -> Entry:
@@ -222,17 +230,17 @@ def _radio(model: Model, _: Words) -> Entry:
 
 
 def model_label(model: Model, _: Words) -> str:
-    """Name, size and where its bytes are now."""
-    return f"{model.name} · {model_details(model, _)}"
+    """Returns the name, size and tier of a model."""
+    return line(f"{model.name} · {model_details(model, _)}")
 
 
 def model_details(model: Model, _: Words) -> str:
-    """Size and where its bytes are now."""
+    """Returns the size and tier of a model."""
     tiers = {"device": _("in GPU"), "host": _("warm"), "stored": _("on disk")}
     parts = [_.size(model.size_bytes), tiers.get(model.residency, model.residency)]
     if model.pinned:
         parts.append(_("pinned"))
-    return " · ".join(parts)
+    return line(" · ".join(parts))
 
 
 def _engine(snapshot: Snapshot, _: Words) -> Menu:
@@ -306,8 +314,8 @@ def _end(preferences: Preferences, _: Words) -> Menu:
     topics = {
         Topic.READY: _("A new model is ready"),
         Topic.FAILED: _("A conversion or swap failed"),
-        Topic.SWAPPED: _("A long swap is done"),
-        Topic.REFUSED: _("Memory was refused"),
+        Topic.SWAPPED: _("A long swap has finished"),
+        Topic.REFUSED: _("Memory is insufficient"),
     }
     return (
         Entry(
@@ -340,7 +348,7 @@ def _end(preferences: Preferences, _: Words) -> Menu:
 
 
 def explain(error_name: str, message: str, hint: str, _: Words) -> str:
-    """What a person should read of an error below its title: what happened, and the remedy."""
+    """Formats an error for the text below its title: what happened, and the remedy."""
     if error_name == OutOfMemory.bus_name():
         message = _("It does not fit into memory: {why}", why=message)
     return f"{message}\n{hint}" if hint else message
@@ -349,6 +357,7 @@ def explain(error_name: str, message: str, hint: str, _: Words) -> str:
 def _job_name(job: JobView, _: Words) -> str:
     names = {
         "swap": _("Swapping to {model}", model=job.subject),
+        "serve": _("Swapping to {model}", model=job.subject),
         "load": _("Loading {model}", model=job.subject),
         "park": _("Parking {model}", model=job.subject),
         "import": _("Converting {model}", model=job.subject),
@@ -376,13 +385,13 @@ def _failure_line(job: JobView, _: Words) -> str:
 
 
 def _short(text: str) -> str:
-    """The first line, cut where it is too long for a menu."""
+    """Returns the first line, shortened for a menu."""
     line = text.splitlines()[0] if text else ""
     return line if len(line) <= ERROR_CHARACTERS else line[: ERROR_CHARACTERS - 1].rstrip() + "…"
 
 
 def _separated(sections: Iterable[Menu]) -> Menu:
-    """The sections that are not empty, with lines between them."""
+    """Joins the sections that are not empty, with separators between them."""
     entries: list[Entry] = []
     for number, section in enumerate(filter(None, sections)):
         if number:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Of what should a person be told who does not look? Pure: from two snapshots to notices.
+"""Notifications for users who do not look at the menu. Pure: from two snapshots to notifications.
 
-Told is what somebody waits for or must act on, and once: a swap that was quick shows itself, what was cancelled is
-known to whoever did it, and ten models dropped together make one notice that grows.
+There is one notification for each event that a user waits for or has to act on. There is none for a quick swap, which
+is visible anyway, or for a cancellation by the user. Ten models dropped together share one notification, which is
+updated.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from flashd_tray.snapshot import MAKES_A_MODEL, JobView, Snapshot
 from flashd_tray.words import Words
 
 LONG_SWAP_S = 5.0
-TOGETHER_S = 20.0  # models that become ready within so long of each other make one notice
+TOGETHER_S = 20.0  # models that become ready within this time of each other share a notification
 NAMED = 3  # more are counted
 
 
@@ -32,7 +33,7 @@ class Notice:
 
 
 class Notices:
-    """Follows the snapshots of one run. After the daemon was away, what ended before we last saw it is old news."""
+    """Follows the snapshots of one run. Jobs that ended before an absence of the daemon are not reported again."""
 
     def __init__(self, words: Words, clock: Callable[[], float] = time.time) -> None:
         self._words = words
@@ -42,19 +43,19 @@ class Notices:
         self._ready: list[JobView] = []
 
     def of(self, now: Snapshot, preferences: Preferences) -> list[Notice]:
-        """What is to be said about how `now` differs from the snapshot before."""
+        """Returns the notifications for the differences between `now` and the previous snapshot."""
         before, self._before = self._before, now
         if now.status is None:
             return []
         seen_at, self._seen_at = self._seen_at, self._clock()
         finished = [job for job in now.jobs if job.finished]
-        if before.status is None:  # another daemon, maybe, that counts from one again
+        if before.status is None:  # perhaps another daemon, which counts jobs from one again
             fresh = [job for job in finished if job.finished_at > seen_at]
         else:
             ended = {job.number for job in before.jobs if job.finished}
             fresh = [job for job in finished if job.number not in ended]
         notices = filter(None, (self._about(job, now) for job in sorted(fresh, key=lambda job: job.finished_at)))
-        # The last word of each kind: they replace each other on the screen anyway.
+        # Only the last of each kind, because they replace each other on the screen.
         latest = {notice.topic: notice for notice in notices if notice.topic in preferences.topics}
         return list(latest.values())
 
@@ -106,7 +107,7 @@ class Notices:
         took = _.duration(job.finished_at - job.created_at)
         body = (
             _("Converted in {time}.", time=took) if job.kind == "import" else ""
-        )  # a pull takes what the network takes
+        )  # the time of a pull depends on the network
         if size:
             body = f"{_.size(size)}. {body}".strip()
         title = _("{model} is ready", model=job.subject)

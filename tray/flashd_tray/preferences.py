@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What did this person choose for the tray, and where is it kept?
+"""Choices of this person for the tray, and the file that keeps them.
 
 Notifications: `tray.toml` beside flashd's own configuration. Start at login: an entry in the desktop's autostart folder
 (XDG Desktop Application Autostart Specification), where any settings program sees it and may change it as well.
@@ -25,7 +25,7 @@ DESKTOP_FILE = "flashd-tray.desktop"
 
 
 class Topic(StrEnum):
-    """What a notification may be about."""
+    """Subjects of notifications."""
 
     READY = "ready"
     FAILED = "failed"
@@ -40,7 +40,7 @@ class Preferences:
 
 
 class PreferencesFile:
-    """Reads and keeps them. What cannot be read counts as the default, and is said in the log."""
+    """Reads and saves preferences. Unreadable values count as the default, and are logged."""
 
     def __init__(self, config_home: Path, system_autostart: Sequence[Path], command: Sequence[str]) -> None:
         """`command` starts the tray; `system_autostart` are folders whose entries a file of the same name overrides."""
@@ -61,7 +61,7 @@ class PreferencesFile:
         return after
 
     def toggle_autostart(self) -> Preferences:
-        """On: an entry of ours. Off: none, or one that hides the machine's."""
+        """Enables start at login (by our entry) or disables it (by no entry, or one that hides the machine's)."""
         if not self._autostarts():
             _publish(self._autostart, self._entry())
         elif any((folder / DESKTOP_FILE).exists() for folder in self._system_autostart):
@@ -86,7 +86,7 @@ class PreferencesFile:
             return {}
 
     def _autostarts(self) -> bool:
-        """The first file of that name counts; Hidden=true means that there is none."""
+        """Tells whether the tray starts at login: the first file of this name counts, and Hidden=true disables it."""
         for folder in (self._autostart.parent, *self._system_autostart):
             try:
                 lines = (folder / DESKTOP_FILE).read_text(encoding="utf-8").splitlines()
@@ -120,7 +120,7 @@ def system_autostart() -> list[Path]:
 
 
 def _publish(path: Path, text: str) -> None:
-    """By rename: a crash leaves the old file or the new one."""
+    """Replaces a file by rename: a crash leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:

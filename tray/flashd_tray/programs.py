@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which other programs do we start, and how? A terminal for a chat, the file manager, the daemon."""
+"""Starting other programs: a terminal for a chat, the file manager, the daemon."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flashd.errors import NotFound, Unavailable
 
-# Each with what goes before the command. The first two are the desktop's choice, the others in order of how common.
+# Each with the arguments before the command. The first two are the desktop's choice, the others in order of popularity.
 TERMINALS = (
     ("xdg-terminal-exec",),
     ("x-terminal-emulator", "-e"),
@@ -30,25 +30,25 @@ Which = Callable[[str], str | None]
 
 
 def flash() -> str:
-    """The flash command that belongs to this installation."""
+    """Returns the path of this installation's flash command."""
     beside = Path(sys.executable).with_name("flash")
     found = str(beside) if beside.exists() else shutil.which("flash")
     if found is None:
-        raise NotFound("the flash command is not installed", hint="install flashd again, with its command line")
+        raise NotFound("the flash command is not installed", hint="reinstall flashd with its command line")
     return found
 
 
 def in_terminal(command: Sequence[str], which: Which = shutil.which) -> list[str]:
-    """The command line that runs a command in a terminal window. Raises NotFound where there is no terminal."""
+    """Returns the command line that runs a command in a terminal window. Raises NotFound if there is no terminal."""
     for program, *before in TERMINALS:
         if (path := which(program)) is not None:
             return [path, *before, *command]
     said = " ".join(command)
-    raise NotFound("there is no terminal program here", hint=f"install one (apt install xterm), or run: {said}")
+    raise NotFound("there is no terminal program", hint=f"install one (apt install xterm), or run: {said}")
 
 
 def start(command: Sequence[str]) -> None:
-    """Starts a program that goes on without us."""
+    """Starts a program that outlives us."""
     try:
         subprocess.Popen(
             command,
@@ -62,7 +62,7 @@ def start(command: Sequence[str]) -> None:
 
 
 def start_daemon(bus: str | None) -> None:
-    """Returns when the daemon answers. Raises Unavailable with what it said."""
+    """Starts the daemon and waits until it answers. Raises Unavailable with its error."""
     given = ["--bus", bus] if bus else []
     try:
         done = subprocess.run(
@@ -74,8 +74,8 @@ def start_daemon(bus: str | None) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise Unavailable(f"flashd did not start in {START_S:.0f} s", hint="flash doctor says what is wrong") from None
+        raise Unavailable(f"flashd did not start in {START_S:.0f} s", hint="see flash doctor for the reason") from None
     if done.returncode:
         lines = [line.strip() for line in done.stderr.strip().removeprefix("flash: ").splitlines()]
         said = "\n".join(lines) or f"flash start ended with {done.returncode}"
-        raise Unavailable(said, hint="flash doctor says what is wrong")
+        raise Unavailable(said, hint="see flash doctor for the reason")

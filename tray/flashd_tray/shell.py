@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is there what a tray needs? pystray with its indicator backend, or a sentence that says what is missing.
+"""Loads pystray with its indicator backend, or reports what is missing.
 
-pystray 0.19.5 chooses a backend when it is imported. One of them has no menu, and so is never asked for; where GTK's
-binding is there without the indicator library, ValueError escapes; without a display, ImportError does.
+pystray 0.19.5 chooses a backend at import. One of them has no menu, and is never used. If GTK's binding is installed
+without the indicator library, the import raises ValueError; without a display, ImportError.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flashd.errors import Unavailable
 _PACKAGES = "python3-gi gir1.2-gtk-3.0 gir1.2-ayatanaappindicator3-0.1"
 _HOW_TO_GET_THEM = (
     f"on Debian and Ubuntu: apt install {_PACKAGES}; on Fedora: dnf install python3-gobject gtk3"
-    " libayatana-appindicator-gtk3; everything can be done without the tray as well: flash list, flash swap"
+    " libayatana-appindicator-gtk3; or use flash list and flash swap instead of the tray"
 )
 
 
@@ -25,8 +25,8 @@ def load() -> ModuleType:
     """`flashd_tray.indicator`. Raises Unavailable, with what to install."""
     if not os.environ.get("DISPLAY") and not os.environ.get("WAYLAND_DISPLAY"):
         raise Unavailable(
-            "there is no desktop here to show the tray on",
-            hint="start it in a desktop session; in a terminal, flash list and flash swap do the same",
+            "there is no desktop to show the tray",
+            hint="start it in a desktop session, or use flash list and flash swap in a terminal",
         )
     try:
         importlib.import_module("gi")
@@ -34,18 +34,18 @@ def load() -> ModuleType:
         raise Unavailable(
             f"GTK's binding for Python is not installed for {sys.executable}", hint=_HOW_TO_GET_THEM
         ) from None
-    os.environ["PYSTRAY_BACKEND"] = "appindicator"  # the library's only way to be told
+    os.environ["PYSTRAY_BACKEND"] = "appindicator"  # the library's only way to select a backend
     try:
         return importlib.import_module("flashd_tray.indicator")
     except ValueError as error:  # gi.require_version: the library itself is not there
         raise Unavailable(f"the desktop's indicator library is missing: {error}", hint=_HOW_TO_GET_THEM) from None
     except ImportError as error:
         if "initialised" in str(error):
-            hint = "is it running, and may this user use it? DISPLAY and WAYLAND_DISPLAY say where it should be"
+            hint = "check that it is running, that this user may use it, and DISPLAY and WAYLAND_DISPLAY"
             raise Unavailable("the desktop cannot be reached", hint=hint) from None
         raise Unavailable(f"the tray's library cannot be used: {error}", hint=_HOW_TO_GET_THEM) from None
 
 
 def startup_id() -> str:
-    """What the desktop calls the click that started us (Startup Notification; XDG Activation where that is)."""
+    """Returns the desktop's id of the click that started us (Startup Notification; XDG Activation where that is)."""
     return os.environ.get("XDG_ACTIVATION_TOKEN") or os.environ.get("DESKTOP_STARTUP_ID", "")

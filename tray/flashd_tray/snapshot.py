@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does the tray know of the daemon at one moment, and what does it amount to?
+"""Snapshots of the daemon's state, and the state of the icon that follows from them.
 
     state        shown when
     AWAY         no daemon answers
-    SWAPPING     a swap, a load or a park is under way
-    CONVERTING   a source is being made a model
-    FAILED       something went wrong, and nobody has looked at it or mended it since
+    SWAPPING     a swap, a load or a park is running
+    CONVERTING   a source is being converted
+    FAILED       a job failed, and the error was neither seen nor solved since
     SERVING      a model is active
-    IDLE         none is
+    IDLE         no model is active
 
-The first that holds is shown. What is under way comes before what went wrong: it may be the remedy.
+The first that applies is shown. Running jobs take precedence over errors, because they may be the remedy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from flashd.client import Device, Job, Model, Status
+from flashd.client.client import Job
+from flashd.client.results import Device, Model, Status
 from flashd.errors import Cancelled
 
 
@@ -32,13 +33,13 @@ class State(StrEnum):
     IDLE = "idle"
 
 
-_SWAPPING = frozenset({"swap", "load", "park"})
+_SWAPPING = frozenset({"swap", "serve", "load", "park"})
 MAKES_A_MODEL = frozenset({"import", "pull"})
 
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """A long operation as it was when asked; times in seconds since the epoch, `finished_at` 0 while it runs."""
+    """A job at the time of the snapshot. Times are in seconds since the epoch; `finished_at` is 0 before the end."""
 
     number: int
     kind: str
@@ -78,12 +79,12 @@ class JobView:
 
     @property
     def failed(self) -> bool:
-        """Whether it failed by itself: what somebody cancelled has not."""
+        """True if it failed by itself and was not cancelled."""
         return self.state == "failed" and self.error_name != Cancelled.bus_name()
 
     @property
     def progress(self) -> float | None:
-        """From 0 to 1; None where it is not known."""
+        """Progress from 0 to 1; None where it is not known."""
         if self.finished or not self.total_bytes:
             return None
         return min(1.0, self.done_bytes / self.total_bytes)
@@ -91,13 +92,13 @@ class JobView:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Everything that icon, tooltip, menu and notifications are made of. `status` is None while no daemon answers."""
+    """The data that icon, tooltip, menu and notifications are made of. `status` is None while no daemon answers."""
 
     status: Status | None = None
     models: tuple[Model, ...] = ()
     devices: tuple[Device, ...] = ()
     jobs: tuple[JobView, ...] = ()
-    dismissed: frozenset[int] = frozenset()  # numbers of failed jobs that somebody has looked at
+    dismissed: frozenset[int] = frozenset()  # numbers of failed jobs whose errors were seen
 
     @property
     def active(self) -> Model | None:
@@ -111,7 +112,7 @@ class Snapshot:
 
     @property
     def failures(self) -> tuple[JobView, ...]:
-        """Failed jobs that matter still, latest first: not looked at, and not followed by a success of their kind."""
+        """Failed jobs that still matter, latest first: neither seen nor followed by a success of the same kind."""
         mended: set[tuple[str, str]] = set()
         found = []
         for job in sorted(self.jobs, key=lambda job: job.number, reverse=True):
@@ -136,12 +137,12 @@ class Snapshot:
 
     @property
     def shown_job(self) -> JobView | None:
-        """The job that icon and header tell of: the first of those that the state speaks of."""
+        """The job shown by icon and header: the first one that determines the state."""
         return _first(self.under_way, {State.SWAPPING: _SWAPPING, State.CONVERTING: MAKES_A_MODEL}.get(self.state, ()))
 
     @property
     def progress(self) -> float | None:
-        """Of what icon and header tell of, from 0 to 1."""
+        """Progress from 0 to 1 of what icon and header show."""
         return self.shown_job.progress if self.shown_job else None
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is the daemon doing now? A thread that follows its signals, and finds it again whenever it was away.
+"""A thread that follows the daemon's signals, and reconnects after every interruption.
 
-Whatever ends the connection (a restart of the daemon, a bus that vanishes, a machine that slept) looks the same here:
-the snapshot says that nobody answers, and the thread knocks again until somebody does.
+All ends of the connection (a restart of the daemon, the end of the bus, a suspended machine) are handled in the same
+way: the snapshot says that no daemon answers, and the thread tries again until one does.
 """
 
 from __future__ import annotations
@@ -15,26 +15,24 @@ import threading
 import time
 from collections.abc import Callable
 
-import flashd
-from flashd import wire
-from flashd.client import Client, Event
+from flashd.client.client import Client, connect
+from flashd.client.results import Event
+from flashd.dbus import wire
 from flashd.errors import FlashdError, NotFound
 from flashd_tray.snapshot import JobView, Snapshot
 
 log = logging.getLogger(__name__)
 
-_GATHER_S = 0.1  # changes come in bursts: one look is enough for those that come together
+_GATHER_S = 0.1  # changes come in bursts, which need only one update
 _KNOCK_S = 1.0
 _PUZZLED_S = 30.0
-_PATIENCE_S = 30.0  # without any event for so long, one question finds out whether the connection lives
+_PATIENCE_S = 30.0  # after this time without events, a call checks the connection
 
 
 class Watcher:
-    """Calls `on_change` with a new snapshot whenever something changed; from its own thread."""
+    """Calls `on_change` with a new snapshot after each change, from its own thread."""
 
-    def __init__(
-        self, on_change: Callable[[Snapshot], None], *, connect: Callable[[], Client] = flashd.connect
-    ) -> None:
+    def __init__(self, on_change: Callable[[Snapshot], None], *, connect: Callable[[], Client] = connect) -> None:
         self._on_change = on_change
         self._connect = connect
         self._stopping = threading.Event()
@@ -46,7 +44,7 @@ class Watcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Returns when the thread has ended, or after a few seconds if the bus holds it up."""
+        """Ends the thread, waiting a few seconds at most, because the bus may block it."""
         self._stopping.set()
         self._knock.set()
         events = self._events
@@ -55,7 +53,7 @@ class Watcher:
         self._thread.join(timeout=3)
 
     def knock(self) -> None:
-        """Looks for the daemon now rather than later: somebody has just started it."""
+        """Looks for the daemon at once, because it has just been started."""
         self._knock.set()
 
     def _run(self) -> None:
@@ -68,8 +66,8 @@ class Watcher:
             except FlashdError as error:
                 log.debug("no daemon: %s", error)
                 pause_s = _KNOCK_S
-            except Exception:  # a daemon of another version, say; the log is not to fill with it
-                log.exception("the connection ended in an unforeseen way")
+            except Exception:  # for example a daemon of another version, which must not fill the log
+                log.exception("the connection ended with an unexpected error")
                 pause_s = _PUZZLED_S
             if not self._stopping.is_set():
                 self._on_change(Snapshot())
@@ -77,7 +75,7 @@ class Watcher:
                 self._knock.clear()
 
     def _follow(self, client: Client) -> None:
-        """Returns when the connection has ended, or we are to stop."""
+        """Follows the signals until the connection ends, or `stop` is called."""
         with client.subscribed() as events:
             self._events = events
             try:
@@ -90,7 +88,7 @@ class Watcher:
                 self._events = None
 
     def _gathered(self, events: queue.SimpleQueue[Event | None]) -> list[Event] | None:
-        """The events that came together; none when it is time to ask; None when there will be no more."""
+        """Returns the next burst of events; an empty list when a check is due; None at the end."""
         batch: list[Event] = []
         deadline = time.monotonic() + _PATIENCE_S
         while not self._stopping.is_set():
@@ -116,7 +114,7 @@ def _everything(client: Client) -> Snapshot:
 
 
 def _updated(client: Client, known: Snapshot, batch: list[Event]) -> Snapshot:
-    """Asks again for what the events say has changed, and for the status in any case."""
+    """Reads the objects that have changed according to the events, and always the status."""
     touched = {event.interface for event in batch}
     changes = dataclasses.replace(known, status=client.status())
     if wire.MODEL in touched:
@@ -133,6 +131,6 @@ def _updated_jobs(client: Client, known: tuple[JobView, ...], batch: list[Event]
     for path in dict.fromkeys(event.path for event in batch if event.interface == wire.JOB):
         number = int(path.rsplit("/", 1)[-1])
         jobs.pop(number, None)
-        with contextlib.suppress(NotFound):  # it was forgotten since
+        with contextlib.suppress(NotFound):  # it was removed meanwhile
             jobs[number] = JobView.of(client.job(number))
     return tuple(jobs[number] for number in sorted(jobs))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which windows does the tray open? Few: an error in full, who we are, and a model found by typing.
+"""Windows of the tray: an error in full, information about flashd, and a model found by typing.
 
 All functions here belong in the main loop. GTK 3, because the indicator library is bound to it.
 """
@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flashd
-from flashd.client import Model
+from flashd._version import __version__
+from flashd.client.results import Model
 from flashd_tray.menu import (
     SERVING_MARK,
     Action,
@@ -21,6 +21,7 @@ from flashd_tray.menu import (
     model_label,
     most_used_first,
 )
+from flashd_tray.plain import line, paragraph
 from flashd_tray.snapshot import Snapshot
 from flashd_tray.words import Words
 
@@ -38,7 +39,7 @@ def gtk() -> Any:
 
 
 def begin(icon: Path) -> None:
-    """Ends the busy pointer of whoever started us, and gives windows an icon, whether or not a theme has one for us."""
+    """Ends the desktop's busy pointer, and gives windows an icon, even if the theme has none for us."""
     from gi.repository import Gdk
 
     gtk().Window.set_default_icon_from_file(str(icon))
@@ -46,7 +47,7 @@ def begin(icon: Path) -> None:
 
 
 def copy(text: str) -> None:
-    """To the clipboard, where it stays when we end."""
+    """Copies to the clipboard, where it stays when we end."""
     import gi
 
     gi.require_version("Gdk", "3.0")
@@ -58,8 +59,9 @@ def copy(text: str) -> None:
 
 
 def show_error(title: str, text: str, _: Words) -> None:
-    """What went wrong, and apart from it what can be done, in words that can be selected and copied."""
+    """Shows an error and, separately, its remedy, as text that can be selected and copied."""
     Gtk = gtk()
+    title, text = line(title), paragraph(text)
     apart = text.replace("\n", "\n\n", 1)
     dialog = Gtk.MessageDialog(message_type=Gtk.MessageType.ERROR, text=title, secondary_text=apart)
     dialog.set_title("flashd")
@@ -84,9 +86,9 @@ def show_about(daemon_version: str, icon: Path, _: Words) -> None:
 
     dialog = Gtk.AboutDialog(
         program_name="flashd",
-        version=flashd.__version__,
-        comments=_("Holds a hundred models and switches between them while you watch.")
-        + (("\n" + _("The daemon has version {version}.", version=daemon_version)) if daemon_version else ""),
+        version=__version__,
+        comments=_("Keeps a hundred models in memory and switches between them in moments.")
+        + (("\n" + _("The daemon has version {version}.", version=line(daemon_version))) if daemon_version else ""),
         license_type=Gtk.License.APACHE_2_0,
         logo=GdkPixbuf.Pixbuf.new_from_file(str(icon)),
     )
@@ -95,9 +97,9 @@ def show_about(daemon_version: str, icon: Path, _: Words) -> None:
 
 
 class Finder:
-    """One window with a search entry and the models that match; Return or a double click swaps to one.
+    """A window with a search entry and the matching models. Return or a double click swaps to one.
 
-    Where there are none it says why, and offers what can be done about it.
+    If there are no models, it says why, and offers actions.
     """
 
     def __init__(self, on_action: Callable[[Action], None], words: Words) -> None:
@@ -107,7 +109,7 @@ class Finder:
         self._snapshot = Snapshot()
 
     def show(self, snapshot: Snapshot, startup_id: str = "") -> None:
-        """Opens the window, or brings it to the front, in the name of the click that the desktop gave this id."""
+        """Opens the window, or brings it to the front. `startup_id` is the desktop's id of the click."""
         self.update(snapshot)
         if self._window is None:
             self._build()
@@ -116,7 +118,7 @@ class Finder:
         self._window.present()
 
     def update(self, snapshot: Snapshot) -> None:
-        """What the window shows from now on, if it is open."""
+        """Updates the window, if it is open."""
         before, self._snapshot = self._snapshot, snapshot
         if self._window is not None and _shown(before) != _shown(snapshot):
             self._fill()
@@ -130,7 +132,7 @@ class Finder:
         self._list = Gtk.ListBox(activate_on_single_click=False)
         self._list.get_accessible().set_name(_("Models"))
         self._list.set_filter_func(self._matches)
-        self._list.set_placeholder(Gtk.Label(label=_("No model has that in its name"), visible=True, margin=24))
+        self._list.set_placeholder(Gtk.Label(label=_("No model has this in its name"), visible=True, margin=24))
         self._scrolled = Gtk.ScrolledWindow(vexpand=True, shadow_type=Gtk.ShadowType.IN)
         self._scrolled.add(self._list)
         vertical, centre = Gtk.Orientation.VERTICAL, Gtk.Align.CENTER
@@ -169,10 +171,10 @@ class Finder:
             (self._search if some else self._instead).child_focus(Gtk.DirectionType.TAB_FORWARD)
 
     def _row(self, model: Model) -> Any:
-        """A mark at the one that answers, the name, and at the other end what the menu says of it."""
+        """Makes a row: a mark if the model is active, its name, and at the other end its details as in the menu."""
         Gtk, _ = gtk(), self._words
         mark = Gtk.Label(label=SERVING_MARK if model.active else "", width_chars=2)
-        name = Gtk.Label(label=model.name, xalign=0.0, hexpand=True, ellipsize=_IN_THE_MIDDLE)
+        name = Gtk.Label(label=line(model.name), xalign=0.0, hexpand=True, ellipsize=_IN_THE_MIDDLE)
         details = Gtk.Label(label=model_details(model, _))
         details.get_style_context().add_class("dim-label")
         box = Gtk.Box(spacing=6, margin=6)
@@ -180,7 +182,8 @@ class Finder:
             box.add(widget)
         row = Gtk.ListBoxRow()
         row.add(box)
-        row.get_accessible().set_name(_("{model} answers", model=model.name) if model.active else model_label(model, _))
+        said = line(_("{model} answers", model=model.name)) if model.active else model_label(model, _)
+        row.get_accessible().set_name(said)
         row.model_name = model.name
         row.sought = " ".join((model.name, *model.aliases, model.architecture)).casefold()
         return row
@@ -197,7 +200,7 @@ class Finder:
         return all(part in row.sought for part in self._search.get_text().casefold().split())
 
     def _narrow(self) -> None:
-        """Shows what matches, and which of it Return would choose."""
+        """Shows the matching models, and selects the one that Return would choose."""
         self._list.invalidate_filter()
         self._list.select_row(self._first())
 
@@ -217,5 +220,5 @@ class Finder:
 
 
 def _shown(snapshot: Snapshot) -> tuple[bool, tuple[Model, ...]]:
-    """What of a snapshot the window shows: most of them only move a percentage."""
+    """Selects the part of a snapshot that the window shows: most snapshots only move a percentage."""
     return snapshot.status is None, snapshot.models

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In which language do we speak? gettext, with the catalogs beside this file.
+"""The language of the tray: gettext, with the catalogs beside this file.
 
-`tray/translations` extracts the strings and compiles the catalogs.
+`tray/translations` extracts the strings; the build compiles the catalogs (native/CMakeLists.txt).
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ CATALOGS = Path(__file__).parent / "locale"
 
 
 class Words:
-    """One language. Called with an English sentence, it gives the translated one."""
+    """A language. Called with an English sentence, it returns the translation."""
 
     def __init__(self, languages: Sequence[str] | None = None) -> None:
-        """The languages to try, best first; by default those of the desktop (LANGUAGE, LC_ALL, LC_MESSAGES, LANG)."""
+        """`languages` are tried in order; by default those of the desktop (LANGUAGE, LC_ALL, LC_MESSAGES, LANG)."""
         self._catalog = gettext.translation(DOMAIN, CATALOGS, languages, fallback=True)
 
     def __call__(self, sentence: str, **values: object) -> str:
-        """`values` go where the sentence says {name}, wherever the translation puts that."""
+        """Translates a sentence, and inserts `values` for each {name} in the translation."""
         translated = self._catalog.gettext(sentence)
         return translated.format(**values) if values else translated
 
     def size(self, size_bytes: int) -> str:
-        """`16.4 GB`, with the decimal sign of the language."""
+        """Formats a size such as `16.4 GB`, with the decimal sign of the language."""
         return self._localised(format_bytes(size_bytes))
 
     def duration(self, seconds: float) -> str:
-        """`1.25 s`, with the decimal sign of the language."""
+        """Formats a duration such as `1.25 s`, with the decimal sign of the language."""
         return self._localised(format_seconds(max(0.0, seconds)))
 
     def _localised(self, number: str) -> str:
@@ -42,5 +42,5 @@ class Words:
         return number.replace(".", _("."))
 
     def many(self, one: str, more: str, count: int, **values: object) -> str:
-        """With the plural of the language; {count} stands for the number."""
+        """Translates with the plural of the language; {count} stands for the number."""
         return self._catalog.ngettext(one, more, count).format(count=count, **values)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""flashtensors' Python interface, by flashd: installs as `flashtensors`.
+"""flashtensors' Python interface, implemented by flashd and installed as `flashtensors`.
 
 import flashtensors as ft
 
@@ -8,15 +8,14 @@ ft.register_model("Qwen/Qwen3-0.6B", backend="vllm")
 llm = ft.load_model("Qwen/Qwen3-0.6B", backend="vllm")
 outputs = llm.generate(["Who are you?"], SamplingParams(max_tokens=32))
 
-What each function does, and what its arguments mean to flashd, is said where it is defined: `flashd.compat.session` and
-`flashd.state_dicts`; README.md beside this file has it at a glance.
+The functions and their arguments are documented where they are defined, in `flashd.compat.session` and
+`flashd.client.state_dicts`; packaging/docs/migrating.md has an overview.
 """
 
 from __future__ import annotations
 
-from flashd import __version__
-from flashd.compat import flash
-from flashd.compat.flash import load_dict, load_dict_non_blocking, save_dict
+from flashd._version import __version__
+from flashd.client.state_dicts import load_dict, load_dict_non_blocking, save_dict
 from flashd.compat.session import (
     activate_vllm_integration,
     cleanup_gpu,
@@ -28,6 +27,8 @@ from flashd.compat.session import (
     register_model,
     shutdown_server,
 )
+
+from . import flash
 
 __all__ = [
     "__version__",

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`flash token`: the tokens by which programs on other machines use the gateway."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Annotated
+
+from flashd.cli import output
+from flashd.cli.parameters import Argument, Group
+from flashd.cli.session import Json
+from flashd.config.paths import Scope
+from flashd.gateway.tokens import TokenFile, default_file
+
+app = Group(help="Make or revoke tokens, by which programs on other machines use models through flashd-gateway.")
+
+Name = Annotated[str, Argument(help="Name of the token, such as that of a machine or a person.")]
+Models = Annotated[list[str] | None, Argument(help="Models that it may use. Default: all that are not private.")]
+
+
+@app.command("new")
+def new(name: Name, models: Models = None) -> None:
+    """Makes a token and prints it. It is shown only now: flashd keeps a digest of it.
+
+    As root, it is for the machine's gateway; else for your own.
+    """
+    print(_file().new(name, models or ()))
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """Lists the tokens and the models that they may use."""
+    tokens = _file().all()
+    if as_json:
+        output.print_json([{"name": t.name, "created_at": t.created_at, "models": list(t.models)} for t in tokens])
+        return
+    rows = [
+        [token.name, time.strftime("%Y-%m-%d", time.localtime(token.created_at)), ", ".join(token.models) or "all"]
+        for token in tokens
+    ]
+    if rows:
+        output.print_table(["token", "made", "models"], rows)
+    else:
+        output.say("no tokens")
+
+
+@app.command("revoke")
+def revoke(name: Name) -> None:
+    """Revokes a token; the next request with it is refused."""
+    _file().revoke(name)
+
+
+def _file() -> TokenFile:
+    return TokenFile(default_file(Scope.SYSTEM if os.geteuid() == 0 else Scope.USER))

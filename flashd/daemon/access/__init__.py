@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Access: authorisation, ownership, limits for each user, and disclosure."""

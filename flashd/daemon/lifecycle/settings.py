@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration in force in this process, and changes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flashd.config import loading
+from flashd.config.paths import Paths
+from flashd.config.settings import Config
+from flashd.daemon.access.disclosure import disclosed
+from flashd.durable import clear
+from flashd.errors import InvalidArgument, TransferFailed
+
+
+class Settings:
+    """The configuration of this daemon."""
+
+    def __init__(self, paths: Paths, overrides: Mapping[str, Any]) -> None:
+        self.paths = paths
+        self._overrides = overrides
+        clear(paths.drop_ins)
+        self.current: Config = loading.load(paths, overrides)
+
+    def to_toml(self, sees: Callable[[str], bool] | None = None) -> str:
+        """Formats the configuration as TOML: all of it, or what may be shown to a user who `sees` models with these
+        names.
+        """
+        return loading.dump(disclosed(self.current, sees) if sees else self.current)
+
+    def check(self) -> None:
+        """Checks that the next daemon could start with the settings files. Raises InvalidArgument or TransferFailed."""
+        loading.load(self.paths, self._overrides)
+
+    def change(self, key: str, text: str) -> bool:
+        """Changes a setting. Returns whether that requires a restart. Raises InvalidArgument."""
+        if key in self._overrides:
+            hint = "start the daemon without that option to change the setting"
+            raise InvalidArgument(f"{key} was given on the command line, which overrides it", hint=hint)
+        try:
+            loading.set_value(self.paths, key, text)
+        except TransferFailed:  # the file may be replaced even so; the settings that a restart would read are in force
+            self._take_over(key)
+            raise
+        return self._take_over(key)
+
+    def _take_over(self, key: str) -> bool:
+        setting = loading.find(key)
+        after = loading.load(self.paths, self._overrides)
+        value = loading.value_of(after, key)
+        if value == loading.value_of(self.current, key):
+            return False
+        if setting.live:
+            self.current = loading.with_value(self.current, key, value)
+        return not setting.live

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kinds of engine, with their factories and interpreters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from flashd.config.environment import for_engines
+from flashd.config.paths import ENGINE_SOCKET, ENGINE_STATE
+from flashd.config.settings import engine_python, variables
+from flashd.daemon.events import Events
+from flashd.daemon.job import Job
+from flashd.daemon.lifecycle.restore import Restore
+from flashd.daemon.lifecycle.settings import Settings
+from flashd.daemon.serving.endpoint import RuntimeFolder
+from flashd.engines import process
+from flashd.engines.engine import EngineFactory
+from flashd.engines.environments import Environments
+from flashd.engines.vllm_factory import VllmFactory
+from flashd.engines.vllm_factory import environment as vllm_environment
+from flashd.io.cuda import Gpu
+
+_INGEST = {"import", "pull"}
+
+
+class EngineKinds:
+    """The factories of engines, by kind.
+
+    Engines of the machine's daemon run in separate units if the service manager has them.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        environments: Environments,
+        runtime: RuntimeFolder,
+        restore: Restore,
+        gpus: Iterable[Gpu],
+        events: Events,
+        *,
+        is_shared: bool,
+    ) -> None:
+        self._settings = settings
+        self._environments = environments
+        self._has_begun = False
+        paths, engines = settings.paths, settings.current.engines
+        service = ENGINE_SOCKET if is_shared and ENGINE_SOCKET.is_socket() else None
+        state = ENGINE_STATE if service else paths.state
+        torch = process.Settings(
+            python=self.python("torch"),
+            runtime=runtime.path,
+            logs=paths.state / "logs",
+            threads=engines.torch.threads,
+            max_tokens_default=engines.torch.max_tokens_default,
+            start_timeout_s=engines.start_timeout_s,
+            environment=for_engines(),
+            numbers=restore.numbers,
+            keeper=restore.engines,
+            passed_on=events.connection_passed_on,
+            service=service,
+        )
+        vllm = dataclasses.replace(
+            torch,
+            python=self.python("vllm"),
+            environment={
+                **torch.environment,
+                **vllm_environment(state / "compiled"),
+                **variables(engines.vllm.environment, "engines.vllm.environment"),
+            },
+            options={
+                "arguments": list(engines.vllm.arguments),
+                "adapters": list(engines.vllm.adapters),
+                "kv_cache_bytes": engines.vllm.kv_cache_bytes,
+            },
+        )
+        factories: list[EngineFactory] = [process.torch_factory(torch), VllmFactory(vllm, list(gpus))]
+        self.factories: Mapping[str, EngineFactory] = {factory.kind: factory for factory in factories}
+        events.job_changed.subscribe(self._job_changed)
+        events.inbox_changed.subscribe(self._inbox_changed)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.factories)
+
+    def begin(self) -> None:
+        """Starts the zygote of the default kind of engine. Call it as soon as there is a model, or about to be one."""
+        engines = self._settings.current.engines
+        if engines.warm_up and not self._has_begun:
+            self._has_begun = True
+            self.factories[engines.default].begin()
+
+    async def environment_changed(self, kind: str) -> None:
+        """Uses the new environment for new engines. Running engines stay as they are."""
+        await self.factories[kind].run_in(self.python(kind))
+        if self._has_begun and kind == self._settings.current.engines.default:
+            self.factories[kind].begin()
+
+    async def close(self, *, leaving: bool) -> None:
+        for factory in self.factories.values():
+            await factory.close(leaving=leaving)
+
+    def _job_changed(self, job: Job) -> None:
+        if job.kind in _INGEST:
+            self.begin()
+
+    def _inbox_changed(self, has_any: bool) -> None:
+        if has_any:
+            self.begin()
+
+    def python(self, kind: str) -> str:
+        """Returns the interpreter for a kind of engine."""
+        return engine_python(self._settings.current, kind, self._environments.interpreter(kind))

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the client of a request may do, for all that happens for the request."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """The rights of a client, as guard.py found them out.
+
+    It `sees_private` models if it is known to be the user whose models the daemon shows us. If its token is for some
+    `models`, it may use no others. It `may_change_models`, where the gateway allows that, if it came without a token.
+    """
+
+    sees_private: bool = True
+    models: tuple[str, ...] = ()
+    may_change_models: bool = True
+
+
+ACCESS: ContextVar[Access] = ContextVar("access", default=Access())  # noqa: B039 -- it is frozen

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpenAI's interface, which engines speak themselves: its errors, and its description of a model."""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+
+from flashd.client.results import Model
+from flashd.errors import FlashdError
+from flashd.gateway.dialects.dialect import NoSuchRoute, Refused, status_of
+
+_TYPES = {
+    400: "invalid_request_error",
+    403: "permission_error",
+    404: "invalid_request_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable",
+}
+_CODES = {404: "model_not_found", 429: "rate_limit_exceeded"}
+
+
+class OpenAI:
+    """The form of errors."""
+
+    def described(self, error: FlashdError) -> dict[str, object]:
+        status = status_of(error)
+        is_about_model = status == HTTPStatus.NOT_FOUND and not isinstance(error, NoSuchRoute | Refused)
+        said = {
+            "message": str(error),
+            "type": _TYPES.get(status, "server_error"),
+            "param": "model" if is_about_model else error.param if isinstance(error, Refused) else None,
+            "code": _CODES.get(status) if is_about_model or status != HTTPStatus.NOT_FOUND else None,
+        }
+        return {"error": said}
+
+    def ending(self, error: FlashdError) -> bytes:
+        return f"data: {json.dumps(self.described(error))}\n\n".encode()
+
+
+def entry(model: Model) -> dict[str, object]:
+    """A model as GET /v1/models lists it; `flashd` has what OpenAI has no field for."""
+    more = {"residency": model.residency, "active": model.active, "size_bytes": model.size_bytes, "dtype": model.dtype}
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created_at,
+        "owned_by": "flashd",
+        "aliases": list(model.aliases),
+        "flashd": more,
+    }

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carries a request through its turn to the engine that serves its model, and the answer back.
+
+The engine itself has the last word on which model it answers as: requests name their model, and one that comes to an
+engine which serves another model by then is refused by it (404), and waits for its turn again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from aiohttp import ClientError, ClientResponse
+
+from flashd.client.client import Job
+from flashd.client.results import Engine, Model
+from flashd.errors import FlashdError, Internal, NotFound, Unavailable
+from flashd.gateway.access import ACCESS
+from flashd.gateway.directory import Connect, Directory, Follower
+from flashd.gateway.engine_connections import EngineConnections
+from flashd.gateway.turns import Ask, Bring, Ticket, Turns
+
+log = logging.getLogger(__name__)
+
+_MOST_ATTEMPTS = 8
+_FIRST_S = 60.0  # for the daemon to start, with a thousand models
+_STALE_S = 0.25  # until the news of a swap by somebody else must have come
+_MAX_REFUSAL_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """A request as an engine gets it. Its body names the model, so that an engine which has another one refuses it."""
+
+    method: str
+    target: str  # path and query
+    headers: Mapping[str, str]
+    body: bytes
+
+
+Make = Callable[[Engine], EngineRequest]  # the request that suits an engine, made when its model's turn has come
+
+
+class Dispatcher:
+    """The queue of all requests, and the swaps that they need. On one event loop."""
+
+    def __init__(self, connect: Connect, *, turn_s: float, max_waiting: int) -> None:
+        self._connect = connect
+        self._turns = Turns(turn_s=turn_s, max_waiting=max_waiting)
+        self._connections = EngineConnections()
+        self._follower = Follower(connect, self._heard)
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()  # set and replaced whenever the daemon says something new
+        self._work: asyncio.Task[None] | None = None
+        self._waiters: dict[Ticket, asyncio.Future[None]] = {}
+        self._known = self._public = Directory()
+
+    @property
+    def directory(self) -> Directory:
+        """What the client of this request may know of the daemon's models."""
+        access = ACCESS.get()
+        known = self._known if access.sees_private else self._public
+        return known.only(access.models) if access.models else known
+
+    def start(self) -> None:
+        self._follower.start()
+
+    async def close(self) -> None:
+        self._follower.stop()
+        if self._work is not None:
+            self._work.cancel()
+            await asyncio.wait({self._work})
+        await self._connections.close()
+
+    async def settled(self) -> None:
+        """Returns when the daemon was asked what there is, whether or not it answered."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_S):
+                while not self._known.is_settled:
+                    await self._changed.wait()
+
+    async def resolve(self, name: str) -> Model:
+        """Finds a model as Directory does, also one that the daemon has had for a moment only. Raises NotFound."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STALE_S):
+                while True:
+                    with contextlib.suppress(NotFound):
+                        return self.directory.resolve(name)
+                    await self._changed.wait()
+        return self.directory.resolve(name)
+
+    @contextlib.asynccontextmanager
+    async def answer(self, model: str, make: Make) -> AsyncIterator[ClientResponse]:
+        """The engine's answer, from its head on; the model's turn lasts at least until the context ends.
+
+        Leaving the context closes the engine's connection if the answer was not read to its end, which ends its
+        generation. Raises NotFound, LimitExceeded, Unavailable and what a swap raises.
+        """
+        arrived = time.monotonic()
+        for attempt in range(1, _MOST_ATTEMPTS + 1):
+            async with self._turn(model, arrived):
+                changed = self._changed
+                is_last = attempt == _MOST_ATTEMPTS
+                async with contextlib.AsyncExitStack() as stack:
+                    response = None
+                    try:
+                        response = await stack.enter_async_context(self._asked(model, make))
+                    except Unavailable:  # it ended, or made way for another, in this moment
+                        if is_last:
+                            raise
+                    if response is not None and (is_last or not await self._is_elsewhere(response)):
+                        yield response
+                        return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), _STALE_S)
+            self._known.resolve(model)  # it may be gone
+
+    async def load(self, model: str) -> None:
+        """Returns when a model serves, after its turn has come. Raises like `answer`."""
+        async with self._turn(model, time.monotonic()):
+            pass
+
+    def is_asked(self, model: str) -> bool:
+        """True while requests for a model are answered or wait."""
+        return bool(self._turns.inside(model) or self._turns.waiting(model))
+
+    def _asked(self, model: str, make: Make) -> contextlib.AbstractAsyncContextManager[ClientResponse]:
+        if (engine := self._known.engine_of(model)) is None:
+            raise Unavailable(f"{model} ceased to serve", hint="ask again")
+        request = make(engine)
+        return self._connections.answer(engine.endpoint, request.method, request.target, request.headers, request.body)
+
+    @staticmethod
+    async def _is_elsewhere(response: ClientResponse) -> bool:
+        """True for the refusal of an engine that serves another model by now. Its body is put back if it is not."""
+        if response.status not in {404, 503} or (response.content_length or _MAX_REFUSAL_BYTES) >= _MAX_REFUSAL_BYTES:
+            return False
+        with contextlib.suppress(ValueError, AttributeError, TypeError, ClientError):
+            raw = await response.read()  # kept in the response: what reads it later gets the same
+            error = json.loads(raw)["error"]
+            return bool(error.get("param") == "model" if response.status == 404 else error.get("code") == "not_serving")
+        return False
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, model: str, arrived: float) -> AsyncIterator[None]:
+        """A request's time inside, after its time in the queue."""
+        admitted: asyncio.Future[None] = self._loop.create_future()
+
+        def admit() -> None:
+            if not admitted.done():
+                admitted.set_result(None)
+
+        ticket = self._turns.ask(model, time.monotonic(), admit, arrived=arrived)
+        self._waiters[ticket] = admitted
+        try:
+            self._step()
+            await admitted
+            yield
+        finally:
+            del self._waiters[ticket]
+            self._turns.leave(ticket)
+            self._step()
+
+    def _step(self) -> None:
+        """Lets in who may enter, and begins what is to be done for those who wait."""
+        if self._work is not None:
+            model = self._turns.bringing
+            is_wanted = model is None or self._turns.waiting(model) or self._turns.inside(model)
+            if not is_wanted and not self._work.cancelling():
+                self._work.cancel()  # all who waited for it have left
+            self._turns.next_step(time.monotonic())
+            return
+        match self._turns.next_step(time.monotonic()):
+            case Ask(model):
+                work = self._ask(model)
+            case Bring(model):
+                self._turns.begin(model, time.monotonic())
+                work = self._bring(model)
+            case None:
+                return
+        self._work = self._loop.create_task(work, name=f"for {model}")
+        self._work.add_done_callback(partial(self._done, model))
+
+    def _done(self, model: str, work: asyncio.Task[None]) -> None:
+        self._work = None
+        if not work.cancelled() and (failure := work.exception()) is not None:
+            log.error("%s could not be brought, for an unforeseen reason", model, exc_info=failure)
+            self._refuse(model, Internal(f"{model} could not be loaded", hint="the gateway's log has more"))
+        elif self._turns.bringing is not None:
+            self._turns.given_up()
+        self._step()
+
+    async def _ask(self, model: str) -> None:
+        """Finds out what would make way for a model."""
+        serving = frozenset(self._known.serving)
+        try:
+            displaced = await asyncio.to_thread(self._would_displace, model) if serving else []
+        except FlashdError as error:
+            self._refuse(model, error)
+        else:
+            if serving == frozenset(self._known.serving):  # else it is asked again
+                self._turns.displaces(model, frozenset(displaced))
+
+    def _would_displace(self, model: str) -> list[str]:
+        """Runs in a thread."""
+        with self._connect(True) as client:
+            return client.would_displace(model)
+
+    async def _bring(self, model: str) -> None:
+        """Has the daemon swap; those who wait are told if it fails. Cancelling it cancels the swap, if that can be."""
+        jobs: list[Job] = []
+        is_cancelled = threading.Event()
+        work = asyncio.ensure_future(asyncio.to_thread(self._serve, model, jobs, is_cancelled))
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            is_cancelled.set()
+            for job in jobs:
+                with contextlib.suppress(FlashdError):
+                    await asyncio.to_thread(job.cancel)
+            with contextlib.suppress(FlashdError):
+                await work  # a swap that is nearly done is done
+            raise
+        except FlashdError as error:
+            self._refuse(model, error)
+        else:
+            await self._until_serving(model)
+            self._turns.brought(time.monotonic())
+
+    async def _until_serving(self, model: str) -> None:
+        """Returns when the signal that it serves has come, too; it is a little later than the end of the job."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STALE_S):
+                while model not in self._known.serving:
+                    await self._changed.wait()
+
+    def _serve(self, model: str, jobs: list[Job], is_cancelled: threading.Event) -> None:
+        """Runs in a thread, on a connection of its own."""
+        with self._connect(True) as client:
+            job = client.begin_serve(model)
+            jobs.append(job)
+            if is_cancelled.is_set():  # it was not known to whoever cancelled
+                job.cancel()
+            job.wait()
+
+    def _refuse(self, model: str, error: FlashdError) -> None:
+        for ticket in self._turns.failed(model):
+            if (waiter := self._waiters.get(ticket)) is not None and not waiter.done():
+                waiter.set_exception(error)
+
+    def _heard(self, directory: Directory) -> None:
+        """Called by the follower's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._note, directory)
+
+    def _note(self, directory: Directory) -> None:
+        self._known, self._public = directory, directory.public()
+        self._changed.set()
+        self._changed = asyncio.Event()
+        self._turns.serving(directory.serving, time.monotonic())
+        self._step()

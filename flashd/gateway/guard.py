@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps web pages away, and other machines without a token.
+
+A browser would carry the requests of pages to an address of this machine.
+
+A page of another site can make its visitor's browser send requests here, and by DNS rebinding even read the answers.
+Its requests give themselves away by the site they come from (`Origin`, `Sec-Fetch-Site`) or by the name that they
+were sent to (`Host`). Programs send neither of the first two, and the name that they were told.
+
+Other machines need a token, which no page has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from ipaddress import ip_address
+
+from flashd.errors import NotAuthorized
+from flashd.gateway.access import ACCESS, Access
+from flashd.gateway.dialects.by_path import dialect_of
+from flashd.gateway.exchange import Message, Receive, Send, send_json
+from flashd.gateway.tokens import PREFIX, TokenFile
+
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
+
+_CHALLENGE = {"WWW-Authenticate": "Bearer"}
+_LOOPBACK = frozenset({"localhost"})  # beside its addresses
+
+
+class _NoToken(NotAuthorized):
+    """A request needs a token, and has none that is known."""
+
+
+class Guard:
+    """An ASGI application around another."""
+
+    def __init__(
+        self,
+        inside: Application,
+        tokens: TokenFile,
+        *,
+        hosts: Collection[str] = (),
+        origins: Collection[str] = (),
+        socket_is_ours: bool = False,
+    ) -> None:
+        """`hosts` are names beside those of loopback under which we are reached; `origins` are sites whose pages may
+        ask, such as `http://localhost:3000`. With `socket_is_ours`, only the user whose daemon this is can connect to
+        the Unix socket."""
+        self._inside = inside
+        self._tokens = tokens
+        self._socket_is_ours = socket_is_ours
+        self._hosts = _LOOPBACK | {host.lower() for host in hosts}
+        self._origins = {origin.lower().rstrip("/") for origin in origins}
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return  # uvicorn closes what nobody has accepted
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            access = self._access(scope, headers)
+        except _NoToken as error:
+            await send_json(send, dialect_of(scope["path"]).described(error), status=401, headers=_CHALLENGE)
+        except NotAuthorized as error:
+            await send_json(send, dialect_of(scope["path"]).described(error), status=403)
+        else:
+            ACCESS.set(access)
+            await self._inside(scope, receive, send)
+
+    def _access(self, scope: Message, headers: Mapping[bytes, str]) -> Access:
+        """What the request may use. Raises NotAuthorized if that is nothing."""
+        secret = _secret(headers)
+        token = self._tokens.find(secret) if secret.startswith(PREFIX) else None
+        if token is None and (secret.startswith(PREFIX) or not _is_from_here(scope)):
+            what = "the token is unknown, or was revoked" if secret else "a token is needed here"
+            raise _NoToken(what, hint="the machine's administrator makes one: flash token new NAME")
+        if token is not None:
+            return Access(sees_private=False, models=token.models, may_change_models=False)
+        if why := self._refusal(scope, {name: value.lower() for name, value in headers.items()}):
+            raise NotAuthorized(why)
+        return Access(sees_private=self._socket_is_ours and _is_over_unix(scope))
+
+    def _refusal(self, scope: Message, headers: Mapping[bytes, str]) -> str:
+        origin = headers.get(b"origin", "")
+        if origin and origin.rstrip("/") not in self._origins:
+            return f"pages of {origin[:200]} may not ask here: see flashd-gateway --origin"
+        if not origin and headers.get(b"sec-fetch-site", "none") not in {"none", "same-origin"}:
+            return "pages of other sites may not ask here: see flashd-gateway --origin"
+        if not _is_over_unix(scope) and not self._is_ours(_host(headers.get(b"host", ""))):
+            shown = headers.get(b"host", "")[:200]
+            return f"this address is not known as {shown!r}: see flashd-gateway --host"
+        return ""
+
+    def _is_ours(self, host: str) -> bool:
+        with contextlib.suppress(ValueError):
+            return ip_address(host.strip("[]")).is_loopback or host in self._hosts
+        return host in self._hosts
+
+
+def _secret(headers: Mapping[bytes, str]) -> str:
+    """The token of a request, or whatever else its program was told to send as one."""
+    kind, _, secret = headers.get(b"authorization", "").partition(" ")
+    return secret.strip() if kind.lower() == "bearer" else headers.get(b"x-api-key", "").strip()
+
+
+def _is_from_here(scope: Message) -> bool:
+    """True for what came to the Unix socket or a loopback address, where other machines cannot connect."""
+    return _is_over_unix(scope) or ip_address(scope["server"][0].partition("%")[0]).is_loopback
+
+
+def _is_over_unix(scope: Message) -> bool:
+    return scope.get("server") is None or scope["server"][1] is None
+
+
+def _host(value: str) -> str:
+    """The name in a Host header, without its port."""
+    if value.startswith("["):
+        return value.partition("]")[0] + "]"
+    return value.partition(":")[0]

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ollama's interface: requests are translated to OpenAI's, which engines answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from flashd._version import __version__
+from flashd.client.client import Client, Job
+from flashd.client.results import Engine, Model
+from flashd.errors import Cancelled, EngineFailed, FlashdError, InvalidArgument, NotAuthorized, NotFound
+from flashd.gateway.access import ACCESS
+from flashd.gateway.answering import Asked, Sending, check_status, chunks, whole
+from flashd.gateway.dialects import ollama, ollama_requests
+from flashd.gateway.dialects.chunks import Chunk, Usage, usage
+from flashd.gateway.dialects.fields import read_fields
+from flashd.gateway.dialects.ollama_answers import Durations, Joined, OllamaAnswer
+from flashd.gateway.dialects.ollama_requests import EngineBody, OllamaRequest
+from flashd.gateway.directory import Connect
+from flashd.gateway.dispatch import Dispatcher, EngineRequest
+from flashd.gateway.exchange import parse_object
+from flashd.gateway.passed import named
+
+NDJSON = "application/x-ndjson"
+_HEADERS = {"content-type": "application/json"}
+
+
+class OllamaEndpoints:
+    """What answers the paths under /api. `may_change_models` is whether clients may pull and delete models."""
+
+    def __init__(self, dispatcher: Dispatcher, connect: Connect, *, may_change_models: bool) -> None:
+        self._dispatcher = dispatcher
+        self._connect = connect
+        self._may_change_models = may_change_models
+        self._unloading: set[asyncio.Task[None]] = set()
+
+    async def version(self, _: Asked, send: Sending) -> None:
+        await send.json({"version": ollama.SPEAKS, "flashd": __version__})
+
+    async def tags(self, _: Asked, send: Sending) -> None:
+        models = sorted(self._dispatcher.directory.models.items())
+        await send.json({"models": [ollama.tag(model) for _, model in models]})
+
+    async def ps(self, _: Asked, send: Sending) -> None:
+        known = self._dispatcher.directory
+        serving = [engine for engine in known.engines.values() if engine.state == "serving"]
+        found = [(known.models.get(engine.model), engine) for engine in serving]
+        await send.json({"models": [ollama.running(model, engine) for model, engine in found if model is not None]})
+
+    async def show(self, asked: Asked, send: Sending) -> None:
+        content = parse_object(asked.body)
+        read_fields(content, ollama_requests.SHOW, "/api/show")
+        await send.json(ollama.shown(await self._named(content)))
+
+    async def chat(self, asked: Asked, send: Sending) -> None:
+        await self._generate(asked, send, ollama_requests.chat)
+
+    async def generate(self, asked: Asked, send: Sending) -> None:
+        await self._generate(asked, send, ollama_requests.generate)
+
+    async def embed(self, asked: Asked, send: Sending) -> None:
+        content = parse_object(asked.body)
+        durations = Durations(asked.arrived_ns)
+        vectors, counted = await self._vectors(content, ollama_requests.embed(content), durations)
+        said = {"model": _name(content), "embeddings": vectors, **durations.whole()}
+        await send.json(said | {"prompt_eval_count": counted.prompt_tokens})
+
+    async def embeddings(self, asked: Asked, send: Sending) -> None:
+        content = parse_object(asked.body)
+        request = ollama_requests.embeddings(content)
+        vectors, _ = await self._vectors(content, request, Durations(asked.arrived_ns))
+        await send.json({"embedding": vectors[0] if vectors else []})
+
+    async def pull(self, asked: Asked, send: Sending) -> None:
+        self._check_may_change()
+        content = parse_object(asked.body)
+        streams = read_fields(content, ollama_requests.PULL, "/api/pull").get("stream", True)
+        name = _name(content)
+        if not name:
+            raise InvalidArgument("`model` is missing", hint="name a repository of the hub, such as Qwen/Qwen3-0.6B")
+        progress: asyncio.Queue[dict[str, object] | None] = asyncio.Queue()
+        work = _Pull(self._connect, ollama.repository(name), progress)
+        try:
+            if streams:
+                await send.begin_stream(NDJSON)
+                await send.piece(ollama.line({"status": "pulling manifest"}))
+            while (said := await progress.get()) is not None:
+                if streams:
+                    await send.piece(ollama.line(said))
+            await work.ended()
+        finally:
+            work.leave()
+        if streams:
+            await send.piece(ollama.line({"status": "success"}))
+            await send.end_stream()
+        else:
+            await send.json({"status": "success"})
+
+    async def delete(self, asked: Asked, send: Sending) -> None:
+        self._check_may_change()
+        content = parse_object(asked.body)
+        read_fields(content, ollama_requests.DELETE, "/api/delete")
+        if not _name(content):
+            raise InvalidArgument("`model` is missing", hint="GET /api/tags lists the models")
+        model = await self._named(content)
+        await asyncio.to_thread(self._with_client, lambda client: client.remove(model.name))
+        await send.json({})
+
+    def _check_may_change(self) -> None:
+        if not (self._may_change_models and ACCESS.get().may_change_models):
+            hint = "use flash pull and flash remove, or start flashd-gateway with --may-change-models"
+            raise NotAuthorized("models cannot be pulled or deleted at this address", hint=hint)
+
+    async def _generate(
+        self, asked: Asked, send: Sending, translate: Callable[[Mapping[str, object]], OllamaRequest]
+    ) -> None:
+        content = parse_object(asked.body)
+        request, model = translate(content), await self._named(content)
+        durations = Durations(asked.arrived_ns)
+        answer = OllamaAnswer(_name(content) or model.name, translate is ollama_requests.chat, durations)
+        if request.asks is None:
+            await self._load(model, request)
+            await send.json(answer.ended("unload" if request.unloads else "load"))
+            return
+        made = self._made(request.asks, model, durations)
+        is_complete = False
+        try:
+            async with self._dispatcher.answer(model.name, made) as response:
+                await check_status(response)
+                async with aclosing(chunks(response)) as found:
+                    await (_stream if request.is_stream else _join)(found, answer, send)
+                is_complete = True
+        finally:  # its client may leave now
+            if is_complete and request.unloads:
+                self._begin_unload(model)
+
+    async def _vectors(
+        self, content: Mapping[str, object], request: OllamaRequest, durations: Durations
+    ) -> tuple[list[Any], Usage]:
+        model = await self._named(content)
+        if request.asks is None:
+            await self._load(model, request)
+            return [], Usage(0, 0)
+        async with self._dispatcher.answer(model.name, self._made(request.asks, model, durations)) as response:
+            found = await whole(response)
+        try:
+            vectors = [entry["embedding"] for entry in sorted(found["data"], key=lambda entry: entry["index"])]
+        except (KeyError, TypeError):
+            raise EngineFailed("the engine's answer has no embeddings", hint="see the engine's log") from None
+        return vectors, usage(found) or Usage(0, 0)
+
+    async def _load(self, model: Model, request: OllamaRequest) -> None:
+        """Has the model serve, or cease to."""
+        if request.unloads:
+            await self._unload(model)
+        else:
+            await self._dispatcher.load(model.name)
+
+    def _begin_unload(self, model: Model) -> None:
+        """Has a model cease to serve, unless others ask it; returns at once."""
+
+        async def unload() -> None:
+            if not self._dispatcher.is_asked(model.name):
+                with contextlib.suppress(FlashdError):  # it stays
+                    await self._unload(model)
+
+        task = asyncio.ensure_future(unload())
+        self._unloading.add(task)
+        task.add_done_callback(self._unloading.discard)
+
+    async def _unload(self, model: Model) -> None:
+        if model.name in self._dispatcher.directory.serving:
+            with contextlib.suppress(NotFound):  # it has ceased to already
+                await asyncio.to_thread(self._with_client, lambda client: client.park(model.name))
+
+    def _with_client(self, do: Callable[[Client], None]) -> None:
+        """Runs in a thread, on a connection of its own."""
+        with self._connect(True) as client:
+            do(client)
+
+    async def _named(self, content: Mapping[str, object]) -> Model:
+        return await named(content, self._dispatcher, "model" if content.get("model") else "name")
+
+    @staticmethod
+    def _made(asks: EngineBody, model: Model, durations: Durations) -> Callable[[Engine], EngineRequest]:
+        def made(_: Engine) -> EngineRequest:
+            durations.note_asked()
+            return EngineRequest("POST", asks.path, _HEADERS, asks.raw(model.name))
+
+        return made
+
+
+async def _stream(found: AsyncIterator[Chunk], answer: OllamaAnswer, send: Sending) -> None:
+    await send.begin_stream(NDJSON)
+    async for chunk in found:
+        for line in answer.lines(chunk):
+            await send.piece(ollama.line(line))
+    for line in answer.last_lines():
+        await send.piece(ollama.line(line))
+    await send.end_stream()
+
+
+async def _join(found: AsyncIterator[Chunk], answer: OllamaAnswer, send: Sending) -> None:
+    joined = Joined()
+    async for chunk in found:
+        for line in answer.lines(chunk):
+            joined.add(line)
+    for line in answer.last_lines():
+        joined.add(line)
+    await send.json(joined.whole())
+
+
+class _Pull:
+    """A pull in a thread of its own, which a client that leaves ends; the next pull resumes it."""
+
+    def __init__(self, connect: Connect, repository: str, progress: asyncio.Queue[dict[str, object] | None]) -> None:
+        self._connect = connect
+        self._repository = repository
+        self._progress = progress
+        self._loop = asyncio.get_running_loop()
+        self._has_left = False
+        self._work = asyncio.ensure_future(asyncio.to_thread(self._run))
+        self._work.add_done_callback(lambda work: progress.put_nowait(None))
+
+    async def ended(self) -> None:
+        """Raises what the pull raised."""
+        await self._work
+
+    def leave(self) -> None:
+        self._has_left = True
+        self._work.add_done_callback(lambda work: work.cancelled() or work.exception())  # nobody asks for it any more
+
+    def _run(self) -> None:
+        with self._connect(True) as client:
+            client.pull(self._repository, on_progress=self._note)
+
+    def _note(self, job: Job) -> None:
+        if self._has_left:
+            raise Cancelled("the client has left")
+        said: dict[str, object] = {"status": f"pulling {job.subject}", "digest": job.subject}
+        said |= {"total": job.total_bytes, "completed": job.done_bytes} if job.total_bytes else {}
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._progress.put_nowait, said)
+
+
+def _name(content: Mapping[str, object]) -> str:
+    """The model as the request names it, with which its answer names it."""
+    name = content.get("model") or content.get("name") or ""
+    if not isinstance(name, str):
+        raise InvalidArgument("`model` is not a text", hint="GET /api/tags lists the models")
+    return name

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that an engine answers itself: the answer is passed through byte for byte."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from aiohttp import ClientError, ClientResponse
+
+from flashd.client.results import Model
+from flashd.errors import EngineFailed, InvalidArgument
+from flashd.gateway.answering import Asked, Sending
+from flashd.gateway.dispatch import Dispatcher, EngineRequest
+from flashd.gateway.exchange import forwarded, parse_object, relay
+
+_OF_THE_GATEWAY = frozenset({b"authorization", b"x-api-key"})  # tokens are for us, and no engine's business
+
+
+class Passed:
+    """A request whose body names a model."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    async def __call__(self, asked: Asked, send: Sending) -> None:
+        content = parse_object(asked.body)
+        model = await named(content, self._dispatcher)
+        send.is_stream = content.get("stream") is True
+        request = passed_on(asked, content, model)
+        async with self._dispatcher.answer(model.name, lambda _: request) as response:
+            await pass_back(response, send)
+
+
+async def named(content: Mapping[str, object], dispatcher: Dispatcher, field: str = "model") -> Model:
+    """The model that a request names. Raises InvalidArgument, or NotFound."""
+    name = content.get(field) or ""
+    if not isinstance(name, str):
+        raise InvalidArgument(f"`{field}` is not a string", hint="GET /v1/models lists the models")
+    return await dispatcher.resolve(name)
+
+
+def passed_on(asked: Asked, content: Mapping[str, Any], model: Model) -> EngineRequest:
+    """The request as it came, but that it names its model as the engine does.
+
+    It always names one: an engine that serves another model by the time it comes would answer a request without.
+    """
+    body = asked.body
+    if content.get("model") != model.name:  # aliases may be newer than the engine's
+        body = json.dumps({**content, "model": model.name}).encode()
+    headers = forwarded(asked.scope["headers"], without=_OF_THE_GATEWAY)
+    return EngineRequest(asked.scope["method"], asked.target, headers, body)
+
+
+async def pass_back(response: ClientResponse, send: Sending, body: AsyncIterator[bytes] | None = None) -> None:
+    """Passes an answer on like `relay`. Raises EngineFailed if the engine ends before its answer does."""
+    try:
+        await relay(response, send, body)
+    except (ClientError, OSError) as error:
+        raise EngineFailed("the engine ended in the middle of its answer", hint="ask again") from error

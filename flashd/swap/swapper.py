@@ -1,0 +1,839 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Has models serve, one in place of another or beside others, without anybody losing what they had.
+
+One of the models that serve is the active one: the endpoint leads to it, and a swap replaces it. Others serve beside
+it, each in its engine, as long as there is room.
+
+from        to                     what happens
+idle        loading                a swap's turn has come
+loading     making_way, switching  the new weights are brought into memory, while what served answers
+making_way  loading                not all fit: an engine is put away, or several are; their weights may be evicted
+switching   serving                an engine is rebound, woken or started with the new weights; the endpoint moves
+serving     idle                   the new model answers; one that it replaces is put away: drained, and parked if it
+                                   can be
+any but serving  rolling_back      something failed, or was cancelled
+rolling_back idle                  what served answers again: in its own engine if that is intact, else in another
+
+Swaps run one at a time, in the order of the calls; a swap to the active model has nothing to do. An order to an engine
+is always awaited to its end, within a time limit. A cancellation is obeyed between orders; it is too late once an
+engine has been ordered to take the new weights, because the new model then answers in a moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+from flashd.engines.engine import Binding, BindingRecord, Engine, EngineFactory, EngineImage, EngineState
+from flashd.errors import Busy, EngineFailed, EngineOutOfMemory, FlashdError, NotFound, OutOfMemory, Unsupported
+from flashd.memory.device import Tier
+from flashd.memory.transfers import Progress
+from flashd.swap.weights import Supplier, Supply, Target
+from flashd.tasks import run_to_end
+
+log = logging.getLogger(__name__)
+
+_STATS_S = 2.0  # for an engine to say whether it is busy
+
+
+class SwapState(StrEnum):
+    IDLE = "idle"
+    LOADING = "loading"
+    MAKING_WAY = "making_way"
+    SWITCHING = "switching"
+    SERVING = "serving"
+    ROLLING_BACK = "rolling_back"
+
+
+TRANSITIONS: Mapping[SwapState, frozenset[SwapState]] = {
+    SwapState.IDLE: frozenset({SwapState.LOADING}),
+    SwapState.LOADING: frozenset({SwapState.MAKING_WAY, SwapState.SWITCHING, SwapState.ROLLING_BACK}),
+    SwapState.MAKING_WAY: frozenset({SwapState.LOADING, SwapState.ROLLING_BACK}),
+    SwapState.SWITCHING: frozenset({SwapState.SERVING, SwapState.ROLLING_BACK}),
+    SwapState.SERVING: frozenset({SwapState.IDLE}),
+    SwapState.ROLLING_BACK: frozenset({SwapState.IDLE}),
+}
+
+
+class How(StrEnum):
+    """The ways in which an engine got the new model."""
+
+    ALREADY_ACTIVE = "already-active"
+    REBIND = "rebind"
+    WAKE = "wake"
+    START = "start"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Result of a swap. `seconds` is the time until the new model could answer; `phases` has the seconds in each state.
+
+    `from_tier` is the tier in which the weights were before.
+    """
+
+    model_name: str
+    engine_number: int
+    how: How
+    from_tier: Tier
+    seconds: float
+    phases: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Limits of swaps. At most `max_parked` engines stay parked; the one parked longest ago is stopped first.
+
+    An engine that has not carried out an order after `order_timeout_s` is considered dead, and is ended. Engines limit
+    the time of their start themselves. Requests have `drain_timeout_s` to finish; an engine that has not ended them
+    `cut_timeout_s` later is stuck, and is ended.
+    """
+
+    drain_timeout_s: float = 10.0
+    max_parked: int = 2
+    order_timeout_s: float = 60.0
+    cut_timeout_s: float = 5.0
+
+
+# Updates the target of a swap when its turn has come. Raises NotFound if the model was removed or is no longer visible.
+Renew = Callable[[Target], Awaitable[Target]]
+
+
+async def _as_it_was(target: Target) -> Target:
+    return target
+
+
+class Endpoint(Protocol):
+    """The one address of whichever model is active, and the engines' own."""
+
+    def point_to(self, socket_path: Path | None, *, is_private: bool = False) -> None: ...
+
+    def open(self, socket_path: Path, *, is_private: bool) -> None:
+        """Lets clients connect to an engine that serves beside the active one."""
+
+    def shut(self, socket_path: Path) -> None:
+        """Notes that it does not serve there any more. Raises nothing."""
+
+
+@dataclass(slots=True, eq=False)
+class EngineSlot:
+    """An engine, the model it has or had last, and what it was given for it: nothing while it is parked.
+
+    It `is_shut` from drain until it takes weights or resumes, and while it is parked: requests are held back, or passed
+    on if it `is_leaving`, that is, about to be parked or ended.
+    """
+
+    engine: Engine
+    target: Target
+    supply: Supply | None
+    is_shut: bool = False
+    is_leaving: bool = False
+    was_active: bool = False  # the endpoint led to it when it served last
+    used_at: float = 0.0  # when a request was last seen, or it began to serve; of time.monotonic()
+
+    @property
+    def answers(self) -> bool:
+        """True if a request that comes now is answered, even if it must wait for the end of a rebind."""
+        return self.engine.state is EngineState.SERVING and not self.is_leaving
+
+    def takes(self, target: Target, supply: Supply) -> None:
+        self.supply, self.target, self.is_shut, self.is_leaving = supply, target, False, False
+
+    @property
+    def takes_others(self) -> bool:
+        """False on a GPU whose weights could not be saved as an image: the engine may hold state from those weights
+        that a rebind would not replace."""
+        return self.supply is None or self.supply.plan is None or self.supply.is_image
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """What an engine served before a swap began."""
+
+    slot: EngineSlot
+    target: Target
+    is_active: bool
+
+
+# What an engine was given by a daemon before us: nothing, if it is parked. Raises if it cannot be found again.
+Recall = Callable[[Engine, BindingRecord], Awaitable[tuple[Target, Supply | None]]]
+
+
+class Swapper:
+    """Owns the engines and swaps models between them. All calls are made on one event loop."""
+
+    def __init__(
+        self,
+        supplier: Supplier,
+        factories: Mapping[str, EngineFactory],
+        endpoint: Endpoint,
+        policy: Policy,
+        *,
+        on_change: Callable[[], None] = lambda: None,
+        on_lost: Callable[[Target, bool], None] = lambda target, was_active: None,
+        on_displaced: Callable[[Target], bool] = lambda target: False,
+    ) -> None:
+        """`on_lost` is told of a model whose engine ended unasked while it served, and whether it was the active one.
+
+        `on_displaced` is told of the active model when another one takes its engine to serve in it; it returns whether
+        it made the endpoint lead elsewhere.
+        """
+        self._supplier = supplier
+        self._factories = factories
+        self._endpoint = endpoint
+        self._policy = policy
+        self._on_change = on_change
+        self._on_lost = on_lost
+        self._on_displaced = on_displaced
+        self._turn = asyncio.Lock()  # fair: waiters get it in the order they asked
+        self._active: EngineSlot | None = None
+        self._beside: list[EngineSlot] = []  # serving too; the one that began longest ago first
+        self._parked: list[EngineSlot] = []  # parked, or about to be; longest ago first
+        self._lost: Target | None = None  # the active model whose engine ended during the swap under way
+        self._closed = False
+        self._state = SwapState.IDLE
+        self._entered_at = 0.0
+        self._phases: dict[str, float] = {}
+
+    @property
+    def state(self) -> SwapState:
+        return self._state
+
+    @property
+    def active(self) -> EngineSlot | None:
+        return self._active
+
+    @property
+    def slots(self) -> list[EngineSlot]:
+        """Lists the engines, the active one first, then others that serve, then those that are parked."""
+        return [*self.serving, *reversed(self._parked)]
+
+    @property
+    def serving(self) -> list[EngineSlot]:
+        """Lists the engines that answer requests, the active one first, then the one that began last."""
+        return ([self._active] if self._active else []) + list(reversed(self._beside))
+
+    def leads_to_endpoint(self, number: int) -> bool:
+        """Tells whether connections to an engine are for whichever model is active: it served as the active one."""
+        return any(slot.engine.number == number and slot.was_active for slot in self.slots)
+
+    def slot_of(self, model_name: str) -> EngineSlot | None:
+        """The engine in which a model serves."""
+        return next((slot for slot in self.serving if slot.target.model_name == model_name), None)
+
+    async def swap(
+        self, target: Target, on_progress: Progress = lambda done, total: None, *, renew: Renew = _as_it_was
+    ) -> Outcome:
+        """Makes `target` the active model, as updated by `renew` when the swap's turn has come.
+
+        Raises Unsupported, OutOfMemory, CorruptCheckpoint, TransferFailed or EngineFailed after making the previous
+        model active again. The call may be cancelled at any moment.
+        """
+        return await self._bring(target, on_progress, renew, lambda: True)
+
+    async def serve(
+        self,
+        target: Target,
+        on_progress: Progress = lambda done, total: None,
+        *,
+        renew: Renew = _as_it_was,
+        becomes_active: Callable[[], bool] = lambda: False,
+    ) -> Outcome:
+        """Has `target` serve beside what serves already.
+
+        Where there is no room for all, others make way: idle ones first, and of these the one used longest ago. A model
+        of the same architecture gives up its engine, and `on_displaced` is told if that was the active one. If
+        `becomes_active` says so when its turn has come, it is swapped to. Raises what a swap raises, and then what
+        served before serves again.
+        """
+        return await self._bring(target, on_progress, renew, becomes_active)
+
+    async def displaced_by(self, target: Target) -> list[Target]:
+        """The models that would cease to serve if this one came to serve now. Others may change that any time."""
+        if any(slot.target.is_same(target) and slot.answers for slot in self.serving):
+            return []
+        await self._read_key(target)
+        makes_way = []
+        takers = await self._takers(target, is_active=False)
+        if takers and takers[0].engine.state is EngineState.SERVING:
+            makes_way.append(takers[0])
+        if not await self._supplier.fits_without(target, [], starts=self._starts(target)):
+            makes_way += [slot for slot in await self._way_for(target, is_active=False) if slot not in makes_way]
+        return [slot.target for slot in makes_way]
+
+    async def _bring(
+        self, target: Target, on_progress: Progress, renew: Renew, becomes_active: Callable[[], bool]
+    ) -> Outcome:
+        async with self._turn:
+            if self._closed:
+                raise Busy("the daemon is stopping", hint="start it again: flash start")
+            target, is_active = await renew(target), becomes_active()
+            slot = next((slot for slot in self.serving if slot.answers and slot.target.is_same(target)), None)
+            if slot is not None:
+                if is_active and slot is not self._active:
+                    self._activate(slot)
+                    await run_to_end(self._tidy())
+                slot.used_at = time.monotonic()
+                return Outcome(target.model_name, slot.engine.number, How.ALREADY_ACTIVE, Tier.HOST, 0.0)
+            factory = self._factories[target.engine_kind]
+            if reason := factory.refusal(target.checkpoint.manifest.architecture, target.checkpoint.side_files()):
+                hint = "add the config.json of the original model to the source"
+                raise Unsupported(f"{target.model_name} cannot run: {reason}", hint=hint)
+            self._phases = {}
+            self._enter(SwapState.LOADING)
+            try:
+                outcome = await self._take_over(target, on_progress, is_active=is_active)
+            finally:
+                self._enter(SwapState.IDLE)
+            return replace(outcome, phases=dict(self._phases))
+
+    async def prepare(self, target: Target, *, renew: Renew = _as_it_was) -> bool:
+        """Has a parked engine make the missing image of a model in free memory, so that the first swap can map it.
+
+        Returns False if no image is needed, or there is no memory or no suitable engine for it. The active engine is
+        not affected. A cancellation is obeyed between orders to the engine; swaps wait for these orders too. Raises the
+        same errors as a swap.
+        """
+        async with self._turn:
+            target = await renew(target)
+            await self._read_key(target)
+            sleeping = [slot for slot in self._sharing(target) if slot.engine.state is EngineState.PARKED]
+            if self._closed or not sleeping or not await self._supplier.fits_beside(target):
+                return False
+            slot, supply = sleeping[0], await self._supplier.provide(target)
+            try:
+                binding = await self._supplier.binding(target, supply)
+                if not binding.weights.wants_image:
+                    return False
+                await self._order(slot.engine, self._given(slot.engine, target, supply, slot.engine.wake(binding)))
+            finally:
+                if slot.engine.state is EngineState.SERVING:
+                    slot.takes(target, supply)
+                else:
+                    supply.release()
+                await run_to_end(self._tidy())
+            return supply.is_image
+
+    async def park(
+        self, target: Target | None = None, *, name: str = "", move_endpoint: Callable[[], None] | None = None
+    ) -> bool:
+        """Parks the engine in which `target` serves, or a model of this name, or the active one; returns whether it was
+        the active one. Raises NotFound if there is none.
+
+        If it is the active one, the endpoint is gone then, unless `move_endpoint` makes it lead elsewhere.
+        """
+        async with self._turn:
+            slot = self.slot_of(name) if name else self._active
+            if target is not None:
+                slot = next((slot for slot in self.serving if slot.target.is_same(target)), None)
+            if slot is None and (name or target is not None):
+                name = name or (target.model_name if target is not None else "")
+                raise NotFound(f"{name} does not serve", hint="flash status shows which models do")
+            if slot is None:
+                raise NotFound("no model is active", hint="there is nothing to park")
+            if was_active := slot is self._active:
+                self._activate(None, move_endpoint)
+            else:
+                self._retire(slot)
+            await run_to_end(self._tidy())
+            return was_active
+
+    @property
+    def has_parked(self) -> bool:
+        return any(slot.engine.state is EngineState.PARKED for slot in self._parked)
+
+    async def stop_parked(self, *, at_most: int) -> int:
+        """Ends parked engines, those parked longest ago first. Returns the number ended."""
+        async with self._turn:
+            return await self._stop_parked(at_most)
+
+    async def stop_engine(self, number: int) -> None:
+        """Ends one engine. Raises NotFound."""
+        async with self._turn:
+            for slot in self.slots:
+                if slot.engine.number == number:
+                    await run_to_end(self._discard(slot))
+                    return
+            raise NotFound(f"there is no engine {number}", hint="flash status shows the engines")
+
+    async def take_over(
+        self, engines: Iterable[Engine], recall: Recall, active: Path | None, beside: Collection[Path] = ()
+    ) -> None:
+        """Takes up engines that a daemon before us has left, each as soon as it says what it holds.
+
+        The one with the socket `active`, to which the endpoint leads, is the active one; those with a socket of
+        `beside` serve on, and the others are parked, if they are not. What nobody can tell the state of is ended. May
+        take as long as an order that was under way.
+        """
+        async with self._turn:
+            rejoining = [asyncio.ensure_future(self._rejoined(engine, recall)) for engine in engines]
+            try:
+                for found in asyncio.as_completed(rejoining):
+                    if (slot := await found) is None:
+                        continue
+                    path = slot.engine.socket_path
+                    try:
+                        await self._take_up(slot, is_active=path == active, serves=path == active or path in beside)
+                    except (FlashdError, OSError) as error:
+                        log.warning("engine %d of the previous daemon is ended: %s", slot.engine.number, error)
+                        await run_to_end(self._discard(slot))
+            finally:
+                for unfinished in rejoining:
+                    unfinished.cancel()
+            if self._active is None and active is not None:
+                self._endpoint.point_to(None)
+            await run_to_end(self._tidy())
+
+    async def _take_up(self, slot: EngineSlot, *, is_active: bool, serves: bool) -> None:
+        self._parked.append(slot)
+        if not serves or slot.engine.state is not EngineState.SERVING:
+            self._endpoint.shut(slot.engine.socket_path)
+            self._on_change()
+        elif await self._resumed(slot):
+            self._place(slot, is_active=is_active)
+
+    async def _rejoined(self, engine: Engine, recall: Recall) -> EngineSlot | None:
+        engine.on_exit = lambda last_words: self._report_exit(engine, last_words)
+        try:
+            async with asyncio.timeout(self._policy.order_timeout_s + self._policy.drain_timeout_s):
+                found = await engine.rejoin()
+                target, supply = await recall(engine, found.record)
+        except (FlashdError, OSError, TimeoutError) as error:
+            log.warning("engine %d of the previous daemon is ended: %s", engine.number, error)
+            await run_to_end(engine.stop())
+            self._endpoint.shut(engine.socket_path)
+            return None
+        log.info("engine %d of the previous daemon is %s", engine.number, engine.state)
+        return EngineSlot(engine, target, supply, found.is_shut)
+
+    async def close(self, *, leaving: bool = True) -> bool:
+        """Ends all engines, except, if we are `leaving`, those kept for the next daemon. Refuses waiting swaps.
+
+        Returns True if any engine was left running.
+        """
+        self._closed = True
+        async with self._turn:
+            for slot in self.slots:
+                if leaving and slot.engine.is_kept:
+                    await slot.engine.leave()
+                else:
+                    await self._discard(slot)
+        return bool(self.slots)
+
+    def engine_exited(self, engine: Engine) -> None:
+        """Gives up the slot of a process that ended unasked, whatever the moment."""
+        slot = next((slot for slot in self.slots if slot.engine is engine), None)
+        if slot is None:
+            return
+        was_active, served = slot is self._active, slot in self.serving
+        self._forget(slot)
+        if was_active and self._state not in {SwapState.IDLE, SwapState.SERVING}:
+            self._lost = slot.target  # the swap under way may replace it
+        elif served:
+            self._on_lost(slot.target, was_active)
+
+    async def _take_over(self, target: Target, on_progress: Progress, *, is_active: bool) -> Outcome:
+        """The swap itself; on any error, what served before serves again."""
+        started = time.monotonic()
+        before = [_Served(slot, slot.target, slot is self._active) for slot in self.serving]
+        # A new version of the active model takes its place.
+        is_active = is_active or any(one.is_active and one.target.model_name == target.model_name for one in before)
+        supply, self._lost = None, None
+        try:
+            supply = await self._provide(target, on_progress, is_active=is_active)
+            self._enter(SwapState.SWITCHING)
+            how, engine = await self._switch(target, supply, is_active=is_active)
+        except BaseException:
+            self._enter(SwapState.ROLLING_BACK)
+            await run_to_end(self._roll_back(before, supply))
+            raise
+        self._retire_other_versions(target, engine)
+        if self._lost is not None and not is_active:
+            self._on_lost(self._lost, True)
+        outcome = Outcome(target.model_name, engine.number, how, supply.from_tier, time.monotonic() - started)
+        self._enter(SwapState.SERVING)
+        await run_to_end(self._tidy())
+        return outcome
+
+    async def _provide(self, target: Target, on_progress: Progress, *, is_active: bool) -> Supply:
+        """The new weights, beside all others if they fit, else in place of some."""
+        await self._read_key(target)
+        starts = self._starts(target)
+        try:
+            return await self._supplier.provide(target, on_progress, starts=starts)
+        except OutOfMemory:
+            if not (making_way := await self._way_for(target, is_active=is_active)):
+                raise
+            self._enter(SwapState.MAKING_WAY)
+            for slot in making_way:
+                if slot in self._beside:
+                    self._retire(slot)
+                elif slot is not self._active:
+                    continue  # it ended while another was put away
+                elif not is_active:
+                    self._displace_active()
+                await self._put_away(slot)
+            self._enter(SwapState.LOADING)
+            starts = self._starts(target)
+            return await self._supplier.provide(target, on_progress, starts=starts)
+
+    async def _way_for(self, target: Target, *, is_active: bool) -> list[EngineSlot]:
+        """The engines that have to be put away to make room for a model: as few as will do; none if nothing will.
+
+        One that is replaced anyway, or whose engine the model takes, comes first.
+        """
+        starts, sharing = self._starts(target), self._sharing(target)
+        candidates = [slot for slot in await self._in_order(self.serving) if slot.supply is not None]
+        if is_active:
+            first = self._active
+        elif any(slot.engine.state is EngineState.PARKED for slot in sharing):
+            first = None  # the model takes the engine of none that serves
+        else:
+            first = next((slot for slot in candidates if slot in sharing), None)
+        candidates.sort(key=lambda slot: slot is not first)
+
+        async def suffices(chosen: Sequence[EngineSlot]) -> bool:
+            supplies = [slot.supply for slot in chosen if slot.supply is not None]
+            return await self._supplier.fits_without(target, supplies, starts=starts)
+
+        chosen: list[EngineSlot] = []
+        for slot in candidates:
+            chosen.append(slot)
+            if await suffices(chosen):
+                break
+        else:
+            return []
+        for slot in list(chosen):
+            if len(chosen) > 1 and await suffices(rest := [other for other in chosen if other is not slot]):
+                chosen = rest
+        return chosen
+
+    async def _in_order(self, slots: Sequence[EngineSlot]) -> list[EngineSlot]:
+        """The order in which engines make way: parked ones, idle ones, and those that answer requests. Within each, the
+        active one last, and of the others the one used longest ago first."""
+        serving = [slot for slot in slots if slot.engine.state is EngineState.SERVING]
+        others = [slot for slot in slots if slot not in serving]
+        if len(serving) > 1:  # else the question would only delay a swap
+            busy = await asyncio.gather(*[self._is_busy(slot) for slot in serving])
+            ranks = {
+                slot: (is_busy, slot is self._active, slot.used_at) for slot, is_busy in zip(serving, busy, strict=True)
+            }
+            serving.sort(key=ranks.__getitem__)
+        return sorted(others, key=lambda slot: slot.engine.state is not EngineState.PARKED) + serving
+
+    async def _is_busy(self, slot: EngineSlot) -> bool:
+        try:
+            async with asyncio.timeout(_STATS_S):
+                return (await slot.engine.stats()).active_requests > 0
+        except (FlashdError, TimeoutError):
+            return False  # it hangs or is about to end: if any is to make way, this one
+
+    async def _switch(self, target: Target, supply: Supply, *, is_active: bool) -> tuple[How, Engine]:
+        """Gives the weights to an engine and has it serve: a parked one, one that serves, or a new one."""
+        binding = await self._supplier.binding(target, supply)
+        for slot in await self._takers(target, is_active=is_active):
+            if slot.engine.state is EngineState.SERVING:
+                # Connections that lead to the active model are not for the one that takes over its engine.
+                is_displaced = slot is self._active and not is_active
+                if is_displaced:
+                    self._displace_active()
+                if await self._drained(slot, leaving=is_displaced):
+                    await run_to_end(self._rebind(slot, target, supply, binding, is_active=is_active))
+                    return How.REBIND, slot.engine
+                continue
+            if slot.engine.state is EngineState.PARKED and await self._woken(
+                slot, target, supply, binding, is_active=is_active
+            ):
+                return How.WAKE, slot.engine
+        try:
+            return How.START, await self._started(target, supply, binding, is_active=is_active)
+        except EngineOutOfMemory as error:
+            # No pool counts the memory of parked engines besides weights.
+            if not await self._stop_parked(len(self._parked)):
+                raise
+            log.warning("parked engines were stopped, for %s", error.message)
+            return How.START, await self._started(target, supply, binding, is_active=is_active)
+
+    async def _started(self, target: Target, supply: Supply, binding: Binding, *, is_active: bool) -> Engine:
+        if binding.weights.is_image:
+            layout = await asyncio.to_thread(target.checkpoint.layout_json)
+            binding = replace(binding, weights=replace(binding.weights, checkpoint_layout=layout))
+        engine = self._factories[target.engine_kind].create(target.options)
+        engine.on_exit = lambda last_words: self._report_exit(engine, last_words)
+        try:
+            await self._given(engine, target, supply, engine.start(binding))
+            supply.has_started()
+            self._place(EngineSlot(engine, target, supply), is_active=is_active)
+        except BaseException:
+            await run_to_end(engine.stop())
+            raise
+        return engine
+
+    def _starts(self, target: Target) -> bool:
+        """Tells whether an engine would be started now for a model whose key was read."""
+        ready = {EngineState.SERVING, EngineState.PARKED}
+        return not any(slot.engine.state in ready for slot in self._sharing(target))
+
+    async def _read_key(self, target: Target) -> None:
+        """Computes the key in a thread, because the first time it reads files, whose contents factories cache."""
+        await asyncio.to_thread(self._key, target)
+
+    async def _takers(self, target: Target, *, is_active: bool) -> list[EngineSlot]:
+        """The engines that can take a model, in the order in which they are to.
+
+        A swap takes that of the model which it replaces; one that serves beside gives up its own only if no other can.
+        """
+        sharing = self._sharing(target)
+        replaced = [slot for slot in sharing if is_active and slot is self._active]
+        return replaced + await self._in_order([slot for slot in sharing if slot not in replaced])
+
+    def _sharing(self, target: Target) -> list[EngineSlot]:
+        """The engines that can take a model whose key was read."""
+        key = self._key(target)
+        return [slot for slot in self.slots if key and slot.takes_others and self._key(slot.target) == key]
+
+    def _key(self, target: Target) -> tuple[object, ...]:
+        """Returns a key, which is equal for models that one engine can hold in turn; empty if no engine can."""
+        factory = self._factories[target.engine_kind]
+        key = factory.rebind_key(target.checkpoint, target.options)
+        return (factory.kind, target.private_to, key) if key else ()
+
+    async def _rebind(
+        self, slot: EngineSlot, target: Target, supply: Supply, binding: Binding, *, is_active: bool
+    ) -> None:
+        await self._order(slot.engine, self._given(slot.engine, target, supply, slot.engine.rebind(binding)))
+        old = slot.supply
+        slot.takes(target, supply)
+        if old is not None:
+            old.release()
+        self._place(slot, is_active=is_active)
+
+    async def _woken(
+        self, slot: EngineSlot, target: Target, supply: Supply, binding: Binding, *, is_active: bool
+    ) -> bool:
+        """False if the engine turns out to have died in its sleep: another one can take its place."""
+        try:
+            await run_to_end(self._wake(slot, target, supply, binding, is_active=is_active))
+        except EngineFailed:
+            if slot.engine.state is not EngineState.FAILED:
+                raise
+            await run_to_end(self._discard(slot))
+            return False
+        return True
+
+    async def _wake(
+        self, slot: EngineSlot, target: Target, supply: Supply, binding: Binding, *, is_active: bool
+    ) -> None:
+        self._release(slot)
+        await self._order(slot.engine, self._given(slot.engine, target, supply, slot.engine.wake(binding)))
+        slot.takes(target, supply)
+        self._place(slot, is_active=is_active)
+
+    async def _given(
+        self, engine: Engine, target: Target, supply: Supply, order: Awaitable[EngineImage | None]
+    ) -> None:
+        """Gives weights to an engine and adopts the image that it makes, before any cancellation is obeyed."""
+        if (made := await order) is not None:
+            is_cancelled = await run_to_end(self._supplier.take_in(target, supply, made))
+            if supply.is_image:
+                engine.has_become(supply.arena_ids)
+            if is_cancelled:
+                raise asyncio.CancelledError
+
+    async def _roll_back(self, before: Sequence[_Served], supply: Supply | None) -> None:
+        """Undoes a swap. What served is put back where it was, or into whichever engine can take it."""
+        for slot in self.slots:
+            if slot.engine.state is EngineState.FAILED or (supply is not None and slot.supply is supply):
+                await self._discard(slot)  # dead, or already bound to the new model
+        if supply is not None:
+            supply.release()
+        for one in reversed(before):  # the one that began longest ago first, as they were
+            try:
+                if one.slot.target is one.target and await self._resumed(one.slot):
+                    if one.slot not in self.serving:
+                        self._place(one.slot, is_active=one.is_active)
+                    continue
+                starts = self._starts(one.target)
+                with contextlib.ExitStack() as on_error:
+                    again = await self._supplier.provide(one.target, starts=starts)
+                    on_error.callback(again.release)
+                    await self._switch(one.target, again, is_active=one.is_active)
+                    on_error.pop_all()
+            except (FlashdError, OSError) as error:
+                log.error("%s could not be put back: %s", one.target.model_name, error)
+                if one.is_active and self._active is not None:  # else it rests, if it may
+                    self._activate(None)
+        await self._tidy()
+
+    async def _resumed(self, slot: EngineSlot) -> bool:
+        """Resumes an engine that may have been drained. Returns False if it does not answer again."""
+        if slot.engine.state is not EngineState.SERVING:
+            return False
+        try:
+            if slot.is_shut:
+                await self._resume(slot)
+        except EngineFailed:
+            await self._discard(slot)
+            return False
+        return True
+
+    def _place(self, slot: EngineSlot, *, is_active: bool) -> None:
+        """Notes that an engine serves, as the active one or beside it."""
+        if is_active:
+            self._activate(slot)
+            return
+        self._endpoint.open(slot.engine.socket_path, is_private=slot.target.private_to is not None)
+        slot.was_active, slot.used_at = False, time.monotonic()
+        if slot in self._parked:
+            self._parked.remove(slot)
+        if slot not in self._beside:
+            self._beside.append(slot)
+        self._on_change()
+
+    def _displace_active(self) -> None:
+        """Makes no model the active one, since its engine is needed for another that serves beside."""
+        if self._active is not None:
+            slot, self._active = self._active, None
+            self._parked.append(slot)
+            if not self._on_displaced(slot.target):
+                self._endpoint.point_to(None)
+            self._on_change()
+
+    def _retire_other_versions(self, target: Target, engine: Engine) -> None:
+        """Has what serves beside under the name of a model that was just brought make way for it."""
+        for slot in list(self._beside):
+            if slot.target.model_name == target.model_name and slot.engine is not engine:
+                self._retire(slot)
+
+    def _retire(self, slot: EngineSlot) -> None:
+        """Has an engine that serves beside the active one join the parked ones; it soon is parked."""
+        self._beside.remove(slot)
+        self._parked.append(slot)
+        self._endpoint.shut(slot.engine.socket_path)
+        self._on_change()
+
+    def _activate(self, slot: EngineSlot | None, move_endpoint: Callable[[], None] | None = None) -> None:
+        """Moves the endpoint. The previous engine joins the parked ones, and is parked soon."""
+        if move_endpoint is not None:
+            move_endpoint()
+        elif slot is None:
+            self._endpoint.point_to(None)
+        else:
+            self._endpoint.point_to(slot.engine.socket_path, is_private=slot.target.private_to is not None)
+        old, self._active = self._active, slot
+        if slot is not None:
+            slot.was_active, slot.used_at = True, time.monotonic()
+            self._endpoint.shut(slot.engine.socket_path)
+        if slot in self._parked:
+            self._parked.remove(slot)
+        if slot is not None and slot in self._beside:
+            self._beside.remove(slot)
+        if old is not None and old is not slot:
+            self._parked.append(old)
+        self._on_change()
+
+    async def _tidy(self) -> None:
+        """Parks engines that are no longer active, and stops those beyond the limit."""
+        for slot in list(self._parked):
+            await self._put_away(slot)
+        await self._stop_parked(len(self._parked) - self._policy.max_parked)
+
+    async def _put_away(self, slot: EngineSlot) -> None:
+        """Drains an engine, then parks it, or stops it if it cannot be parked or would never be woken."""
+        try:
+            if slot.engine.state is EngineState.SERVING:
+                await (self._park(slot) if self._key(slot.target) else self._drain(slot, leaving=True))
+        except EngineFailed as error:
+            log.warning("engine %d could not be parked: %s", slot.engine.number, error)
+        if slot.engine.state is not EngineState.PARKED:
+            await run_to_end(self._discard(slot))
+
+    async def _stop_parked(self, at_most: int) -> int:
+        doomed = [slot for slot in self._parked if slot.engine.state is EngineState.PARKED][: max(0, at_most)]
+        for slot in doomed:
+            await run_to_end(self._discard(slot))
+        return len(doomed)
+
+    async def _park(self, slot: EngineSlot) -> None:
+        await self._drain(slot, leaving=True)
+        try:
+            await self._order(slot.engine, slot.engine.park())
+        finally:
+            if slot.engine.state is not EngineState.SERVING:
+                self._release(slot)  # even if we are cancelled, because the engine has given up the memory
+            self._on_change()
+
+    async def _drain(self, slot: EngineSlot, *, leaving: bool = False) -> None:
+        limit_s = self._policy.drain_timeout_s
+        slot.is_shut, slot.is_leaving = True, leaving
+        drain = slot.engine.drain(limit_s, leaving=leaving)
+        await self._order(slot.engine, drain, limit_s + self._policy.cut_timeout_s)
+
+    async def _drained(self, slot: EngineSlot, *, leaving: bool) -> bool:
+        """False if it is stuck in what it was answering: it is ended, and another engine can take its place."""
+        try:
+            await self._drain(slot, leaving=leaving)
+        except EngineFailed as error:
+            log.warning("engine %d is stuck, and ended: %s", slot.engine.number, error)
+            await run_to_end(self._discard(slot))
+            return False
+        return True
+
+    async def _resume(self, slot: EngineSlot) -> None:
+        await self._order(slot.engine, slot.engine.resume())
+        slot.is_shut = slot.is_leaving = False
+
+    async def _order(self, engine: Engine, order: Coroutine[Any, Any, None], limit_s: float | None = None) -> None:
+        """Awaits an order to an engine to its end, and only then obeys a cancellation.
+
+        An engine that does not answer is ended, because its binding is unknown.
+        """
+        limit_s = self._policy.order_timeout_s if limit_s is None else limit_s
+        try:
+            is_cancelled = await run_to_end(asyncio.wait_for(order, limit_s))
+        except TimeoutError:
+            await run_to_end(engine.stop())
+            hint = "see its log for the reason; the next swap gets another engine"
+            raise EngineFailed(
+                f"engine {engine.number} did not answer for {limit_s:.0f} s and was ended", hint=hint
+            ) from None
+        if is_cancelled:
+            raise asyncio.CancelledError
+
+    async def _discard(self, slot: EngineSlot) -> None:
+        await slot.engine.stop()
+        self._forget(slot)
+
+    def _forget(self, slot: EngineSlot) -> None:
+        self._release(slot)
+        for others in (self._parked, self._beside):
+            if slot in others:
+                others.remove(slot)
+        self._endpoint.shut(slot.engine.socket_path)
+        if slot is self._active:
+            self._active = None
+            self._endpoint.point_to(None)
+        self._on_change()
+
+    def _release(self, slot: EngineSlot) -> None:
+        if slot.supply is not None:
+            slot.supply.release()
+            slot.supply = None
+
+    def _report_exit(self, engine: Engine, last_words: str) -> None:
+        log.error("engine %d ended unexpectedly: %s", engine.number, last_words)
+        self.engine_exited(engine)
+
+    def _enter(self, state: SwapState) -> None:
+        assert state in TRANSITIONS[self._state], f"{self._state} to {state}"
+        now = time.monotonic()
+        if self._state is not SwapState.IDLE:
+            self._phases[self._state] = self._phases.get(self._state, 0.0) + now - self._entered_at
+        self._state, self._entered_at = state, now
+        self._on_change()

@@ -1,0 +1,407 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Provides engines with weights, and reserves the memory for them.
+
+An engine that works in host memory gets the checkpoint there. An engine on GPUs gets the image that its build has made
+of the checkpoint earlier, with each rank's part on that rank's GPU, to be mapped as it is. If there is no image yet, it
+gets the checkpoint, and memory is reserved for the image that it makes, which we own from then on. Memory is also
+reserved for the engine's own needs while serving. No transfer begins before all of this is reserved on every device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from flashd.checkpoint.files import Checkpoint
+from flashd.engines.engine import (
+    NO_OPTIONS,
+    Binding,
+    BoundWeights,
+    EngineFactory,
+    EngineImage,
+    EngineOptions,
+    GpuPlan,
+    ModelIdentity,
+    RankMemory,
+    RankPlan,
+    StoredFile,
+)
+from flashd.errors import Busy, CorruptCheckpoint, FlashdError, NotFound
+from flashd.memory.arena import Arena
+from flashd.memory.device import HOST, Tier
+from flashd.memory.device_cache import DeviceCache, Hold
+from flashd.memory.pool import Reservation
+from flashd.memory.residency import Residency
+from flashd.memory.transfers import Progress
+from flashd.tasks import close_all
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The target of a swap: a model, the kind of engine and its options. `names` are those that requests may use.
+
+    A model that is `private_to` a user gets separate engines, to which no other user's connection leads.
+    """
+
+    model_name: str
+    names: tuple[str, ...]
+    checkpoint: Checkpoint
+    engine_kind: str
+    private_to: int | None = None
+    options: EngineOptions = NO_OPTIONS
+
+    def is_same(self, other: Target) -> bool:
+        return self._identity() == other._identity()
+
+    def _identity(self) -> tuple[object, ...]:
+        return (self.model_name, self.names, self.checkpoint.id, self.engine_kind, self.private_to, self.options)
+
+
+class Images(Protocol):
+    """The existing images (flashd/store/images.py)."""
+
+    def get(self, key: str) -> Checkpoint | None: ...
+
+    def is_stored(self, key: str) -> bool: ...
+
+    def layout_json(self, image: Checkpoint) -> str: ...
+
+    def describe(self, key: str, layout: str, data_bytes: int, made_of: str) -> Checkpoint: ...
+
+    def drop(self, key: str) -> None: ...
+
+
+class Supply:
+    """The memory given to one engine, held until `release`.
+
+    `holds` are those of the checkpoint, or of its image's parts, one for each rank. The other fields are reservations
+    with one entry for each rank: `claims` for its needs besides weights, `rooms` for its weights until they are an
+    image that we own, and `starts` for additional needs until it has started.
+    """
+
+    def __init__(
+        self,
+        plan: GpuPlan | None,
+        holds: Sequence[Hold],
+        layouts: Sequence[str] = (),
+        claims: Sequence[Reservation] = (),
+        rooms: Sequence[Reservation] = (),
+        starts: Sequence[Reservation] = (),
+    ) -> None:
+        """`layouts` are those of the image; empty for a checkpoint."""
+        self.plan = plan
+        self.holds = list(holds)
+        self.layouts = list(layouts)
+        self.from_tier = min((hold.from_tier for hold in holds), key=list(Tier).index)
+        self.rooms = list(rooms)
+        self._claims = list(claims)
+        self._starts = list(starts)
+
+    @property
+    def is_image(self) -> bool:
+        return bool(self.layouts)
+
+    @property
+    def arena_ids(self) -> tuple[str, ...]:
+        """The ids of the arenas' contents."""
+        return tuple(hold.checkpoint_id for hold in self.holds)
+
+    def became(self, holds: Sequence[Hold], layouts: Sequence[str]) -> None:
+        """Replaces the checkpoint with the image that was made in the reserved memory."""
+        self.rooms.clear()
+        for hold in self.holds:
+            hold.release()
+        self.holds, self.layouts = list(holds), list(layouts)
+
+    def has_started(self) -> None:
+        """Releases the reservations for the start, because the engine serves now."""
+        for start in self._starts:
+            start.release()
+        self._starts.clear()
+
+    def release(self) -> None:
+        self.has_started()
+        for hold in self.holds:
+            hold.release()
+        for claim in (*self._claims, *self.rooms):
+            claim.release()
+        self._claims.clear()
+        self.rooms.clear()
+
+    def given_up_bytes(self, cache: DeviceCache) -> int:
+        """Returns the bytes that its release would free on a device."""
+        held_bytes = sum(cache.given_up_bytes(hold) for hold in self.holds if hold.cache is cache)
+        claims = [*self._claims, *self.rooms, *self._starts]
+        return held_bytes + sum(claim.size_bytes for claim in claims if claim.pool is cache.pool)
+
+
+class Supplier:
+    """Provides engines with weights, on one event loop."""
+
+    def __init__(
+        self,
+        residency: Residency,
+        factories: Mapping[str, EngineFactory],
+        images: Images,
+        *,
+        on_made: Callable[[Checkpoint, DeviceCache], None] = lambda image, cache: None,
+    ) -> None:
+        """`on_made` is called with images that exist only on a device so far."""
+        self._residency = residency
+        self._factories = factories
+        self._images = images
+        self._on_made = on_made
+
+    async def provide(
+        self, target: Target, on_progress: Progress = lambda done, total: None, *, starts: bool = False
+    ) -> Supply:
+        """Provides the memory for a target. With `starts`, that includes the additional needs of an engine's start.
+
+        Raises OutOfMemory and the errors of a load, without holding anything. The call may be cancelled.
+        """
+        plan = await self._plan(target)
+        if plan is None:
+            return Supply(None, [await self._residency.acquire(target.checkpoint, on_progress)])
+        caches = [self._residency.cache(rank.device) for rank in plan.ranks]
+        ranks = list(zip(caches, plan.ranks, strict=True))
+        images = await self._image(plan)
+        with ExitStack() as on_error:
+
+            async def claim(cache: DeviceCache, size_bytes: int) -> Reservation:
+                made = await cache.claim(size_bytes)
+                on_error.callback(made.release)
+                return made
+
+            if not images:
+                claims = [await claim(cache, rank.working_bytes) for cache, rank in ranks]
+                rooms = [await claim(cache, rank.weights_bytes) for cache, rank in ranks]
+                besides = [await claim(cache, rank.starting_bytes) for cache, rank in ranks] if starts else []
+                hold = await self._residency.acquire(target.checkpoint, on_progress)
+                supply = Supply(plan, [hold], claims=claims, rooms=rooms, starts=besides)
+            else:
+                layouts = [await asyncio.to_thread(self._images.layout_json, image) for image in images]
+                with ExitStack() as meanwhile:
+                    # Parts already in memory are held first, lest they be evicted for the engine's other needs.
+                    for cache, image in zip(caches, images, strict=True):
+                        if image.id in cache:
+                            meanwhile.enter_context(await self._residency.acquire(image, device=cache.name))
+                    claims = [
+                        await claim(cache, rank.working_bytes + cache.missing_bytes(image))
+                        for (cache, rank), image in zip(ranks, images, strict=True)
+                    ]
+                    besides = [await claim(cache, rank.starting_bytes) for cache, rank in ranks] if starts else []
+                    for reservation, rank in zip(claims, plan.ranks, strict=True):
+                        reservation.resize(rank.working_bytes)  # the loads that begin now reserve the rest
+                    holds = await self._all(images, caches, on_progress)
+                    supply = Supply(plan, holds, layouts, claims, starts=besides)
+            on_error.pop_all()
+            return supply
+
+    async def resume(self, target: Target, arena_ids: Sequence[str]) -> Supply:
+        """Holds the memory again that an earlier daemon gave to an engine: the checkpoint, or the parts of an image.
+
+        Raises NotFound if a part is no longer in memory, or OutOfMemory if budgets have become too small.
+        """
+        plan = await self._plan(target)
+        is_image = plan is not None and list(arena_ids) != [target.checkpoint.id]
+        devices = [rank.device for rank in plan.ranks] if plan is not None and is_image else [HOST]
+        if len(devices) != len(arena_ids) or any(
+            arena_id not in self._residency.cache(device) for arena_id, device in zip(arena_ids, devices, strict=True)
+        ):
+            raise NotFound(f"its weights of {target.model_name} are no longer in memory")
+        supply = await self.provide(target)
+        if supply.arena_ids != tuple(arena_ids):
+            supply.release()
+            raise NotFound(f"its weights of {target.model_name} are not those that it would be given now")
+        return supply
+
+    async def forms(self, target: Target, device: str) -> Sequence[tuple[Checkpoint, str]]:
+        """Returns what to load now for a later swap, with the device for each part.
+
+        This is the image for such an engine, if there is one, with each rank's part on the host or on its own GPU; else
+        the checkpoint.
+        """
+        with contextlib.suppress(FlashdError):  # no such engine can be started, which a swap reports
+            plan = await self._plan(target)
+            if plan is not None and (images := await self._image(plan)):
+                if device == HOST or len(images) == 1:
+                    return [(image, device) for image in images]
+                return [(image, rank.device) for image, rank in zip(images, plan.ranks, strict=True)]
+        return [(target.checkpoint, device)]
+
+    async def fits_without(self, target: Target, given_up: Sequence[Supply], *, starts: bool = False) -> bool:
+        """Tells whether there would be room for a model if other engines gave up what they were given."""
+        return all(
+            size_bytes
+            <= cache.pool.budget_bytes - cache.fixed_bytes() + sum(each.given_up_bytes(cache) for each in given_up)
+            for cache, size_bytes in (await self._needed_bytes(target, starts=starts)).items()
+        )
+
+    async def fits_beside(self, target: Target) -> bool:
+        """Tells whether a model fits into memory without evicting anything."""
+        needed_bytes = await self._needed_bytes(target)
+        return all(size_bytes <= cache.pool.free_bytes for cache, size_bytes in needed_bytes.items())
+
+    async def _needed_bytes(self, target: Target, *, starts: bool = False) -> dict[DeviceCache, int]:
+        plan = await self._plan(target)
+        needed_bytes: dict[DeviceCache, int] = {}
+
+        def need(cache: DeviceCache, size_bytes: int) -> None:
+            needed_bytes[cache] = needed_bytes.get(cache, 0) + size_bytes
+
+        images = await self._image(plan) if plan else ()
+        if not images:
+            host = self._residency.cache(HOST)
+            need(host, host.missing_bytes(target.checkpoint))
+        for index, rank in enumerate(plan.ranks if plan else ()):
+            cache = self._residency.cache(rank.device)
+            weights_bytes = cache.missing_bytes(images[index]) if images else rank.weights_bytes
+            need(cache, rank.working_bytes + weights_bytes + (rank.starting_bytes if starts else 0))
+        return needed_bytes
+
+    async def binding(self, target: Target, supply: Supply) -> Binding:
+        """Makes the binding of a target from its supply."""
+        checkpoint, plan = target.checkpoint, supply.plan
+        layouts = supply.layouts or [await asyncio.to_thread(checkpoint.layout_json)]
+        await asyncio.to_thread(checkpoint.check_side_files)
+        digests = checkpoint.manifest.side_files
+        return Binding(
+            model=ModelIdentity(target.model_name, target.names, checkpoint.id, target.private_to, target.options),
+            weights=BoundWeights(
+                ranks=tuple(
+                    RankMemory(hold.arena.fd, hold.arena.size_bytes, layout)
+                    for hold, layout in zip(supply.holds, layouts, strict=True)
+                ),
+                arena_ids=supply.arena_ids,
+                is_image=supply.is_image,
+                wants_image=plan is not None and plan.makes_image and not supply.is_image,
+            ),
+            side_files={name: StoredFile(path, digests[name]) for name, path in checkpoint.side_files().items()},
+            devices=tuple(rank.device for rank in plan.ranks) if plan else (),
+        )
+
+    async def take_in(self, target: Target, supply: Supply, made: EngineImage) -> None:
+        """Adopts the image that an engine has made, which becomes its supply in place of the checkpoint.
+
+        An image that is invalid, or lacks the part of a rank, is not kept, and the supply stays as it is. Never raises.
+        """
+        plan = supply.plan
+        if plan is None or supply.is_image or len(made.ranks) != len(plan.ranks):
+            close_all([rank.fd for rank in made.ranks])
+            return
+        caches = [self._residency.cache(rank.device) for rank in plan.ranks]
+        try:
+            arenas = await self._adopted(caches, made)
+        except FlashdError as error:
+            log.warning("the image of %s is not kept: %s", target.model_name, error)
+            return
+        try:
+            images = [
+                self._images.describe(rank.key, part.layout, part.size_bytes, target.checkpoint.id)
+                for rank, part in zip(plan.ranks, made.ranks, strict=True)
+            ]
+            parts = list(zip(caches, images, arenas, supply.rooms, strict=True))
+            for cache, image, arena, room in parts:
+                cache.check_admission(image, arena, room)
+            holds = [cache.admit(image, arena, room) for cache, image, arena, room in parts]
+        except FlashdError as error:
+            log.warning("the image of %s is not kept: %s", target.model_name, error)
+            self._drop(plan)
+            for arena in arenas:
+                arena.close()
+            return
+        supply.became(holds, [part.layout for part in made.ranks])
+        for cache, image in zip(caches, images, strict=True):
+            self._on_made(image, cache)
+
+    async def _plan(self, target: Target) -> GpuPlan | None:
+        return await self._factories[target.engine_kind].gpu_plan(target.checkpoint, target.options)
+
+    async def _adopted(self, caches: Sequence[DeviceCache], made: EngineImage) -> Sequence[Arena]:
+        """Adopts the parts of an image. Raises InvalidArgument, after closing all, if one is not as described."""
+        arenas: list[Arena] = []
+        try:
+            for cache, part in zip(caches, made.ranks, strict=True):
+                arenas.append(await asyncio.to_thread(cache.device.adopt, part.fd, part.size_bytes))
+        except BaseException:
+            for arena in arenas:
+                arena.close()
+            close_all([part.fd for part in made.ranks[len(arenas) + 1 :]])
+            raise
+        return arenas
+
+    async def _all(
+        self, images: Sequence[Checkpoint], caches: Sequence[DeviceCache], on_progress: Progress
+    ) -> list[Hold]:
+        """Loads all parts of an image concurrently, each to its rank's device, and holds them.
+
+        If one fails, none is held.
+        """
+        done_bytes = [0] * len(images)
+        total_bytes = sum(image.manifest.data_bytes for image in images)
+
+        def tell(index: int, done: int, _: int) -> None:
+            done_bytes[index] = done
+            on_progress(sum(done_bytes), total_bytes)
+
+        loads = [
+            asyncio.ensure_future(self._residency.acquire(image, partial(tell, index), device=cache.name))
+            for index, (image, cache) in enumerate(zip(images, caches, strict=True))
+        ]
+        try:
+            return await asyncio.gather(*loads)
+        except BaseException:
+            for load in loads:
+                load.add_done_callback(_not_wanted)
+                load.cancel()
+            await asyncio.wait(loads)
+            raise
+
+    async def _image(self, plan: GpuPlan) -> Sequence[Checkpoint]:
+        """Returns the image of a plan, one part for each rank, if memory or the disk has all parts; else nothing.
+
+        The other parts of an incomplete image are useless, and are removed.
+        """
+        if not plan.makes_image:
+            return ()
+        found = [await self._found(rank) for rank in plan.ranks]
+        parts = [part for part in found if part is not None]
+        if len(parts) == len(found):
+            return parts
+        if parts:
+            self._drop(plan)
+        for part in parts:
+            with contextlib.suppress(Busy):
+                await self._residency.evict(part.id)
+        return ()
+
+    async def _found(self, rank: RankPlan) -> Checkpoint | None:
+        image = await asyncio.to_thread(self._images.get, rank.key)
+        if image is None or self._residency.devices_of(image.id):
+            return image
+        if not self._images.is_stored(rank.key):
+            return None  # it was not written before its last arena was freed
+        try:
+            await asyncio.to_thread(image.digests)
+        except CorruptCheckpoint as error:
+            log.warning("%s, so it is made again", error.message)
+            self._images.drop(rank.key)
+            return None
+        return image
+
+    def _drop(self, plan: GpuPlan) -> None:
+        for rank in plan.ranks:
+            self._images.drop(rank.key)
+
+
+def _not_wanted(load: asyncio.Future[Hold]) -> None:
+    if not load.cancelled() and load.exception() is None:
+        load.result().release()

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The torch zygote: imports everything once, so that every engine process starts in milliseconds.
+
+python -m flashd.workers.torch.main CONTROL_FD FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import transformers
+from transformers import (  # noqa: F401 -- imported for the forks
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3ForCausalLM,
+    TextStreamer,
+)
+
+from flashd.workers import zygote
+from flashd.workers.torch import worker
+
+
+def main() -> None:
+    torch.set_grad_enabled(False)
+    transformers.utils.logging.disable_progress_bar()
+    zygote.serve(sys.argv, worker.main, {"torch": torch.__version__})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A flashd-gateway that runs for a test, and its models."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import anthropic
+import httpx
+import ollama
+import openai
+from running import Daemon
+from waiting import PATIENCE_S, eventually
+
+WHO = [{"role": "user", "content": "Who are you?"}]
+
+
+@dataclass(slots=True)
+class Gateway:
+    """A running flashd-gateway."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+    socket_path: Path
+    tokens: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def openai(self, api_key: str = "none") -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=self.url + "/v1", api_key=api_key, max_retries=0, timeout=PATIENCE_S)
+
+    def anthropic(self) -> anthropic.AsyncAnthropic:
+        return anthropic.AsyncAnthropic(base_url=self.url, api_key="none", max_retries=0, timeout=PATIENCE_S)
+
+    def ollama(self) -> ollama.AsyncClient:
+        return ollama.AsyncClient(host=self.url, timeout=PATIENCE_S)
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.asynccontextmanager
+async def running_gateway(
+    daemon: Daemon,
+    log: Path,
+    socket_path: Path,
+    *,
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> AsyncIterator[Gateway]:
+    """Yields it once it has heard of the daemon. It must end as told, and have said nothing."""
+    port, tokens = free_port(), socket_path.with_name("tokens.toml")
+    options = ["--tokens", str(tokens), *options]
+    command = [sys.executable, "-m", "flashd.gateway.main", "--bus", daemon.address]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--address", f"127.0.0.1:{port}", "--socket", socket_path, *options],
+            env={**os.environ, **(environment or {})},
+            stdout=output,
+            stderr=output,
+        )
+    running = Gateway(process, port, log, socket_path, tokens)
+
+    async def is_connected() -> bool:
+        assert process.poll() is None, log.read_text()
+        async with httpx.AsyncClient() as client:
+            try:
+                return (await client.get(running.url + "/health")).status_code == 200
+            except httpx.ConnectError:
+                return False
+
+    try:
+        await eventually(is_connected)
+        yield running
+        process.terminate()
+        assert process.wait(PATIENCE_S) == 0, log.read_text()
+        assert log.read_text() == "", log.read_text()
+    finally:
+        process.kill()
+        process.wait()

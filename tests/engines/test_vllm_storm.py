@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The storm of tests/campaigns with vLLM's engines; with torch's it is run there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STORM = Path(__file__).parents[1] / "campaigns" / "storm.py"
+
+
+@pytest.mark.timeout(300)
+def test_every_answer_is_its_models_own(vllm_python: str) -> None:
+    command = [sys.executable, STORM, "--seconds", "60", "--engine", "vllm", "--python", vllm_python]
+    ran = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-8000:] + ran.stdout
+    counted = json.loads(ran.stdout.splitlines()[-1])
+    assert counted["swaps"] > 5 and counted["answers"] > 5, counted
