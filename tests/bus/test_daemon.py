@@ -325,12 +325,10 @@ async def test_an_import_that_waits_for_files_dies_with_its_caller(
     assert await remote.get(job, wire.JOB, "State") == "collecting"
     with pytest.raises(NotAuthorized):
         await remote.call("ImportFiles", "oa{sh}b", job, {}, False)
-    assert daemon.process is not None
-    pid = daemon.process.pid
-    held = len(os.listdir(f"/proc/{pid}/fd"))
+    assert daemon.open_files()[str(daemon.config)] == 1
     await caller.close()
     assert (await remote.finished(job))["State"] == "cancelled"
-    await eventually(lambda: len(os.listdir(f"/proc/{pid}/fd")) < held)
+    await eventually(lambda: not daemon.open_files()[str(daemon.config)])
 
 
 async def test_cancelling_an_import_leaves_nothing(remote: Remote, daemon: Daemon, tmp_path: Path) -> None:

@@ -133,21 +133,19 @@ async def test_a_connection_has_half_a_user_all_and_the_next_peer_what_the_last_
 async def test_descriptors_are_counted_and_those_that_were_refused_are_not_kept(
     limited: Remote, daemon: Daemon, bus: PrivateBus, tmp_path: Path
 ) -> None:
-    assert daemon.process is not None
-    ours = Path(f"/proc/{daemon.process.pid}/fd")
-    before = len(list(ours.iterdir()))
-    (tmp_path / "file").write_text("x")
+    sent = tmp_path / "sent"
+    sent.write_text("x")
     greedy = Remote(await connect(bus.address))
-    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    fd = os.open(sent, os.O_RDONLY)
     (job,) = await greedy.call("Import", "sa{sh}ba{sv}", "x", {f"{i}.txt": i for i in range(5)}, True, {}, fds=[fd] * 5)
     with pytest.raises(LimitExceeded, match="open files of imports"):
         await greedy.call("ImportFiles", "oa{sh}b", job, {f"{i}.bin": i for i in range(2)}, True, fds=[fd] * 2)
     with pytest.raises(LimitExceeded):
         await greedy.call("Import", "sa{sh}ba{sv}", "y", {f"{i}": i for i in range(7)}, True, {}, fds=[fd] * 7)
-    await eventually(lambda: len(list(ours.iterdir())) <= before + 5)
+    await eventually(lambda: daemon.open_files()[str(sent)] == 5)
     await greedy.connection.close()
     os.close(fd)
-    await eventually(lambda: len(list(ours.iterdir())) <= before)
+    await eventually(lambda: not daemon.open_files()[str(sent)])
 
 
 async def test_a_flood_of_calls_is_refused_and_others_are_served(limited: Remote, bus: PrivateBus) -> None:

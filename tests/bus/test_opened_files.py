@@ -6,9 +6,8 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +45,6 @@ def hostile(folder: Path) -> Iterator[dict[str, int]]:
             os.close(fd)
 
 
-def targets(daemon: Daemon) -> Counter[str]:
-    """What the daemon's descriptors are of."""
-    assert daemon.process is not None
-    found: Counter[str] = Counter()
-    for fd in Path(f"/proc/{daemon.process.pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed in the meantime
-            found[str(fd.readlink())] += 1
-    return found
-
-
 async def is_watched(remote: Remote) -> bool:
     """Whether the inbox was looked at: it is watched before that."""
     return all(when > 0 for *_, when in await remote.get(wire.ROOT_PATH, wire.MANAGER, "InboxWatched"))
@@ -67,7 +56,7 @@ async def test_what_is_no_file_opened_for_reading_is_refused_at_once(
     good = os.open(make_source(tmp_path / "source") / "config.json", os.O_RDONLY)
     await import_model(remote, tmp_path / "source", "old")
     await eventually(lambda: is_watched(remote))  # in a thread, which may take its time
-    before = targets(daemon)
+    before = daemon.open_files()
     (job,) = await remote.call("Import", "sa{sh}ba{sv}", "collecting", {}, True, {})
     (pull,) = await remote.call("BeginPull", "ssa{sv}", "somewhere@1", "pulled", {})
 
@@ -93,7 +82,7 @@ async def test_what_is_no_file_opened_for_reading_is_refused_at_once(
     for path in (job, pull):
         await remote.call("Cancel", path=path, interface=wire.JOB)
     await import_model(remote, tmp_path / "source", "new")
-    await eventually(lambda: not targets(daemon) - before)
+    await eventually(lambda: not daemon.open_files() - before)
 
 
 async def test_a_file_system_that_does_not_answer_keeps_only_its_caller_waiting(
