@@ -18,7 +18,14 @@ from flashd.errors import Unavailable
 
 @contextlib.contextmanager
 def own_daemon(folder: Path, settings: str) -> Iterator[flashd.Client]:
-    """`settings` is the text of its flashd.toml; what it says goes to `folder`/log."""
+    """Yields a connection to it, with the parameters of `own_bus`."""
+    with own_bus(folder, settings) as address, _connected(address) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def own_bus(folder: Path, settings: str) -> Iterator[str]:
+    """Yields the address of the daemon's bus. `settings` is the text of its flashd.toml; its log is `folder`/log."""
     with tempfile.TemporaryDirectory(prefix="fd-") as short, PrivateBus(Path(short)) as bus:
         config = folder / "flashd.toml"
         config.write_text(settings)
@@ -32,8 +39,8 @@ def own_daemon(folder: Path, settings: str) -> Iterator[flashd.Client]:
                 stdout=log, stderr=log,
             )  # fmt: skip
         try:
-            with _connected(bus.address) as client:
-                yield client
+            with _connected(bus.address):
+                yield bus.address
         finally:
             process.terminate()
             process.wait(60)
