@@ -14,7 +14,7 @@ from waiting import until
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
 HEAD = f"set -euo pipefail\n. {PACKAGING / 'steps.sh'}\n"
-SCRIPTS = ("quickstart", "environment", "vllm-environment", "build-deb", "tray")
+SCRIPTS = ("quickstart", "environment", "vllm-environment", "build-deb", "tray", "../tests/clients/environment")
 
 
 def script(folder: Path, text: str) -> list[str]:
