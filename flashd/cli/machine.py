@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import suppress
 from typing import Annotated
 
 from flashd.cli import output
@@ -22,31 +21,58 @@ from flashd.units import format_bytes, format_seconds
 
 
 def start(context: Context) -> None:
-    """Starts your daemon in the background, on the session bus, or on a private bus if there is none."""
+    """Starts your daemon in the background, on the session bus, or on a private bus if there is none, and its gateway,
+    which answers HTTP.
+    """
     asked = session(context).bus or given_bus_address()
-    with suppress(FlashdError), connect(asked) as client:
-        output.say(f"flashd is already running: {_summary(client)}")
-        return
-    started = launch.start(asked)
-    with started.client as client:
-        output.say(f"flashd is running: {_summary(client)}")
-        folders = " or ".join(client.status().models_directories)
-        output.say(f"drop a model into {folders}; the log is {started.log}")
+    try:
+        client = connect(asked)
+    except FlashdError:
+        started = launch.start(asked)
+        with started.client as client:
+            output.say(f"flashd is running: {_summary(client)}")
+            folders = " or ".join(client.status().models_directories)
+            output.say(f"drop a model into {folders}; the log is {started.log}")
+            _start_gateway(client)
+    else:
+        with client:
+            output.say(f"flashd is already running: {_summary(client)}")
+            _start_gateway(client)
 
 
 def stop(context: Context) -> None:
-    """Stops the daemon and its engines."""
+    """Stops the daemon, its engines and its gateway."""
     with connect(session(context).bus) as client:
         launch.stop(client)
 
 
 def restart(context: Context) -> None:
-    """Restarts the daemon with the current settings. Models stay in memory, and engines go on answering."""
+    """Restarts the daemon and its gateway with the current settings. Models stay in memory, and engines go on
+    answering.
+    """
     asked = session(context).bus
     with connect(asked) as client:
         again = launch.restart(client, asked)
     with again as client:
         output.say(f"flashd is running: {_summary(client)}")
+        if client.bus != "system":
+            launch.stop_gateway()
+        _start_gateway(client)
+
+
+def _start_gateway(client: Client) -> None:
+    """Starts the gateway of a user's daemon; the machine's is systemd's to start. A failure, such as a port that is
+    taken, is only a warning, because the daemon is of use without a gateway.
+    """
+    if client.bus == "system":
+        return
+    try:
+        addresses = launch.start_gateway(client)
+    except FlashdError as error:
+        output.say(error.message + (f"\n{error.hint}" if error.hint else ""), label="warning:", style="yellow")
+        return
+    if addresses:
+        output.say("programs use it at " + " or ".join(f"http://{address}/v1" for address in addresses))
 
 
 def status(context: Context, as_json: Json = False) -> None:

@@ -242,7 +242,9 @@ class Client(Closing):
     Unavailable once the daemon has ended.
     """
 
-    def __init__(self, connection: BlockingConnection, interactive: bool) -> None:
+    def __init__(self, connection: BlockingConnection, interactive: bool, bus: str) -> None:
+        """`bus` is the address of the connection: `session`, `system` or a D-Bus address."""
+        self.bus = bus
         self._interactive = interactive
         self._connection = connection
         self._subscribers: list[queue.SimpleQueue[Event | None]] = []
@@ -786,7 +788,7 @@ def _connected(address: str, interactive: bool, activate: bool) -> Client:
     except BaseException:
         connection.close()
         raise
-    return Client(connection, interactive)
+    return Client(connection, interactive, address)
 
 
 def _activated(connection: BlockingConnection) -> bool:

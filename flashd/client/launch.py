@@ -1,32 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts and stops this user's daemon: `flash start` and `flash stop`.
+"""Starts and stops this user's daemon and its gateway: `flash start` and `flash stop`.
 
-The daemon runs under a manager that keeps its descriptors and restarts it, so that models in memory outlive a daemon:
-the user's systemd, if there is one, else our own keeper (native/keeper.cpp).
+Both run under a manager that restarts them, and keeps the daemon's descriptors, so that models in memory outlive a
+daemon: the user's systemd, if there is one, else our own keeper (native/keeper.cpp).
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import secrets
+import select
+import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from flashd.client import client as clients
 from flashd.client import user_unit
 from flashd.client.client import Client
+from flashd.config import loading
 from flashd.config.environment import given_bus_address, has_session_bus
 from flashd.config.paths import Scope, default_paths
 from flashd.errors import FlashdError, Unavailable
 
+T = TypeVar("T")
+
 _START_S = 60.0
 _STOP_S = 60.0
 _LOOK_S = 0.02
+_LINGER_S = 60.0  # of a gateway whose daemon was killed together with its manager
+_PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred of unix(7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,25 +56,61 @@ def start(asked: str | None = None) -> Started:
     """
     address = asked or given_bus_address() or ("session" if has_session_bus() else "private")
     log = default_paths(Scope.USER).state / "flashd.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    before_bytes = log.stat().st_size if log.exists() else 0
     command = [sys.executable, "-m", "flashd.daemon.main", "--bus", address]
-    try:
-        if address in {"session", "private"} and user_unit.is_possible():
-            user_unit.start(command, log)
-            return Started(clients.connect(asked), log)
-        return Started(_below_keeper(command, asked, log), log)
-    except Unavailable as error:
-        said = log.read_bytes()[before_bytes:] if log.exists() else b""
-        lines = said.decode(errors="replace").strip().splitlines()[-3:] or [error.message]
-        raise Unavailable("flashd did not start: " + "\n".join(lines), hint=f"see the whole log, {log}") from None
+    has_manager = address in {"session", "private"}
+    client = _managed("flashd", user_unit.DAEMON, command, log, lambda: clients.connect(asked), by_systemd=has_manager)
+    return Started(client, log)
 
 
-def stop(client: Client) -> None:
-    """Stops the daemon and its engines, and waits until all their processes have ended.
+def start_gateway(client: Client) -> Sequence[str]:
+    """Starts the gateway of this user's daemon, unless it runs. `client` is connected to the daemon.
+
+    Returns the addresses where it listens, none if the settings have none. Raises Unavailable, with the end of the log,
+    if it does not start.
+    """
+    addresses: list[str] = loading.value_in(tomllib.loads(client.config()), "gateway.addresses")
+    paths = default_paths(Scope.USER)
+    at = paths.runtime / "gateway.sock"
+    if not addresses or _listener(at) is not None:
+        return addresses
+    command = [sys.executable, "-m", "flashd.gateway.main", "--bus", client.bus, "--socket", str(at)]
+    command += [word for address in addresses for word in ("--address", address)] + ["--linger", str(_LINGER_S)]
+
+    def answering() -> int:
+        if (pid := _listener(at)) is None:
+            raise Unavailable("the gateway does not answer")
+        return pid
+
+    _managed("flashd-gateway", user_unit.GATEWAY, command, paths.state / "flashd-gateway.log", answering)
+    return addresses
+
+
+def stop_gateway() -> None:
+    """Stops the gateway of this user, if one runs, and waits until it has ended: requests may finish first.
 
     Raises Unavailable if that takes too long.
     """
+    at = default_paths(Scope.USER).runtime / "gateway.sock"
+    if (pid := _listener(at)) is None:
+        return
+    with contextlib.suppress(ProcessLookupError):  # it has ended just now
+        process = os.pidfd_open(pid)
+        try:
+            signal.pidfd_send_signal(process, signal.SIGTERM)
+            has_ended, _, _ = select.select([process], [], [], _STOP_S)
+        finally:
+            os.close(process)
+        if not has_ended:
+            raise Unavailable(f"the gateway is still running after {_STOP_S:.0f} s", hint=f"its process is {pid}")
+
+
+def stop(client: Client) -> None:
+    """Stops the daemon, its engines and the gateway, and waits until all their processes have ended.
+
+    Raises Unavailable if that takes too long.
+    """
+    if client.bus != "system":
+        stop_gateway()
     keepers = list(default_paths(Scope.USER).runtime.glob("keeper.*"))
     deadline = time.monotonic() + _STOP_S
     client.stop()
@@ -118,7 +166,47 @@ def _is_bound(keeper: Path) -> bool:
     return True
 
 
-def _below_keeper(command: Sequence[str], asked: str | None, log: Path) -> Client:
+def _listener(at: Path) -> int | None:
+    """Returns the process that listens on a Unix socket; None if there is none (unix(7), SO_PEERCRED)."""
+    with socket.socket(socket.AF_UNIX) as asking:
+        try:
+            asking.connect(str(at))
+        except OSError:
+            return None
+        pid, _, _ = _PEER_CREDENTIALS.unpack(
+            asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+        )
+    return int(pid)
+
+
+def _managed(
+    name: str,
+    of_unit: Mapping[str, str],
+    command: Sequence[str],
+    log: Path,
+    arrived: Callable[[], T],
+    *,
+    by_systemd: bool = True,
+) -> T:
+    """Starts a program under a manager, the user's systemd where it may be. Returns what `arrived` does.
+
+    `arrived` raises Unavailable as long as the program does not answer. Raises Unavailable with the end of the log if
+    it never does.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    before_bytes = log.stat().st_size if log.exists() else 0
+    try:
+        if by_systemd and user_unit.is_possible():
+            user_unit.start(f"{name}.service", of_unit, command, log)
+            return arrived()
+        return _below_keeper(command, log, arrived)
+    except Unavailable as error:
+        said = log.read_bytes()[before_bytes:] if log.exists() else b""
+        lines = said.decode(errors="replace").strip().splitlines()[-3:] or [error.message]
+        raise Unavailable(f"{name} did not start: " + "\n".join(lines), hint=f"see the whole log, {log}") from None
+
+
+def _below_keeper(command: Sequence[str], log: Path, arrived: Callable[[], T]) -> T:
     runtime = default_paths(Scope.USER).runtime
     runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
     below = [str(keeper()), str(runtime / f"keeper.{secrets.token_hex(4)}")]
@@ -130,7 +218,7 @@ def _below_keeper(command: Sequence[str], asked: str | None, log: Path) -> Clien
     try:
         while True:
             try:
-                return clients.connect(asked)
+                return arrived()
             except Unavailable:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise

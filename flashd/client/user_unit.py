@@ -1,34 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the daemon as a transient unit of the user's systemd: `flashd.service` (systemd-run(1)).
+"""Runs programs of a user as transient units of the user's systemd (systemd-run(1)).
 
-Like the machine's unit (systemd/flashd.service), it has a descriptor store, and is restarted after each failure. There
-is no unit file, so nothing remains after the daemon's end.
+Like the machine's units (systemd/), they are restarted after each failure, and the daemon's has a descriptor store.
+There are no unit files, so nothing remains after their end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flashd.config.environment import ENGINE_UNITS, for_unit, user_manager_socket
 from flashd.errors import Unavailable
 
-UNIT = "flashd.service"
 _OLDEST = 250  # whose --setenv can take values from the environment: on a command line, every user could read them
-_PROPERTIES = {
+_ALL = {"Type": "notify", "NotifyAccess": "main", "Restart": "on-failure", "RestartSec": "100ms", "WatchdogSec": "30"}
+DAEMON = {
+    **_ALL,
     "Description": "Keeps language models in memory and switches between them, for one user",
-    "Type": "notify",
-    "NotifyAccess": "main",
-    "Restart": "on-failure",
-    "RestartSec": "100ms",
     # The status with which flashd/daemon/lifecycle/ending.py requests a restart.
     "SuccessExitStatus": "75",
     "RestartForceExitStatus": "75",
     "TimeoutStartSec": "60",
     "TimeoutStopSec": "60",
-    "WatchdogSec": "30",
     "FileDescriptorStoreMax": "4096",
     # Engines have their own units. Our private bus has to outlive a restart of the daemon, but not its final stop, as
     # which the daemon takes SIGINT.
@@ -39,6 +35,12 @@ _PROPERTIES = {
     "RuntimeDirectory": "flashd",
     "RuntimeDirectoryMode": "0700",
     "RuntimeDirectoryPreserve": "restart",
+}
+GATEWAY = {
+    **_ALL,
+    "Description": "One HTTP address for all models of flashd, for one user",
+    "TimeoutStartSec": "60",
+    "TimeoutStopSec": "20",
 }
 
 
@@ -52,20 +54,20 @@ def is_possible() -> bool:
     return False
 
 
-def start(command: Sequence[str], log: Path) -> None:
-    """Starts the daemon and waits until it is ready. Raises Unavailable if systemd or the daemon fails."""
-    properties = {**_PROPERTIES, "StandardOutput": f"append:{log}", "StandardError": f"append:{log}"}
-    options = ["--user", "--quiet", "--collect", f"--unit={UNIT}"]
+def start(unit: str, of_unit: Mapping[str, str], command: Sequence[str], log: Path) -> None:
+    """Starts a program and waits until it is ready. Raises Unavailable if systemd or the program fails."""
+    properties = {**of_unit, "StandardOutput": f"append:{log}", "StandardError": f"append:{log}"}
+    options = ["--user", "--quiet", "--collect", f"--unit={unit}"]
     options += [f"--property={name}={value}" for name, value in properties.items()]
     options += [f"--setenv={name}" for name in for_unit()] + [f"--setenv={ENGINE_UNITS}=1"]
     try:
         done = _run("systemd-run", *options, "--", *command)
     except BaseException:
-        _run("systemctl", "--user", "stop", UNIT)  # these would not keep it from starting
+        _run("systemctl", "--user", "stop", unit)  # these would not keep it from starting
         raise
     if done.returncode:
-        hint = f"see systemctl --user status {UNIT}"
-        raise Unavailable(f"systemd failed to start {UNIT}: {done.stderr.strip()}", hint=hint)
+        hint = f"see systemctl --user status {unit}"
+        raise Unavailable(f"systemd failed to start {unit}: {done.stderr.strip()}", hint=hint)
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:

@@ -153,6 +153,11 @@ class EnginesConfig:
         "park", "Whether an idle model is only parked, or also evicted from memory.", live=True
     )
     prewarm: str = _setting("", "Model to make active when the daemon starts, unless one is. Default: none.")
+    turn_s: float = _setting(
+        2.0,
+        "Time that a model keeps its engine while the gateway has requests for another that needs it. "
+        "What is being generated then is finished.",
+    )
     torch: TorchConfig = field(default_factory=TorchConfig)
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
@@ -197,6 +202,27 @@ class BusConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """[gateway]: the HTTP address of all models."""
+
+    addresses: tuple[str, ...] = _setting(
+        ("127.0.0.1:8434",),
+        "Where the gateway of flash start listens: HOST:PORT, and nowhere for an empty list. "
+        "The machine's gateway listens where flashd-gateway.socket says.",
+    )
+    hosts: tuple[str, ...] = _setting(
+        (), "Names beside localhost by which requests without a token may call the gateway, such as a proxy's."
+    )
+    origins: tuple[str, ...] = _setting(
+        (), "Web sites whose pages may use the gateway without a token, such as http://localhost:3000."
+    )
+    change_models: bool = _setting(
+        False, "Let requests without a token pull and remove models, as Ollama's programs do."
+    )
+    max_waiting: int = _setting(256, "Most requests that wait for one model; further ones are refused.")
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The settings, by section."""
 
@@ -207,6 +233,7 @@ class Config:
     engines: EnginesConfig = field(default_factory=EnginesConfig)
     models: Mapping[str, ModelConfig] = field(default_factory=dict)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
     bus: BusConfig = field(default_factory=BusConfig)
 
     def model(self, *names: str) -> ModelConfig:

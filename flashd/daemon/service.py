@@ -40,13 +40,12 @@ from flashd.daemon.jobs import Jobs
 from flashd.daemon.library.models import Models
 from flashd.daemon.library.store_room import StoreRoom
 from flashd.daemon.library.verification import Verification
+from flashd.daemon.lifecycle.descriptor_store import EngineKeeper, FdStore
 from flashd.daemon.lifecycle.ending import Ending, How
 from flashd.daemon.lifecycle.problems import Problems
 from flashd.daemon.lifecycle.restore import Restore
-from flashd.daemon.lifecycle.service_manager import EngineKeeper, FdStore, ServiceManager
 from flashd.daemon.lifecycle.settings import Settings
 from flashd.daemon.lifecycle.stall_detector import StallDetector
-from flashd.daemon.lifecycle.watchdog import Watchdog
 from flashd.daemon.serving.driver_usage import DriverUsage, process_bytes
 from flashd.daemon.serving.endpoint import EndpointLink, RestingEndpoint, RuntimeFolder
 from flashd.daemon.serving.engine_kinds import EngineKinds
@@ -73,6 +72,7 @@ from flashd.errors import Busy, Unavailable
 from flashd.memory.lease import LeaseBook
 from flashd.memory.residency import Residency
 from flashd.memory.transfers import StreamMover
+from flashd.service_manager import ServiceManager, Watchdog
 from flashd.store.catalog import Catalog, Model
 from flashd.store.inbox import Inbox
 from flashd.store.known_sources import KnownSources

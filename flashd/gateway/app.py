@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -33,9 +32,8 @@ _ANTHROPICS = "anthropic-version"  # a header that Anthropic's clients send, and
 _SHOWN = 200
 
 
-def application(dispatcher: Dispatcher, connect: Connect, *, may_change_models: bool = False) -> Starlette:
-    """`may_change_models` is whether clients may pull and delete models, as Ollama's programs do."""
-    ollama = OllamaEndpoints(dispatcher, connect, may_change_models=may_change_models)
+def application(dispatcher: Dispatcher, connect: Connect) -> Starlette:
+    ollama = OllamaEndpoints(dispatcher, connect)
     messages = AnthropicEndpoints(dispatcher)
     passed = Passed(dispatcher)
     budget = BodyBudget()
@@ -93,21 +91,20 @@ def application(dispatcher: Dispatcher, connect: Connect, *, may_change_models: 
             route("/api/delete", ollama.delete, "DELETE"),
         ],
         exception_handlers={HTTPException: _not_found},
-        middleware=[Middleware(_OnceSettled, dispatcher=dispatcher)],
     )
 
 
-class _OnceSettled:
+class OnceSettled:
     """Has the first requests wait until the daemon was asked what there is: they may have started it, and us."""
 
-    def __init__(self, app: Application, *, dispatcher: Dispatcher) -> None:
-        self._app = app
+    def __init__(self, inside: Application, dispatcher: Dispatcher) -> None:
+        self._inside = inside
         self._dispatcher = dispatcher
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != "/health":
             await self._dispatcher.settled()
-        await self._app(scope, receive, send)
+        await self._inside(scope, receive, send)
 
 
 async def _not_found(request: Request, error: Exception) -> Response:

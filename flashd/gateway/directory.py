@@ -15,8 +15,11 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from flashd import toml
 from flashd.client.client import Client
 from flashd.client.results import Engine, Event, Model, engine_from, name_of
+from flashd.config import loading
+from flashd.config.settings import Config
 from flashd.dbus import wire
 from flashd.errors import FlashdError, NotFound, Unavailable
 
@@ -37,6 +40,7 @@ class Directory:
     active: str = ""
     resting: str = ""
     engines: Mapping[str, Engine] = field(default_factory=dict)  # by path
+    config: Config = field(default_factory=Config)  # no more than the gateway's own settings
     is_connected: bool = False
     is_settled: bool = False  # the daemon was asked once, whether or not it answered
 
@@ -137,6 +141,7 @@ class Follower:
 
     def _follow(self, client: Client, events: queue.SimpleQueue[Event | None]) -> None:
         """Returns when the connection has ended."""
+        self._known = replace(self._known, config=_settings(client.config()))
         self._ask(client)
         while True:
             is_listed_anew = False
@@ -189,7 +194,8 @@ class Follower:
         models = {model.name: model for model in client.models()}
         status = client.status()
         self._publish(
-            Directory(
+            replace(
+                self._known,
                 models=models,
                 active=status.active_model,
                 resting=status.resting_model,
@@ -203,3 +209,12 @@ class Follower:
         if known != self._known:
             self._known = known
             self._on_change(known)
+
+
+def _settings(toml_text: str) -> Config:
+    """The gateway's settings in the daemon's configuration, which may be of another version and have others."""
+    document, config = toml.parse(toml_text), Config()
+    for setting in loading.settings():
+        if setting.key.startswith("gateway.") or setting.key == "engines.turn_s":
+            config = loading.with_value(config, setting.key, loading.value_in(document, setting.key))
+    return config

@@ -21,6 +21,7 @@ from aiohttp import ClientError, ClientResponse
 
 from flashd.client.client import Job
 from flashd.client.results import Engine, Model
+from flashd.config.settings import GatewayConfig
 from flashd.errors import FlashdError, Internal, NotFound, Unavailable
 from flashd.gateway.access import ACCESS
 from flashd.gateway.directory import Connect, Directory, Follower
@@ -51,9 +52,9 @@ Make = Callable[[Engine], EngineRequest]  # the request that suits an engine, ma
 class Dispatcher:
     """The queue of all requests, and the swaps that they need. On one event loop."""
 
-    def __init__(self, connect: Connect, *, turn_s: float, max_waiting: int) -> None:
+    def __init__(self, connect: Connect) -> None:
         self._connect = connect
-        self._turns = Turns(turn_s=turn_s, max_waiting=max_waiting)
+        self._turns = Turns()
         self._connections = EngineConnections()
         self._follower = Follower(connect, self._heard)
         self._loop = asyncio.get_running_loop()
@@ -68,6 +69,15 @@ class Dispatcher:
         access = ACCESS.get()
         known = self._known if access.sees_private else self._public
         return known.only(access.models) if access.models else known
+
+    @property
+    def is_connected(self) -> bool:
+        """True while a daemon runs."""
+        return self._known.is_connected
+
+    @property
+    def settings(self) -> GatewayConfig:
+        return self._known.config.gateway
 
     def start(self) -> None:
         self._follower.start()
@@ -264,5 +274,6 @@ class Dispatcher:
         self._known, self._public = directory, directory.public()
         self._changed.set()
         self._changed = asyncio.Event()
+        self._turns.turn_s, self._turns.max_waiting = directory.config.engines.turn_s, self.settings.max_waiting
         self._turns.serving(directory.serving, time.monotonic())
         self._step()

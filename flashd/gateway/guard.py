@@ -13,9 +13,10 @@ Other machines need a token, which no page has.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from ipaddress import ip_address
 
+from flashd.config.settings import GatewayConfig
 from flashd.errors import NotAuthorized
 from flashd.gateway.access import ACCESS, Access
 from flashd.gateway.dialects.by_path import dialect_of
@@ -25,7 +26,6 @@ from flashd.gateway.tokens import PREFIX, TokenFile
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _CHALLENGE = {"WWW-Authenticate": "Bearer"}
-_LOOPBACK = frozenset({"localhost"})  # beside its addresses
 
 
 class _NoToken(NotAuthorized):
@@ -39,19 +39,15 @@ class Guard:
         self,
         inside: Application,
         tokens: TokenFile,
+        settings: Callable[[], GatewayConfig] = GatewayConfig,
         *,
-        hosts: Collection[str] = (),
-        origins: Collection[str] = (),
         socket_is_ours: bool = False,
     ) -> None:
-        """`hosts` are names beside those of loopback under which we are reached; `origins` are sites whose pages may
-        ask, such as `http://localhost:3000`. With `socket_is_ours`, only the user whose daemon this is can connect to
-        the Unix socket."""
+        """With `socket_is_ours`, only the user whose daemon this is can connect to the Unix socket."""
         self._inside = inside
         self._tokens = tokens
+        self._settings = settings
         self._socket_is_ours = socket_is_ours
-        self._hosts = _LOOPBACK | {host.lower() for host in hosts}
-        self._origins = {origin.lower().rstrip("/") for origin in origins}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -82,19 +78,20 @@ class Guard:
 
     def _refusal(self, scope: Message, headers: Mapping[bytes, str]) -> str:
         origin = headers.get(b"origin", "")
-        if origin and origin.rstrip("/") not in self._origins:
-            return f"pages of {origin[:200]} may not ask here: see flashd-gateway --origin"
+        if origin and origin.rstrip("/") not in {known.lower().rstrip("/") for known in self._settings().origins}:
+            return f"pages of {origin[:200]} may not ask here: see the setting gateway.origins"
         if not origin and headers.get(b"sec-fetch-site", "none") not in {"none", "same-origin"}:
-            return "pages of other sites may not ask here: see flashd-gateway --origin"
+            return "pages of other sites may not ask here: see the setting gateway.origins"
         if not _is_over_unix(scope) and not self._is_ours(_host(headers.get(b"host", ""))):
             shown = headers.get(b"host", "")[:200]
-            return f"this address is not known as {shown!r}: see flashd-gateway --host"
+            return f"this address is not known as {shown!r}: see the setting gateway.hosts"
         return ""
 
     def _is_ours(self, host: str) -> bool:
         with contextlib.suppress(ValueError):
-            return ip_address(host.strip("[]")).is_loopback or host in self._hosts
-        return host in self._hosts
+            if ip_address(host.strip("[]")).is_loopback:
+                return True
+        return host == "localhost" or host in {known.lower() for known in self._settings().hosts}
 
 
 def _secret(headers: Mapping[bytes, str]) -> str:

@@ -54,31 +54,28 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser("flashd-gateway", description="One HTTP address for all models of a flashd.")
     made.add_argument("--version", action="version", version=__version__)
     made.add_argument("--bus", help="session, system or a D-Bus address; default: as flash finds it")
-    made.add_argument("--address", default=DEFAULT_ADDRESS, help=f"HOST:PORT to listen at; default {DEFAULT_ADDRESS}")
+    made.add_argument(
+        "--address", action="append", help=f"HOST:PORT to listen at, as often as you like; default: {DEFAULT_ADDRESS}"
+    )
     made.add_argument("--socket", type=Path, help="a Unix socket to listen at, besides")
     made.add_argument("--tokens", type=Path, help="file of the tokens; default: the one that flash token changes")
     made.add_argument(
-        "--host", action="append", default=[], help="another name that this address is known by, for a proxy of yours"
-    )
-    made.add_argument(
-        "--origin", action="append", default=[], help="a site whose pages may ask here, such as http://localhost:3000"
-    )
-    made.add_argument(
-        "--may-change-models",
-        action="store_true",
-        help="clients may pull and delete models, as Ollama's programs do; default: they may only use them",
+        "--linger", type=float, metavar="SECONDS", help="end when no daemon has run for this long; default: never"
     )
     return made
 
 
-def _sockets(options: argparse.Namespace, *, has_tokens: bool) -> Iterator[socket.socket]:
+def _sockets(
+    options: argparse.Namespace, *, has_tokens: bool
+) -> Iterator[contextlib.AbstractContextManager[socket.socket]]:
     """The sockets that the service manager opened for us, or those of the options. Raises InvalidArgument, or
     Unavailable if an address is taken."""
     given = [socket.socket(fileno=fd) for fd, _ in inherited_fds()]
     if given:
         yield from given
         return
-    yield _bound(options.address, has_tokens=has_tokens)
+    for address in options.address or [DEFAULT_ADDRESS]:
+        yield _bound(address, has_tokens=has_tokens)
     if options.socket is not None:
         yield _bound_at(options.socket)
 
@@ -99,13 +96,15 @@ def _bound(address: str, *, has_tokens: bool) -> socket.socket:
         listening.bind((str(ip), number))
     except (OSError, OverflowError) as error:
         listening.close()
-        hint = "another program listens there; choose another with --address"
+        hint = "another program may listen there; choose another: --address, or gateway.addresses for flash start"
         raise Unavailable(f"cannot listen at {address}: {error}", hint=hint) from None
     return listening
 
 
-def _bound_at(path: Path) -> socket.socket:
-    """A Unix socket that only this user can connect to, in place of one that an earlier gateway left."""
+@contextlib.contextmanager
+def _bound_at(path: Path) -> Iterator[socket.socket]:
+    """A Unix socket that only this user can connect to, in place of one that an earlier gateway left. It is removed at
+    the end, unless a later gateway has put its own there."""
     hint = "choose another path with --socket"
     if path.exists() and not path.is_socket():
         raise InvalidArgument(f"{path} is there, and is no socket", hint=hint)
@@ -119,7 +118,14 @@ def _bound_at(path: Path) -> socket.socket:
         raise Unavailable(f"cannot listen at {path}: {error.strerror or error}", hint=hint) from None
     finally:
         os.umask(before)
-    return listening
+    made = path.stat().st_ino
+    try:
+        with listening:
+            yield listening
+    finally:
+        with contextlib.suppress(OSError):
+            if path.stat().st_ino == made:
+                path.unlink()
 
 
 if __name__ == "__main__":

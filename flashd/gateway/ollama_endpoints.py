@@ -30,12 +30,11 @@ _HEADERS = {"content-type": "application/json"}
 
 
 class OllamaEndpoints:
-    """What answers the paths under /api. `may_change_models` is whether clients may pull and delete models."""
+    """What answers the paths under /api."""
 
-    def __init__(self, dispatcher: Dispatcher, connect: Connect, *, may_change_models: bool) -> None:
+    def __init__(self, dispatcher: Dispatcher, connect: Connect) -> None:
         self._dispatcher = dispatcher
         self._connect = connect
-        self._may_change_models = may_change_models
         self._unloading: set[asyncio.Task[None]] = set()
 
     async def version(self, _: Asked, send: Sending) -> None:
@@ -111,8 +110,8 @@ class OllamaEndpoints:
         await send.json({})
 
     def _check_may_change(self) -> None:
-        if not (self._may_change_models and ACCESS.get().may_change_models):
-            hint = "use flash pull and flash remove, or start flashd-gateway with --may-change-models"
+        if not (self._dispatcher.settings.change_models and ACCESS.get().may_change_models):
+            hint = "use flash pull and flash rm, or allow it: flash config gateway.change_models true"
             raise NotAuthorized("models cannot be pulled or deleted at this address", hint=hint)
 
     async def _generate(

@@ -8,15 +8,19 @@ import asyncio
 import functools
 import signal
 import socket
+import time
 
 import uvicorn
 
 from flashd.client import client as clients
 from flashd.client.client import Client
-from flashd.gateway.app import application
+from flashd.config.environment import notify_socket, watchdog_s
+from flashd.gateway.app import OnceSettled, application
 from flashd.gateway.dispatch import Dispatcher
 from flashd.gateway.guard import Guard
 from flashd.gateway.tokens import TokenFile
+from flashd.service_manager import ServiceManager, Watchdog
+from flashd.tasks import end
 
 _BACKLOG = 1024
 _KEEP_ALIVE_S = 75
@@ -32,15 +36,12 @@ async def serve(options: argparse.Namespace, sockets: list[socket.socket], token
     def connect(activates: bool) -> Client:
         return clients.connect(options.bus, interactive=False, activate=activates)
 
-    dispatcher = Dispatcher(connect, turn_s=2.0, max_waiting=256)
+    dispatcher = Dispatcher(connect)
+    guarded = Guard(
+        application(dispatcher, connect), tokens, lambda: dispatcher.settings, socket_is_ours=options.bus != "system"
+    )
     config = uvicorn.Config(
-        Guard(
-            application(dispatcher, connect, may_change_models=options.may_change_models),
-            tokens=tokens,
-            hosts=options.host,
-            origins=options.origin,
-            socket_is_ours=options.bus != "system",
-        ),
+        OnceSettled(guarded, dispatcher),
         log_level="warning",
         access_log=False,
         lifespan="off",
@@ -49,11 +50,39 @@ async def serve(options: argparse.Namespace, sockets: list[socket.socket], token
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_FINISH_S,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
     dispatcher.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, functools.partial(server.handle_exit, number, None))
+    watchdog = Watchdog(server.manager, watchdog_s(), lambda: f"{len(dispatcher.directory.models)} models")
+    watchdog.start()
+    lingering = asyncio.create_task(_end_when_alone(dispatcher, options.linger, server))
     try:
         await server.serve(sockets)
     finally:
+        await end(lingering)
+        await watchdog.close()
         await dispatcher.close()
+
+
+class _Server(uvicorn.Server):  # type: ignore[misc]
+    """uvicorn, which tells the service manager when it answers."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.manager = ServiceManager(notify_socket())
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.manager.tell("READY=1")
+
+
+async def _end_when_alone(dispatcher: Dispatcher, linger_s: float | None, server: uvicorn.Server) -> None:
+    """Ends the server when there has been no daemon for so long."""
+    await dispatcher.settled()
+    seen_s = time.monotonic()
+    while linger_s is not None and not server.should_exit:
+        await asyncio.sleep(min(1.0, linger_s))
+        if dispatcher.is_connected:
+            seen_s = time.monotonic()
+        server.should_exit = time.monotonic() - seen_s > linger_s

@@ -45,11 +45,15 @@ class Bring:
 
 
 class Turns:
-    """All times are seconds of the caller's clock, which never goes backwards."""
+    """All times are seconds of the caller's clock, which never goes backwards.
 
-    def __init__(self, *, turn_s: float, max_waiting: int) -> None:
-        self._turn_s = turn_s
-        self._max_waiting = max_waiting
+    Both limits may be changed at any time: `turn_s` holds for turns that begin later, and `max_waiting`, of requests
+    for one model, for those that arrive later.
+    """
+
+    def __init__(self, *, turn_s: float = 2.0, max_waiting: int = 256) -> None:
+        self.turn_s = turn_s
+        self.max_waiting = max_waiting
         self._waiting: dict[str, list[Ticket]] = {}  # by model, in the order of arrival
         self._inside: Counter[str] = Counter()
         self._turn_ends: dict[str, float] = {}  # of the models that serve
@@ -79,7 +83,7 @@ class Turns:
             self._enter(ticket)
             return ticket
         line = self._waiting.get(model, [])
-        if len(line) >= self._max_waiting:
+        if len(line) >= self.max_waiting:
             raise LimitExceeded(f"{len(line)} requests wait for {model} already", hint="try again in a moment")
         self._waiting[model] = sorted([*line, ticket], key=lambda waiting: waiting.arrived)
         return ticket
@@ -154,7 +158,7 @@ class Turns:
         self._displaced.clear()
 
     def _turn(self, model: str) -> float:
-        return max(self._turn_s, self._brought_s.get(model, 0.0))
+        return max(self.turn_s, self._brought_s.get(model, 0.0))
 
     def _is_open(self, model: str, now: float) -> bool:
         """True if a request for it enters at once."""

@@ -29,6 +29,7 @@ _SECTIONS = {
     "engines.vllm": "The engine built on vLLM.",
     "models.NAME": "Settings of the model NAME; `default` means the value in `[engines]`.",
     "limits": "The most one user may have at once; of what ends with a connection, one connection has half at most.",
+    "gateway": "The HTTP address of all models.",
     "bus": "How the daemon is reached.",
 }
 

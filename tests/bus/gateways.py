@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,16 +59,14 @@ async def running_gateway(
     log: Path,
     socket_path: Path,
     *,
-    options: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Gateway]:
     """Yields it once it has heard of the daemon. It must end as told, and have said nothing."""
     port, tokens = free_port(), socket_path.with_name("tokens.toml")
-    options = ["--tokens", str(tokens), *options]
     command = [sys.executable, "-m", "flashd.gateway.main", "--bus", daemon.address]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, "--address", f"127.0.0.1:{port}", "--socket", socket_path, *options],
+            [*command, "--address", f"127.0.0.1:{port}", "--socket", socket_path, "--tokens", tokens],
             env={**os.environ, **(environment or {})},
             stdout=output,
             stderr=output,

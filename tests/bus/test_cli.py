@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from conftest import Daemon
@@ -280,6 +281,9 @@ def home() -> Iterator[dict[str, str]]:
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="fh-") as folder:
+        settings = settings_of(folder)
+        settings.parent.mkdir(parents=True)
+        settings.write_text('[gateway]\naddresses = ["127.0.0.1:0"]\n')  # other tests have their own at the same time
         yield {
             "HOME": folder, "XDG_RUNTIME_DIR": folder, "DBUS_SESSION_BUS_ADDRESS": "", "XDG_STATE_HOME": "",
             "XDG_CONFIG_HOME": "", "DBUS_SYSTEM_BUS_ADDRESS": "unix:path=/nowhere",
@@ -312,7 +316,65 @@ def test_start_and_stop_where_there_is_no_bus(home: dict[str, str]) -> None:
     assert stopped.returncode == 0, stopped.stderr
     assert flash("status", **home).returncode == errors.Unavailable.exit_status
     assert not (Path(home["XDG_RUNTIME_DIR"]) / "flashd").exists(), "nothing of it is left"
-    until(lambda: processes_of(home) == [])
+    until(lambda: not processes_of(home))
+
+
+def settings_of(home: str) -> Path:
+    return Path(home) / ".config" / "flashd" / "flashd.toml"
+
+
+def listed_by_gateway(home: dict[str, str]) -> list[str]:
+    """The models that the gateway of a home lists; none if there is no gateway."""
+    at = f"{home['XDG_RUNTIME_DIR']}/flashd/gateway.sock"
+    with socket.socket(socket.AF_UNIX) as probe:
+        if probe.connect_ex(at):
+            return []
+    transport = httpx.HTTPTransport(uds=at, verify=False)
+    with httpx.Client(transport=transport, base_url="http://localhost") as client:
+        return [model["id"] for model in client.get("/v1/models").raise_for_status().json()["data"]]
+
+
+def gateways_of(home: dict[str, str]) -> list[int]:
+    """The processes of its gateways, without their keepers."""
+    return [pid for pid, command in processes_of(home).items() if re.match(r"\S*python\S* -m flashd.gateway", command)]
+
+
+def test_start_starts_the_gateway_which_is_kept_running_and_stopped(home: dict[str, str]) -> None:
+    started = flash("start", **home)
+    try:
+        assert started.returncode == 0 and "http://127.0.0.1:0/v1" in started.stderr
+        flash("import", str(source(Path(home["HOME"]) / "tune")), "tune", **home)
+        until(lambda: listed_by_gateway(home) == ["tune"])
+        (first,) = gateways_of(home)
+        assert "already running" in flash("start", **home).stderr and gateways_of(home) == [first]
+        os.kill(first, signal.SIGKILL)
+        until(lambda: gateways_of(home) not in ([], [first]))
+        until(lambda: listed_by_gateway(home) == ["tune"])
+        (second,) = gateways_of(home)
+        assert flash("restart", **home).returncode == 0
+        assert listed_by_gateway(home) == ["tune"] and second not in gateways_of(home)
+        assert flash("config", "gateway.addresses", "[]", **home).returncode == 0
+        assert "http" not in flash("restart", **home).stderr and gateways_of(home) == []
+    finally:
+        stopped = flash("stop", **home)
+    assert stopped.returncode == 0, stopped.stderr
+    until(lambda: not processes_of(home))
+
+
+def test_a_port_that_is_taken_is_said_and_the_daemon_runs(home: dict[str, str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = f"127.0.0.1:{other.getsockname()[1]}"
+        settings_of(home["HOME"]).write_text(f'[gateway]\naddresses = ["{taken}"]\n')
+        started = flash("start", **home)
+        try:
+            assert started.returncode == 0 and "flashd is running" in started.stderr
+            assert taken in started.stderr and "gateway.addresses" in started.stderr
+            assert gateways_of(home) == []
+        finally:
+            flash("stop", **home)
+    until(lambda: not processes_of(home))
 
 
 def daemon_of(home: dict[str, str]) -> int:
@@ -332,19 +394,18 @@ def daemon_of(home: dict[str, str]) -> int:
     return 0
 
 
-def processes_of(home: dict[str, str]) -> list[str]:
+def processes_of(home: dict[str, str]) -> dict[int, str]:
     """The command lines of what runs with this home: keeper, daemon, bus, engines."""
-    found = []
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if f"HOME={home['HOME']}\0".encode() in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
     return found
 
 
 def test_a_start_that_fails_quotes_only_itself_and_says_what_to_do(home: dict[str, str]) -> None:
-    settings = Path(home["HOME"]) / ".config" / "flashd" / "flashd.toml"
-    settings.parent.mkdir(parents=True)
+    settings = settings_of(home["HOME"])
     settings.write_text("[engins]\n")
     assert "engins" in flash("start", **home).stderr
     settings.unlink()

@@ -150,10 +150,12 @@ async def test_ollama_pulls_and_deletes_where_it_may(
             **{"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "XDG_CACHE_HOME": str(tmp_path / "cache")},
             **{"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_TOKEN": ""},
         }
-        options = ["--may-change-models"]
+        daemon.stop()
+        daemon.config.write_text(daemon.config.read_text() + "[gateway]\nchange_models = true\n")
+        daemon.start()
         log, socket_path = tmp_path / "gateway.log", short_path / "gateway.sock"
         async with (
-            running_gateway(daemon, log, socket_path, options=options, environment=environment) as gateway,
+            running_gateway(daemon, log, socket_path, environment=environment) as gateway,
             gateway.ollama() as client,
         ):
             lines = [line.status async for line in await client.pull("hf.co/someone/ada:latest", stream=True)]

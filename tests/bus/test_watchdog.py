@@ -22,12 +22,11 @@ from silent_files import SilentFiles
 from waiting import eventually, until
 
 from flashd.config.environment import watchdog_s
-from flashd.daemon.lifecycle.service_manager import ServiceManager
 from flashd.daemon.lifecycle.stall_detector import StallDetector
-from flashd.daemon.lifecycle.watchdog import Watchdog
 from flashd.dbus import wire
 from flashd.dbus.connection import connect
 from flashd.dbus.private_bus import PrivateBus
+from flashd.service_manager import ServiceManager, Watchdog
 
 
 @pytest.fixture

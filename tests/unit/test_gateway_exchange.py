@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flashd.client.results import Engine, Model
+from flashd.config.settings import GatewayConfig
 from flashd.errors import AlreadyExists, InvalidArgument, LimitExceeded, NotFound, Unavailable
 from flashd.gateway.access import ACCESS, Access
 from flashd.gateway.directory import Directory
@@ -105,7 +106,8 @@ async def test_the_guard(headers: dict[str, str], server: tuple[str, int | None]
         sent.append(message)
 
     tokens = TokenFile(tmp_path / "tokens.toml")
-    guard = Guard(inside, tokens, hosts=["models.lan"], origins=["http://localhost:3000/"], socket_is_ours=True)
+    settings = GatewayConfig(hosts=("models.lan",), origins=("http://localhost:3000/",))
+    guard = Guard(inside, tokens, lambda: settings, socket_is_ours=True)
     listed = [(name.encode(), value.encode()) for name, value in headers.items()]
     await guard({"type": "http", "path": "/v1/models", "headers": listed, "server": server}, receive_of([]), send)  # type: ignore[arg-type]
     assert (sent[0]["status"] if sent else 200) == status

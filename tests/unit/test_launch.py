@@ -18,6 +18,8 @@ from flashd.errors import Unavailable
 class _Ended:
     """A client whose daemon ends at once."""
 
+    bus = "session"
+
     def stop(self) -> None:
         pass
 

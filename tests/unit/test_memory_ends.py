@@ -29,7 +29,7 @@ from waiting import eventually
 from flashd import tensors
 from flashd.checkpoint.files import Checkpoint
 from flashd.config.environment import inherited_fds
-from flashd.daemon.lifecycle.service_manager import ArenaKeeper, FdStore, ServiceManager
+from flashd.daemon.lifecycle.descriptor_store import ArenaKeeper, FdStore
 from flashd.errors import Busy, DeviceFailed, InvalidArgument, OutOfMemory
 from flashd.io import cuda
 from flashd.io.cuda import Gpu
@@ -38,6 +38,7 @@ from flashd.memory.arena import HUGE_PAGE_BYTES, Arena, HostArena, HugePages
 from flashd.memory.device import CudaDevice, HostDevice, Tier
 from flashd.memory.residency import Memory, Residency
 from flashd.memory.transfers import Progress, Region, Residents, StreamMover
+from flashd.service_manager import ServiceManager
 from flashd.units import MiB
 
 GPU = Gpu(0, "a card", "u-u-i-d", 1 << 34, False, False, True, True, True)
@@ -435,7 +436,7 @@ async def test_a_model_that_cannot_be_kept_beyond_us_is_warm_all_the_same(monkey
 
     residency = Residency(host_of(1 << 20), FakeMover(), keeper=ArenaKeeper(FdStore(ServiceManager("/nowhere"))))
     with monkeypatch.context() as patch:
-        patch.setattr("flashd.daemon.lifecycle.service_manager._described", full)
+        patch.setattr("flashd.daemon.lifecycle.descriptor_store._described", full)
         (await residency.acquire(checkpoint("a", 4096))).release()
     assert residency.tier_of("a") is Tier.HOST
     residency.close()

@@ -25,7 +25,6 @@ from flashd.daemon.library.store_room import StoreRoom
 from flashd.daemon.library.verification import Verification
 from flashd.daemon.lifecycle.ending import Ending, How, restart
 from flashd.daemon.lifecycle.problems import Problems
-from flashd.daemon.lifecycle.service_manager import ServiceManager
 from flashd.daemon.lifecycle.settings import Settings
 from flashd.daemon.serving.endpoint import connected
 from flashd.daemon.serving.installations import Installations
@@ -39,6 +38,7 @@ from flashd.errors import InvalidArgument, NotFound, Unavailable, from_bus
 from flashd.memory.device import HOST, Kind, Tier
 from flashd.memory.lease import Lease
 from flashd.memory.residency import Residency
+from flashd.service_manager import ServiceManager
 from flashd.store.catalog import Catalog, Model
 from flashd.store.inbox import Inbox
 from flashd.swap.swapper import EngineSlot, Swapper

@@ -6,9 +6,9 @@ from __future__ import annotations
 import asyncio
 import enum
 
-from flashd.daemon.lifecycle.service_manager import ServiceManager
 from flashd.daemon.lifecycle.settings import Settings
 from flashd.errors import Unavailable
+from flashd.service_manager import ServiceManager
 
 RESTART_STATUS = 75  # RestartForceExitStatus= of the unit; native/keeper.cpp knows it too
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from flashd.daemon.lifecycle.service_manager import ArenaKeeper, EngineKeeper, FdStore
+from flashd.daemon.lifecycle.descriptor_store import ArenaKeeper, EngineKeeper, FdStore
 from flashd.engines.engine import BindingRecord, Engine, EngineFactory, EngineState
 from flashd.engines.inherited import InheritedProcess
 from flashd.errors import FlashdError, InvalidArgument, NotFound

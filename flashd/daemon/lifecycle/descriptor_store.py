@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The service manager: notifications to it, and its file descriptor store (sd_notify(3), systemd.service(5)).
+"""The service manager's file descriptor store (sd_notify(3), systemd.service(5)).
 
 Models in memory and engines outlive the daemon by descriptors in this store, two with one name for each: for an arena,
 the arena itself and a small sealed description; for an engine, our end of its control channel and a record
@@ -9,13 +9,10 @@ store, and so ends the engines.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import fcntl
 import json
 import logging
 import os
-import socket
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -27,67 +24,15 @@ from flashd.config.environment import inherited_fds
 from flashd.engines import inherited
 from flashd.errors import InvalidArgument
 from flashd.memory.arena import Arena
+from flashd.service_manager import ServiceManager
 
 log = logging.getLogger(__name__)
 
 _VERSION = 1
 _LARGEST_DESCRIPTION = 4096
 _SEALED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
-_BARRIER_S = 5.0
-_TELL_S = 1.0  # a hanging manager does not read, and the queue of its socket is short (unix(7))
 _PREFIX = "flashd-arena."
 T = TypeVar("T")
-
-
-class ServiceManager:
-    """The service manager at NOTIFY_SOCKET. Without one, all calls have no effect."""
-
-    def __init__(self, address: str | None) -> None:
-        self._address = address
-
-    @property
-    def is_there(self) -> bool:
-        """True if a service manager started us."""
-        return self._address is not None
-
-    def tell(self, state: str, fds: Sequence[int] = ()) -> bool:
-        """Sends a notification.
-
-        Returns False if there is no service manager, or it has ended or hangs. Never raises.
-        """
-        if self._address is None:
-            return False
-        address = self._address
-        with (
-            contextlib.suppress(OSError),
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel,
-        ):
-            channel.settimeout(_TELL_S)
-            channel.connect("\0" + address[1:] if address.startswith("@") else address)
-            if fds:
-                socket.send_fds(channel, [state.encode()], list(fds))
-            else:
-                channel.sendall(state.encode())
-            return True
-        return False
-
-    async def barrier(self) -> None:
-        """Waits until all earlier notifications are processed, or the service manager does not answer."""
-        reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        loop, closed = asyncio.get_running_loop(), asyncio.Event()
-        try:
-            is_heard = self.tell("BARRIER=1", [writing])
-        finally:
-            os.close(writing)
-        try:
-            if is_heard:
-                loop.add_reader(reading, closed.set)  # the receiver closes its end
-                await asyncio.wait_for(closed.wait(), _BARRIER_S)
-        except TimeoutError:
-            log.warning("the service manager does not answer")
-        finally:
-            loop.remove_reader(reading)
-            os.close(reading)
 
 
 @dataclass(frozen=True, slots=True)
