@@ -15,7 +15,7 @@ from aiohttp import ClientError, ClientResponse
 
 from flashd.errors import EngineFailed, FlashdError, Internal
 from flashd.gateway.dialects.chunks import Chunk, ChunkReader, refused
-from flashd.gateway.dialects.dialect import Dialect, retry_headers, status_of
+from flashd.gateway.dialects.dialect import Dialect, name_of, retry_headers, status_of
 from flashd.gateway.exchange import (
     BodyBudget,
     ClientLeft,
@@ -27,6 +27,7 @@ from flashd.gateway.exchange import (
     send_json,
     unless_left,
 )
+from flashd.gateway.metrics.observed import observed
 from flashd.units import MiB, format_bytes
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class Sending:
     async def fail(self, error: FlashdError) -> None:
         """Says what went wrong: as the answer, or as the last piece of a stream that has begun. Else the connection is
         closed before the answer is complete, which clients notice."""
+        observed().failed(name_of(error))
         if not self._has_begun:
             await self.json(self._dialect.described(error), status=status_of(error), headers=retry_headers(error))
         elif self.is_stream:

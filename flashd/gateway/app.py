@@ -20,6 +20,9 @@ from flashd.gateway.directory import Connect
 from flashd.gateway.dispatch import Dispatcher
 from flashd.gateway.exchange import BodyBudget, Message, Receive, Send
 from flashd.gateway.guard import Application
+from flashd.gateway.metrics.daemon_news import DaemonNews
+from flashd.gateway.metrics.measures import Measures
+from flashd.gateway.metrics.page import MetricsPage
 from flashd.gateway.ollama_endpoints import OllamaEndpoints
 from flashd.gateway.passed import Passed
 
@@ -29,14 +32,21 @@ _PASSED = (
     *("/v1/score", "/score", "/pooling", "/classify", "/tokenize", "/detokenize"),
 )
 _ANTHROPICS = "anthropic-version"  # a header that Anthropic's clients send, and no others
+_AT_ONCE = frozenset({"/health", "/metrics"})
 _SHOWN = 200
 
 
-def application(dispatcher: Dispatcher, connect: Connect) -> Starlette:
+def paths(application: Starlette) -> list[str]:
+    """The paths that it answers, without those that name a model."""
+    return [route.path for route in application.routes if "{" not in route.path]
+
+
+def application(dispatcher: Dispatcher, connect: Connect, measures: Measures, news: DaemonNews) -> Starlette:
     ollama = OllamaEndpoints(dispatcher, connect)
     messages = AnthropicEndpoints(dispatcher)
     passed = Passed(dispatcher)
     budget = BodyBudget()
+    page = MetricsPage(dispatcher, measures, news, budget)
 
     def route(path: str, answer: Answer, method: str = "POST") -> Route:
         return Route(path, Endpoint(dialect_of(path), answer, budget), methods=[method])
@@ -74,6 +84,7 @@ def application(dispatcher: Dispatcher, connect: Connect) -> Starlette:
         routes=[
             Route("/", root),
             Route("/health", health),
+            Route("/metrics", page.answer),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             *(route(path, passed) for path in _PASSED),
@@ -102,7 +113,7 @@ class OnceSettled:
         self._dispatcher = dispatcher
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health":
+        if scope["type"] == "http" and scope["path"] not in _AT_ONCE:
             await self._dispatcher.settled()
         await self._inside(scope, receive, send)
 

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from flashd import toml
 from flashd.client.client import Client
-from flashd.client.results import Engine, Event, Model, engine_from, name_of
+from flashd.client.results import Engine, Event, Model, Status, engine_from, name_of
 from flashd.config import loading
 from flashd.config.settings import Config
 from flashd.dbus import wire
@@ -102,12 +102,26 @@ class Connect(Protocol):
     def __call__(self, activates: bool, /) -> Client: ...
 
 
+class Watch(Protocol):
+    """What else wants to know of the daemon. Its methods are called by the follower's thread."""
+
+    def began(self, client: Client) -> None:
+        """The daemon is followed from now on, by this client."""
+
+    def listed(self, models: Mapping[str, Model], status: Status) -> None:
+        """The daemon was asked anew."""
+
+    def happened(self, event: Event) -> None:
+        """The daemon has sent a signal."""
+
+
 class Follower:
     """Follows the daemon from a thread of its own, and connects again whenever the daemon was away."""
 
-    def __init__(self, connect: Connect, on_change: Callable[[Directory], None]) -> None:
+    def __init__(self, connect: Connect, on_change: Callable[[Directory], None], watch: Watch) -> None:
         """`on_change` is called from the thread."""
         self._connect = connect
+        self._watch = watch
         self._activates = True  # the first time only: a daemon that an administrator stopped stays so
         self._on_change = on_change
         self._known = Directory()
@@ -141,6 +155,7 @@ class Follower:
 
     def _follow(self, client: Client, events: queue.SimpleQueue[Event | None]) -> None:
         """Returns when the connection has ended."""
+        self._watch.began(client)
         self._known = replace(self._known, config=_settings(client.config()))
         self._ask(client)
         while True:
@@ -153,6 +168,7 @@ class Follower:
                     break
                 if event is None:
                     return
+                self._watch.happened(event)
                 if event.interface == wire.MANAGER:
                     self._note(event)
                 elif event.interface == wire.ENGINE:
@@ -193,6 +209,7 @@ class Follower:
     def _ask(self, client: Client) -> None:
         models = {model.name: model for model in client.models()}
         status = client.status()
+        self._watch.listed(models, status)
         self._publish(
             replace(
                 self._known,

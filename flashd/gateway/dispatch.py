@@ -24,8 +24,10 @@ from flashd.client.results import Engine, Model
 from flashd.config.settings import GatewayConfig
 from flashd.errors import FlashdError, Internal, NotFound, Unavailable
 from flashd.gateway.access import ACCESS
-from flashd.gateway.directory import Connect, Directory, Follower
+from flashd.gateway.directory import Connect, Directory, Follower, Watch
 from flashd.gateway.engine_connections import EngineConnections
+from flashd.gateway.metrics.measures import Measures
+from flashd.gateway.metrics.observed import observed
 from flashd.gateway.turns import Ask, Bring, Ticket, Turns
 
 log = logging.getLogger(__name__)
@@ -52,11 +54,12 @@ Make = Callable[[Engine], EngineRequest]  # the request that suits an engine, ma
 class Dispatcher:
     """The queue of all requests, and the swaps that they need. On one event loop."""
 
-    def __init__(self, connect: Connect) -> None:
+    def __init__(self, connect: Connect, measures: Measures, watch: Watch) -> None:
         self._connect = connect
+        self._measures = measures
         self._turns = Turns()
         self._connections = EngineConnections()
-        self._follower = Follower(connect, self._heard)
+        self._follower = Follower(connect, self._heard, watch)
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()  # set and replaced whenever the daemon says something new
         self._work: asyncio.Task[None] | None = None
@@ -139,13 +142,22 @@ class Dispatcher:
 
     def is_asked(self, model: str) -> bool:
         """True while requests for a model are answered or wait."""
-        return bool(self._turns.inside(model) or self._turns.waiting(model))
+        return bool(self.in_progress(model) or self.waiting(model))
+
+    def waiting(self, model: str) -> int:
+        """How many requests for a model wait for its turn."""
+        return self._turns.waiting(model)
+
+    def in_progress(self, model: str) -> int:
+        """How many requests for a model are answered now."""
+        return self._turns.inside(model)
 
     def _asked(self, model: str, make: Make) -> contextlib.AbstractAsyncContextManager[ClientResponse]:
         if (engine := self._known.engine_of(model)) is None:
             raise Unavailable(f"{model} ceased to serve", hint="ask again")
         request = make(engine)
-        return self._connections.answer(engine.endpoint, request.method, request.target, request.headers, request.body)
+        headers = observed().asked(request.headers)
+        return self._connections.answer(engine.endpoint, request.method, request.target, headers, request.body)
 
     @staticmethod
     async def _is_elsewhere(response: ClientResponse) -> bool:
@@ -167,11 +179,14 @@ class Dispatcher:
             if not admitted.done():
                 admitted.set_result(None)
 
+        request = observed()
+        request.queued(model)
         ticket = self._turns.ask(model, time.monotonic(), admit, arrived=arrived)
         self._waiters[ticket] = admitted
         try:
             self._step()
             await admitted
+            request.admitted()
             yield
         finally:
             del self._waiters[ticket]
@@ -272,6 +287,7 @@ class Dispatcher:
 
     def _note(self, directory: Directory) -> None:
         self._known, self._public = directory, directory.public()
+        self._measures.models_are(directory.models)
         self._changed.set()
         self._changed = asyncio.Event()
         self._turns.turn_s, self._turns.max_waiting = directory.config.engines.turn_s, self.settings.max_waiting

@@ -12,6 +12,7 @@ from typing import Any
 from aiohttp import ClientResponse
 
 from flashd.errors import InvalidArgument, LimitExceeded
+from flashd.gateway.metrics.observed import observed
 from flashd.units import MiB
 
 Message = MutableMapping[str, Any]
@@ -38,7 +39,12 @@ class BodyBudget:
     """The memory that the bodies of all requests may take at once, those that wait for their turn included."""
 
     def __init__(self, most_bytes: int = 16 * MAX_BODY_BYTES) -> None:
+        self.most_bytes = most_bytes
         self._left_bytes = most_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        return self.most_bytes - self._left_bytes
 
     @contextlib.contextmanager
     def share(self) -> Iterator[Callable[[int], None]]:
@@ -125,10 +131,14 @@ async def relay(response: ClientResponse, send: Send, body: AsyncIterator[bytes]
 
 async def pieces(response: ClientResponse) -> AsyncIterator[bytes]:
     """The body of an engine's answer as it comes, also if it has been read already. Raises aiohttp's ClientError."""
+    seen = observed()
     if response.content.at_eof():
-        yield await response.read()
+        received = await response.read()
+        seen.received(received)
+        yield received
         return
     async for received in response.content.iter_any():
+        seen.received(received)
         yield received
 
 

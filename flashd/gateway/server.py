@@ -15,9 +15,12 @@ import uvicorn
 from flashd.client import client as clients
 from flashd.client.client import Client
 from flashd.config.environment import notify_socket, watchdog_s
-from flashd.gateway.app import OnceSettled, application
+from flashd.gateway.app import OnceSettled, application, paths
 from flashd.gateway.dispatch import Dispatcher
 from flashd.gateway.guard import Guard
+from flashd.gateway.metrics.daemon_news import DaemonNews
+from flashd.gateway.metrics.measures import Measures
+from flashd.gateway.metrics.observing import Observing
 from flashd.gateway.tokens import TokenFile
 from flashd.service_manager import ServiceManager, Watchdog
 from flashd.tasks import end
@@ -36,12 +39,13 @@ async def serve(options: argparse.Namespace, sockets: list[socket.socket], token
     def connect(activates: bool) -> Client:
         return clients.connect(options.bus, interactive=False, activate=activates)
 
-    dispatcher = Dispatcher(connect)
-    guarded = Guard(
-        application(dispatcher, connect), tokens, lambda: dispatcher.settings, socket_is_ours=options.bus != "system"
-    )
+    measures = Measures()
+    news = DaemonNews(measures)
+    dispatcher = Dispatcher(connect, measures, news)
+    inside = application(dispatcher, connect, measures, news)
+    guarded = Guard(inside, tokens, lambda: dispatcher.settings, socket_is_ours=options.bus != "system")
     config = uvicorn.Config(
-        OnceSettled(guarded, dispatcher),
+        Observing(OnceSettled(guarded, dispatcher), measures, paths=paths(inside)),
         log_level="warning",
         access_log=False,
         lifespan="off",

@@ -14,6 +14,7 @@ from sources import Command, Entry, Interface, Member
 from flashd import user_inbox
 from flashd.daemon import main as daemon
 from flashd.gateway.dialects import ollama_requests as ollama
+from flashd.gateway.metrics import names as metric_names
 from flashd.workers.torch import fields
 
 _BEGIN = "<!-- generated: {}, by packaging/reference -->"
@@ -198,6 +199,21 @@ def ollama_fields() -> Iterator[str]:
     yield from table(["field", "requests", "for the engine", "notes"], rows)
 
 
+# -- metrics.md ------------------------------------------------------------------------------------------------------
+
+
+def metrics() -> Iterator[str]:
+    rows = [
+        [code(metric.name), metric.kind, ", ".join(map(code, metric.labels)), escaped(metric.meaning)]
+        for metric in metric_names.METRICS
+    ]
+    yield from table(["metric", "kind", "labels", "meaning"], rows)
+
+
+def metric_labels() -> Iterator[str]:
+    yield from table(["label", "value"], [[code(name), docstring(does)] for name, does in metric_names.LABELS.items()])
+
+
 # -- Markdown --------------------------------------------------------------------------------------------------------
 
 
@@ -242,4 +258,5 @@ _PARTS: Mapping[str, Mapping[str, Callable[[], Iterator[str]]]] = {
     "python.md": {"API": python_api},
     "dbus.md": {"errors": errors, "interfaces": interfaces},
     "http.md": {"request fields": request_fields, "Ollama's fields": ollama_fields},
+    "metrics.md": {"metrics": metrics, "labels": metric_labels},
 }

@@ -59,5 +59,13 @@ def status_of(error: FlashdError) -> int:
     return next((int(status) for kind, status in _STATUS if isinstance(error, kind)), 500)
 
 
+def name_of(error: FlashdError) -> str:
+    """The name of an error in metrics: that of its kind on the bus, or `engine` for an engine's refusal."""
+    if isinstance(error, Refused):
+        return "engine"
+    kind = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+    return kind.__name__
+
+
 def retry_headers(error: FlashdError) -> dict[str, str]:
     return {"Retry-After": "1"} if status_of(error) in {429, 503} else {}

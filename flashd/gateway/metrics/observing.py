@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layer around the whole application in which the metrics and the trace of a request begin and end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from flashd.gateway.exchange import Message, Receive, Send
+from flashd.gateway.guard import Application
+from flashd.gateway.metrics.measures import Measures
+from flashd.gateway.metrics.observed import Observed, Trace, observe
+
+_ONE_MODEL = "/v1/models/"
+_OTHER = "other"
+
+BeginTrace = Callable[[Message, str], Trace]  # of a scope, and the endpoint's name
+
+
+class Observing:
+    """An ASGI application around another, whose `paths` are the endpoints that have names in metrics."""
+
+    def __init__(
+        self, inside: Application, measures: Measures, *, paths: Collection[str], begin_trace: BeginTrace | None = None
+    ) -> None:
+        self._inside = inside
+        self._measures = measures
+        self._paths = frozenset(paths)
+        self._begin_trace = begin_trace
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._inside(scope, receive, send)
+            return
+        endpoint = self._endpoint(scope["path"])
+        request = Observed(endpoint, self._begin_trace(scope, endpoint) if self._begin_trace is not None else None)
+        observe(request)
+
+        async def noted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                request.status = message["status"]
+            await send(message)
+
+        try:
+            await self._inside(scope, receive, noted)
+        finally:
+            self._measures.ended(request)
+            if request.trace is not None:
+                request.trace.ended(request)
+
+    def _endpoint(self, path: str) -> str:
+        if path in self._paths:
+            return path
+        return f"{_ONE_MODEL}{{name}}" if path.startswith(_ONE_MODEL) else _OTHER
