@@ -49,6 +49,17 @@ def system_bus_address() -> str:
     return os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or "unix:path=/run/dbus/system_bus_socket"
 
 
+def traces_are_wanted() -> bool:
+    """Tells whether OpenTelemetry's variables name a place for traces (their names are those of its specification)."""
+    names = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    return any(map(os.environ.get, names)) and os.environ.get("OTEL_SDK_DISABLED", "").lower() != "true"
+
+
+def trace_service_name() -> str:
+    """Returns the name under which traces show the gateway."""
+    return os.environ.get("OTEL_SERVICE_NAME") or "flashd-gateway"
+
+
 def notify_socket() -> str | None:
     """Returns the socket on which the service manager waits for our readiness (sd_notify(3)), if any."""
     return os.environ.get("NOTIFY_SOCKET") or None

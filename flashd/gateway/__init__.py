@@ -15,6 +15,7 @@ turn, and the gateway asks the daemon to swap.
     dispatch.py   carries a request through its turn to an engine and back
     answering.py  a request and its answer, with errors in the form of a dialect
     metrics/      counts and times, for Prometheus
+    tracing.py    traces, for OpenTelemetry
     passed.py, anthropic_endpoints.py, ollama_endpoints.py
                   what answers the requests of each dialect
     dialects/     errors and translations: OpenAI, Anthropic, Ollama

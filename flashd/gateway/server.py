@@ -6,15 +6,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
+import logging
 import signal
 import socket
 import time
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from flashd.client import client as clients
 from flashd.client.client import Client
-from flashd.config.environment import notify_socket, watchdog_s
+from flashd.config.environment import notify_socket, trace_service_name, traces_are_wanted, watchdog_s
 from flashd.gateway.app import OnceSettled, application, paths
 from flashd.gateway.dispatch import Dispatcher
 from flashd.gateway.guard import Guard
@@ -24,6 +26,11 @@ from flashd.gateway.metrics.observing import Observing
 from flashd.gateway.tokens import TokenFile
 from flashd.service_manager import ServiceManager, Watchdog
 from flashd.tasks import end
+
+if TYPE_CHECKING:
+    from flashd.gateway.tracing import Tracing
+
+log = logging.getLogger(__name__)
 
 _BACKLOG = 1024
 _KEEP_ALIVE_S = 75
@@ -44,8 +51,10 @@ async def serve(options: argparse.Namespace, sockets: list[socket.socket], token
     dispatcher = Dispatcher(connect, measures, news)
     inside = application(dispatcher, connect, measures, news)
     guarded = Guard(inside, tokens, lambda: dispatcher.settings, socket_is_ours=options.bus != "system")
+    tracing = _tracing(news)
+    begin_trace = tracing.begin if tracing is not None else None
     config = uvicorn.Config(
-        Observing(OnceSettled(guarded, dispatcher), measures, paths=paths(inside)),
+        Observing(OnceSettled(guarded, dispatcher), measures, paths=paths(inside), begin_trace=begin_trace),
         log_level="warning",
         access_log=False,
         lifespan="off",
@@ -67,6 +76,8 @@ async def serve(options: argparse.Namespace, sockets: list[socket.socket], token
         await end(lingering)
         await watchdog.close()
         await dispatcher.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
 
 class _Server(uvicorn.Server):  # type: ignore[misc]
@@ -90,3 +101,15 @@ async def _end_when_alone(dispatcher: Dispatcher, linger_s: float | None, server
         if dispatcher.is_connected:
             seen_s = time.monotonic()
         server.should_exit = time.monotonic() - seen_s > linger_s
+
+
+def _tracing(news: DaemonNews) -> Tracing | None:
+    """Traces, if the environment says where to."""
+    if not traces_are_wanted():
+        return None
+    try:
+        from flashd.gateway.tracing import Tracing
+    except ImportError as error:
+        log.warning("no traces: %s is missing; install it: pip install 'flashd[traces]'", error.name)
+        return None
+    return Tracing(news, trace_service_name())
