@@ -11,6 +11,7 @@ from starlette.routing import Route
 
 from flashd._version import __version__
 from flashd.errors import NotFound, Unavailable
+from flashd.gateway import audio_endpoints
 from flashd.gateway.answering import Answer, Endpoint
 from flashd.gateway.anthropic_endpoints import AnthropicEndpoints
 from flashd.gateway.dialects import anthropic, openai
@@ -45,6 +46,7 @@ def application(dispatcher: Dispatcher, connect: Connect, measures: Measures, ne
     ollama = OllamaEndpoints(dispatcher, connect)
     messages = AnthropicEndpoints(dispatcher)
     passed = Passed(dispatcher)
+    audio = audio_endpoints.AudioEndpoints(dispatcher)
     budget = BodyBudget()
     page = MetricsPage(dispatcher, measures, news, budget)
 
@@ -88,6 +90,7 @@ def application(dispatcher: Dispatcher, connect: Connect, measures: Measures, ne
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             *(route(path, passed) for path in _PASSED),
+            *(route(path, audio) for path in audio_endpoints.PATHS),
             route("/v1/messages", messages.messages),
             route("/v1/messages/count_tokens", messages.count_tokens),
             route("/api/version", ollama.version, "GET"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ _DIRECT = {"x-flashd-direct": "1"}  # for this very engine (flashd/workers/conne
 _MOST_TRIES = 5
 _MOST_POOLS = 16
 _MAX_LINE_BYTES = 64 << 10
+_LARGE_BYTES = 1 << 20
 
 
 @dataclass(slots=True)
@@ -68,7 +70,8 @@ class EngineConnections:
                     method,
                     f"http://engine{target}",
                     headers={**headers, **_DIRECT},
-                    data=body or None,
+                    # Bytes would be written in one go, while all other requests wait.
+                    data=io.BytesIO(body) if len(body) > _LARGE_BYTES else body or None,
                     allow_redirects=False,
                 )
             except (ServerDisconnectedError, ConnectionResetError, BrokenPipeError):

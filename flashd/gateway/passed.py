@@ -15,7 +15,7 @@ from flashd.gateway.answering import Asked, Sending
 from flashd.gateway.dispatch import Dispatcher, EngineRequest
 from flashd.gateway.exchange import forwarded, parse_object, relay
 
-_OF_THE_GATEWAY = frozenset({b"authorization", b"x-api-key"})  # tokens are for us, and no engine's business
+OF_THE_GATEWAY = frozenset({b"authorization", b"x-api-key"})  # tokens are for us, and no engine's business
 
 
 class Passed:
@@ -49,7 +49,7 @@ def passed_on(asked: Asked, content: Mapping[str, Any], model: Model) -> EngineR
     body = asked.body
     if content.get("model") != model.name:  # aliases may be newer than the engine's
         body = json.dumps({**content, "model": model.name}).encode()
-    headers = forwarded(asked.scope["headers"], without=_OF_THE_GATEWAY)
+    headers = forwarded(asked.scope["headers"], without=OF_THE_GATEWAY)
     return EngineRequest(asked.scope["method"], asked.target, headers, body)
 
 

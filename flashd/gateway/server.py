@@ -63,6 +63,7 @@ async def serve(options: argparse.Namespace, sockets: list[socket.socket], token
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_FINISH_S,
     )
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each form that is none
     server = _Server(config)
     dispatcher.start()
     for number in (signal.SIGTERM, signal.SIGINT):
