@@ -14,7 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import anthropic
+import httpx
 import ollama
+import openai
 import pytest
 from conftest import plain_vllm
 from gateways import Gateway, running_gateway
@@ -22,6 +24,7 @@ from manager import Manager, start
 from running import Daemon
 from small_models import ADA, BOB, QUESTION
 from vllm_greedy import PROMPTS
+from waiting import eventually
 
 import flashd
 from flashd import Client
@@ -306,3 +309,38 @@ async def test_ollamas_clients_ask_vllm(client: Client, gateway: Gateway) -> Non
             with pytest.raises(ollama.ResponseError) as refused:
                 await ask
             assert words in refused.value.error and refused.value.status_code in (400, 404, 501), refused.value
+
+
+async def test_tokens_are_counted_in_every_dialect(client: Client, gateway: Gateway) -> None:
+    headers = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+    ask: dict[str, Any] = {"model": "ada", "messages": ASK, "max_tokens": 40, "extra_headers": headers}
+    async with gateway.openai() as openais, gateway.anthropic() as anthropics:
+        whole = await openais.chat.completions.create(**ask, temperature=0)
+        streams = await openais.chat.completions.create(
+            **ask, temperature=0, stream=True, stream_options={"include_usage": True}
+        )
+        assert [chunk async for chunk in streams][-1].usage == whole.usage
+        responded = await openais.responses.create(
+            model="ada", input=QUESTION, temperature=0, max_output_tokens=40, extra_headers=headers
+        )
+        async with anthropics.messages.stream(**ask, extra_body={"temperature": 0}) as stream:
+            message = await stream.get_final_message()
+    assert whole.usage is not None and responded.usage is not None
+    prompts = 2 * whole.usage.prompt_tokens + responded.usage.input_tokens + message.usage.input_tokens
+    completions = 2 * whole.usage.completion_tokens + responded.usage.output_tokens + message.usage.output_tokens
+
+    async def are_counted() -> bool:  # an answer is counted a moment after its last byte
+        async with httpx.AsyncClient(base_url=gateway.url) as web:
+            found = set((await web.get("/metrics")).text.splitlines())
+        return {
+            f'flashd_tokens_total{{kind="prompt",model="ada"}} {float(prompts)}',
+            f'flashd_tokens_total{{kind="completion",model="ada"}} {float(completions)}',
+        } <= found
+
+    await eventually(are_counted)
+
+
+async def test_a_model_that_hears_nothing_refuses_recordings(client: Client, gateway: Gateway) -> None:
+    async with gateway.openai() as openais:
+        with pytest.raises(openai.NotFoundError, match="/v1/audio/transcriptions"):
+            await openais.audio.transcriptions.create(model="ada", file=("a.wav", b"RIFF" * 300_000))
