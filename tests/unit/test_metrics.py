@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
@@ -191,6 +192,25 @@ async def test_a_client_that_leaves_before_the_answer_is_counted_as_499() -> Non
     measures = Measures()
     measures.ended(Observed("/v1/embeddings"))
     assert (await read(measures, Directory()))["flashd_requests_total", "/v1/embeddings", "", "499"] == 1
+
+
+async def test_answers_go_on_while_metrics_are_written() -> None:
+    measures, models = Measures(), listed(*(model(f"m{number}") for number in range(50)))
+    measures.models_are(models)
+    for name in models:
+        asked(measures, name)
+    turns = 0
+
+    async def answer_others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    others = asyncio.create_task(answer_others())
+    assert ("flashd_queue_wait_seconds_count", "m49") in await read(measures, Directory(models=models))
+    others.cancel()
+    assert turns > 20
 
 
 async def test_what_is_shown_is_what_the_table_says() -> None:

@@ -6,6 +6,8 @@ A client that may not see a model does not see the series that name it: see `Dis
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.samples import Sample
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -26,6 +29,8 @@ from flashd.gateway.metrics.measures import Measures
 from flashd.gateway.metrics.names import Metric
 
 _STORED = "stored"
+_AT_ONCE = 32  # samples: a third of a millisecond
+_PAUSE_S = 1e-6  # as long as it takes to hand over the interpreter
 
 
 class MetricsPage:
@@ -39,27 +44,34 @@ class MetricsPage:
 
     async def answer(self, request: Request) -> Response:
         known = self._dispatcher.directory
+        waiting = {(name,): self._dispatcher.waiting(name) for name in known.models}
+        in_progress = {(name,): self._dispatcher.in_progress(name) for name in known.models}
+        queue = [_gauge(names.WAITING, waiting), _gauge(names.IN_PROGRESS, in_progress)]
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        families: Any = _Collected([*self._counted(known), *self._state(known)])
-        return Response(encode(families), headers={"content-type": content_type, "cache-control": "no-store"})
+
+        def text() -> bytes:
+            families: Any = _Collected([*self._counted(known), *queue, *self._state(known)])
+            return encode(families)
+
+        # Thousands of series take tens of milliseconds, in which answers go on.
+        body = await asyncio.to_thread(text)
+        return Response(body, headers={"content-type": content_type, "cache-control": "no-store"})
 
     def _counted(self, known: Directory) -> Iterator[Family]:
         """What has been counted, without the series of models that the client may not see."""
         for family in self._measures.families():
             shown = Family(family.name, family.documentation, family.type, family.unit)
-            shown.samples = [
+            shown.samples = _Unhurried(
                 sample
                 for sample in family.samples
                 if (not sample.labels.get("model") or sample.labels["model"] in known.models)
                 and not sample.name.endswith("_created")  # twice as many series, which say little
-            ]
+            )
             yield shown
 
     def _state(self, known: Directory) -> Iterator[Family]:
         """What is so now."""
         models = sorted(known.models.items())
-        yield _gauge(names.WAITING, {(name,): self._dispatcher.waiting(name) for name, _ in models})
-        yield _gauge(names.IN_PROGRESS, {(name,): self._dispatcher.in_progress(name) for name, _ in models})
         yield _gauge(names.SERVING, {(name,): name in known.serving for name, _ in models})
         tiers = {
             (name, tier): model.size_bytes for name, model in models for tier in (_STORED, *tiers_of(model.devices))
@@ -79,6 +91,19 @@ class MetricsPage:
         yield _gauge(names.BODIES_MOST, {(): self._budget.most_bytes})
         yield _gauge(names.CONNECTED, {(): known.is_connected})
         yield _gauge(names.BUILD, {(__version__,): 1})
+
+
+class _Unhurried(list[Sample]):
+    """Samples that let the event loop run now and then while a thread writes them.
+
+    Python itself would do so only every 5 ms (sys.getswitchinterval), in which the tokens of all answers would wait.
+    """
+
+    def __iter__(self) -> Iterator[Sample]:
+        for number, sample in enumerate(super().__iter__()):
+            if number % _AT_ONCE == 0:
+                time.sleep(_PAUSE_S)
+            yield sample
 
 
 class _Collected:

@@ -17,6 +17,7 @@ from typing import Any
 _NAME = b'"usage"'
 _OBJECT = re.compile(rb'"usage"\s*:\s*(?=\{)')
 _MOST_BYTES = 4096  # of a usage; they have 50 to 500
+_EVENT_ENDS = b"\n\n"  # of server-sent events: nothing is split there
 _CARRIED = 32  # bytes of a piece that are looked at again with the next: the name may be split
 _MOST_TOKENS = 1 << 40  # engines run third-party code
 
@@ -39,8 +40,8 @@ class UsageWatch:
         self._found: bytes | None = None  # from the last usage on
 
     def feed(self, piece: bytes) -> None:
-        looked_at = self._carried + piece
-        self._carried = looked_at[-_CARRIED:]
+        looked_at = self._carried + piece if self._carried else piece
+        self._carried = b"" if piece.endswith(_EVENT_ENDS) else looked_at[-_CARRIED:]
         if _NAME in looked_at:
             *_, last = (None, *_OBJECT.finditer(looked_at))
             if last is not None:
