@@ -71,13 +71,13 @@ def start_gateway(client: Client) -> Sequence[str]:
     addresses: list[str] = loading.value_in(tomllib.loads(client.config()), "gateway.addresses")
     paths = default_paths(Scope.USER)
     at = paths.runtime / "gateway.sock"
-    if not addresses or _listener(at) is not None:
+    if not addresses or listener(at) is not None:
         return addresses
     command = [sys.executable, "-m", "flashd.gateway.main", "--bus", client.bus, "--socket", str(at)]
     command += [word for address in addresses for word in ("--address", address)] + ["--linger", str(_LINGER_S)]
 
     def answering() -> int:
-        if (pid := _listener(at)) is None:
+        if (pid := listener(at)) is None:
             raise Unavailable("the gateway does not answer")
         return pid
 
@@ -91,7 +91,7 @@ def stop_gateway() -> None:
     Raises Unavailable if that takes too long.
     """
     at = default_paths(Scope.USER).runtime / "gateway.sock"
-    if (pid := _listener(at)) is None:
+    if (pid := listener(at)) is None:
         return
     with contextlib.suppress(ProcessLookupError):  # it has ended just now
         process = os.pidfd_open(pid)
@@ -166,7 +166,7 @@ def _is_bound(keeper: Path) -> bool:
     return True
 
 
-def _listener(at: Path) -> int | None:
+def listener(at: Path) -> int | None:
     """Returns the process that listens on a Unix socket; None if there is none (unix(7), SO_PEERCRED)."""
     with socket.socket(socket.AF_UNIX) as asking:
         try:
