@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
+from gateway_alone import Hears, gateway, serving
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from flashd.gateway.exchange import Message
 from flashd.gateway.metrics.daemon_news import Brought, DaemonNews
 from flashd.gateway.metrics.measures import Measures
 from flashd.gateway.metrics.observed import Observed
@@ -74,3 +78,26 @@ def test_a_request_that_leaves_the_queue_ends_its_spans() -> None:
     end(request, 503)
     (whole,) = named(spans, "POST /v1/completions")
     assert not whole.status.is_ok and named(spans, "queue") and not named(spans, "engine")
+
+
+async def test_the_engine_hears_of_the_span_that_waits_for_it() -> None:
+    news, begun = DaemonNews(Measures()), []
+
+    def begin(_: Message, endpoint: str) -> RequestTrace:
+        request, spans = traced(news)
+        begun.append((endpoint, spans))
+        assert isinstance(request.trace, RequestTrace)
+        return request.trace
+
+    engine = Hears()
+    with tempfile.TemporaryDirectory(prefix="fd-") as folder:
+        path = Path(folder) / "e.sock"
+        async with serving(engine, path), gateway(path, begin_trace=begin) as client:
+            data, files = {"model": "whisper"}, {"file": ("a.wav", b"RIFF")}
+            headers = {"traceparent": "00-" + "c" * 32 + "-" + "d" * 16 + "-01"}
+            answer = await client.post("/v1/audio/transcriptions", data=data, files=files, headers=headers)
+    assert answer.status_code == 200
+    ((endpoint, spans),) = begun
+    assert endpoint == "/v1/audio/transcriptions"
+    (span,) = named(spans, "engine")
+    assert engine.headers[0]["traceparent"] == f"00-{'a' * 32}-{id_of(span)}-01"
