@@ -77,6 +77,7 @@ class _Zygote:
         signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
         gc.collect()
         gc.freeze()
+        gc.enable()
         control = self._channel.socket.fileno()
         try:
             while True:

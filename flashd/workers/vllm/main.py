@@ -8,13 +8,15 @@ No GPU is touched: a process that has initialised CUDA cannot be forked.
 
 from __future__ import annotations
 
+import gc
 import sys
-
-from flashd.workers import zygote
-from flashd.workers.vllm import compat, worker
 
 
 def main() -> None:
+    gc.disable()  # until the forks: imports free nothing, and collections would take a fifth of their time
+    from flashd.workers import zygote
+    from flashd.workers.vllm import compat, worker
+
     compat.preload()
     zygote.serve(sys.argv, worker.main, compat.build())
 
