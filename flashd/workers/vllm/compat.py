@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 VERSION: str = vllm.__version__
+_NAP_S = 0.0002
 _ASKED = "get_external_weight_memory"
 
 
@@ -314,6 +316,17 @@ def tokenise_at_once() -> None:
     module: Any = importlib.import_module("vllm.utils.async_utils")
     if (tokenizer := getattr(module, "AsyncMicrobatchTokenizer", None)) is not None:
         tokenizer.__init__ = functools.partialmethod(tokenizer.__init__, batch_wait_timeout_s=0.0)
+
+
+def nap_between_steps() -> None:
+    """Makes vLLM's processes on a CPU sleep a little whenever they look in vain for each other's messages.
+
+    For a second after each message they would look in a loop that only yields, on cores that compute the model. A step
+    takes milliseconds there. On a GPU, where it may take less, the CPU has nothing else to do.
+    """
+    module: Any = importlib.import_module("vllm.distributed.device_communicators.shm_broadcast")
+    if is_cpu() and hasattr(module, "sched_yield"):
+        module.sched_yield = functools.partial(time.sleep, _NAP_S)
 
 
 def _run_in_fork(work: Callable[[], object]) -> object:

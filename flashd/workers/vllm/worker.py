@@ -109,6 +109,7 @@ class _Worker(Worker):
             arguments = self._prepare(first.message.given, first.fds)
             compat.fork_processes()
             compat.tokenise_at_once()
+            compat.nap_between_steps()
             self._is_starting = True
             watch.start()
             async with compat.engine_client(arguments) as client:
