@@ -16,7 +16,8 @@ from pathlib import Path
 
 from waiting import PATIENCE_S
 
-# Tests without engines do not pay for importing torch, what is new stays where it is, and settling is made quick.
+# Settling is quick, new models stay where they are, and tests without engines do not pay for importing torch. Engines
+# have one thread: several tests run at once, and threads of one engine that wait for each other do so by spinning.
 CONFIG = """
 [inbox]
 settle_s = 0.2
@@ -24,6 +25,8 @@ rescan_s = 1.0
 [engines]
 warm_up = false
 warm_new = false
+[engines.torch]
+threads = 1
 """
 
 
