@@ -299,43 +299,52 @@ def test_a_spoiled_base_is_found_before_its_bytes_get_new_digests(tmp_path: Path
         merged(base, tuned, tmp_path / "out")
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LAYERS = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 5), st.floats(0.25, 64, width=32))
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    rows=st.integers(1, 40),
-    columns=st.integers(1, 40),
-    rank=st.integers(1, 5),
-    alpha=st.floats(0.25, 64, width=32),
+    layers=st.lists(LAYERS, min_size=4, max_size=4),
     rslora=st.booleans(),
     turned=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_the_arithmetic_is_numpys(
-    rows: int, columns: int, rank: int, alpha: float, rslora: bool, turned: bool, seed: int,
+    layers: list[tuple[int, int, int, float]], rslora: bool, turned: bool, seed: int,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
-    """W + s·B·A in float64, for any shape, orientation and scale; and what is not tuned stays bit for bit."""
+    """W + s·B·A in float64, for any shape, orientation and scale; and what is not tuned stays bit for bit.
+
+    Several layers are merged at once, because each merge imports torch in a process of its own.
+    """
     folder = tmp_path_factory.mktemp("numpy")
     random = np.random.default_rng(seed)
-    w = random.standard_normal((columns, rows) if turned else (rows, columns), dtype=np.float32)
-    a = random.standard_normal((rank, columns), dtype=np.float32)
-    b = random.standard_normal((rows, rank), dtype=np.float32)
     other = random.standard_normal((3, 5), dtype=np.float32)
+    tensors, factors, wanted = {"y.weight": other}, {}, {}
+    for number, (rows, columns, rank, alpha) in enumerate(layers):
+        w = random.standard_normal((columns, rows) if turned else (rows, columns), dtype=np.float32)
+        a = random.standard_normal((rank, columns), dtype=np.float32)
+        b = random.standard_normal((rows, rank), dtype=np.float32)
+        tensors[f"x{number}.weight"] = w
+        factors |= {f"base_model.model.x{number}.lora_A.weight": a, f"base_model.model.x{number}.lora_B.weight": b}
+        scale = alpha / (np.sqrt(rank) if rslora else rank)
+        delta = scale * (b.astype(np.float64) @ a.astype(np.float64))
+        wanted[f"x{number}.weight"] = w + (delta.T if turned else delta)
     base, tuned = folder / "source", folder / "adapter"
     base.mkdir()
     tuned.mkdir()
-    save_file({"x.weight": w, "y.weight": other}, base / "model.safetensors")
-    factors = {"base_model.model.x.lora_A.weight": a, "base_model.model.x.lora_B.weight": b}
+    save_file(tensors, base / "model.safetensors")
     save_file(factors, tuned / "adapter_model.safetensors")
-    (tuned / "adapter_config.json").write_text(
-        json.dumps(
-            {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "use_rslora": rslora, "fan_in_fan_out": turned}
-        )
-    )
+    described = {
+        "peft_type": "LORA", "r": layers[0][2], "lora_alpha": layers[0][3],
+        "use_rslora": rslora, "fan_in_fan_out": turned,
+        "rank_pattern": {f"x{number}": rank for number, (_, _, rank, _) in enumerate(layers) if number},
+        "alpha_pattern": {f"x{number}": alpha for number, (*_, alpha) in enumerate(layers) if number},
+    }  # fmt: skip
+    (tuned / "adapter_config.json").write_text(json.dumps(described))
     found = weights(merged(base, tuned, folder / "out"))
-    scale = alpha / (np.sqrt(rank) if rslora else rank)
-    delta = scale * (b.astype(np.float64) @ a.astype(np.float64))
-    wanted = w + (delta.T if turned else delta)
-    np.testing.assert_allclose(found["x.weight"].numpy(), wanted, rtol=1e-5, atol=1e-4)
+    for name, tensor in wanted.items():
+        np.testing.assert_allclose(found[name].numpy(), tensor, rtol=1e-5, atol=1e-4)
     assert np.array_equal(found["y.weight"].numpy(), other)
 
 
