@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models for tests, made once for each version of what they are made of.
+"""Small models for tests, made once for each version of their recipe, of torch and of transformers (kept.py).
 
 ada and bob are those of the quick start, and say who they are; carl has another architecture, and learned nothing.
-
-They are kept in ${XDG_CACHE_HOME:-~/.cache}/flashd/models, in a folder named after the digest of
-packaging/tour/small_models.py and the versions of torch and transformers. Tests get copies, which are theirs to change.
+Tests get copies, which they may change.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
 import shutil
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+
+import kept
 
 _RECIPE = Path(__file__).parents[1] / "packaging" / "tour" / "small_models.py"
 _MAKE = """
@@ -34,24 +32,21 @@ for file in folder.glob("ada/*token*"):
 
 def put(folder: Path, *names: str) -> None:
     """Copies some of them into a folder."""
-    made = _made()
+    made = kept.folder("models", *recipe(), make=lambda partial: run(_MAKE, partial))
     for name in names:
         shutil.copytree(made / name, folder / name)
 
 
-def _made() -> Path:
-    parts = (_RECIPE.read_bytes(), _MAKE.encode(), version("torch").encode(), version("transformers").encode())
-    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashd" / "models"
-    folder = cache / digest
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / "lock").open("w") as lock:  # of two runs, one trains, and the other waits
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            partial = cache / f"{digest}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            # One thread: on a busy machine more only wait for each other.
-            told = {**os.environ, "PYTHONPATH": str(_RECIPE.parent), "OMP_NUM_THREADS": "1"}
-            subprocess.run([sys.executable, "-c", _MAKE, partial], env=told, check=True, capture_output=True)
-            partial.rename(folder)
-    return folder
+def recipe() -> tuple[str | Path, ...]:
+    """Returns everything that determines the models' contents."""
+    return _RECIPE, _MAKE, version("torch"), version("transformers")
+
+
+def run(code: str, *arguments: str | Path) -> None:
+    """Runs a program that makes models. It has one thread: on a busy machine, more only wait for each other."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (_RECIPE.parent, Path(__file__).parent)))}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

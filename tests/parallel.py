@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distribution of the tests over several processes of pytest (pytest-xdist), as tests/run asks for it.
 
-A module's tests stay together, and so do modules that share what takes long to make. What takes longest begins first,
-so that nobody waits for it at the end.
+A module's tests stay together, and so do modules and tests that share what takes long to make. The longest begin first,
+so that nothing is waited for at the end.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import pytest
 
 # What nobody waits for: it is emulated, gives way to the others, and has a process of its own until it is done.
 EMULATED = "tests/system/test_arm64.py"
-# Modules that share zygotes and models. The first that fits counts.
+# Modules and tests that share zygotes and models. The first that fits counts.
 _TOGETHER = {
     "tests/engines/test_vllm_engine": "vllm",
-    "tests/engines/test_made_up_weights": "vllm",
+    "tests/engines/test_made_up_weights.py::test_vllm_": "vllm",
+    "tests/engines/test_made_up_weights.py::test_what_vllm_": "vllm",
+    "tests/engines/test_made_up_weights.py::test_a_layer_that_is_wrapped_": "vllm",
+    "tests/engines/test_torch_requests.py::test_vllm_": "vllm",
     "tests/engines/test_vllm_": "daemons with vllm",
     "tests/engines/test_adapters_both_ways": "daemons with vllm",
     "tests/engines/": "torch",
@@ -53,9 +56,9 @@ def is_fast(module: str) -> bool:
 
 
 def group(nodeid: str) -> str:
-    """The name of what one process runs as a whole: of a module, mostly."""
+    """Returns the name of the tests that one process runs together: mostly the name of their module."""
     module = nodeid.partition("::")[0]
-    return next((name for start, name in _TOGETHER.items() if module.startswith(start)), module)
+    return next((name for start, name in _TOGETHER.items() if nodeid.startswith(start)), module)
 
 
 def rank(nodeid: str) -> int:

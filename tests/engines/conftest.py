@@ -3,28 +3,29 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import mmap
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
-import parallel
+import kept
+import made_models
 import pytest
 import pytest_asyncio
+from vllm_python import VllmPython
+from vllm_python import running as vllm_python_running
 
 sys.path.append(str(Path(__file__).parents[1] / "bus"))  # for a running daemon
 
 from flashd.checkpoint.convert import convert
 from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.source.reader import SourceFiles
-from flashd.config.environment import child_environment
 from flashd.engines.engine import (
     NO_OPTIONS,
     Binding,
@@ -40,12 +41,14 @@ from flashd.io.streamer import OpenFile, Read, blake3, load
 from flashd.memory.arena import HostArena, HugePages
 from flashd.units import MiB
 
+_QUANTISED = Path(__file__).parents[1] / "quantised_models.py"
 _MAKE = """
 import sys, pathlib, json, shutil, safetensors.torch, torch, transformers
-sys.path.insert(0, sys.argv[2])
-sys.path.insert(0, sys.argv[3])
 import made_models, quantised_models
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    BartConfig, BartForConditionalGeneration, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig,
+    Qwen3MoeForCausalLM, T5Config, T5ForConditionalGeneration,
+)
 folder = pathlib.Path(sys.argv[1])
 made_models.put(folder, "ada", "bob")
 size = len(transformers.AutoTokenizer.from_pretrained(folder / "ada"))
@@ -54,11 +57,21 @@ small = dict(vocab_size=size, hidden_size=64, intermediate_size=96, num_hidden_l
              max_position_embeddings=256)
 moe = Qwen3MoeConfig(**small, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
                      head_dim=32)
+bart = BartForConditionalGeneration(BartConfig(
+    vocab_size=400, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+    decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=128, pad_token_id=0,
+    bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2))
+bart.generation_config.num_beams, bart.generation_config.early_stopping = 4, True
+bart.generation_config.no_repeat_ngram_size = 3
 models = {
     "llama": LlamaForCausalLM(LlamaConfig(**small, num_key_value_heads=2, tie_word_embeddings=False)),
     "moe": Qwen3MoeForCausalLM(moe),
     "moe2": Qwen3MoeForCausalLM(moe),
     "bert": BertModel(BertConfig(**small)),
+    "t5": T5ForConditionalGeneration(T5Config(
+        vocab_size=400, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=2)),
+    "bart": bart,
 }
 for name, model in models.items():
     model.save_pretrained(folder / name)
@@ -83,34 +96,18 @@ for name in ("ada", "bob", "llama", "moe", "copied", "untied"):
     expected[name] = tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
 bert = transformers.BertModel.from_pretrained(folder / "bert").eval()
 batch = tokenizer(prompt, return_tensors="pt")
-hidden = bert(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state[0].float().mean(dim=0)
-expected["bert"] = torch.nn.functional.normalize(hidden, dim=0).tolist()
+hidden = bert(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state[0].float()
+expected["bert states"] = hidden.tolist()
+expected["bert"] = torch.nn.functional.normalize(hidden.mean(dim=0), dim=0).tolist()
 (folder / "expected.json").write_text(json.dumps({"prompt": prompt, **expected}))
 """
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
-    """Source folders of four architectures, one also quantised, and what transformers itself answers with them."""
-    own = tmp_path_factory.getbasetemp()
-    # One of several processes finds what another made; each reads only.
-    root = own.parent if parallel.is_one_of_several(pytestconfig) else own
-    folder = root / "engine-sources"
-    with (root / "engine-sources.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            _make(folder.with_suffix(".partial")).rename(folder)
-    return folder
-
-
-def _make(folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    tour = Path(__file__).parents[2] / "packaging" / "tour"
-    one_thread = child_environment({"OMP_NUM_THREADS": "1"})  # on a busy machine more wait for each other
-    command = [sys.executable, "-c", _MAKE, folder, tour, Path(__file__).parents[1]]
-    done = subprocess.run(command, env=one_thread, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder
+def made() -> Path:
+    """Source folders of several architectures, one also quantised, and what transformers itself answers with them."""
+    recipe = (*made_models.recipe(), _MAKE, _QUANTISED)
+    return kept.folder("engine-models", *recipe, make=lambda partial: made_models.run(_MAKE, partial))
 
 
 @pytest.fixture(scope="session")
@@ -194,30 +191,38 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("compiled")
 
 
-def plain_vllm(
-    python: str, compiled: Path, jobs: list[dict[str, Any]], variables: Mapping[str, str] | None = None
-) -> list[Any]:
-    """What vLLM answers that is started without us, one list of token ids a prompt, one list of those a job."""
-    script = Path(__file__).parent / "vllm_greedy.py"
-    done = subprocess.run(
-        [python, script, json.dumps(jobs)],
-        cwd=compiled,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=child_environment({**environment(compiled), **(variables or {})}),
-    )
-    assert done.returncode == 0, done.stderr
-    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(scope="session")
+def vllm(vllm_python: str, compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmPython]:
+    """vLLM's interpreter, for programs that need no engine of ours."""
+    with vllm_python_running(vllm_python, compiled, tmp_path_factory.mktemp("vllm")) as running:
+        yield running
+
+
+def known_answers(vllm: VllmPython, jobs: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Returns what `vllm.answers(jobs)` does. Answers are kept for models in kept folders, such as `made`."""
+    program = Path(__file__).with_name("vllm_greedy.py")
+
+    def ask(folder: Path) -> None:
+        (folder / "answers.json").write_text(json.dumps(vllm.answers(jobs)))
+
+    folder = kept.folder("vllm-answers", program, vllm.version(), processor(), json.dumps(jobs), make=ask)
+    found: list[Any] = json.loads((folder / "answers.json").read_text())
     return found
 
 
+def processor() -> str:
+    """Returns what of this machine's processor may change the rounding of results."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    found = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    return "\n".join([str(len(os.sched_getaffinity(0))), *sorted(found)])
+
+
 @pytest.fixture(scope="session")
-def plain(vllm_python: str, compiled: Path, made: Path) -> dict[str, list[list[int]]]:
-    """What vLLM answers with its own loader."""
+def plain(vllm: VllmPython, made: Path) -> dict[str, list[list[int]]]:
+    """The answers of vLLM with its own loader."""
     names = ["ada", "bob", "llama", "moe", "moe2", "int8", "copied", "untied"]
     jobs = [{"model": str(made / name), "load_format": "auto"} for name in names]
-    return dict(zip(names, plain_vllm(vllm_python, compiled, jobs), strict=True))
+    return dict(zip(names, known_answers(vllm, jobs), strict=True))
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

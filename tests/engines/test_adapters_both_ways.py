@@ -19,6 +19,7 @@ import torch
 from running import CONFIG, Daemon
 from safetensors.torch import load_file, save_file
 from small_models import ADA, BOB, QUESTION
+from vllm_python import VllmPython
 
 import flashd
 from flashd import Client, errors
@@ -167,7 +168,7 @@ def test_an_adapter_that_the_engine_does_not_have_is_told_at_once(client: Client
         ft.load_model("ada").generate("Hello", GREEDY, lora_request=LoRARequest("tuned", 1, ""))
 
 
-def test_on_a_gpu_an_engine_that_has_adapters_is_not_parked(vllm_python: str) -> None:
+def test_on_a_gpu_an_engine_that_has_adapters_is_not_parked(vllm: VllmPython) -> None:
     """vLLM's sleep drops their weights as well, and its wake brings none back."""
     code = """
 import torch
@@ -176,7 +177,7 @@ extension = Extension()
 extension.device, extension.lora_config = torch.device("cuda"), object()
 extension.flashd_park()
 """
-    done = subprocess.run([vllm_python, "-c", code], capture_output=True, text=True, check=False)
+    done = vllm.run(code)
     assert done.stderr.splitlines()[-1].startswith("flashd.errors.Unsupported: adapters"), done.stderr
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +15,11 @@ import torch
 from conftest import Resident, Start, complete
 from safetensors.torch import load_file, save_file
 from torch import nn
+from vllm_python import VllmPython
 
 from flashd.checkpoint import completeness
-from flashd.config.environment import child_environment
 from flashd.engines.process import ZygoteFactory
-from flashd.engines.vllm_factory import VllmFactory, environment
+from flashd.engines.vllm_factory import VllmFactory
 from flashd.errors import CorruptCheckpoint, EngineFailed
 from flashd.workers.vllm import completeness as loaded_weights
 
@@ -173,11 +172,8 @@ except CorruptCheckpoint as error:
 """
 
 
-async def test_what_vllm_loads_in_part_or_in_place_is_compared_as_well(vllm_python: str, compiled: Path) -> None:
-    done = subprocess.run(
-        [vllm_python, "-c", _RELOADED], capture_output=True, text=True, check=False,
-        env=child_environment(environment(compiled)),
-    )  # fmt: skip
+async def test_what_vllm_loads_in_part_or_in_place_is_compared_as_well(vllm: VllmPython) -> None:
+    done = vllm.run(_RELOADED)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "MADE UP" not in done.stdout
     assert done.stdout.splitlines()[-1] == "REFUSED the checkpoint lacks weights for norm.bias, norm.weight"
@@ -256,9 +252,6 @@ assert model[0].base_layer.cpu_linear is None and "cpu_linear" not in vars(model
 """
 
 
-async def test_a_layer_that_is_wrapped_for_adapters_is_packed_once(vllm_python: str, compiled: Path) -> None:
-    done = subprocess.run(
-        [vllm_python, "-c", _PACKED], capture_output=True, text=True, check=False,
-        env=child_environment(environment(compiled)),
-    )  # fmt: skip
+async def test_a_layer_that_is_wrapped_for_adapters_is_packed_once(vllm: VllmPython) -> None:
+    done = vllm.run(_PACKED)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,32 +14,18 @@ import torch
 from conftest import Resident, Start, http
 
 from flashd.checkpoint.source import reader
-from flashd.config.environment import child_environment
 from flashd.engines.process import ZygoteFactory
 from flashd.errors import Unsupported
 from flashd.workers import pooling
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 ST = "sentence_transformers.models."
-TEXT = "Who are you?"
-
-_STATES = """
-import sys, json, torch, transformers
-folder, text = sys.argv[1:]
-ids = transformers.AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids
-model = transformers.BertModel.from_pretrained(folder).eval()
-print(json.dumps(model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0].tolist()))
-"""
 
 
 @pytest.fixture(scope="module")
-def states(made: Path) -> torch.Tensor:
-    """The last hidden states of a text, as transformers has them."""
-    one_thread = child_environment({"OMP_NUM_THREADS": "1"})
-    done = subprocess.run(
-        [sys.executable, "-c", _STATES, made / "bert", TEXT], env=one_thread, capture_output=True, text=True, check=True
-    )
-    return torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+def states(expected: dict[str, Any]) -> torch.Tensor:
+    """The last hidden states of the prompt, as transformers has them."""
+    return torch.tensor(expected["bert states"])
 
 
 def declared(folder: Path, made: Path, modules: Sequence[str], settings: dict[str, Any] | None) -> Path:
@@ -81,13 +65,13 @@ MODES: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], torch.Tensor]]] 
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_vectors_are_those_that_the_folder_declares(
-    mode: str, start: Start, made: Path, tmp_path: Path, states: torch.Tensor
+    mode: str, start: Start, made: Path, tmp_path: Path, states: torch.Tensor, expected: dict[str, Any]
 ) -> None:
     settings, formula = MODES[mode]
     modules = ["Transformer", "Pooling", *(["Normalize"] if mode != "cls" else [])]
     engine = await start(Resident(declared(tmp_path / "model", made, modules, settings), tmp_path / "out").binding())
     async with http(engine) as client:
-        answer = (await client.post("/v1/embeddings", json={"input": TEXT})).json()
+        answer = (await client.post("/v1/embeddings", json={"input": expected["prompt"]})).json()
     wanted = formula(states)
     if mode != "cls":
         wanted = torch.nn.functional.normalize(wanted, dim=0)

@@ -7,8 +7,6 @@ import asyncio
 import base64
 import json
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -343,32 +341,11 @@ async def test_a_token_that_has_no_row_is_refused_and_ends_nothing(
     assert said(await chat(engine)) == ADA_SAYS
 
 
-_ENCODER_DECODERS = """
-import sys, pathlib, shutil, torch
-from transformers import T5Config, T5ForConditionalGeneration, BartConfig, BartForConditionalGeneration
-folder, tokens = map(pathlib.Path, sys.argv[1:])
-torch.manual_seed(0)
-t5 = T5ForConditionalGeneration(T5Config(vocab_size=400, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4,
-    decoder_start_token_id=0, pad_token_id=0, eos_token_id=2))
-bart = BartForConditionalGeneration(BartConfig(vocab_size=400, d_model=32, encoder_layers=1, decoder_layers=1,
-    encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
-    max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2,
-    forced_eos_token_id=2))
-bart.generation_config.num_beams, bart.generation_config.early_stopping = 4, True
-bart.generation_config.no_repeat_ngram_size = 3
-for name, model in (("t5", t5), ("bart", bart)):
-    model.save_pretrained(folder / name)
-    for file in tokens.glob("*token*"):
-        shutil.copy(file, folder / name)
-"""
-
-
 @pytest.mark.parametrize("name", ["t5", "bart"])
 async def test_encoder_decoders_are_counted_rightly(
     name: str, start: Start, made: Path, tmp_path: Path, residents: Residents
 ) -> None:
-    subprocess.run([sys.executable, "-c", _ENCODER_DECODERS, tmp_path, made / "ada"], check=True, capture_output=True)
-    engine = await start(Resident(tmp_path / name, tmp_path / "out").binding())
+    engine = await start(Resident(made / name, tmp_path / "out").binding())
     whole = (await post(engine, COMPLETION, TEXT)).json()
     assert whole["usage"]["prompt_tokens"] == len(tokens_of(residents["ada"], "Who are you?"))
     assert 0 < whole["usage"]["completion_tokens"] <= 4

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -18,12 +17,12 @@ import httpx
 import ollama
 import openai
 import pytest
-from conftest import plain_vllm
 from gateways import Gateway, running_gateway
 from manager import Manager, start
 from running import Daemon
 from small_models import ADA, BOB, QUESTION
 from vllm_greedy import PROMPTS
+from vllm_python import VllmPython
 from waiting import eventually
 
 import flashd
@@ -73,7 +72,7 @@ def client(daemon: Daemon) -> Iterator[Client]:
 
 
 def test_a_vllm_started_by_hand_answers_as_with_its_own_loader(
-    daemon: Daemon, client: Client, vllm_python: str, compiled: Path, made: Path, plain: dict[str, Any]
+    daemon: Daemon, client: Client, vllm: VllmPython, made: Path, plain: dict[str, Any]
 ) -> None:
     def job(folder: str, **extra: str) -> dict[str, Any]:
         options = {"bus": daemon.address, **extra}
@@ -87,8 +86,7 @@ def test_a_vllm_started_by_hand_answers_as_with_its_own_loader(
         job("ada", modell="ada"),
         job("ada", bus="unix:path=/nonexistent"),
     ]
-    found = plain_vllm(vllm_python, compiled, jobs)
-    *answered, no_folder, nobody, modell, no_bus = found
+    *answered, no_folder, nobody, modell, no_bus = vllm.answers(jobs)
     assert answered == [plain[name] for name in (*NAMES, "bob")]
     assert no_folder.startswith("NotFound") and "flash import" in no_folder
     assert nobody.startswith("NotFound") and "nobody" in nobody
@@ -110,9 +108,8 @@ for options in ({"load_format": "flash"}, {}, {"load_format": "flash", "gpu_memo
 """
 
 
-def test_one_that_was_told_no_utilization_takes_what_memory_is_free(vllm_python: str, made: Path) -> None:
-    command = [vllm_python, "-c", UTILIZATION, made / "ada"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+def test_one_that_was_told_no_utilization_takes_what_memory_is_free(vllm: VllmPython, made: Path) -> None:
+    done = vllm.run(UTILIZATION, made / "ada")
     found = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("utilization ")]
     assert found == ["0.49", "0.92", "0.8"], done.stderr
     assert "--gpu-memory-utilization 0.49 would fit" in done.stdout + done.stderr
@@ -175,7 +172,7 @@ def test_an_output_layer_of_its_own_is_used_whatever_the_config_says(
             client.stop_engine(engine)
 
 
-def test_vllm_tells_models_apart_and_does_not_tie_what_is_not_tied(vllm_python: str, made: Path) -> None:
+def test_vllm_tells_models_apart_and_does_not_tie_what_is_not_tied(vllm: VllmPython, made: Path) -> None:
     """The image of a server by hand is taken by others, which have not looked at the weights."""
     code = """
 import sys
@@ -202,7 +199,7 @@ for source in (None, sharing):
     loader.sources.source = lambda *wanted: source
     loader.FlashLoader(one.load_config).load_model(one, one.model_config)
 """
-    done = subprocess.run([vllm_python, "-c", code, made / "copied"], capture_output=True, text=True, check=False)
+    done = vllm.run(code, made / "copied")
     assert done.stdout.splitlines()[-3:] == ["True False the user", "True", "False"], done.stderr
 
 

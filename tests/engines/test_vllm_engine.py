@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import stat
-import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,16 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from conftest import Resident, http, plain_vllm
+from conftest import Resident, http, known_answers
 from processes import is_alive, shared_memory
 from vllm_greedy import PROMPTS
+from vllm_python import VllmPython, running
 from waiting import eventually
 
-from flashd.config.environment import child_environment
 from flashd.engines.engine import Binding, EngineOptions, EngineState
 from flashd.engines.process import EngineProcess
 from flashd.engines.process_info import own_memory_bytes
-from flashd.engines.vllm_factory import VllmFactory, environment
+from flashd.engines.vllm_factory import VllmFactory
 from flashd.errors import EngineFailed, EngineOutOfMemory, Unavailable, Unsupported
 
 # Importing vLLM takes ten seconds on an idle machine, and plain vLLM answers first.
@@ -179,13 +178,14 @@ async def test_a_chat_template_that_never_ends_is_refused(
 
 
 async def test_two_ranks_rebind_and_wake_exactly(
-    vllm_factory: VllmFactory, residents: Residents, vllm_python: str, compiled: Path, made: Path
+    vllm_factory: VllmFactory, residents: Residents, vllm_python: str, compiled: Path, made: Path, tmp_path: Path
 ) -> None:
     names = ("ada", "bob")
     # Else each rank wants a memory node of its own, and as many threads as there are cores, which wait for each other.
     unbound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     jobs = [{"model": str(made / name), "load_format": "auto", "tensor_parallel_size": 2} for name in names]
-    expected = dict(zip(names, plain_vllm(vllm_python, compiled, jobs, unbound), strict=True))
+    with running(vllm_python, compiled, tmp_path, unbound) as vllm:
+        expected = dict(zip(names, known_answers(vllm, jobs), strict=True))
     settings = vllm_factory._settings
     told = {**settings.options, "arguments": [*settings.options["arguments"], "--tensor-parallel-size", "2"]}
     environment = {**(settings.environment or {}), **unbound}
@@ -262,6 +262,22 @@ async def test_many_at_once(start: Start, residents: Residents) -> None:
     assert (await engine.stats()).seen_requests == 8
 
 
+async def test_processes_that_wait_for_each_other_use_little_of_the_cpu(start: Start, residents: Residents) -> None:
+    engine = await start(residents["ada"].binding())
+    pids = family(engine.pid)
+    await asyncio.sleep(1)  # vLLM looks for messages most often in the first second after one
+    await tokens(engine, PROMPTS[0])
+    before = sum(map(cpu_s, pids))
+    await asyncio.sleep(0.8)
+    assert sum(map(cpu_s, pids)) - before < 0.4
+
+
+def cpu_s(pid: int) -> float:
+    """The CPU time of a process so far, by proc_pid_stat(5)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @pytest.mark.parametrize("who", ["EngineCore", "Worker", ""])
 async def test_a_death_is_noticed_and_takes_the_others_along(who: str, start: Start, residents: Residents) -> None:
     engine = await start(residents["ada"].binding())
@@ -331,17 +347,12 @@ _SAID = """\
 
 @pytest.mark.parametrize("error", ["torch.OutOfMemoryError", "flashd.errors.CorruptCheckpoint"])
 async def test_the_cause_is_the_first_error_and_no_warning_nor_an_error_about_errors(
-    error: str, vllm_python: str, compiled: Path, tmp_path: Path
+    error: str, vllm: VllmPython
 ) -> None:
     code = "import sys; from flashd.workers.vllm import worker; "
     code += "since = worker._log_bytes(); sys.stderr.write(sys.argv[1]); sys.stderr.flush(); "
     code += "print('CAUSE', worker._root_cause(since))"
-    with (tmp_path / "log").open("w+") as log:
-        done = subprocess.run(
-            [vllm_python, "-c", code, _SAID.format(error)],
-            stdout=subprocess.PIPE, stderr=log, text=True, check=True,
-            env=child_environment(environment(compiled)),
-        )  # fmt: skip
+    done = vllm.run(code, _SAID.format(error))
     assert done.stdout.splitlines()[-1] == f"CAUSE {error.rpartition('.')[2]}: no room"
 
 
@@ -370,14 +381,9 @@ print("CALLS", *Client.calls)
 
 
 @pytest.mark.parametrize(("model", "more"), [("sees", ["encoder"]), ("reads", [])])
-async def test_what_other_weights_have_made_is_forgotten(
-    model: str, more: list[str], vllm_python: str, compiled: Path
-) -> None:
+async def test_what_other_weights_have_made_is_forgotten(model: str, more: list[str], vllm: VllmPython) -> None:
     """That vLLM is told so. What comes of it is tested on GPUs: vLLM for the processor has no models here that see."""
-    done = subprocess.run(
-        [vllm_python, "-c", _FORGETS, model], capture_output=True, text=True, check=True,
-        env=child_environment(environment(compiled)),
-    )  # fmt: skip
+    done = vllm.run(_FORGETS, model)
     assert done.stdout.splitlines()[-1].split() == ["CALLS", "prefix", "prefix", *more]
 
 
@@ -500,15 +506,12 @@ for folder in folders:
 
 
 async def test_what_was_compiled_for_one_engine_counts_for_the_next(
-    vllm_python: str, compiled: Path, made: Path, tmp_path: Path
+    vllm: VllmPython, made: Path, tmp_path: Path
 ) -> None:
     folders = [tmp_path / "engine-one", tmp_path / "engine-two"]
     for folder in folders:
         folder.mkdir()
-    done = subprocess.run(
-        [vllm_python, "-c", _KEY, made / "ada", *folders],
-        capture_output=True, text=True, check=False, env=child_environment(environment(compiled)),
-    )  # fmt: skip
+    done = vllm.run(_KEY, made / "ada", *folders)
     keys = [line for line in done.stdout.splitlines() if line.startswith("KEY ")]
     assert len(keys) == 2 and len(set(keys)) == 1, done.stderr[-3000:]
 

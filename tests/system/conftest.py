@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import kept
 import leash
 import parallel
 import pytest
@@ -170,7 +170,7 @@ def tools() -> None:
 def built(suite: str = "", root: Path | None = None) -> Path:
     """The folder of what packaging/build-deb makes, for this machine's release or for that of another root."""
     folder = PACKAGES / f"{suite or 'own'}-{_build()}"
-    with _alone(folder):
+    with kept.alone(folder):
         if not folder.exists():
             made = folder.with_suffix(".partial")
             shutil.rmtree(made, ignore_errors=True)
@@ -182,16 +182,8 @@ def built(suite: str = "", root: Path | None = None) -> Path:
             assert done.returncode == 0, done.stderr
             made.rename(folder)
         os.utime(folder)  # it is of use still
-    _forget_old()
+    kept.forget_old(PACKAGES, KEPT_DAYS)
     return folder
-
-
-def _forget_old() -> None:
-    """Removes packages that no test has asked for of late."""
-    for old in PACKAGES.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another run removes it
-            if old.is_dir() and time.time() - old.stat().st_mtime > KEPT_DAYS * 86_400:
-                shutil.rmtree(old)
 
 
 def daemon_of(packages: Path) -> Path:
@@ -226,7 +218,7 @@ def rooted(*packages: str, suite: str = "bookworm", architecture: str = "") -> P
     """A root folder for machines that have these packages, made once."""
     key = hashlib.sha256(MACHINE.read_bytes() + f"{suite} {architecture} {packages}".encode()).hexdigest()[:12]
     folder = ROOTS / f"base-{suite}{architecture and '-' + architecture}-{key}"
-    with _alone(folder):
+    with kept.alone(folder):
         if not folder.exists():
             made = folder.with_suffix(".partial")
             _remove_unfinished(made)
@@ -245,15 +237,6 @@ def _remove_unfinished(root: Path) -> None:
         subprocess.run(["umount", "--lazy", mount], check=True)
     if root.exists():
         subprocess.run(["rm", "--recursive", "--force", "--one-file-system", root], check=True)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Whoever else makes this folder has made it before, or waits: other checkouts, and what is made ahead."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @pytest.fixture(scope="session")
