@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recordings: forms are read as engines read them, and passed on byte for byte.
 
-The engine is a stand-in that reads forms with Starlette, as vLLM does: a model that hears needs libraries for sound
-that the test environment of vLLM lacks.
+The engine is a stand-in that reads forms with Starlette, as vLLM does; tests/engines/test_recordings.py has a real one.
 """
 
 from __future__ import annotations
