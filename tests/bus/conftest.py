@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real bus and a real daemon, for each test its own."""
+"""A real bus and a real daemon, for each test its own; modules whose tests leave no traces have one for all of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from running import Daemon
 from safetensors.numpy import save_file
 from waiting import eventually
 
+import flashd
 from flashd.dbus import wire
 from flashd.dbus.connection import Connection, Received, connect, plain
 from flashd.dbus.private_bus import PrivateBus
@@ -60,15 +62,35 @@ async def connection(bus: PrivateBus) -> AsyncIterator[Connection]:
 
 @pytest.fixture
 def daemon(bus: PrivateBus, short_path: Path, tmp_path: Path) -> Iterator[Daemon]:
-    running = Daemon(bus.address, tmp_path, short_path)
-    running.start()
-    yield running
-    if running.process is not None and running.process.poll() is None:
-        status = running.stop()
-        words = running.log.read_text()
+    with running_daemon(Daemon(bus.address, tmp_path, short_path)) as running:
+        yield running
+
+
+@contextmanager
+def running_daemon(daemon: Daemon) -> Iterator[Daemon]:
+    """A daemon that must end well, and without complaints in its log."""
+    daemon.start()
+    yield daemon
+    if daemon.process is not None and daemon.process.poll() is None:
+        status = daemon.stop()
+        words = daemon.log.read_text()
         assert status == 0, words
         assert "Traceback" not in words, words
         assert "never retrieved" not in words, words
+
+
+@contextmanager
+def lasting_daemon(*sources: Path) -> Iterator[Daemon]:
+    """A daemon with these models for several tests: its zygote imports torch once. Remote.settle goes between them."""
+    with (
+        tempfile.TemporaryDirectory(prefix="fd-") as folder,
+        PrivateBus(Path(folder)) as bus,
+        running_daemon(Daemon(bus.address, Path(folder), Path(folder))) as running,
+    ):
+        with flashd.connect(bus.address) as client:
+            for source in sources:
+                client.import_(source, source.name)
+        yield running
 
 
 @dataclass(slots=True)
@@ -115,6 +137,18 @@ class Remote:
         await eventually(is_there)
         return await self.all(path, wire.MODEL)
 
+    async def settle(self, *names: str) -> None:
+        """Brings a daemon of several tests back to where each begins: these models, all public, and no engine."""
+        objects = await self.objects()
+        for path, found in objects.items():
+            if wire.ENGINE in found:
+                await self.call("Stop", path=path, interface=wire.ENGINE)
+        for path, found in objects.items():
+            if wire.MODEL in found and found[wire.MODEL]["Name"] not in names:
+                await self.call("Remove", path=path, interface=wire.MODEL)
+            elif wire.MODEL in found and found[wire.MODEL]["Private"]:
+                await self.call("SetPrivate", "b", False, path=path, interface=wire.MODEL)
+
     async def import_folder(self, folder: Path, name: str, **options: Variant) -> str:
         """Sends the files of a folder, as many messages as it takes; returns the job."""
         batches = _batches(folder)
@@ -140,11 +174,13 @@ def _batches(folder: Path) -> list[list[Path]]:
 
 
 @pytest.fixture
-async def remote(daemon: Daemon, connection: Connection) -> Remote:
+async def remote(daemon: Daemon) -> AsyncIterator[Remote]:
+    connection = await connect(daemon.address)
     made = Remote(connection)
     connection.listen(made.signals.append)
     await connection.add_match(f"type='signal',sender='{wire.BUS_NAME}'")
-    return made
+    yield made
+    await connection.close()
 
 
 def make_source(

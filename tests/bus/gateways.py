@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -45,6 +47,15 @@ class Gateway:
 
     def ollama(self) -> ollama.AsyncClient:
         return ollama.AsyncClient(host=self.url, timeout=PATIENCE_S)
+
+
+def make_endless(sources: Path, folder: Path) -> None:
+    """A model that learned nothing, and does not come to an end for minutes."""
+    shutil.copytree(sources / "carl", folder)
+    shutil.copy(sources / "ada" / "chat_template.jinja", folder)
+    for file, field in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
+        told = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(told | {field: 40_000}))
 
 
 def free_port() -> int:

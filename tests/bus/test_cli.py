@@ -277,13 +277,14 @@ def test_completion_for_every_shell_knows_the_models(shell: str, daemon: Daemon,
 
 @pytest.fixture
 def home() -> Iterator[dict[str, str]]:
-    """A user with nothing: no session bus, no configuration."""
+    """A user with nothing: no session bus, and no configuration but for what would disturb other tests."""
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="fh-") as folder:
         settings = settings_of(folder)
         settings.parent.mkdir(parents=True)
-        settings.write_text('[gateway]\naddresses = ["127.0.0.1:0"]\n')  # other tests have their own at the same time
+        # Other tests have a gateway at the same time, and torch takes five seconds of a processor.
+        settings.write_text('[gateway]\naddresses = ["127.0.0.1:0"]\n[engines]\nwarm_up = false\n')
         yield {
             "HOME": folder, "XDG_RUNTIME_DIR": folder, "DBUS_SESSION_BUS_ADDRESS": "", "XDG_STATE_HOME": "",
             "XDG_CONFIG_HOME": "", "DBUS_SYSTEM_BUS_ADDRESS": "unix:path=/nowhere",

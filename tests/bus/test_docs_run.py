@@ -8,10 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import SAYS, Daemon
+from conftest import SAYS, Daemon, lasting_daemon
 from waiting import until
 
 import flashd
@@ -33,14 +34,27 @@ def commands(page: Path) -> list[str]:
     return [command for command in found if not any(words in command for words in NOT_HERE)]
 
 
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Daemon]:
+    with lasting_daemon() as running:
+        yield running
+
+
 @pytest.fixture
-def home(daemon: Daemon, sources: Path, tmp_path: Path) -> Path:
+def home(shared: Daemon, sources: Path, tmp_path: Path) -> Iterator[Path]:
     """A home with a fine-tune in it, and the daemon's models folder as ~/models."""
     folder = tmp_path / "home"
     folder.mkdir()
-    (folder / "models").symlink_to(daemon.models)
+    (folder / "models").symlink_to(shared.models)
     shutil.copytree(sources / "ada", folder / "finetunes" / "my-model")
-    return folder
+    yield folder
+    with flashd.connect(shared.address) as client:
+        for engine in client.engines():
+            client.stop_engine(engine)
+        for model in client.models():
+            client.remove(model.name)
+    for source in shared.models.iterdir():
+        shutil.rmtree(source)
 
 
 def run(command: str, daemon: Daemon, home: Path) -> str:
@@ -62,16 +76,16 @@ def is_there(daemon: Daemon, name: str) -> bool:
         return name in {model.name for model in client.models()}
 
 
-def test_daily_use(daemon: Daemon, home: Path) -> None:
+def test_daily_use(shared: Daemon, home: Path) -> None:
     """The README's: a folder is dropped, listed, swapped to and asked."""
     (block,) = (block for block in blocks(ROOT / "README.md", "console") if "flash start" in block)
     printed = {}
     for line in block.splitlines():
         command = line.removeprefix("$ ")
         if not any(words in command for words in NOT_HERE):
-            printed[command.split()[1]] = run(command, daemon, home)
+            printed[command.split()[1]] = run(command, shared, home)
             if command.startswith("cp "):
-                until(lambda: is_there(daemon, "my-model"))
+                until(lambda: is_there(shared, "my-model"))
     assert "my-model" in printed["list"] and SAYS["ada"] in printed["run"]
 
 
@@ -80,28 +94,28 @@ def test_settings(daemon: Daemon, home: Path) -> None:
     assert len(done) > 5 and "8GiB" in run("flash config models.Qwen/Qwen3-14B.kv_cache", daemon, home)
 
 
-def test_requests_on_the_bus_and_on_the_socket(daemon: Daemon, home: Path) -> None:
+def test_requests_on_the_bus_and_on_the_socket(shared: Daemon, home: Path) -> None:
     for program in ("busctl", "curl"):
         if shutil.which(program) is None:
             pytest.skip(f"needs {program}")
-    run("flash import ~/finetunes/my-model my-model", daemon, home)
+    run("flash import ~/finetunes/my-model my-model", shared, home)
     swap, endpoint = commands(DOCS / "dbus.md")
-    run(swap, daemon, home)
-    with flashd.connect(daemon.address) as client:
+    run(swap, shared, home)
+    with flashd.connect(shared.address) as client:
         until(lambda: bool(client.status().active_model))
-    assert run(endpoint, daemon, home) in (DOCS / "dbus.md").read_text()
+    assert run(endpoint, shared, home) in (DOCS / "dbus.md").read_text()
     (ask,) = commands(DOCS / "http.md")
-    assert SAYS["ada"] in run(ask, daemon, home)
+    assert SAYS["ada"] in run(ask, shared, home)
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "python.md"], ids=lambda page: page.name)
-def test_programs(page: Path, daemon: Daemon, home: Path, sources: Path) -> None:
+def test_programs(page: Path, shared: Daemon, home: Path, sources: Path) -> None:
     shutil.copytree(sources / "bob", home / "data" / "finetunes" / "tuned")
-    run("flash import ~/finetunes/my-model my-model", daemon, home)
+    run("flash import ~/finetunes/my-model my-model", shared, home)
     programs = [block for block in blocks(page, "python") if not any(words in block for words in NOT_HERE)]
     assert programs
     for program in programs:
         file = home / "program.py"
         file.write_text(program.replace('"/data/', f'"{home}/data/'))
-        printed = run(f"python {file}", daemon, home)
+        printed = run(f"python {file}", shared, home)
         assert SAYS["ada"] in printed or "client.chat" not in program

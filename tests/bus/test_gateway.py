@@ -6,19 +6,27 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from conftest import SAYS, Daemon, Remote, import_model
+from conftest import SAYS, Daemon, Remote, lasting_daemon
 from gateways import WHO, Gateway, free_port, running_gateway
 from waiting import PATIENCE_S, eventually
 
 from flashd.dbus import wire
 from flashd.errors import InvalidArgument, Unavailable
 from flashd.gateway.tokens import TokenFile
+
+NAMES = ("ada", "bob", "carl")
+
+
+@pytest.fixture(scope="module")
+def daemon(sources: Path) -> Iterator[Daemon]:
+    with lasting_daemon(*(sources / name for name in NAMES)) as running:
+        yield running
 
 
 @pytest.fixture
@@ -28,10 +36,9 @@ async def gateway(daemon: Daemon, tmp_path: Path, short_path: Path) -> AsyncIter
 
 
 @pytest.fixture
-async def three(remote: Remote, sources: Path) -> Remote:
-    for name in ("ada", "bob", "carl"):
-        await import_model(remote, sources / name, name)
-    return remote
+async def three(remote: Remote) -> AsyncIterator[Remote]:
+    yield remote
+    await remote.settle(*NAMES)
 
 
 async def said(client: openai.AsyncOpenAI, model: str) -> str:

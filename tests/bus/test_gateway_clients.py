@@ -19,7 +19,7 @@ import httpx
 import programs
 import pytest
 from conftest import SAYS
-from gateways import Gateway, running_gateway
+from gateways import Gateway, make_endless, running_gateway
 from running import Daemon
 from waiting import PATIENCE_S, until
 
@@ -29,15 +29,6 @@ from flashd.dbus.private_bus import PrivateBus
 
 QUESTION = "Who are you?"
 every_program = pytest.mark.parametrize("by", programs.BY)
-
-
-def make_endless(sources: Path, folder: Path) -> None:
-    """A model that learned nothing, and does not come to an end for minutes."""
-    shutil.copytree(sources / "carl", folder)
-    shutil.copy(sources / "ada" / "chat_template.jinja", folder)
-    for file, field in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
-        told = json.loads((folder / file).read_text())
-        (folder / file).write_text(json.dumps(told | {field: 40_000}))
 
 
 @pytest.fixture(scope="module")
