@@ -19,9 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -33,7 +30,7 @@ from typing import Any
 
 import httpx
 import tomli_w
-from campaign import ENOUGH, ROOT, Campaign, main
+from campaign import ENOUGH, Campaign, main
 from running import Daemon
 
 import flashd
@@ -85,21 +82,24 @@ def run(campaign: Campaign) -> None:
     campaign.variant = options.engine
     campaign.told = f" --engine {options.engine}" + (f" --swaps {options.swaps}" if options.swaps else "")
     with ExitStack() as stack:
-        models = options.models or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="storm-")))
-        make_models(models)
-        storm = stack.enter_context(_running(campaign, models))
+        storm = stack.enter_context(_running(campaign, _models(options.models)))
         storm.calm("before")
         storm.blow()
         storm.calm("after")
 
 
-def make_models(folder: Path) -> None:
-    """Those that are not there yet."""
-    tour = os.pathsep.join([str(ROOT / "packaging" / "tour"), str(ROOT)])
-    variables = {**os.environ, "PYTHONPATH": tour, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-c", _MAKE, folder, json.dumps(WORDS)], env=variables, check=True, capture_output=True
-    )
+def _models(folder: Path | None) -> Path:
+    """Makes the models that are not in the folder yet; without one, they are kept for further runs."""
+    import kept  # found in a folder that campaign.py adds to the path
+    import made_models
+
+    def make(folder: Path) -> None:
+        made_models.run(_MAKE, folder, json.dumps(WORDS))
+
+    if folder is None:
+        return kept.folder("storm-models", *made_models.recipe(), _MAKE, json.dumps(WORDS), make=make)
+    make(folder)
+    return folder
 
 
 @contextmanager
