@@ -82,6 +82,11 @@ class Daemon:
             *("--state-dir", self.state, "--models-dir", self.models, "--runtime-dir", self.runtime / "run"),
         ]
 
+    def share_compiled(self, folder: Path) -> None:
+        """Has vLLM compile into this folder, where it finds what it compiled for other daemons."""
+        self.state.mkdir(parents=True, exist_ok=True)
+        (self.state / "compiled").symlink_to(folder)
+
     def open_files(self) -> Counter[str]:
         """Counts its descriptors by what they are of. How many there are in all says little: it opens some of its own
         (its watches of folders) when it has time to."""

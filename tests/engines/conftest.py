@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import kept
 import made_models
+import parallel
 import pytest
 import pytest_asyncio
 from vllm_python import VllmPython
@@ -186,9 +187,12 @@ def vllm_python() -> str:
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What vLLM's processes keep between starts."""
-    return tmp_path_factory.mktemp("compiled")
+def compiled(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
+    """What vLLM's processes keep between starts, under their own keys. All processes of a run share it."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if parallel.is_one_of_several(pytestconfig) else own) / "compiled"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,7 @@ def adapter(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client(made: Path, adapter: Path, vllm_python: str) -> Iterator[Client]:
+def client(made: Path, adapter: Path, vllm_python: str, compiled: Path) -> Iterator[Client]:
     """A daemon whose vLLM applies the adapter where it is asked for it."""
     with (
         tempfile.TemporaryDirectory(prefix="fd-") as folder,
@@ -75,6 +75,7 @@ def client(made: Path, adapter: Path, vllm_python: str) -> Iterator[Client]:
         daemon = Daemon(bus.address, Path(folder), Path(folder))
         settings = f"python = '{vllm_python}'\nkv_cache = '64MiB'\nadapters = ['{adapter}']\n"
         daemon.config.write_text(f"{CONFIG}[engines.vllm]\n{settings}")
+        daemon.share_compiled(compiled)
         daemon.start()
         try:
             with flashd.connect(bus.address) as client:

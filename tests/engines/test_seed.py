@@ -102,7 +102,10 @@ def home_with(root: Path, runtime: Path, python: str, made: Path) -> Home:
             (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
     config = root / ".config/flashd/flashd.toml"
     config.parent.mkdir(parents=True)
-    config.write_text("[engines]\nwarm_up = false\nwarm_new = false\n[engines.vllm]\nkv_cache = '64MiB'\n")
+    config.write_text(
+        "[engines]\nwarm_up = false\nwarm_new = false\n"
+        "[engines.torch]\nthreads = 1\n[engines.vllm]\nkv_cache = '64MiB'\n"
+    )
     return home
 
 
@@ -119,8 +122,12 @@ def home(tmp_path: Path, runtime: Path, made: Path) -> Iterator[Home]:
 
 
 @pytest.fixture
-def vllm_home(tmp_path: Path, runtime: Path, made: Path, vllm_python: str) -> Iterator[Home]:
-    yield from _until_stopped(home_with(tmp_path, runtime, vllm_python, made))
+def vllm_home(tmp_path: Path, runtime: Path, made: Path, vllm_python: str, compiled: Path) -> Iterator[Home]:
+    home = home_with(tmp_path, runtime, vllm_python, made)
+    state = tmp_path / ".local/state/flashd"
+    state.mkdir(parents=True)
+    (state / "compiled").symlink_to(compiled)
+    yield from _until_stopped(home)
 
 
 def _until_stopped(home: Home) -> Iterator[Home]:

@@ -45,14 +45,16 @@ def manager() -> Iterator[Manager]:
 
 
 @pytest.fixture(scope="module")
-def daemon(manager: Manager, made: Path, vllm_python: str) -> Iterator[Daemon]:
+def daemon(manager: Manager, made: Path, vllm_python: str, compiled: Path) -> Iterator[Daemon]:
     """One whose inbox is empty, with some models, below a service manager."""
     with tempfile.TemporaryDirectory(prefix="fd-") as folder, PrivateBus(Path(folder)) as bus:
         running = Daemon(bus.address, Path(folder), Path(folder))
         running.config.write_text(
             "[engines]\nwarm_up = false\nwarm_new = false\ndefault = 'vllm'\n"
-            f"[engines.vllm]\npython = '{vllm_python}'\nkv_cache = '64MiB'\narguments = ['--seed', '0']\n"
+            f"[engines.vllm]\npython = '{vllm_python}'\nkv_cache = '64MiB'\n"
+            "arguments = ['--seed', '0', '--max-model-len', '512']\n"
         )
+        running.share_compiled(compiled)
         start(running, manager)
         try:
             with flashd.connect(bus.address) as client:

@@ -72,8 +72,7 @@ def machine(request: pytest.FixtureRequest, nothing_leaks: None, compiled: Path,
     with tempfile.TemporaryDirectory(prefix="fd-") as short, PrivateBus(Path(short)) as bus:
         daemon = Daemon(bus.address, tmp_path, Path(short))
         daemon.config.write_text(settings(getattr(request, "param", "")))
-        daemon.state.mkdir(parents=True, exist_ok=True)
-        (daemon.state / "compiled").symlink_to(compiled)
+        daemon.share_compiled(compiled)
         manager = Manager(Path(short) / "manager")
         manager.open()
         sources = tmp_path / "sources"
