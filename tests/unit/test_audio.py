@@ -14,7 +14,7 @@ from pathlib import Path
 import openai
 import pytest
 from gateway_alone import Hears, gateway, serving
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
 
@@ -67,6 +67,7 @@ _TEXTS = st.text(st.characters(codec="utf-8"), max_size=30).map(str.encode)
 _CONTENTS = st.one_of(_TEXTS, st.sampled_from([b"\r", b"\r\n--X", b"\n--XX", WAV, b"a" * 70_000, b"\r\n" * 140_000]))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(_NAMES, st.booleans(), _CONTENTS), max_size=5))
 def test_a_form_says_the_same_here_as_in_an_engine(parts: list[tuple[str, bool, bytes]]) -> None:
     body = form(*(part(f'name="{name}"' + '; filename="f"' * is_file, content) for name, is_file, content in parts))
