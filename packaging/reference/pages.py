@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import sources
+from capabilities import CAPABILITIES
 from sources import Command, Entry, Interface, Member
 
 from flashd import user_inbox
@@ -214,6 +215,14 @@ def metric_labels() -> Iterator[str]:
     yield from table(["label", "value"], [[code(name), docstring(does)] for name, does in metric_names.LABELS.items()])
 
 
+# -- clients.md ------------------------------------------------------------------------------------------------------
+
+
+def capabilities() -> Iterator[str]:
+    rows = [[each.name, each.asked_by, each.torch, each.vllm] for each in CAPABILITIES.values()]
+    yield from table(["", "asked for by", "PyTorch", "vLLM"], rows)
+
+
 # -- Markdown --------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +266,7 @@ _PARTS: Mapping[str, Mapping[str, Callable[[], Iterator[str]]]] = {
     "cli.md": {"commands": commands, "exit statuses": exit_statuses, "options of flashd-inbox": inbox_options},
     "python.md": {"API": python_api},
     "dbus.md": {"errors": errors, "interfaces": interfaces},
+    "clients.md": {"capabilities": capabilities},
     "http.md": {"request fields": request_fields, "Ollama's fields": ollama_fields},
     "metrics.md": {"metrics": metrics, "labels": metric_labels},
 }

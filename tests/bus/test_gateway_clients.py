@@ -7,17 +7,22 @@ tests/engines/test_vllm_clients.py has what needs vLLM: tools, and structured ou
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+import conformance
 import httpx
 import programs
 import pytest
+import pytest_asyncio
+import yaml
 from conftest import SAYS
 from gateways import Gateway, make_endless, running_gateway
 from running import Daemon
@@ -28,6 +33,8 @@ from flashd import Client
 from flashd.dbus.private_bus import PrivateBus
 
 QUESTION = "Who are you?"
+PAGE = (Path(__file__).parents[2] / "packaging" / "docs" / "clients.md").read_text()
+BLOCKS = re.findall(r"^## (.+)\n(?:(?!^## ).*\n)*?^```(\w+)\n((?:.*\n)*?)^```$", PAGE, re.MULTILINE)
 every_program = pytest.mark.parametrize("by", programs.BY)
 
 
@@ -42,6 +49,7 @@ def shared(sources: Path) -> Iterator[Daemon]:
             with flashd.connect(bus.address) as client:
                 for source in (sources / "ada", sources / "bob", Path(folder) / "dora"):
                     client.import_(source, source.name)
+                client.set_aliases("ada", ["my-model"])  # as the documentation calls it
             yield daemon
         finally:
             status, words = daemon.stop(), daemon.log.read_text()
@@ -54,9 +62,9 @@ def client(shared: Daemon) -> Iterator[Client]:
         yield client
 
 
-@pytest.fixture
-async def gateway(shared: Daemon, tmp_path: Path, short_path: Path) -> AsyncIterator[Gateway]:
-    async with running_gateway(shared, tmp_path / "gateway.log", short_path / "gateway.sock") as running:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def gateway(shared: Daemon) -> AsyncIterator[Gateway]:
+    async with running_gateway(shared, shared.root / "gateway.log", shared.root / "gateway.sock") as running:
         yield running
 
 
@@ -91,6 +99,11 @@ async def test_a_program_asks(by: str, client: Client, gateway: Gateway, tmp_pat
             until(lambda: not rests(client))
             await program.said("leave")
             ends_soon(client)
+
+
+@conformance.every_capability
+async def test_an_engine_does_what_is_said_of_it(name: str, gateway: Gateway) -> None:
+    await conformance.check(name, "torch", gateway.url, "ada", "ada")
 
 
 async def test_what_open_webui_asks_is_answered(client: Client, gateway: Gateway) -> None:
@@ -234,3 +247,78 @@ def test_curl_is_interrupted(path: str, more: dict[str, object], client: Client,
     asking.send_signal(signal.SIGINT)
     asking.communicate(timeout=PATIENCE_S)
     ends_soon(client)
+
+
+# -- the page "Use it from your program" -------------------------------------------------------------------------------
+
+
+def test_the_page_has_a_block_for_each() -> None:
+    kinds = {name: kind for name, kind, _ in BLOCKS}
+    assert kinds == {
+        "openai": "python", "anthropic": "python", "ollama": "python", "LangChain": "python", "LiteLLM": "python",
+        "curl": "console", "llm": "yaml", "Open WebUI": "console", "Continue": "yaml", "Claude Code": "console",
+    }  # fmt: skip
+    assert PAGE.count("\n```\n") == len(BLOCKS), "none is left out"
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, kind, text in BLOCKS if kind == "python"])
+def test_a_program_of_the_page_runs(name: str, text: str, gateway: Gateway, tmp_path: Path) -> None:
+    python = programs.interpreter() if name in ("LangChain", "LiteLLM") else sys.executable
+    script = tmp_path / "program.py"
+    script.write_text(text.replace("http://localhost:8434", gateway.url))
+    done = subprocess.run(
+        [python, script], env=programs.environment(tmp_path), capture_output=True, text=True, check=False,
+        timeout=PATIENCE_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert SAYS["ada"] in done.stdout and ("LangChain" not in name or "256" in done.stdout)
+
+
+def lines_of(name: str) -> list[str]:
+    (text,) = [text for found, _, text in BLOCKS if found == name]
+    return [line.removeprefix("$ ") for line in text.splitlines()]
+
+
+def test_the_commands_of_the_page_run(gateway: Gateway) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("needs curl")
+    (line,) = lines_of("curl")
+    done = subprocess.run(
+        ["bash", "-c", line.replace("http://localhost:8434", gateway.url)],
+        capture_output=True, text=True, check=False, timeout=PATIENCE_S,
+    )  # fmt: skip
+    said = [json.loads(piece) for piece in done.stdout.splitlines()]
+    assert "".join(piece["response"] for piece in said) == SAYS["ada"] and said[-1]["done"], done.stderr
+
+
+def test_llm_reads_the_pages_configuration(gateway: Gateway, tmp_path: Path) -> None:
+    written = "\n".join(lines_of("llm")).replace("http://localhost:8434", gateway.url)
+    (tmp_path / "extra-openai-models.yaml").write_text(written)
+    done = subprocess.run(
+        [programs.interpreter(), "-m", "llm", "-m", "my-model", QUESTION],
+        env=programs.environment(tmp_path, LLM_USER_PATH=str(tmp_path)), capture_output=True, text=True, check=False,
+        stdin=subprocess.DEVNULL, timeout=PATIENCE_S,
+    )  # fmt: skip
+    assert done.stdout == SAYS["ada"] + "\n", done.stderr
+
+
+async def test_continue_finds_the_model_where_the_page_says(gateway: Gateway) -> None:
+    """Continue itself is an extension of editors; this is what it sends to a provider of the kind openai."""
+    told = yaml.safe_load("\n".join(lines_of("Continue")))
+    assert told.keys() == {"name", "version", "schema", "models"} and told["schema"] == "v1"
+    (model,) = told["models"]
+    assert model["provider"] == "openai" and model["apiBase"] == "http://localhost:8434/v1"
+    base = model["apiBase"].replace("http://localhost:8434", gateway.url)
+    body = {"model": model["model"], "messages": [{"role": "user", "content": QUESTION}], "stream": True}
+    headers = {"Authorization": f"Bearer {model['apiKey']}", "api-key": model["apiKey"]}
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as web:
+        answer = await web.post(base + "/chat/completions", json={**body, "max_tokens": 4096}, headers=headers)
+    assert answer.status_code == 200 and answer.text.rstrip().endswith("data: [DONE]")
+
+
+def test_open_webui_and_claude_code_are_told_the_right_addresses() -> None:
+    """What they send there is replayed: above, and in tests/engines/test_vllm_clients.py."""
+    (told,) = [line for line in lines_of("Open WebUI") if line.startswith("export ")]
+    assert "OLLAMA_BASE_URL=http://localhost:8434" in told.split(), "it appends /api/..."
+    told = " ".join(lines_of("Claude Code"))
+    assert "ANTHROPIC_BASE_URL=http://localhost:8434 " in told, "it appends /v1/messages"

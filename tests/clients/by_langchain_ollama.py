@@ -13,7 +13,7 @@ begun = told.Begun()
 
 
 def model(name: str, **more: Any) -> ChatOllama:
-    return ChatOllama(**{"model": name, "base_url": URL, "temperature": 0, "num_predict": 60, **more})
+    return ChatOllama(**{"model": name, "base_url": URL, "temperature": 0, "num_predict": 120, **more})
 
 
 def chat(name: str, question: str) -> Any:

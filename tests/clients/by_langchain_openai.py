@@ -13,7 +13,7 @@ begun = told.Begun()
 
 
 def model(name: str, **more: Any) -> ChatOpenAI:
-    made = {"model": name, "base_url": URL, "api_key": "none", "temperature": 0, "max_tokens": 60, "max_retries": 0}
+    made = {"model": name, "base_url": URL, "api_key": "none", "temperature": 0, "max_tokens": 120, "max_retries": 0}
     return ChatOpenAI(**{**made, **more})
 
 

@@ -21,7 +21,7 @@ def base(name: str) -> str:
 
 def ask(name: str, messages: Any, **more: Any) -> Any:
     asked = {"model": name, "api_base": base(name), "api_key": "none", "messages": messages}
-    return litellm.completion(**{**asked, "temperature": 0, "max_tokens": 60, "max_retries": 0, **more})
+    return litellm.completion(**{**asked, "temperature": 0, "max_tokens": 120, "max_retries": 0, **more})
 
 
 def user(question: str) -> Any:

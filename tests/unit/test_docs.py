@@ -39,6 +39,7 @@ FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 # Programs that run in a checkout, and those of other people that pages tell users to run.
 OF_OTHERS = {
     *("git", "cd", "cp", "busctl", "curl", "python3", "vllm", "apt", "adduser", "systemctl", "."),
+    *("export", "pip", "open-webui", "claude"),
     ".venv/bin/python",
 }
 # Paths of the repository in code spans; one with a word in capitals stands for others.
