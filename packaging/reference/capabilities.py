@@ -44,6 +44,7 @@ _TABLE = (
     Capability("log probabilities of the prompt", "`prompt_logprobs`", NO, YES),
     Capability("several answers", "`n`", NO, YES),
     Capability("vision", "`image_url`, `images`", NO, "models that see"),
+    Capability("transcription", "`/v1/audio/transcriptions`", NO, "models that hear"),
     Capability("embeddings", "`/v1/embeddings`, `/api/embed`", "all models", _EMBEDS),
     Capability("rerank", "`/v1/rerank`", NO, _EMBEDS),
     Capability("score", "`/v1/score`", NO, _EMBEDS),

@@ -33,12 +33,14 @@ _SEEN = [
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request, and what its answer must be like. `embeds` is whether it is for a model for embeddings."""
+    """A request, and what its answer must be like. `embeds` is whether it is for a model for embeddings; with a `file`,
+    it is a form."""
 
     path: str
     body: Mapping[str, Any]
     holds: Callable[[Any], object]
     embeds: bool = False
+    file: bytes = b""
 
 
 def _first(answer: Any) -> Any:
@@ -86,6 +88,7 @@ ASKS: Mapping[str, Ask] = {
         "/v1/chat/completions", {**_CHAT, "n": 3, "temperature": 1}, lambda a: len(a["choices"]) == 3
     ),
     "vision": Ask("/v1/chat/completions", {**_CHAT, "messages": [{"role": "user", "content": _SEEN}]}, lambda a: a),
+    "transcription": Ask("/v1/audio/transcriptions", {}, lambda a: a["text"], file=b"RIFF"),
     "embeddings": Ask(
         "/v1/embeddings", {"input": ["one", "two"]}, lambda a: [len(e["embedding"]) > 9 for e in a["data"]], embeds=True
     ),
@@ -99,8 +102,14 @@ ASKS: Mapping[str, Ask] = {
     ),
     "tokens of a text": Ask("/tokenize", {"prompt": "a cup"}, lambda a: a["count"] == len(a["tokens"]) > 0),
 }  # fmt: skip
-# What models of tests cannot do, because they do not see: a test of its own proves it.
-ELSEWHERE = {("vision", "vllm"): "tests/engines/test_vllm_engine.py::test_what_other_weights_have_made_is_forgotten"}
+# What the models here cannot do, because they neither see nor hear: tests of their own prove it.
+ELSEWHERE = {
+    ("vision", "vllm"): "tests/engines/test_vllm_engine.py::test_what_other_weights_have_made_is_forgotten",
+    (
+        "transcription",
+        "vllm",
+    ): "tests/engines/test_recordings.py::test_a_recording_is_transcribed_as_by_the_engine_itself",
+}
 every_capability = pytest.mark.parametrize("name", CAPABILITIES)
 
 
@@ -113,7 +122,8 @@ async def check(name: str, kind: str, url: str, model: str, embedder: str) -> No
     ask = ASKS[name]
     body = {"model": embedder if ask.embeds else model, **ask.body}
     async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as client:
-        answer = await client.post(ask.path, json=body)
+        form = {"data": body, "files": {"file": ask.file}} if ask.file else {"json": body}
+        answer = await client.post(ask.path, **form)
         if not CAPABILITIES[name].is_done(kind):
             assert answer.status_code in (400, 404, 501), (name, answer.text)
             assert answer.json()["error"]["message"]
