@@ -26,6 +26,7 @@ from flashd.errors import FlashdError, Internal, NotFound, Unavailable
 from flashd.gateway.access import ACCESS
 from flashd.gateway.directory import Connect, Directory, Follower, Watch
 from flashd.gateway.engine_connections import EngineConnections
+from flashd.gateway.kept_client import KeptClient
 from flashd.gateway.metrics.measures import Measures
 from flashd.gateway.metrics.observed import observed
 from flashd.gateway.turns import Ask, Bring, Ticket, Turns
@@ -55,7 +56,7 @@ class Dispatcher:
     """The queue of all requests, and the swaps that they need. On one event loop."""
 
     def __init__(self, connect: Connect, measures: Measures, watch: Watch) -> None:
-        self._connect = connect
+        self._client = KeptClient(connect)
         self._measures = measures
         self._turns = Turns()
         self._connections = EngineConnections()
@@ -90,6 +91,7 @@ class Dispatcher:
         if self._work is not None:
             self._work.cancel()
             await asyncio.wait({self._work})
+        self._client.close()
         await self._connections.close()
 
     async def settled(self) -> None:
@@ -235,7 +237,7 @@ class Dispatcher:
 
     def _would_displace(self, model: str) -> list[str]:
         """Runs in a thread."""
-        with self._connect(True) as client:
+        with self._client.lent() as client:
             return client.would_displace(model)
 
     async def _bring(self, model: str) -> None:
@@ -267,8 +269,8 @@ class Dispatcher:
                     await self._changed.wait()
 
     def _serve(self, model: str, jobs: list[Job], is_cancelled: threading.Event) -> None:
-        """Runs in a thread, on a connection of its own."""
-        with self._connect(True) as client:
+        """Runs in a thread."""
+        with self._client.lent() as client:
             job = client.begin_serve(model)
             jobs.append(job)
             if is_cancelled.is_set():  # it was not known to whoever cancelled
@@ -287,6 +289,8 @@ class Dispatcher:
 
     def _note(self, directory: Directory) -> None:
         self._known, self._public = directory, directory.public()
+        if not directory.is_connected:
+            self._client.close()
         self._measures.models_are(directory.models)
         self._changed.set()
         self._changed = asyncio.Event()

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 
 from flashd.errors import LimitExceeded
 
+_MOST_LEARNED = 10_000
+
 
 @dataclass(slots=True, eq=False)
 class Ticket:
@@ -58,6 +60,7 @@ class Turns:
         self._inside: Counter[str] = Counter()
         self._turn_ends: dict[str, float] = {}  # of the models that serve
         self._displaced: dict[str, frozenset[str]] = {}  # by what waits, as long as the same models serve
+        self._learned: dict[tuple[str, frozenset[str]], frozenset[str]] = {}  # `_displaced` by what served then
         self._bringing: str | None = None
         self._brought_s: dict[str, float] = {}  # how long it took last
         self._began = 0.0
@@ -116,7 +119,7 @@ class Turns:
         for model, _ in sorted(self._waiting.items(), key=lambda item: item[1][0].arrived):
             if model in self._turn_ends:
                 continue  # its turn is over: it serves still, for what is inside, and waits for those who wait
-            if model not in self._displaced:
+            if model not in self._displaced and not self._remember(model):
                 return Ask(model)
             if not any(self._inside[other] for other in self._displaced[model]):
                 return Bring(model)
@@ -125,6 +128,18 @@ class Turns:
     def displaces(self, model: str, others: frozenset[str]) -> None:
         """Notes which of the models that serve would not, if this one did."""
         self._displaced[model] = others & self._turn_ends.keys()
+        if len(self._learned) >= _MOST_LEARNED:
+            self._learned.clear()
+        self._learned[model, frozenset(self._turn_ends)] = self._displaced[model]
+
+    def _remember(self, model: str) -> bool:
+        """Takes what a model displaced when the same models served before. Memory may have filled since, so this is
+        good enough only while no request is inside anywhere, which could be cut."""
+        known = self._learned.get((model, frozenset(self._turn_ends)))
+        if known is None or any(self._inside.values()):
+            return False
+        self._displaced[model] = known
+        return True
 
     def begin(self, model: str, now: float) -> None:
         """Notes that the daemon was asked to bring it."""

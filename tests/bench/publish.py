@@ -48,6 +48,14 @@ H200_ROWS = [
     ("sweep", "ram_file_to_device", "file in memory to GPU, not verified", "one plain copy of pinned memory"),
     ("sweep", "ram_file_to_device.verified_1MiB", "the same, with every block verified, in pieces of 1 MiB",
      "one plain copy of pinned memory"),
+    ("http", "http_rebind_first_token", "a request by HTTP for another 16.4 GB model on the GPU, to its first token",
+     "our limit"),
+    ("http", "http_first_token", "the same for the model that serves", ""),
+    ("http", "vllm_serve_first_token", "the same of `vllm serve` alone", ""),
+    ("http", "gateway_overhead_ms", "what the gateway adds to a token's way, of 64 streams at once (median)",
+     "our limit"),
+    ("http", "gateway_overhead_p99_ms", "the same, of 99 of 100 tokens", "our limit"),
+    ("http", "gateway_idle_bytes", "memory of the gateway with 1,000 idle clients", "our limit"),
 ]  # fmt: skip
 H100_ROWS = [
     *VLLM_ROWS,

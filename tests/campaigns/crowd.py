@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,6 @@ from typing import Any
 import httpx
 import tomli_w
 from campaign import ENOUGH, ROOT, Campaign, main
-from gateways import free_port
 
 import flashd
 from flashd.client import launch
@@ -113,7 +113,9 @@ class Home:
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self._folder = folder
-        self.port = free_port()
+        with contextlib.closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
         config = folder / ".config" / "flashd" / "flashd.toml"
         config.parent.mkdir(parents=True)
         engines: dict[str, Any] = {"default": options.engine, "warm_new": False, "torch": {"threads": 1}}

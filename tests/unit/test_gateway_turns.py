@@ -238,3 +238,31 @@ def test_whatever_comes_is_answered_once_by_its_own_model(
     longest_s = max(takes_s for _, _, takes_s in requests)
     turn_s = max(TURN_S, bring_s) + longest_s + 2 * bring_s
     assert max(request.waited_s for request in asked) <= (len(groups) * 2 + 1) * turn_s + len(asked) * bring_s
+
+
+def test_what_makes_way_is_asked_once_as_long_as_nothing_could_be_cut() -> None:
+    turns = Turns(turn_s=TURN_S, max_waiting=9)
+
+    def bring(model: str, now: float, displaced: str) -> list[Ask]:
+        """Asks for a model and has it brought; returns what had to be found out for it."""
+        ticket = turns.ask(model, now, lambda: None)
+        asked = []
+        while isinstance(step := turns.next_step(now), Ask):
+            asked.append(step)
+            turns.displaces(step.model, frozenset({displaced}))
+        assert step == Bring(model)
+        turns.begin(model, now)
+        turns.serving({model: ""}, now)
+        turns.brought(now)
+        turns.next_step(now)
+        assert ticket.is_inside
+        turns.leave(ticket)
+        return asked
+
+    assert [bool(bring(model, now, other)) for now, model, other in ((1, "a", ""), (2, "b", "a"), (3, "a", "b"))] == [
+        True, True, True,
+    ]  # fmt: skip
+    assert bring("b", 4.0, "a") == [] and bring("a", 5.0, "b") == []
+    inside = turns.ask("a", 6.0, lambda: None)
+    turns.ask("b", 6.0, lambda: None)
+    assert inside.is_inside and turns.next_step(6.0) == Ask("b"), "memory may have filled, and something could be cut"
