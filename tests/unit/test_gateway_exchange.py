@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from flashd.client.results import Engine, Model
 from flashd.config.settings import GatewayConfig
 from flashd.errors import AlreadyExists, InvalidArgument, LimitExceeded, NotFound, Unavailable
+from flashd.gateway import main as gateway_main
 from flashd.gateway.access import ACCESS, Access
 from flashd.gateway.directory import Directory
 from flashd.gateway.exchange import BodyBudget, ClientLeft, Message, TooLarge, read_body
@@ -177,3 +180,18 @@ def test_a_damaged_file_of_tokens_lets_nobody_in_and_is_not_overwritten(tokens: 
 def test_a_token_for_some_models_sees_no_others() -> None:
     limited = KNOWN.only(["c", "b"])
     assert set(limited.models) == {"c"}, "and none that is private"
+
+
+async def test_first_tokens_wait_for_no_delayed_acknowledgement() -> None:
+    """asyncio turns Nagle's algorithm off only where it knows that a socket is TCP's; else a token waits for 40 ms."""
+    found = asyncio.get_running_loop().create_future()
+
+    async def accepted(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    with gateway_main._bound("127.0.0.1:0", has_tokens=False) as listening:
+        async with await asyncio.start_server(accepted, sock=listening):
+            _, writer = await asyncio.open_connection(*listening.getsockname())
+            assert await found
+            writer.close()
