@@ -17,7 +17,8 @@ PACKAGE = Path(__file__).parents[2] / "flashd"
 
 # What lies in the package, from the ground up: each imports itself and what is below it.
 LAYERS = [
-    *("_version", "legible", "legible_log", "errors", "units", "toml", "closing", "durable", "config", "tasks"),
+    *("_version", "legible", "legible_log", "errors", "units", "json_values", "toml"),
+    *("closing", "durable", "config", "tasks"),
     "service_manager",
     *("_native", "io", "dbus", "checkpoint", "tensors", "memory", "store"),
     *("hub", "client", "user_inbox", "gateway", "compat", "bench", "cli"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from flashd import json_values
 from flashd.client.results import Model
 from flashd.errors import EngineFailed, FlashdError, InvalidArgument
 from flashd.gateway.dialects import fields
@@ -34,26 +35,28 @@ _SHOWN = 80
 
 # What is translated for engines without Anthropic's interface; to others requests go as they are.
 _COMMON = (
-    Field("model", fields.text),
+    Field("model", json_values.text),
     Field("messages", fields.objects),
     Field("system", lambda value: value, does="becomes the first message"),
-    Field("tools", fields.only([]), does=_NOT_DONE),
-    Field("tool_choice", fields.only({"type": "auto"}, {"type": "none"}), does="there are no tools to choose from"),
-    Field("thinking", fields.only({"type": "disabled"}), does=_NOT_DONE),
-    Field("cache_control", fields.anything, does="prefixes are cached without it"),
-    Field("output_config", fields.only({}), does=_NOT_DONE),
-    Field("speed", fields.only("standard"), does="engines here have one speed"),
-    *(Field(name, fields.anything, does=_HARMLESS) for name in ("metadata", "service_tier", "inference_geo")),
+    Field("tools", json_values.only([]), does=_NOT_DONE),
+    Field(
+        "tool_choice", json_values.only({"type": "auto"}, {"type": "none"}), does="there are no tools to choose from"
+    ),
+    Field("thinking", json_values.only({"type": "disabled"}), does=_NOT_DONE),
+    Field("cache_control", json_values.anything, does="prefixes are cached without it"),
+    Field("output_config", json_values.only({}), does=_NOT_DONE),
+    Field("speed", json_values.only("standard"), does="engines here have one speed"),
+    *(Field(name, json_values.anything, does=_HARMLESS) for name in ("metadata", "service_tier", "inference_geo")),
 )
 MESSAGE_FIELDS = fields.table(
     [
         *_COMMON,
-        Field("max_tokens", fields.whole(1, fields.MAX_INT32), "max_tokens"),
+        Field("max_tokens", json_values.whole(1, fields.MAX_INT32), "max_tokens"),
         Field("stop_sequences", fields.texts, "stop"),
-        Field("temperature", fields.number(0.0, 1.0), "temperature"),
-        Field("top_p", fields.number(0.0, 1.0), "top_p"),
-        Field("top_k", fields.whole(0, fields.MAX_INT64), "top_k"),
-        Field("stream", fields.flag),
+        Field("temperature", json_values.number(0.0, 1.0), "temperature"),
+        Field("top_p", json_values.number(0.0, 1.0), "top_p"),
+        Field("top_k", json_values.whole(0, fields.MAX_INT64), "top_k"),
+        Field("stream", json_values.flag),
     ]
 )
 COUNT_FIELDS = fields.table(_COMMON)

@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flashd import json_values
 from flashd.errors import InvalidArgument
 from flashd.gateway.dialects import fields
-from flashd.gateway.dialects.fields import Field, WrongValue
+from flashd.gateway.dialects.fields import Field
+from flashd.json_values import WrongValue
 
 _SHOWN = 80
 _DURATION = re.compile(r"[+-]?(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+|[+-]?\d+")
@@ -29,13 +31,13 @@ CHAT_PATH, COMPLETION_PATH, EMBEDDING_PATH = "/v1/chat/completions", "/v1/comple
 
 def _predicted(value: object) -> int | None:
     """Numbers that are not positive mean no limit."""
-    count = fields.whole(-2, fields.MAX_INT32)(value)
+    count = json_values.whole(-2, fields.MAX_INT32)(value)
     return count if count > 0 else None
 
 
 def _seed(value: object) -> int | None:
     """-1 means a random one."""
-    seed = fields.whole(-(1 << 63), fields.MAX_INT64)(value)
+    seed = json_values.whole(-(1 << 63), fields.MAX_INT64)(value)
     return None if seed == -1 else seed
 
 
@@ -69,25 +71,25 @@ def _format(value: object) -> dict[str, Any] | None:
 
 OPTIONS = fields.table(
     [
-        Field("temperature", fields.number(0.0, 100.0), "temperature", "default: the model's own"),
-        Field("top_p", fields.number(0.0, 1.0), "top_p"),
-        Field("top_k", fields.whole(-1, fields.MAX_INT64), "top_k"),
-        Field("min_p", fields.number(0.0, 1.0), "min_p"),
+        Field("temperature", json_values.number(0.0, 100.0), "temperature", "default: the model's own"),
+        Field("top_p", json_values.number(0.0, 1.0), "top_p"),
+        Field("top_k", json_values.whole(-1, fields.MAX_INT64), "top_k"),
+        Field("min_p", json_values.number(0.0, 1.0), "min_p"),
         Field("seed", _seed, "seed"),
         Field("stop", fields.texts, "stop"),
         Field("num_predict", _predicted, "max_tokens", "default: the engine's"),
-        Field("repeat_penalty", fields.number(0.01, 100.0), "repetition_penalty", "over prompt and answer"),
-        Field("presence_penalty", fields.number(-2.0, 2.0), "presence_penalty"),
-        Field("frequency_penalty", fields.number(-2.0, 2.0), "frequency_penalty"),
-        Field("repeat_last_n", fields.only(-1), does="only -1: penalties count all tokens"),
-        Field("tfs_z", fields.only(1), does="only 1: " + _SAMPLER),
-        Field("typical_p", fields.only(1), does="only 1: " + _SAMPLER),
-        Field("mirostat", fields.only(0), does="only 0: " + _SAMPLER),
-        Field("mirostat_tau", fields.anything, does="no effect without mirostat"),
-        Field("mirostat_eta", fields.anything, does="no effect without mirostat"),
-        Field("penalize_newline", fields.only(True), does="only true: penalties count newlines, too"),
+        Field("repeat_penalty", json_values.number(0.01, 100.0), "repetition_penalty", "over prompt and answer"),
+        Field("presence_penalty", json_values.number(-2.0, 2.0), "presence_penalty"),
+        Field("frequency_penalty", json_values.number(-2.0, 2.0), "frequency_penalty"),
+        Field("repeat_last_n", json_values.only(-1), does="only -1: penalties count all tokens"),
+        Field("tfs_z", json_values.only(1), does="only 1: " + _SAMPLER),
+        Field("typical_p", json_values.only(1), does="only 1: " + _SAMPLER),
+        Field("mirostat", json_values.only(0), does="only 0: " + _SAMPLER),
+        Field("mirostat_tau", json_values.anything, does="no effect without mirostat"),
+        Field("mirostat_eta", json_values.anything, does="no effect without mirostat"),
+        Field("penalize_newline", json_values.only(True), does="only true: penalties count newlines, too"),
         *(
-            Field(name, fields.anything, does=_ENGINE)
+            Field(name, json_values.anything, does=_ENGINE)
             for name in ("num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread", "num_keep", "numa", "low_vram",
                          "f16_kv", "logits_all", "vocab_only", "use_mmap", "use_mlock", "embedding_only")
         ),
@@ -95,20 +97,20 @@ OPTIONS = fields.table(
 )  # fmt: skip
 
 _ALL = (
-    Field("model", fields.text),
-    Field("name", fields.text, does="the older name of model"),
+    Field("model", json_values.text),
+    Field("name", json_values.text, does="the older name of model"),
     Field("options", fields.mapping, does="see below"),
     Field("keep_alive", _keep_alive, does="0 unloads the model, after its answer if there is a prompt; else no effect"),
 )
 _GENERATION = (
     *_ALL,
-    Field("stream", fields.flag, does="default true"),
+    Field("stream", json_values.flag, does="default true"),
     Field("format", _format, "response_format"),
     Field("think", _think, does="true and false go to the chat template; low, medium and high are reasoning_effort"),
-    Field("logprobs", fields.flag, "logprobs"),
-    Field("top_logprobs", fields.whole(0, 20), "top_logprobs"),
-    Field("truncate", fields.flag, does="no effect: what is too long for the model is refused"),
-    Field("shift", fields.flag, does="no effect: what is too long for the model is refused"),
+    Field("logprobs", json_values.flag, "logprobs"),
+    Field("top_logprobs", json_values.whole(0, 20), "top_logprobs"),
+    Field("truncate", json_values.flag, does="no effect: what is too long for the model is refused"),
+    Field("shift", json_values.flag, does="no effect: what is too long for the model is refused"),
 )
 CHAT = fields.table(
     [
@@ -120,32 +122,32 @@ CHAT = fields.table(
 GENERATE = fields.table(
     [
         *_GENERATION,
-        Field("prompt", fields.text),
-        Field("system", fields.text),
+        Field("prompt", json_values.text),
+        Field("system", json_values.text),
         Field("images", fields.texts),
-        Field("raw", fields.flag, does="the prompt goes to the model without its chat template"),
-        Field("suffix", fields.only(""), does="only empty: engines here do not fill in the middle"),
-        Field("template", fields.only(""), does="only empty: the model has its own"),
-        Field("context", fields.only([]), does="only empty: answers have none to send back"),
+        Field("raw", json_values.flag, does="the prompt goes to the model without its chat template"),
+        Field("suffix", json_values.only(""), does="only empty: engines here do not fill in the middle"),
+        Field("template", json_values.only(""), does="only empty: the model has its own"),
+        Field("context", json_values.only([]), does="only empty: answers have none to send back"),
     ]
 )
 EMBED = fields.table(
     [
         *_ALL,
         Field("input", fields.texts),
-        Field("truncate", fields.flag, does="no effect: what is too long for the model is refused"),
-        Field("dimensions", fields.whole(1, fields.MAX_INT32), "dimensions"),
+        Field("truncate", json_values.flag, does="no effect: what is too long for the model is refused"),
+        Field("dimensions", json_values.whole(1, fields.MAX_INT32), "dimensions"),
     ]
 )
-EMBEDDINGS = fields.table([*_ALL, Field("prompt", fields.text)])
-_NAMES = (Field("model", fields.text), Field("name", fields.text))
-SHOW = fields.table([*_NAMES, Field("verbose", fields.flag, does="no effect")])
+EMBEDDINGS = fields.table([*_ALL, Field("prompt", json_values.text)])
+_NAMES = (Field("model", json_values.text), Field("name", json_values.text))
+SHOW = fields.table([*_NAMES, Field("verbose", json_values.flag, does="no effect")])
 DELETE = fields.table(_NAMES)
 PULL = fields.table(
     [
         *_NAMES,
-        Field("stream", fields.flag, does="default true"),
-        Field("insecure", fields.flag, does="no effect: flashd pulls from the hub only"),
+        Field("stream", json_values.flag, does="default true"),
+        Field("insecure", json_values.flag, does="no effect: flashd pulls from the hub only"),
     ]
 )
 

@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from flashd import json_values
+from flashd.json_values import Read, WrongValue
 from flashd.workers.drawing import draws
 from flashd.workers.torch import fields
-from flashd.workers.torch.fields import Read, WrongValue, is_token
+from flashd.workers.torch.fields import is_token
 from flashd.workers.torch.requests import Sampling
 
 
@@ -45,10 +47,10 @@ _OF_TRANSFORMERS: Mapping[str, Read] = {
     "suppress_tokens": _tokens,
     "begin_suppress_tokens": _tokens,
     "bad_words_ids": _words,
-    "no_repeat_ngram_size": fields.whole(0, 1000),
-    "encoder_no_repeat_ngram_size": fields.whole(0, 1000),
-    "encoder_repetition_penalty": fields.number(0.01, 100.0),
-    "min_new_tokens": fields.whole(0, fields.MAX_TOKENS),
+    "no_repeat_ngram_size": json_values.whole(0, 1000),
+    "encoder_no_repeat_ngram_size": json_values.whole(0, 1000),
+    "encoder_repetition_penalty": json_values.number(0.01, 100.0),
+    "min_new_tokens": json_values.whole(0, fields.MAX_TOKENS),
 }
 
 
@@ -76,9 +78,9 @@ def read(settings: Mapping[str, object], tokenizer: object) -> Defaults:
             return None
 
     sampling = {name: value for name, check in fields.SAMPLING.items() if (value := sound(name, check)) is not None}
-    if not draws({**sampling, "do_sample": sound("do_sample", fields.flag)}):
+    if not draws({**sampling, "do_sample": sound("do_sample", json_values.flag)}):
         sampling["temperature"] = 0.0
-    if (limit := sound("max_new_tokens", fields.whole(1, fields.MAX_TOKENS))) is not None:
+    if (limit := sound("max_new_tokens", json_values.whole(1, fields.MAX_TOKENS))) is not None:
         sampling["max_tokens"] = limit
     ends = set(sound("eos_token_id", _tokens) or ())
     if is_token(end := getattr(tokenizer, "eos_token_id", None)):

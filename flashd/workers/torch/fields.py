@@ -8,10 +8,11 @@ The model's own generation_config.json is read by the same table.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import TypeGuard
+
+from flashd.json_values import Read, WrongValue, anything, flag, is_whole, number, only, text, whole
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1000
@@ -25,13 +26,6 @@ _GENERATION = frozenset({CHAT, COMPLETION})
 _ALL = frozenset({CHAT, COMPLETION, EMBEDDING})
 
 
-class WrongValue(Exception):
-    """Raised with a message about the values that a field accepts."""
-
-
-Read = Callable[[object], Any]  # returns the value to use; raises WrongValue
-
-
 @dataclass(frozen=True, slots=True)
 class Field:
     """A field of a request. `does` documents its effect."""
@@ -40,51 +34,6 @@ class Field:
     paths: frozenset[str]
     read: Read
     does: str
-
-
-def number(low: float, high: float) -> Read:
-    def read(value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise WrongValue(f"must be a number from {low:g} to {high:g}")
-        return float(value)
-
-    return read
-
-
-def whole(low: int, high: int) -> Read:
-    def read(value: object) -> int:
-        if not is_whole(value) or not low <= value <= high:
-            raise WrongValue(f"must be a whole number from {low} to {high}")
-        return int(value)
-
-    return read
-
-
-def flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise WrongValue("must be true or false")
-    return value
-
-
-def text(value: object) -> str:
-    if not isinstance(value, str):
-        raise WrongValue("must be a text")
-    return value
-
-
-def only(*values: object) -> Read:
-    """Returns a reader that accepts only values of an unsupported field that have no effect."""
-    allowed = [json.dumps(value, sort_keys=True) for value in values]
-
-    def read(value: object) -> None:
-        if json.dumps(value, sort_keys=True) not in allowed:
-            raise WrongValue("can only be " + " or ".join(allowed) if allowed else "is not supported by this engine")
-
-    return read
-
-
-def anything(value: object) -> None:
-    """Accepts all values, because the field has no effect on the answer."""
 
 
 def raw(value: object) -> object:
@@ -134,12 +83,8 @@ def stream_options(value: object) -> bool:
     return bool(read.get("include_usage"))
 
 
-def is_whole(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def is_token(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
+    return is_whole(value) and 0 <= value < 1 << 31
 
 
 # Fields that the model's own generation_config.json may set too, as in vLLM.

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flashd.json_values import WrongValue
 from flashd.workers.torch import fields
-from flashd.workers.torch.fields import CHAT, COMPLETION, EMBEDDING, MAX_INPUTS, WrongValue, is_token
+from flashd.workers.torch.fields import CHAT, COMPLETION, EMBEDDING, MAX_INPUTS, is_token
 
 MAX_BODY_BYTES = 8 << 20
 _MESSAGE = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
