@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <array>
-#include <condition_variable>
 #include <cstring>
 #include <deque>
 #include <exception>
@@ -14,10 +13,10 @@
 #include <utility>
 #include <vector>
 
-#include "cpu_clock.hpp"
 #include "error.hpp"
 #include "io.hpp"
 #include "plan.hpp"
+#include "work_queue.hpp"
 
 namespace flashd {
 
@@ -25,13 +24,13 @@ namespace {
 
 constexpr unsigned non_blocking = 1;  // CU_STREAM_NON_BLOCKING: no implicit order with anybody's default stream
 constexpr unsigned no_timing = 2;     // CU_EVENT_DISABLE_TIMING
-// Large enough to reach the link's bandwidth, small enough that a cancel is obeyed and two transfers take turns.
+// Large enough to reach the link's bandwidth, small enough for quick cancellation and fair turns of two transfers.
 constexpr uint64_t large_copy = 64 << 20;
 constexpr size_t large_copies = 4;
 
 Driver::Address address_of(const void* memory) { return reinterpret_cast<Driver::Address>(memory); }
 
-// A queue of copies on a device. Whatever happens, its end waits until the device has done with the memory.
+// A queue of copies on a device. Its destructor always waits until the device no longer uses the memory.
 class Stream {
   public:
     explicit Stream(const Device& device) : device_(device) {
@@ -48,7 +47,7 @@ class Stream {
 
     const Device& device() const { return device_; }
 
-    // Starts a copy, and has the event tell when it is done. If it throws, the device has done with the memory.
+    // Starts a copy, and records the event behind it. If it throws, the device no longer uses the memory.
     void copy(Driver::Address to, Driver::Address from, uint64_t length, Driver::Event event) {
         device_.check(device_.driver->copy_async(to, from, length, stream_), "copy");
         const Driver::Status status = device_.driver->record_event(event, stream_);
@@ -79,7 +78,7 @@ class Event {
     Driver::Event event_ = nullptr;
 };
 
-// One thread's copies, in turn in each of a few places, on a stream of their own. What has arrived is the transfer's
+// One thread's copies, on their own stream, which use a few places in turn. Finished copies count as the transfer's
 // progress.
 class Rotation {
   public:
@@ -89,13 +88,13 @@ class Rotation {
         stream_.emplace(device);
     }
 
-    // The place whose turn it is, once the device has done with it.
+    // Returns the next place, once the device no longer uses it.
     size_t place() {
         if (under_way_ == lengths_.size()) await_oldest();
         return next_;
     }
 
-    // Starts a copy in that place.
+    // Starts a copy in the next place.
     void copy(Driver::Address to, Driver::Address from, uint64_t length) {
         stream_->copy(to, from, length, events_[next_].get());
         lengths_[next_] = length;
@@ -123,83 +122,14 @@ class Rotation {
     std::optional<Stream> stream_;  // ends, and is waited for, before the events do
 };
 
-// A block on its way, and where it belongs.
+// A block in flight, and its destination.
 struct Parcel {
     Staging::Block* block;
     uint64_t offset;
     uint64_t length;
 };
 
-// Threads that see parcels to their end in the order of their coming, while others are still on their way. The first
-// error is kept, and thrown to who sends the next parcel.
-class Finishers {
-  public:
-    Finishers(unsigned threads, std::function<void(const Parcel&)> finish) : finish_(std::move(finish)) {
-        for (unsigned i = 0; i < threads; ++i) threads_.emplace_back([this] { run(); });
-    }
-    ~Finishers() { end(); }
-
-    void send(const Parcel& parcel) {
-        {
-            const std::lock_guard lock(mutex_);
-            queue_.push_back(parcel);
-        }
-        changed_.notify_one();
-    }
-
-    void check() {
-        const std::lock_guard lock(mutex_);
-        if (error_) std::rethrow_exception(error_);
-    }
-
-    // Waits for all that was sent. Returns the CPU seconds used.
-    double finish() {
-        end();
-        check();
-        return cpu_seconds_;
-    }
-
-  private:
-    void end() {
-        {
-            const std::lock_guard lock(mutex_);
-            ended_ = true;
-        }
-        changed_.notify_all();
-        threads_.clear();
-    }
-
-    void run() {
-        std::unique_lock lock(mutex_);
-        for (;;) {
-            changed_.wait(lock, [this] { return ended_ || !queue_.empty(); });
-            if (queue_.empty()) break;
-            const Parcel parcel = queue_.front();
-            queue_.pop_front();
-            lock.unlock();
-            std::exception_ptr error;
-            try {
-                finish_(parcel);
-            } catch (...) {
-                error = std::current_exception();
-            }
-            lock.lock();
-            if (error && !error_) error_ = error;
-        }
-        cpu_seconds_ += thread_cpu_seconds();
-    }
-
-    std::function<void(const Parcel&)> finish_;
-    std::mutex mutex_;
-    std::condition_variable changed_;
-    std::deque<Parcel> queue_;
-    std::exception_ptr error_;
-    bool ended_ = false;
-    double cpu_seconds_ = 0;
-    std::vector<std::jthread> threads_;
-};
-
-// Filled blocks to the device: the copy is started at once, and the block given back when it is done.
+// Sends filled blocks to the device. A copy starts at once; the block is given back when the copy is done.
 class Sender {
   public:
     // `inspect` looks at a block's bytes while they are copied, on one of `threads` threads.
@@ -210,13 +140,13 @@ class Sender {
           stream_(share.staging().device()),
           finishers_(threads, [this](const Parcel& parcel) { finish_one(parcel); }) {}
 
-    // Any thread may call. The block is the sender's from then on.
+    // Any thread may call this. The sender owns the block from then on.
     void send(Staging::Block* block, uint64_t offset, uint64_t length) {
         stream_.device().enter();
         const std::lock_guard lock(mutex_);
         finishers_.check();
         stream_.copy(target_ + offset, address_of(block->memory), length, block->event);
-        finishers_.send({block, offset, length});
+        finishers_.add({block, offset, length});
     }
 
     double finish() {
@@ -227,7 +157,7 @@ class Sender {
 
   private:
     void finish_one(const Parcel& parcel) {
-        // The copy is awaited even if the bytes turn out wrong: the block is someone else's afterwards.
+        // The copy is awaited even if the bytes turn out wrong, because the block then gets another owner.
         std::exception_ptr error;
         try {
             inspect_(parcel);
@@ -244,9 +174,9 @@ class Sender {
     Driver::Address target_;
     std::function<void(const Parcel&)> inspect_;
     std::mutex mutex_;
-    // In this order: the finishers end before the stream, and that before the share that owns the blocks.
+    // Order of destruction: the finishers, the stream, then the share that owns the blocks.
     Stream stream_;
-    Finishers finishers_;
+    WorkQueue<Parcel> finishers_;
 };
 
 unsigned copy_threads(const Options& options) {
@@ -263,10 +193,10 @@ namespace {
 // Fills a place in the staging memory with the part of a block that begins at `offset`.
 using Fill = std::function<void(uint64_t offset, std::span<std::byte> piece)>;
 
-// One thread's way to the device, through a block of staging memory.
+// One thread's path to the device, through a block of staging memory.
 //
-// The memory's bandwidth is the limit here, and what the processor has in its cache costs none of it: so a thread fills
-// the same few small places again and again, and the device fetches each from the cache.
+// Memory bandwidth is the limit here, and data in the processor's cache uses none of it. So a thread refills the same
+// few small places, and the device fetches each from the cache.
 class Lane {
   public:
     Lane(Transfer& transfer, StagingShare& share, const Options& options)
@@ -277,7 +207,7 @@ class Lane {
           rotation_(transfer, share.staging().device(),
                     std::clamp<size_t>(options.pieces, 1, share.staging().block() / piece_)) {}
 
-    // Returns when the last pieces are still on their way.
+    // Returns while the last pieces are still in flight.
     void send(Driver::Address target, uint64_t length, const Fill& fill) {
         for (uint64_t done = 0; done < length; done += piece_) {
             transfer_.stop_if_cancelled();
@@ -288,7 +218,7 @@ class Lane {
         }
     }
 
-    // So that others have their share of the blocks.
+    // Gives other transfers their share of the blocks.
     void take_turns() {
         if (!share_.is_wanted()) return;
         rotation_.finish();
@@ -305,7 +235,7 @@ class Lane {
     Rotation rotation_;
 };
 
-// By several threads, block by block.
+// Copies with several threads, block by block.
 void send_blocks(Transfer& transfer, const std::shared_ptr<Staging>& staging, uint64_t length, unsigned threads,
                  const Options& options, const std::function<void(Lane&, size_t index, uint64_t length)>& send) {
     const uint64_t block = staging->block();
@@ -353,7 +283,7 @@ std::unique_ptr<Transfer> load_device(File file, uint64_t start, uint64_t length
             load_from_page_cache(transfer, *shared, start, length, target, digests, staging, chosen);
             return;
         }
-        // Reads never wait for copies: a quarter of the blocks is for what is on its way to the device.
+        // Reads never wait for copies: a quarter of the blocks is reserved for copies in flight.
         const auto blocks = static_cast<unsigned>(staging->memory().size() / block);
         chosen.depth = std::clamp(blocks * 3 / 4, 1U, chosen.depth);
         StagingShare share(staging);
@@ -399,7 +329,7 @@ std::unique_ptr<Transfer> write_device(File target, uint64_t offset, Driver::Add
         std::string digests((length + block - 1) / block * digest_bytes, '\0');
         std::vector<Request> requests;
         for (uint64_t done = 0; done < length; done += block) {
-            // The last write is padded for O_DIRECT; the truncate below takes the padding away again.
+            // The last write is padded for O_DIRECT; the truncate below removes the padding.
             const uint64_t part = align_up(std::min(block, length - done));
             requests.push_back({0, offset + done, nullptr, part, part});
         }
@@ -437,7 +367,7 @@ namespace {
 
 enum class Way { to_device, from_device };
 
-// Few large copies in flight, with no processor in between.
+// Keeps a few large copies in flight, without using the processor.
 void move_registered(Transfer& transfer, const Device& device, Driver::Address to, Driver::Address from,
                      uint64_t length) {
     Rotation rotation(transfer, device, large_copies);
