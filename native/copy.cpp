@@ -13,11 +13,11 @@ namespace flashd {
 
 namespace {
 
-// Below this, an O_DIRECT window costs more than the page cache does.
+// For smaller pieces an O_DIRECT window costs more than the page cache.
 constexpr uint64_t worth_a_window = 128 << 10;
 
-// A model that was just downloaded or dropped is in the page cache, and reading it again from the disk would halve the
-// speed. (RWF_NOWAIT cannot be used to find out: it starts a read-ahead of what is missing.)
+// A model that was just downloaded or dropped is in the page cache, and reading it from the disk again would halve the
+// speed. (RWF_NOWAIT cannot test for this, because it starts a read-ahead of missing pages.)
 void read_piece(File& file, const Piece& piece, std::byte* to, Buffer& window) {
     const uint64_t start = align_down(piece.source_offset);
     const uint64_t lead = piece.source_offset - start;
@@ -54,7 +54,7 @@ std::unique_ptr<Transfer> copy(std::vector<File> sources, std::vector<Piece> pie
                 }
                 const Digest found = digest({assembled.data(), length});
                 std::memcpy(digests.data() + *index * digest_bytes, found.data(), digest_bytes);
-                // The tail is padded to a block for O_DIRECT; the truncate below takes the padding away again.
+                // The tail is padded to a block for O_DIRECT; the truncate below removes the padding.
                 std::memset(assembled.data() + length, 0, align_up(length) - length);
                 const uint64_t padded = align_up(length);
                 execute_one(Direction::write, *to, {0, region + start, assembled.data(), padded, padded});

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a thread has cost so far: the streamer reports processor time beside bandwidth.
+// The processor time of a thread, which the streamer reports beside bandwidth.
 #pragma once
 
 #include <ctime>

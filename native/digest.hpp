@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// BLAKE3 of blocks. One digest serves verification, content address and deduplication: it is cryptographic, so nobody
-// can make two checkpoints share an address, and fast enough (5.6 GB/s a core with AVX-512) to run beside a load.
+// BLAKE3 of blocks. One digest serves verification, content address and deduplication: it is cryptographic, so that
+// no two checkpoints can be made to share an address, and fast enough (5.6 GB/s per core with AVX-512) to run during a
+// load.
 #pragma once
 
 #include <blake3.h>
@@ -18,7 +19,7 @@ using Digest = std::array<std::byte, digest_bytes>;
 
 Digest digest(std::span<const std::byte> data);
 
-// The digest of data that comes in pieces.
+// The digest of data that arrives in pieces.
 class Hasher {
   public:
     Hasher() { blake3_hasher_init(&state_); }
@@ -40,7 +41,7 @@ class DigestTable {
     size_t size() const { return table_.size() / digest_bytes; }
     // Throws Error (corrupt) unless `data`, found at `offset` of the file named `path`, is block number `index`.
     void check(size_t index, std::span<const std::byte> data, const std::string& path, uint64_t offset) const;
-    // The same, of its digest.
+    // The same for the block's digest.
     void check(size_t index, const Digest& found, const std::string& path, uint64_t offset) const;
 
   private:

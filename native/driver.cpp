@@ -11,7 +11,7 @@ namespace flashd {
 
 namespace {
 
-// The library stays open: its threads would not survive an unloading.
+// The library stays open, because its threads would not survive unloading.
 void* open_library() {
     void* library = ::dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
     if (library == nullptr) throw Error(Failure::device, "dlopen", ENOENT, "libcuda.so.1");

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The entry points of a GPU's driver that the data path needs, with CUDA's own signatures. One table is filled from
-// libcuda.so.1, opened at run time, so that neither building nor installing flashd needs a toolkit; the other does the
-// same in host memory, as asynchronously as a GPU would, for machines and tests without one.
+// libcuda.so.1, opened at run time, so that neither building nor installing flashd needs a toolkit; the other works
+// on host memory, as asynchronously as a GPU, for machines and tests without one.
 #pragma once
 
 #include <cstddef>
@@ -34,16 +34,16 @@ struct Driver {
 };
 
 const Driver& host_driver();
-// Throws Error where there is no driver, or one that lacks an entry point.
+// Throws Error if there is no driver, or if it lacks an entry point.
 const Driver& cuda_driver();
 
-// A device: its driver, and the context that a thread must have entered before it calls.
+// A device: its driver, and the context that a thread must enter before calling it.
 struct Device {
     const Driver* driver;
     Driver::Context context;
 
     void enter() const;
-    // Throws Error (device) unless the status is a success; `operation` is the entry point.
+    // Throws Error (device) unless the status is success; `operation` is the entry point.
     void check(Driver::Status status, const char* operation) const;
 };
 

@@ -15,8 +15,8 @@ inline constexpr uint64_t no_offset = UINT64_MAX;
 enum class Failure { system, memory, truncated, corrupt, cancelled, device };
 
 struct Error : std::runtime_error {
-    // `operation` is the system call or step that failed; `number` is errno, 0 where there is none. Of a device,
-    // `number` is the driver's status and `path` its name.
+    // `operation` is the system call or step that failed; `number` is errno, or 0. For a device,
+    // `number` is the driver's status and `path` the device's name.
     Error(Failure kind_, std::string operation_, int number_, std::string path_, uint64_t offset_ = no_offset)
         : std::runtime_error(operation_),
           kind(kind_),

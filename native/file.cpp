@@ -86,7 +86,7 @@ uint64_t File::end_before(uint64_t offset) const {
 void File::preallocate(uint64_t size) const {
     if (size == 0) return;
     while (::fallocate(buffered_.get(), 0, 0, static_cast<off_t>(size)) != 0) {
-        // Not every file system can (tmpfs can, FUSE may not); writing then finds out about a full disk by itself.
+        // Some file systems cannot (FUSE, for example); then writing fails by itself when the disk is full.
         if (errno == EOPNOTSUPP || errno == ENOSYS) return;
         if (errno != EINTR) throw Error(Failure::system, "fallocate", errno, path_);
     }

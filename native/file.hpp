@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// An open file, with and without O_DIRECT, and whole reads and writes on it.
+// An open file, with and without O_DIRECT, and complete reads and writes.
 #pragma once
 
 #include <atomic>
@@ -33,8 +33,8 @@ class UniqueFd {
     int fd_ = -1;
 };
 
-// The caller's descriptor stays the caller's: `buffered` is a duplicate and `direct` a description of our own, opened
-// through /proc/self/fd, which needs no right beyond the one the caller's descriptor already proves.
+// The caller keeps its descriptor: `buffered` is a duplicate, and `direct` our own description, opened through
+// /proc/self/fd, which needs no permission beyond the caller's descriptor.
 class File {
   public:
     enum class Access { read, write };
@@ -45,21 +45,21 @@ class File {
 
     const std::string& path() const { return path_; }
     bool has_direct() const { return direct_works_; }
-    // Whether a request may use the O_DIRECT description: it is aligned, and the file allows it.
+    // Tells whether a request may use the O_DIRECT description: it is aligned, and the file allows it.
     bool takes_direct(uint64_t offset, uint64_t length, const void* address) const;
     int descriptor(bool direct) const { return direct ? direct_.get() : buffered_.get(); }
-    // Why there is no O_DIRECT; empty if there is.
+    // Returns why there is no O_DIRECT; empty if there is.
     std::string direct_refused() const;
-    // For a request that failed with EINVAL although the open succeeded, as FUSE and some overlays do: from here on the
-    // file is buffered. Any thread may call it; the description stays open for the requests of others.
+    // Makes the file buffered after a request failed with EINVAL although the open had succeeded, as on FUSE and some
+    // overlays. Any thread may call this; the description stays open for the requests of others.
     void give_up_direct() { direct_works_ = false; }
-    // Because the page cache has what will be read.
+    // Makes the file buffered because the page cache has its contents.
     void pass_by_direct();
 
-    // Whether all of a range is in the page cache; false where the kernel cannot tell.
+    // Tells whether a whole range is in the page cache; false if the kernel cannot say.
     bool is_cached(uint64_t offset, uint64_t length) const;
-    // Where the file ends, given that a read at `offset` met its end: blocks are read in any order, and it may have
-    // been the first of several beyond the end.
+    // Returns the end of the file after a read at `offset` met it. Blocks are read in any order, so that several reads
+    // may be beyond the end.
     uint64_t end_before(uint64_t offset) const;
     void preallocate(uint64_t size) const;
     void truncate(uint64_t size) const;

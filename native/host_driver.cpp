@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Host memory that behaves like a GPU's: each stream is a thread that carries out its copies in order, later.
+// Host memory that behaves like a GPU's: each stream is a thread that performs its copies later, in order.
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -58,7 +58,7 @@ class HostStream {
     std::jthread thread_{[this] { run(); }};
 };
 
-// Complete until it is recorded, as CUDA's.
+// Like CUDA's events, complete until it is recorded.
 struct HostEvent {
     std::mutex mutex;
     std::condition_variable changed;

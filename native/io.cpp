@@ -24,7 +24,7 @@ constexpr uint64_t most_buffers = 1 << 14;
 
 const char* operation(Direction direction) { return direction == Direction::read ? "read" : "write"; }
 
-// A request, and how far it has come.
+// A request and its progress.
 struct Progress {
     Request request{};
     uint64_t done = 0;
@@ -35,7 +35,7 @@ struct Progress {
     uint64_t wanted() const { return std::min(align_up(request.length - done), request.capacity - done); }
     bool complete() const { return done == request.length; }
 
-    // After a short result the rest is asked for again, from an aligned offset where that still is progress.
+    // After a short result, requests the rest, from an aligned offset if that still makes progress.
     void advance(uint64_t bytes) {
         const uint64_t reached = std::min(done + bytes, request.length);
         const bool can_realign = direct && reached < request.length && align_down(reached) > done;
@@ -43,7 +43,7 @@ struct Progress {
     }
 };
 
-// Takes what the kernel answered: a count of bytes, or a negative errno. True if the rest must be asked for.
+// Takes the kernel's answer: a number of bytes, or a negative errno. Returns whether the rest must be requested.
 bool must_continue(Direction direction, File& file, Progress& progress, int64_t answer) {
     if (answer == -EINTR || answer == -EAGAIN) return true;
     if (answer == -EINVAL && progress.direct) {
@@ -77,8 +77,8 @@ class UringQueue {
         transfer_.result.fixed_files = fixed_files_ = ring_.register_files(fds);
     }
 
-    // Each part of the memory is registered when the first read into it is issued, so that this, too, goes on while the
-    // disk works: all of it beforehand took 5 % of a load.
+    // Each part of the memory is registered when the first read into it is issued, while the disk is busy. Registering
+    // all of it beforehand took 5 % of a load.
     void register_buffers(std::span<std::byte> memory, uint64_t block) {
         const uint64_t count = (memory.size() + block - 1) / block;
         if (count == 0 || count > most_buffers || !ring_.register_buffer_table(static_cast<unsigned>(count))) return;
@@ -97,7 +97,7 @@ class UringQueue {
                 if (!started) break;
                 ++next;
             }
-            // Even after an error or a cancel the kernel owns the memory of what is in flight: that is awaited.
+            // Even after an error or a cancel the kernel owns the memory of requests in flight, so they are awaited.
             if (free_.size() == slots_.size()) {
                 if (stopping() || next == requests.size()) break;
                 continue;
@@ -126,7 +126,7 @@ class UringQueue {
         if (number != 0) throw Error(Failure::system, "io_uring_enter", number, files_[0].path());
     }
 
-    // False if it cannot start until another one is complete.
+    // Returns false if the request cannot start until another one is complete.
     bool start(Request request, const Hooks& hooks) {
         const bool nothing_in_flight = free_.size() == slots_.size();
         if (!hooks.before(request, nothing_in_flight)) return false;
@@ -134,7 +134,7 @@ class UringQueue {
         slots_[slot] = {.request = request};
         prepare(slot);
         free_.pop_back();
-        // At once, not in batches: the next `before` may block, and a system call a block is nothing.
+        // Submitted at once, not in batches: the next `before` may block, and one system call per block is cheap.
         check(ring_.submit());
         return true;
     }
@@ -163,7 +163,7 @@ class UringQueue {
         }
     }
 
-    // The registered buffer that a range lies in, if one does.
+    // Returns the registered buffer that contains a range, if any.
     std::optional<uint16_t> buffer_of(std::byte* address, uint64_t length) {
         if (!transfer_.result.fixed_buffers) return std::nullopt;
         const auto start = static_cast<uint64_t>(address - memory_.data());
@@ -173,7 +173,7 @@ class UringQueue {
         if (start + length > from + size) return std::nullopt;
         if (!registered_[index]) {
             registered_[index] = ring_.register_buffer(static_cast<unsigned>(index), {memory_.data() + from, size});
-            // RLIMIT_MEMLOCK is reached: what is registered already stays so, the rest does without.
+            // RLIMIT_MEMLOCK is reached: registered parts stay registered, and the rest works without.
             transfer_.result.fixed_buffers = registered_[index];
             if (!registered_[index]) return std::nullopt;
         }
@@ -239,7 +239,7 @@ std::optional<Ring> make_ring(Transfer& transfer, const Options& options) {
     return ring;
 }
 
-// Says which files did not take the fast way, and why.
+// Reports which files did not take the fast path, and why.
 void note_direct(Transfer& transfer, std::span<const File> files, std::span<const Request> requests) {
     bool direct = true;
     for (const File& file : files) {
@@ -278,8 +278,8 @@ std::vector<Request> requests_for(std::span<const Read> plan, std::span<std::byt
 
 bool take_from_page_cache(std::span<File> files, std::span<const Read> reads, Options& options) {
     if (!options.page_cache || options.backend != Backend::automatic) return false;
-    // Samples will do: counting the million pages of a model takes as long as half of reading them. What is missing
-    // after all is read from the disk, through the page cache.
+    // Samples suffice: counting the million pages of a model takes half as long as reading them. Pages that turn out to
+    // be missing are read from the disk, through the page cache.
     constexpr uint64_t samples = 256;
     constexpr uint64_t sample = 64 << 10;
     for (const Read& read : reads) {

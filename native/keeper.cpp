@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // A service manager for one daemon, where there is no systemd: `flashd-keeper SOCKET COMMAND...`
 //
-// It keeps the descriptors that the daemon stores with it, and starts the daemon anew, with all of them, when it fails.
+// It keeps the descriptors that the daemon stores with it, and restarts a daemon that fails, with all of them.
 // The daemon sees no difference: NOTIFY_SOCKET, FDSTORE=1, BARRIER=1 and WATCHDOG=1 as in sd_notify(3), LISTEN_FDS and
-// LISTEN_FDNAMES as in sd_listen_fds(3). An exit with status 0 is the end, and so are SIGTERM and SIGINT, which are
-// passed on as SIGINT: then the descriptors are closed, which ends the engines, and what is left of them is killed.
-// A daemon that was never ready is not tried again.
+// LISTEN_FDNAMES as in sd_listen_fds(3). It ends when the daemon exits with status 0, and after SIGTERM and SIGINT,
+// which it passes on as SIGINT. It then closes the descriptors, which ends the engines, and kills their remnants.
+// A daemon that was never ready is not restarted.
 
 #include <fcntl.h>
 #include <poll.h>
@@ -68,7 +68,7 @@ class Keeper {
   public:
     Keeper(const char* socket_path, char** command) : socket_path_(socket_path), command_(command) {}
 
-    // Returns the exit status of the whole.
+    // Returns the exit status of flashd-keeper.
     int run() {
         if (!listen()) return 1;
         begin();
@@ -115,7 +115,7 @@ class Keeper {
         return true;
     }
 
-    // Starts the daemon, with everything that was kept for it.
+    // Starts the daemon with all descriptors that are kept for it.
     void begin() {
         starts_.push_back(now_s());
         is_ready_ = false;
@@ -151,7 +151,7 @@ class Keeper {
         _exit(127);
     }
 
-    // One message of the daemon's; false if there is none.
+    // Reads one message of the daemon; returns false if there is none.
     bool receive() {
         char text[kMaxMessage + 1];
         alignas(cmsghdr) char control[CMSG_SPACE(sizeof(ucred)) + CMSG_SPACE(kMaxSent * sizeof(int))];
@@ -181,7 +181,7 @@ class Keeper {
         return true;
     }
 
-    // Takes what it keeps out of `fds`.
+    // Removes the descriptors that it keeps from `fds`.
     void obey(std::string_view text, std::vector<int>& fds) {
         std::string name = "stored";
         bool is_to_keep = false, is_to_forget = false;
@@ -255,7 +255,7 @@ class Keeper {
         (is_ending() ? ending_since_ : sign_of_life_) = now_s();  // it may take the kernel a while
     }
 
-    // Engines see that we hang up, and end. Whatever does not is killed, and what that has left behind.
+    // Engines end when their channels are closed. Those that do not are killed, with the processes they leave.
     void end_the_rest() {
         for (const StoredDescriptor& kept : kept_) close(kept.fd);
         unlink(socket_path_);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Files into memory, and files against their digests.
+// Loads files into memory, and compares files with their digests.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,7 @@
 namespace flashd {
 
 // Reads every byte to its final place. With digests, each block of `memory` (the data region of a checkpoint) is
-// compared as soon as it is there. With `populate`, helper threads make the memory present ahead of the reads.
+// compared as soon as it has arrived. With `populate`, helper threads make the memory present ahead of the reads.
 std::unique_ptr<Transfer> load(std::vector<File> files, std::vector<Read> reads, std::span<std::byte> memory,
                                DigestTable digests, bool populate, const Options& options);
 

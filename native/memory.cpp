@@ -18,13 +18,13 @@ namespace flashd {
 
 namespace {
 constexpr uint64_t huge_page = 2 << 20;
-// Large enough that the system call is nothing, small enough that the first read starts at once.
+// Large enough to make the system call's cost negligible, small enough for the first read to start at once.
 constexpr uint64_t populate_step = 16 << 20;
 }  // namespace
 
 int populate(std::span<std::byte> memory) {
     while (::madvise(memory.data(), memory.size(), MADV_POPULATE_WRITE) != 0) {
-        // Before 5.14 the kernel cannot: the reads then fault pages in on their way, slower but not wrong.
+        // Kernels before 5.14 cannot: then the reads fault pages in, which is slower but correct.
         if (errno == EINVAL) return 0;
         if (errno != EAGAIN && errno != EINTR) return errno;
     }

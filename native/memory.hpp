@@ -13,7 +13,7 @@
 
 namespace flashd {
 
-// Makes memory present before it is written to. 0 or an errno.
+// Makes memory present before it is written to. Returns 0 or an errno.
 int populate(std::span<std::byte> memory);
 
 // Anonymous memory aligned for huge pages and advised to have them.
@@ -34,7 +34,7 @@ class Buffer {
     uint64_t size_;
 };
 
-// Populates a region front to back with helper threads, and lets a reader wait until they have got far enough.
+// Populates a region front to back with helper threads, and lets readers wait until they have come far enough.
 class Populator {
   public:
     Populator(std::span<std::byte> region, unsigned threads, const std::atomic<bool>& cancel);
@@ -42,7 +42,7 @@ class Populator {
 
     // Blocks until the region up to `end` is present, or populating has ended. Throws Error (memory) if it failed.
     void wait_until(uint64_t end);
-    // Waits for the helper threads; the CPU seconds they used.
+    // Waits for the helper threads. Returns the CPU seconds they used.
     double finish();
 
   private:

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The streamer as Python sees it: flashd._native, spoken to by flashd/io/streamer.py alone. Its types for mypy,
-// flashd/_native.pyi, are generated from this at build.
+// The streamer's Python module, flashd._native, which only flashd/io/streamer.py uses. Its types for mypy,
+// flashd/_native.pyi, are generated from it at build.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -34,7 +34,7 @@ std::span<std::byte> memory_at(uintptr_t address, uint64_t size) {
     return {reinterpret_cast<std::byte*>(address), size};
 }
 
-// Opening a file again may take for ever where its server has gone: everybody else goes on meanwhile.
+// Reopening a file may never return if its server is gone, so other threads must be able to run meanwhile.
 std::vector<File> open_all(const std::vector<OpenFile>& files, bool direct) {
     const nb::gil_scoped_release others_go_on;
     std::vector<File> result;
@@ -51,8 +51,7 @@ DigestTable table_of(uint64_t block, const nb::bytes& table) {
     return {block, std::string(table.c_str(), table.size())};
 }
 
-// The pointer is ours, not the binding's: one made by the binding would want the interpreter's lock when a transfer's
-// thread lets go of it.
+// Uses our own pointer, because the binding's would need the interpreter's lock when a transfer's thread releases it.
 struct SharedStaging {
     std::shared_ptr<Staging> pointer;
 };
@@ -87,7 +86,7 @@ void translate(const std::exception_ptr& caught, void*) {
         const nb::tuple args = nb::make_tuple(kind_name(error.kind), error.operation, error.number, error.path, offset);
         PyErr_SetObject(error_type, args.ptr());
     } catch (const std::system_error& error) {
-        // Only the threads of a transfer raise it: the process may have no more of them.
+        // Raised only by the start of a transfer's threads, when the process may have no more.
         const nb::tuple args = nb::make_tuple("system", "start", error.code().value(), "a thread", nb::none());
         PyErr_SetObject(error_type, args.ptr());
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which requests make up a transfer: pure arithmetic, no I/O.
+// Plans the requests of a transfer: pure arithmetic, no I/O.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ struct Piece {
 // Splits reads at multiples of `block` in memory, and cuts off tails that O_DIRECT could not take.
 std::vector<Read> split(std::span<const Read> reads, uint64_t block);
 
-// The parts of `pieces` (sorted by target offset) that lie in [start, start + length) of the target.
+// Returns the parts of `pieces` (sorted by target offset) that lie in [start, start + length) of the target.
 std::vector<Piece> within(std::span<const Piece> pieces, uint64_t start, uint64_t length);
 
 }  // namespace flashd

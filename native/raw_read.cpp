@@ -19,7 +19,7 @@ double raw_read(const std::string& path, uint64_t offset, std::span<std::byte> m
     int number = 0;
     auto ring = Ring::create(depth, refused, number);
     if (!ring) throw Error(Failure::system, "io_uring_setup", number, path);
-    // Registered outside the measured time: the limit lacks nothing that the streamer may use.
+    // Registered outside the measured time, so that the limit has every advantage of the streamer.
     bool fixed = ring->register_buffer_table(static_cast<unsigned>((memory.size() + block - 1) / block));
     for (uint64_t start = 0; fixed && start < memory.size(); start += block) {
         const uint64_t length = std::min<uint64_t>(block, memory.size() - start);

@@ -66,7 +66,7 @@ Staging::Block* StagingShare::take(bool may_wait, const std::atomic<bool>& cance
     std::unique_lock lock(staging_->mutex_);
     while (!may_take()) {
         if (!may_wait) return nullptr;
-        // A cancel notifies nobody.
+        // A cancel does not notify this condition.
         staging_->changed_.wait_for(lock, std::chrono::milliseconds(20));
         if (cancelled) throw Error(Failure::cancelled, "transfer", 0, "");
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pinned memory between files and a device: made once, bounded, and shared fairly by all transfers under way.
+// Pinned memory between files and a device: allocated once, limited, and shared fairly by all running transfers.
 #pragma once
 
 #include <atomic>
@@ -19,7 +19,7 @@ namespace flashd {
 
 class Staging {
   public:
-    // A part of the memory, and the event that tells when the device has done with it.
+    // A part of the memory, and the event of the device's last use of it.
     struct Block {
         std::byte* memory;
         Driver::Event event;
@@ -33,7 +33,7 @@ class Staging {
     const Device& device() const { return device_; }
     uint64_t block() const { return block_; }
     std::span<std::byte> memory() const { return {buffer_.data(), buffer_.size()}; }
-    // The most bytes that were in use at once since it was made.
+    // Returns the most bytes that were ever in use at once.
     uint64_t peak() const { return peak_ * block_; }
 
   private:
@@ -50,7 +50,7 @@ class Staging {
     std::atomic<uint64_t> peak_{0};
 };
 
-// What one transfer may take of it: with n transfers under way, the n-th part, so that none waits for another's disk.
+// The share of one transfer: with n running transfers an n-th of the memory, so that none waits for another's disk.
 class StagingShare {
   public:
     explicit StagingShare(std::shared_ptr<Staging> staging);
@@ -59,12 +59,12 @@ class StagingShare {
     StagingShare& operator=(const StagingShare&) = delete;
 
     Staging& staging() const { return *staging_; }
-    // A block, or nullptr if there is none now and the caller may not wait. Throws Error (cancelled).
+    // Returns a block, or nullptr if none is free and the caller may not wait. Throws Error (cancelled).
     Staging::Block* take(bool may_wait, const std::atomic<bool>& cancelled);
     void give_back(Staging::Block* block);
-    // Whether others wait for blocks of which this share has more than its part.
+    // Tells whether others wait for blocks while this share has more than its part.
     bool is_wanted() const;
-    // Which block this memory is.
+    // Returns the block with this memory.
     Staging::Block* block_at(const std::byte* memory) const;
 
   private:
@@ -75,7 +75,7 @@ class StagingShare {
     std::vector<Staging::Block*> taken_;
 };
 
-// A block that is given back at the end, unless it was handed on.
+// A block that is given back at the end of its scope, unless it was passed on.
 class Loan {
   public:
     Loan(StagingShare& share, Staging::Block* block) : share_(share), block_(block) {}
@@ -89,7 +89,7 @@ class Loan {
     Staging::Block* operator->() const { return block_; }
     Staging::Block* get() const { return block_; }
     void handed_on() { block_ = nullptr; }
-    // For another block, when others have had their turn.
+    // Exchanges it for another block after others have had their turn.
     void exchange(const std::atomic<bool>& cancelled) {
         share_.give_back(std::exchange(block_, nullptr));
         block_ = share_.take(true, cancelled);

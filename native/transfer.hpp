@@ -26,7 +26,7 @@ struct Options {
     unsigned copy_threads = 0;  // 0: as many as there are processors, sixteen at most
     uint64_t piece = 2 << 20;   // what such a thread sends to a device at once
     unsigned pieces = 4;        // and how many of them are on their way while it fills the next
-    // Take what the page cache has; otherwise O_DIRECT passes it by.
+    // Reads from the page cache if it has the data; otherwise O_DIRECT bypasses it.
     bool page_cache = true;
 };
 
@@ -49,7 +49,7 @@ struct Result {
 
 class Transfer {
   public:
-    // The body runs in a thread of its own; it fills `result` and throws Error.
+    // The body runs in its own thread; it fills `result` and throws Error.
     using Body = std::function<void(Transfer&)>;
 
     Transfer(uint64_t total, Body body);
@@ -61,9 +61,9 @@ class Transfer {
     uint64_t done() const { return done_; }
     void cancel();
     bool finished() const;
-    // False if it still runs after `seconds`; a negative limit waits for ever.
+    // Returns false if it still runs after `seconds`; a negative limit waits forever.
     bool wait(double seconds);
-    // After it has finished: its result, or its error thrown.
+    // Returns the result, or throws the error, after it has finished.
     const Result& outcome() const;
 
     // For bodies.
@@ -86,10 +86,10 @@ class Transfer {
     std::thread thread_;
 };
 
-// What is to be done next; nothing once all is taken, another thread has failed, or the transfer is cancelled.
+// Returns the next index, or nothing if none is left, another thread has failed, or the transfer is cancelled.
 using Next = std::function<std::optional<size_t>()>;
 
-// Runs `work` on `threads` threads, each of which asks for the next index below `count` until there is none; the first
+// Runs `work` on `threads` threads, each of which takes the next index below `count` until none is left. The first
 // error ends them all and is thrown. `cpu_seconds` grows by what the threads used.
 void parallel_for(Transfer& transfer, size_t count, unsigned threads, double& cpu_seconds,
                   const std::function<void(const Next&)>& work);

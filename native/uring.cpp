@@ -114,8 +114,8 @@ int Ring::enter(unsigned completions) {
             ::syscall(__NR_io_uring_enter, fd_.get(), published_, completions, flags, nullptr, size_t{0});
         if (taken >= 0) published_ -= static_cast<unsigned>(taken);
         if (taken >= 0 && published_ == 0) return 0;
-        // EAGAIN and EBUSY: the kernel is out of room for the moment. Completions give it back, and the next call
-        // hands over the rest.
+        // EAGAIN and EBUSY: the kernel has no room at the moment. Completions free some, and the next call submits the
+        // rest.
         if (taken < 0 && errno != EINTR) return errno == EAGAIN || errno == EBUSY ? 0 : errno;
     }
 }

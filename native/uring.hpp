@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// An io_uring, by its three system calls and its shared rings (io_uring(7)); liburing is not needed for this little.
+// An io_uring by its three system calls and its shared rings (io_uring(7)), without liburing.
 #pragma once
 
 #include <linux/io_uring.h>
@@ -16,20 +16,20 @@ namespace flashd {
 
 class Ring {
   public:
-    // Nothing where the kernel or a seccomp filter refuses; `refused` then says why, and `number` is the errno.
+    // Returns nothing if the kernel or a seccomp filter refuses; `refused` then says why, and `number` is the errno.
     static std::optional<Ring> create(unsigned entries, std::string& refused, int& number);
     Ring(Ring&& other) noexcept;
     Ring& operator=(Ring&&) = delete;
     ~Ring();
 
     bool register_files(std::span<const int> fds);
-    // A table of `count` buffers, filled later one by one (Linux 5.19).
+    // Registers a table of `count` buffers, to be filled one by one (Linux 5.19).
     bool register_buffer_table(unsigned count);
     bool register_buffer(unsigned index, iovec buffer);
 
-    // The next free submission entry, zeroed. The caller keeps no more requests in flight than it made entries.
+    // Returns the next free submission entry, zeroed. Callers keep no more requests in flight than there are entries.
     io_uring_sqe& prepare();
-    // Hands over what was prepared. Returns 0 or an errno.
+    // Submits the prepared entries. Returns 0 or an errno.
     int submit() { return enter(0); }
     // The same, and waits for at least one completion.
     int wait() { return enter(1); }

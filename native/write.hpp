@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory into a file.
+// Writes memory to a file.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 
 namespace flashd {
 
-// Writes `memory` at `offset` of the target, preallocated and fsynced. The file ends where the memory does.
+// Writes `memory` at `offset` of the target, preallocates and fsyncs it. The file is cut to the end of the memory.
 std::unique_ptr<Transfer> write(File target, uint64_t offset, std::span<std::byte> memory, const Options& options);
 
 }  // namespace flashd

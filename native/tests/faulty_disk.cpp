@@ -34,8 +34,8 @@ ssize_t move(long call, int fd, void* address, size_t length, off_t offset) {
         return -1;
     }
     ssize_t moved = ::syscall(call, fd, address, length, offset);
-    // As a signal or a full socket would: less than was asked for, at least a byte, of no particular alignment. What
-    // was moved beyond it is moved again.
+    // Like a signal or a full socket: fewer bytes than requested, at least one, in no particular alignment. Bytes moved
+    // beyond them are moved again.
     if (disk.short_results && moved > 1) moved = std::max<ssize_t>(1, moved * (number % 7) / 8 + 1);
     return moved;
 }

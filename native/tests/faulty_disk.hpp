@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A disk that misbehaves on demand: this test executable's own pread and pwrite stand before the C library's.
+// A disk that misbehaves on demand: this test executable's own pread and pwrite replace the C library's.
 #pragma once
 
 #include <atomic>

@@ -65,7 +65,7 @@ std::string table_of(std::span<const std::byte> data, uint64_t grid) {
     return table;
 }
 
-// A file that has a name only while it is being made.
+// A file that has a name only while it is created.
 class TestFile {
   public:
     explicit TestFile(const Bytes& contents = {}) {
@@ -171,7 +171,7 @@ void copies_are_exact() {
                .error);
 }
 
-// Everything, by threads, while `arrange` makes the disk misbehave in a way that must not matter.
+// Runs everything on threads while `arrange` makes the disk misbehave in ways that must not matter.
 void survives(const std::function<void(FaultyDisk&)>& arrange, const char* fallback) {
     const Bytes contents = some_bytes(20 * block + 999, 4);
     const TestFile file(contents);
@@ -237,12 +237,12 @@ void endings_are_told_apart() {
         transfer->cancel();
         const auto cancelled = ended(transfer);
         CHECK(!cancelled.error || cancelled.error->kind == Failure::cancelled);
-        // Dropped while it runs: it must be awaited before its memory goes.
+        // Dropped while it runs: it must be awaited before its memory is freed.
         load(file.open_alone(), {{0, 0, 0, 8 * block}}, {memory.data(), 8 * block}, {}, true, options_of(backend));
     }
 }
 
-// A driver that counts what it makes, and of whose calls one fails.
+// A driver that counts its objects, and fails in one of its calls.
 struct FaultyDriver {
     std::atomic<int> calls{0};
     int fails_at = 0;  // the number of the call, from 1 on; 0 for none
@@ -284,7 +284,7 @@ const Driver& faulty_table() {
             return faulty_driver().strikes() ? refused : host_driver().record_event(event, stream);
         };
         made.synchronize_event = [](Driver::Event event) {
-            // What a real one would do: fail, and leave the copy under way.
+            // Like a real driver, it fails and leaves the copy in flight.
             return faulty_driver().strikes() ? refused : host_driver().synchronize_event(event);
         };
         made.copy_async = [](Driver::Address to, Driver::Address from, size_t length, Driver::Stream stream) {
@@ -298,7 +298,7 @@ const Driver& faulty_table() {
     return table;
 }
 
-// One of the transfers that a device takes part in, and what must be where when it went well.
+// One of the transfers with a device, and the bytes expected after success.
 struct DeviceTransfer {
     const char* name;
     std::function<std::unique_ptr<Transfer>(const std::shared_ptr<Staging>&)> start;
@@ -357,7 +357,7 @@ void a_failing_driver_leaves_nothing_behind() {
             const bool struck = driver.calls >= call;
             driver.fails_at = 0;
             CHECK(driver.streams == 0 && driver.events == events);
-            // Where many threads call at once, the one that fails may be one that is not needed any more.
+            // With many threads, the failing call may be one whose result is no longer needed.
             if (struck) CHECK(ending.error && ending.error->kind == Failure::device);
             const auto again = ended(transfer.start(staging));
             CHECK(!again.error);
