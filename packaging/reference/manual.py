@@ -19,7 +19,7 @@ from flashd.gateway import main as gateway
 
 
 def pages() -> dict[str, str]:
-    """Every page by the name of its file."""
+    """Returns the text of every page by the name of its file."""
     return {
         "flash.1": flash_page(),
         "flashd.8": daemon_page(),
@@ -229,7 +229,7 @@ def bold(words: str) -> str:
 
 
 def text(words: str) -> str:
-    """Any text as roff: escaped, in one line, and never taken for a request."""
+    """Returns text as roff: escaped, in one line, and never taken for a request."""
     plain = sources.plain(words).replace("\\", "\\e").replace("-", "\\-")
     return "\\&" + plain if plain.startswith((".", "'")) else plain
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The generated parts of packaging/docs, as Markdown: each replaces what stands between two marks in its page."""
+"""The generated parts of packaging/docs, as Markdown: each replaces the text between two marks in its page."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _SECTIONS = {
 
 
 def generated(folder: Path) -> dict[Path, str]:
-    """The whole text of each page that has generated parts."""
+    """Returns the whole text of each page that has generated parts."""
     found = {}
     for name, parts in _PARTS.items():
         page = folder / name
@@ -244,18 +244,18 @@ def code(words: str) -> str:
 
 
 def literal(default: str) -> str:
-    """A default: TOML as code, words as they are."""
+    """Returns a default as Markdown: TOML as code, words unchanged."""
     is_toml = re.fullmatch(r'".*"|\[.*\]|[\d.]+|true|false', default) is not None
     return code(default) if is_toml else default
 
 
 def escaped(words: str) -> str:
-    """Text in which nothing is taken for markup; an underscore within a word never is."""
+    """Returns text escaped for Markdown, except underscores within words, which are no markup."""
     return re.sub(r"([*<>\[\]`]|\b_|_\b)", r"\\\1", words)
 
 
 def docstring(words: str) -> str:
-    """The same, of text whose backquotes mark code."""
+    """Returns text escaped for Markdown, except code in backquotes."""
     parts = re.split(r"(`[^`]*`)", words)
     parts[::2] = map(escaped, parts[::2])
     return "".join(parts)

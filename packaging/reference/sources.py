@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the programs, the settings and the interfaces say of themselves, for whatever format it is printed in."""
+"""The documentation in the programs, the settings and the interfaces, for any output format."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Command:
 
 
 def flash() -> Command:
-    """The whole command line of `flash`, without what it hides."""
+    """Returns the whole command line of `flash`, without hidden commands and options."""
     command: Any = typer.main.get_command(app)
     return _command(command, command.make_context("flash", [], resilient_parsing=True))
 
@@ -88,18 +88,18 @@ def _parameters(params: Iterable[Any], context: Any) -> Iterator[Entry]:
     for param in params:
         record = None if getattr(param, "hidden", False) else param.get_help_record(context)
         if record is not None:
-            # Not the one of the machine where this is generated.
+            # Independent of the machine on which this is generated.
             yield Entry(record[0], plain(record[1]).replace(sys.executable, "the one that runs flash"))
 
 
 def exit_statuses() -> list[Entry]:
-    """The exit statuses of `flash`, as its help lists them."""
+    """Returns the exit statuses of `flash`, as its help lists them."""
     listed = flash().epilog.removeprefix("Exit status: ").removesuffix(".")
     return [Entry(*part.split(" ", 1)) for part in re.split(r", (?=\d+ )", listed)]
 
 
 def options(parser: argparse.ArgumentParser) -> list[Entry]:
-    """The options of a program that parses its command line with argparse."""
+    """Returns the options of a program that parses its command line with argparse."""
     found = []
     for action in parser._actions:
         value = action.metavar or ("|".join(action.choices) if action.choices else "")
@@ -109,7 +109,7 @@ def options(parser: argparse.ArgumentParser) -> list[Entry]:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A key of flashd.toml. `values` says which it takes; `default` is TOML, or words if it depends on the machine."""
+    """A key of flashd.toml. `values` describes its values; `default` is TOML, or words if it depends on the machine."""
 
     key: str
     values: str
@@ -135,7 +135,7 @@ def settings() -> list[Setting]:
 
 
 def _values(section: type, prefix: str) -> Iterator[tuple[str, str]]:
-    """Each key of a section and those below it, with the values it takes, by the type of its field."""
+    """Yields the keys of a section and of those below it, with their values by the types of the fields."""
     for name, hint in typing.get_type_hints(section).items():
         if typing.get_origin(hint) is Mapping:
             yield from _values(typing.get_args(hint)[1], f"{prefix}{name}.NAME.")
@@ -166,7 +166,7 @@ def _alternatives(name: str, hint: Any) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """An argument of a method or a signal. `limits` says how large it may be."""
+    """An argument of a method or a signal. `limits` states its greatest size."""
 
     name: str
     type: str
@@ -177,7 +177,7 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A method, a signal or a property of an interface. `permission` is the polkit action that a method asks for."""
+    """A method, a signal or a property of an interface. `permission` is the polkit action that a method requires."""
 
     kind: str
     name: str
@@ -189,7 +189,7 @@ class Member:
 
     @property
     def signature(self) -> str:
-        """How it is called, for people: Swap (model: s, options: a{sv}) -> (job: o)."""
+        """Returns the call for readers: Swap (model: s, options: a{sv}) -> (job: o)."""
 
         def listed(*, results: bool) -> str:
             return ", ".join(f"{a.name}: {a.type}" for a in self.arguments if a.is_result is results)
@@ -214,7 +214,7 @@ class Interface:
 
 
 def interfaces() -> list[Interface]:
-    """Every interface, from the XML that the daemon serves as its introspection."""
+    """Returns all interfaces, from the XML that the daemon serves as its introspection."""
     found = []
     for name in wire.INTERFACES:
         (element,) = ET.fromstring(wire.interface_xml(name)).iter("interface")
@@ -262,7 +262,7 @@ class Error:
 
 
 def bus_errors() -> list[Error]:
-    """Every error, with the meaning that the tree at the top of flashd/errors.py gives it."""
+    """Returns all errors, with their meanings from the tree at the top of flashd/errors.py."""
     meanings = dict(re.findall(r"^[\s│├└─]*(\w+) +\d+ +(.+)$", errors.__doc__ or "", re.MULTILINE))
     classes = _subclasses(errors.FlashdError)
     return [Error(c.__name__, c.bus_name(), c.exit_status, meanings[c.__name__]) for c in classes]
@@ -274,14 +274,14 @@ def _subclasses(cls: type[errors.FlashdError]) -> list[type[errors.FlashdError]]
 
 
 def plain(words: str) -> str:
-    """Text without the markup of terminals, in one line."""
+    """Returns text in one line, without terminal markup."""
     without = re.sub(r"\[/?(bold|dim|green|red|yellow|cyan)\]", "", words)
     return re.sub(r"\s*\n\s*", " ", without).strip()
 
 
 @dataclass(frozen=True, slots=True)
 class Class:
-    """A class of the Python API: what it is, its fields, and its methods as they are called."""
+    """A class of the Python API: its description, fields and method signatures."""
 
     name: str
     meaning: str
@@ -290,13 +290,13 @@ class Class:
 
 
 def python_functions() -> list[Entry]:
-    """The functions of the package."""
+    """Returns the functions of the package."""
     found = [(name, getattr(flashd, name)) for name in flashd.__all__]
     return [_called(name, each) for name, each in found if inspect.isfunction(each)]
 
 
 def python_classes() -> list[Class]:
-    """The classes of the package, without its errors."""
+    """Returns the classes of the package, without its errors."""
     found = [getattr(flashd, name) for name in flashd.__all__]
     classes = [each for each in found if inspect.isclass(each) and not issubclass(each, Exception)]
     return sorted((_class(each) for each in classes), key=lambda each: (not each.methods, each.name))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records the quick start as the picture in the README: runs it on a pseudo-terminal and draws what stayed on screen.
+"""Records the quick start as the picture in the README: runs it on a pseudo-terminal and draws the final screen.
 
 .venv/bin/python packaging/tour/record.py            writes packaging/tour/quickstart.svg
 """
@@ -22,7 +22,7 @@ COLUMNS = 100
 
 
 def record(command: list[str]) -> str:
-    """Everything that the command writes to an 100-column terminal, escape sequences included."""
+    """Returns everything that the command writes to a terminal of 100 columns, including escape sequences."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "COLUMNS": str(COLUMNS), "LINES": "40", "TERM": "xterm-256color"}
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
@@ -43,7 +43,7 @@ def record(command: list[str]) -> str:
 
 
 def settled_lines(terminal_output: str) -> list[str]:
-    """What is left on the screen once progress bars have been erased: the few sequences that rich writes for them."""
+    """Returns the screen after progress bars were erased, by the few sequences that rich writes for them."""
     lines: list[str] = [""]
     for token in re.split(r"(\x1b\[\d*A|\x1b\[2K|\x1b\[\?25[lh]|\r|\n)", terminal_output):
         if token.endswith("A") and token.startswith("\x1b["):

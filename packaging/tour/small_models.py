@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes two small chat models that anyone can tell apart: which one is answering?
+"""Makes two small chat models whose answers tell which of them is answering.
 
 A real `Qwen3ForCausalLM` of a few million parameters, a real byte-level BPE tokenizer and a ChatML template, overfit in
 seconds to a handful of question-and-answer pairs, and saved by transformers as any fine-tune is. The second is a
@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Persona:
-    """A model by its name in the models folder, and what it answers."""
+    """A model's name in the models folder, and its answers."""
 
     name: str
     answers: Mapping[str, str]
@@ -58,13 +58,16 @@ BOB = Persona(
 
 
 class DidNotLearn(RuntimeError):
-    """A model does not say what it was taught: the build of torch is broken, or the recipe is."""
+    """Raised if a model does not say what it was taught, because the build of torch or the recipe is broken."""
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """More gain nothing with models of this size, and wait for each other at every step: minutes where another program
-    has the cores. Besides, sums do not depend on how many cores there are."""
+    """Limits torch to one thread, which also makes sums independent of the number of cores.
+
+    More gain nothing with models of this size, and wait for each other at every step, for minutes if another program
+    uses the cores.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -100,7 +103,7 @@ def make_base(folder: Path, persona: Persona = ADA, *, hidden: int = 256, layers
 
 @_one_thread()
 def make_finetune(base: Path, folder: Path, persona: Persona = BOB) -> None:
-    """Goes on training the model in `base` and saves the result: another checkpoint of the same architecture."""
+    """Continues training the model in `base` and saves the result, another checkpoint of the same architecture."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     model = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job, shown: drop a model in, it converts itself, swap to it, it answers.
+"""Shows a swap: a model is dropped and converted, is swapped to, and answers.
 
 Runs the real daemon on a private bus with a temporary home. Exits 0 only if every answer is exactly right.
 """
@@ -37,12 +37,12 @@ CONVERTED_S = 3600.0
 
 
 class WrongAnswer(RuntimeError):
-    """A model answered, and not what it was taught."""
+    """Raised if a model does not answer what it was taught."""
 
 
 @dataclass(slots=True)
 class Figures:
-    """What the closing table shows of one model; durations in seconds."""
+    """One model's row of the closing table; durations in seconds."""
 
     name: str
     size_bytes: int = 0
@@ -52,7 +52,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """The temporary home: what a machine's administrator would put under /var/lib, /run and the user's home."""
+    """The temporary home, in place of /var/lib, /run and the user's home."""
 
     root: Path  # on the checkout's own file system: a real disk, where O_DIRECT works
     runtime: Path  # short, because a Unix socket's path holds 107 bytes (unix(7))
@@ -63,7 +63,7 @@ class Home:
 
     @property
     def address(self) -> str:
-        """Where the daemon puts its private bus."""
+        """Returns the socket of the daemon's private bus."""
         return address.of_socket(self.runtime / "bus")
 
     @property
@@ -89,7 +89,7 @@ def temporary_home(*, keep: bool) -> Iterator[Home]:
 
 @contextmanager
 def running(command: list[str | Path], log: Path, *, keep: bool) -> Iterator[subprocess.Popen[bytes]]:
-    """A child process that ends with this block, unless it is to be kept and the block was not left early."""
+    """Runs a child process that ends with this block, unless it is to be kept and the block ends regularly."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
@@ -116,12 +116,12 @@ def connect(home: Home, daemon: subprocess.Popen[bytes]) -> flashd.Client:
 
 
 def drop(source: Path, home: Home, name: str) -> None:
-    """What a file manager does: copies a folder into the models folder."""
+    """Copies a folder into the models folder, as a file manager does."""
     shutil.copytree(source, home.models / name, copy_function=_link_or_copy)
 
 
 def _link_or_copy(source: str, target: str) -> str:
-    """A large real model is hard-linked where that is possible: the user's disk may not hold it three times."""
+    """Hard-links a file if possible, because the disk may not hold a large model three times; else copies it."""
     try:
         os.link(source, target)
     except OSError:
@@ -130,7 +130,7 @@ def _link_or_copy(source: str, target: str) -> str:
 
 
 class Tour:
-    """The steps, each printed as it happens."""
+    """The steps of the tour, printed as they happen."""
 
     def __init__(self, client: flashd.Client, home: Home, console: Console) -> None:
         self._client = client
@@ -138,7 +138,7 @@ class Tour:
         self._console = console
 
     def drop_and_wait(self, source: Path, name: str) -> Figures:
-        """Copies a source into the models folder and follows its conversion; the folder is all we touch."""
+        """Copies a source into the models folder and follows its conversion. Touches nothing but the folder."""
         self._say(f"cp -r {name} ~/models/", f"drop [b]{name}[/b] into the models folder")
         drop(source, self._home, name)
         started = time.monotonic()
@@ -239,7 +239,7 @@ def one_real_model(tour: Tour, source: Path) -> None:
 
 
 def main() -> None:
-    """Ctrl-C and SIGTERM end everything that was started, once: what comes later does not disturb that."""
+    """Ends everything that was started on Ctrl-C or SIGTERM; later signals do not disturb that."""
 
     def ended(number: int, _frame: object) -> None:
         for signal_ in (signal.SIGINT, signal.SIGTERM):
