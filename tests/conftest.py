@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test may rely on, and the rule that CI skips nothing for want of a package."""
+"""Set-up for all tests, and the rule that a test skipped in CI has failed."""
 
 from __future__ import annotations
 

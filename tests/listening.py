@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""At which addresses of the network do a process and its children wait for somebody?"""
+"""Finds the network addresses at which a process and its children listen."""
 
 from __future__ import annotations
 

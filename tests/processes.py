@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which processes run still, and what of the memory that processes share is whose."""
+"""Tells which processes still run, and which shared memory belongs to them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small checkpoints of the common kinds of quantisation, made of a small one that has none.
+"""Makes small checkpoints with the common kinds of quantisation from one without.
 
-Rounded to the nearest value, without calibration: what matters is that every loader makes the same of them.
+Values are rounded to the nearest, without calibration, because only the loaders' agreement matters.
 """
 
 from __future__ import annotations

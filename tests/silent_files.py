@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file system whose server stops answering: FUSE's protocol, spoken by a thread of the test (linux/fuse.h).
+"""A file system whose server stops answering: a thread of the test speaks FUSE's protocol (linux/fuse.h).
 
-It holds one folder of files. Which operations are left unanswered can be changed at any time; `answer` lets go of what
-waits. Closing it answers everything and unmounts. A test that mounts one is skipped where there is no /dev/fuse or no
+It holds one folder of files. The operations that it leaves unanswered can be changed at any time; `answer` releases
+those that wait. Closing it answers everything and unmounts. Tests that mount one are skipped without /dev/fuse or the
 right to mount.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Returns when what a test waits for has come about; fails if it does not."""
+"""Waits for a condition, and fails the test if it does not come about."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What would it cost a GPU to apply an adapter at every load, instead of loading what was merged once?
+"""The cost on a GPU of applying an adapter at every load, instead of loading a merged checkpoint.
 
     python tests/bench/apply_adapters.py [--layers 36] [--runs 7]
 

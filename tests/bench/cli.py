@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much processor time does a `flash` command take, beside an interpreter that does nothing?
+"""The processor time of `flash` commands, beside that of an interpreter that does nothing.
 
     python tests/bench/cli.py [--json] [--runs N]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How does a conversion compare with a plain copy of the same bytes?
+"""The time of a conversion, beside that of a plain copy of the same bytes.
 
     .venv/bin/python tests/bench/convert.py [--gigabytes 2] [--runs 5] [--folder FOLDER]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How soon is the daemon ready, how small is it when idle, and how fast does it list, with no model and with 1,000?
+"""The daemon's time to readiness, idle memory and time for a listing, with no model and with 1,000.
 
     python tests/bench/daemon.py [--json] [--runs N]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does a fine-tune cost when its base is here already: to load, to store, to make of an adapter?
+"""The cost of loading, storing and merging a fine-tune whose base is already on the machine.
 
     .venv/bin/python tests/bench/finetunes.py [--layers 10] [--runs 5] [--folder FOLDER]
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""How long is it from an HTTP request to the first token, by one address for all models, and what does that cost?
+"""The time from an HTTP request at the gateway to the first token, and the gateway's own cost.
 
     tests/bench/gateway.py MODEL MODEL... [--engine vllm] [--python PYTHON] [--runs 30] [--rounds 5] [--json FILE]
 

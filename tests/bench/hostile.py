@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long do others wait while 50 callers without any rights do their worst?
+"""The waiting time of other callers while 50 callers without rights do their worst.
 
     sudo tests/bench/hostile.py [--json] [--callers N] [--seconds S] [--models N]
 

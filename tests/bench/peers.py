@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long does each loader take for one checkpoint, from a file to tensors on the GPU?
+"""The time that each loader takes for one checkpoint, from a file to tensors on the GPU.
 
     tests/bench/peers.py CHECKPOINT [--runs 3] [--how cold,warm] [--peers NAME,...] [--json FILE]
 

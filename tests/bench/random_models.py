@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes models of random weights in the shape of Qwen3-8B, which are fine-tunes of each other to whoever loads them.
+"""Makes models of random weights in the shape of Qwen3-8B, which loaders take for fine-tunes of each other.
 
     python tests/bench/random_models.py FOLDER NAME... [--layers 36] [--hidden 4096]
 

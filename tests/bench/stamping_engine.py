@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server in place of an engine, which says in each token when it was sent: no engine does.
+"""A stand-in for an engine that states in each token when it was sent, as no real engine does.
 
     python stamping_engine.py SOCKET TOKENS INTERVAL_MS
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of the streamer's choices are best on this machine? How its defaults were found.
+"""Compares the streamer's settings on this machine; its defaults were found in this way.
 
     tests/bench/sweep.py CHECKPOINT [--runs 5] [--device auto|sim:0]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How soon does the panel show the tray's icon, and how much memory does it take, with a hundred models?
+"""The time until the panel shows the tray's icon, and the tray's memory, with a hundred models.
 
     python tests/bench/tray.py [--json] [--runs N]
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""How long is it from asking for a model to its first token, with vLLM, by flashd and by vLLM's own means?
+"""The time from asking for a model to its first token with vLLM, by flashd and by vLLM's own means.
 
     tests/bench/vllm.py MODEL MODEL... [--runs 30] [--rounds 0] [--python PYTHON] [--argument=...]... [--json FILE]
 

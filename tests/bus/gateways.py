@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A flashd-gateway that runs for a test, and its models."""
+"""Runs flashd-gateway for a test, and makes models for it."""
 
 from __future__ import annotations
 

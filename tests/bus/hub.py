@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server that behaves as the Hugging Face Hub does, and as badly as it may: what `flash pull` is tested against.
+"""A server that behaves like the Hugging Face Hub, or as badly as it might, for tests of `flash pull`.
 
 It answers https://huggingface.co/docs/hub/api's model_info and /resolve, which redirects large files to a "CDN": a
 second server on a port of its own, which must never see a token. Faults are said for each path, and used up one by one.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A minimal service manager that speaks systemd's protocol: readiness, the file descriptor store, barriers. And our
-keeper, which does the same for a person's daemon, held still while a test looks at what is there without a daemon.
+"""A minimal service manager that speaks systemd's protocol: readiness, the file descriptor store, barriers.
 
-The real one has its turn in tests/system."""
+flashd-keeper does the same for a user's daemon; here it can be stopped while a test looks at what a daemon has left.
+The real systemd is tested in tests/system."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine's daemon on a bus that several users are on, with a polkit that lets nobody administer but root."""
+"""The machine's daemon on a bus with several users, and a polkit that lets only root administer it."""
 
 from __future__ import annotations
 

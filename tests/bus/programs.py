@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs of other people that ask the gateway, run for a test: those in tests/clients."""
+"""Runs the programs of tests/clients, which ask the gateway with other people's libraries."""
 
 from __future__ import annotations
 

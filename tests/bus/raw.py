@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls as bytes: what no library of D-Bus would send, as fast as a socket takes it."""
+"""D-Bus calls as bytes: messages that no library would send, as fast as a socket takes them."""
 
 from __future__ import annotations
 

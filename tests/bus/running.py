@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A flashd that runs for a test, of tests/bus or tests/gpu."""
+"""Runs flashd for a test."""
 
 from __future__ import annotations
 

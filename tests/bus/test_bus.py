@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The defects of dbus-next, each closed: shown on a real bus, between real connections."""
+"""Workarounds for the defects of dbus-next, between real connections on a real bus."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every argument of every method has its limits in the interface XML, and a call beyond one of them is refused before
-anything is done for it, whatever it is and whoever sends it; the daemon answers others meanwhile."""
+"""The limits of arguments, which the interface XML states for every method.
+
+A call beyond one of them is refused before anything is done for it, and the daemon answers other callers meanwhile."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The promise of org.flashd1: programs written for it go on working. What is on the bus today is recorded beside this.
+"""Compatibility of org.flashd1: programs written for it keep working. interfaces.json records what is on the bus today.
 
-A test that fails here means that a program of somebody's would break: what is recorded may be added to, and nothing
-else. `python tests/bus/test_compatibility.py` records additions; that it then still fails is the point.
+A failure means that somebody's program would break: the record may only grow. `python tests/bus/test_compatibility.py`
+records additions; after any other change the tests still fail, as they should.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is what the daemon offers exactly what the documented XML says, and is every method of it guarded?"""
+"""The daemon offers exactly what the documented XML says, and every method is guarded."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The daemon through its only door: started, asked, told, stopped and killed on a real bus."""
+"""The daemon on a real bus: started, called, configured, stopped and killed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does `flash doctor` see what is wrong with a machine? One thing at a time is broken, and that is what it finds."""
+"""`flash doctor` finds what is wrong with a machine: each test breaks one thing."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does one command make an environment for engines, whole or not at all, and can it go back?
+"""Environments for engines: one command installs one completely or not at all, and can go back.
 
 The wheels are tiny and made here; they stand for frameworks of gigabytes. What they cannot show, that real ones install
 and answer, tests/system shows of torch.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people type who come from flashtensors: other names for our commands, and a token for the hub."""
+"""Commands that users of flashtensors are used to: other names for ours, and a token for the hub."""
 
 from __future__ import annotations
 

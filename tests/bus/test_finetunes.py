@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tunes through the door: adapters find their base or wait for it, trainers' folders become what they mean."""
+"""Fine-tunes from the inbox: adapters find their base or wait for it, and trainers' folders are understood."""
 
 from __future__ import annotations
 

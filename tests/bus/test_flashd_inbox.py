@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""flashd-inbox beside a daemon that watches another folder: the one way from a home into the machine's store."""
+"""flashd-inbox beside a daemon that watches another folder: the only way from a home into the machine's store."""
 
 from __future__ import annotations
 

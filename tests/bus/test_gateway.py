@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One HTTP address for all models, as programs use it: with the clients that people have, and with real engines."""
+"""The gateway's HTTP address for all models, with common clients and real engines."""
 
 from __future__ import annotations
 

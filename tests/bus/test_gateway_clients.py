@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gateway asked by programs that people use: langchain, litellm, llm and curl, with an engine on PyTorch.
+"""The gateway with common programs (langchain, litellm, llm and curl) and an engine on PyTorch.
 
 tests/engines/test_vllm_clients.py has what needs vLLM: tools, and structured output.
 """

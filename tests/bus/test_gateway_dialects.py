@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ollama's and Anthropic's interfaces at the gateway, with the clients that people have, and with real engines."""
+"""Ollama's and Anthropic's interfaces at the gateway, with their own clients and real engines."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""flashd-keeper by itself, below a daemon that does what it is told; tests/bus/test_outlive.py has it below flashd."""
+"""flashd-keeper alone, with a scripted daemon; tests/bus/test_outlive.py tests it with flashd."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One client cannot exhaust the daemon: by connection, by user, and all of it is given back when the peer goes."""
+"""One client cannot exhaust the daemon: limits for connections and users, which are released when the peer leaves."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What callers send in place of files opened for reading is refused by the call itself, which names the file."""
+"""Descriptors that are not files opened for reading are refused by the call itself, which names the file."""
 
 from __future__ import annotations
 

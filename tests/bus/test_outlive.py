@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines outlive the daemon, and the next one finds them; below a service manager that keeps what it is given."""
+"""Engines outlive the daemon, and the next daemon finds them through the service manager's descriptor store."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several users of one daemon: whose models are whose, who knows of them, and that nobody takes another's."""
+"""Several users of one daemon: ownership, visibility and protection of models."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the daemon asks polkit, and that whatever is not a clear yes is a no. tests/system asks the real one."""
+"""The daemon's questions to polkit; any answer but a clear yes is a no. tests/system asks the real polkit."""
 
 from __future__ import annotations
 

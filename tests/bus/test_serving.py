@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job over the bus, with real engines: swap, ask, rebind, park, wake, fail, die, and come back."""
+"""Swaps over the bus with real engines: requests, rebinds, parking and waking, failures, and recovery."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""File systems that stop answering: who reads from one waits alone, can cancel, and holds up neither others nor us."""
+"""File systems that stop answering: only their reader waits, can cancel, and delays neither others nor the daemon."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiers and devices over the bus, on a simulated card; tests/gpu has the same on a real one."""
+"""Tiers and devices over the bus, on a simulated GPU; tests/gpu does the same on a real one."""
 
 from __future__ import annotations
 

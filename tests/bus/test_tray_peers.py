@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tray's dealings with others on a bus, without a desktop: a daemon, a second tray, a notification daemon."""
+"""The tray and its peers on a bus, without a desktop: a daemon, a second tray, a notification daemon."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signs of life and the status line, as the service manager gets them."""
+"""Keep-alives and the status line, as the service manager receives them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What flashtensors and ServerlessLLM get wrong while a server runs, and we do not.
+"""Defects of flashtensors and ServerlessLLM with a running server, which flashd does not have.
 
-What they get wrong with tensors alone (lost tails, short writes over 2 GiB, stale bytes, views, dtypes, checksums) is
+Their defects with tensors alone (lost tails, short writes over 2 GiB, stale bytes, views, dtypes, checksums) is
 in tests/unit/test_state_dicts.py, with tensors on a GPU in tests/gpu/test_gpu_state_dicts.py.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every campaign shares: its command line, its seed, its limit of time, its counts and its last line.
+"""The common part of all campaigns: command line, seed, time limit, counts and the last line.
 
 A campaign is a script beside this file:
 

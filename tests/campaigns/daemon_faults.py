@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same faults as faults.py, in a daemon that a client talks to over the bus: fewer of them, with all around it.
+"""Faults as in faults.py, fewer but in a whole daemon, with a client on the bus.
 
 Each case kills the daemon at one call that changes a file, or has that call fail, while a client imports, replaces,
 names, pins, hides or removes a model. Then what the bus says, what the disk holds and

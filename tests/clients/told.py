@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Has a program do what a test tells it, a line of JSON at a time, and say how that went."""
+"""Has a program carry out a test's orders, one line of JSON each, and report the outcome."""
 
 from __future__ import annotations
 

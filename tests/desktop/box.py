@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real desktop in a box: Xvfb, a session bus, a window manager, and xfce4-panel's tray; and what people do there."""
+"""A complete desktop for tests: Xvfb, a session bus, a window manager, xfce4-panel's tray, and a user's actions."""
 
 from __future__ import annotations
 

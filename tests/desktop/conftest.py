@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A desktop for all tests of this folder, and a daemon, a panel's eye and a tray for each."""
+"""A desktop for each test of this folder, with a daemon, a view of the panel, and a tray."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes packaging/desktop/screenshots, which the documentation and AppStream show, of what tests/desktop pictured last.
+"""Makes packaging/desktop/screenshots, for the documentation and AppStream, from the last pictures of tests/desktop.
 
 python tests/desktop/screenshots.py
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each item of the menu does in a real desktop what it says."""
+"""Each item of the menu does what it says, in a real desktop."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What files tell the desktop of the tray (menu entry, file types, icons, AppStream), and what it makes of them."""
+"""The tray's files for the desktop (menu entry, file types, icons, AppStream), and what the desktop makes of them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hundred models stay usable: the menu fits on the screen, typing finds one; and the icon is seen on any panel."""
+"""A hundred models stay usable: the menu fits on the screen, typing finds one, and any panel shows the icon."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the desktop tells people who do not look at the tray, and what their clicks on it do."""
+"""Notifications for users who do not look at the tray, and the effects of clicking them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each fault of pystray 0.19.5 that would reach a person, closed: the heads of shell.py and indicator.py list them."""
+"""Workarounds for the faults of pystray 0.19.5 that users would notice; shell.py and indicator.py list them."""
 
 from __future__ import annotations
 

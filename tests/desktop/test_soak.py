@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Months in a minute: a tray neither grows with what happens nor works when nothing does."""
+"""Months in a minute: the tray does not grow with events, and is idle when there are none."""
 
 from __future__ import annotations
 

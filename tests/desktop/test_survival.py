@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a tray meets in the months that it runs: daemons, panels and buses come and go, and so do people's clicks."""
+"""Events in the months that a tray runs: daemons, panels and buses come and go, and users click meanwhile."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job at the desktop: two models are dropped, and a click makes the other one answer."""
+"""Switching at the desktop: two models are dropped, and a click makes the other one answer."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real engine processes for tests: one zygote a kind for all of them, models made on the spot."""
+"""Real engine processes: one zygote of each kind for all tests, and small models."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Whisper of 1.8 MB with random weights: it hears nothing, but always says the same of the same recording."""
+"""Makes a Whisper of 1.8 MB with random weights, which always answers the same to the same recording."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do models that `load_model(backend="transformers")` returns compute what transformers' own loading gives?
+"""Compares the models of `load_model(backend="transformers")` with those that transformers itself loads.
 
 PYTHON tests/engines/modules_compared.py FOLDER     makes small models there, prints a JSON object of findings
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which listings does the post have that flashd began with? All of them, word for word, are in seed_listings.txt.
+"""Reads the listings of the post that flashd began with; seed_listings.txt has them word for word.
 
     python3 tests/engines/seed.py TEXT            compares that file with the post's text; the status is 1 if it differs
     python3 tests/engines/seed.py TEXT --write    makes it anew

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter is merged into a model of its own, or stays one and is applied to its base: both say the same."""
+"""Adapters merged into a model of their own, or applied to their base by the engine: both give the same answers."""
 
 from __future__ import annotations
 

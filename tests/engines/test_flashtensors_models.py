@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`load_model`: what it returns answers as vLLM's and transformers' own objects do, whoever swaps meanwhile."""
+"""`load_model`: its objects answer like those of vLLM and transformers, even if others swap meanwhile."""
 
 from __future__ import annotations
 

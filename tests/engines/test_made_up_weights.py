@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines make up no weights and leave none out: what config.json and the checkpoint disagree about is named."""
+"""Engines neither make up weights nor ignore any: a checkpoint that contradicts its config.json is refused by name."""
 
 from __future__ import annotations
 

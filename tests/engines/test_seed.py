@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every listing of the post that flashd began with runs as it is printed there.
+"""Every listing of the post that flashd began with runs as printed.
 
-seed.py has taken them from its text. What is not as printed: the page had lost its indentation; /data is a folder of
-the test's; and names mean what they are to mean here: those of models small ones, because that is what the Hugging Face
-cache of the test has under them, and the repository on GitHub this checkout.
+seed.py extracted them. The differences: their indentation is restored, which the page had lost; /data is a folder of
+the test; names of models lead to small ones in the test's Hugging Face cache, and the GitHub repository to this
+checkout.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real processes, real models: answers equal transformers' own, token for token, whatever was parked and rebound."""
+"""The torch engine: answers equal those of transformers, token for token, after any parking and rebinding."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the torch engine is asked is done, or refused by name; how a model wants to be asked counts."""
+"""Requests to the torch engine: every field takes effect or is refused by name, and the model's own settings count."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM with a running daemon: one started by hand takes its weights by lease; one of the daemon's is swapped to."""
+"""vLLM with a running daemon: started by hand with leased weights, and as an engine of the daemon."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real vLLM, on a processor: answers equal those of vLLM's own loader, token for token, whatever was parked and
-rebound; and whatever dies is noticed, says why, and leaves nothing behind."""
+"""The vLLM engine on a CPU.
+
+Answers equal those of vLLM's own loader, token for token, after any parking and rebinding. Deaths are noticed and
+explained, and leave nothing behind."""
 
 from __future__ import annotations
 

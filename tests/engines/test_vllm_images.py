@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights in an image are the same weights, whatever views them, and follow whatever image is shown."""
+"""Weights in an image: every view of them stays valid, and shows the weights of whichever image is mapped."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An image is made of a quantised model only if it has everything that came from weights."""
+"""Images of quantised models are made only if they contain all state derived from the weights."""
 
 from __future__ import annotations
 

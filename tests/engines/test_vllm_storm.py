@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The storm of tests/campaigns with vLLM's engines; with torch's it is run there."""
+"""The storm of tests/campaigns with vLLM engines; test_campaigns.py runs it with torch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests on a real GPU: `tests/gpu/run`. Elsewhere they are skipped, and say why."""
+"""Tests on a real GPU (`tests/gpu/run`). Elsewhere they are skipped with the reason."""
 
 from __future__ import annotations
 

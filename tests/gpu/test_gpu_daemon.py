@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The daemon on a GPU: leases in other processes, tiers, and what happens when somebody is killed."""
+"""The daemon on a GPU: leases in other processes, tiers, and processes that are killed."""
 
 from __future__ import annotations
 

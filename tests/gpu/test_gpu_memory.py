@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of a GPU as descriptors: made, handed on, mapped for reading, and free again."""
+"""GPU memory as descriptors: allocated, passed on, mapped for reading, and freed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State dicts from and to a real GPU, with a daemon that has them there and with none."""
+"""State dicts from and to a real GPU, with and without a daemon that holds them."""
 
 from __future__ import annotations
 

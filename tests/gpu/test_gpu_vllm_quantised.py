@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised models on a real GPU: an image of one is as good as its checkpoint, and what has none says so."""
+"""Quantised models on a real GPU: an image equals its checkpoint, and models without one say so."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does vLLM answer by itself, on this GPU? Run as a program it prints the token ids of greedy answers."""
+"""Models for vLLM on GPUs, and its own answers: as a program it prints the token ids of greedy answers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flash bench stream` measures what it says, in the schema that all benchmarks share."""
+"""`flash bench stream` measures what it claims, in the schema of all benchmarks."""
 
 from __future__ import annotations
 

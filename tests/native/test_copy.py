@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies, writes and verification: the bytes of any arrangement, their digests, and nothing left behind."""
+"""Copies, writes and verification: bytes and digests in any arrangement, with nothing left behind."""
 
 from __future__ import annotations
 

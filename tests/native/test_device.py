@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The streamer's device side, on the host's driver: host memory that is copied to as asynchronously as a GPU's.
+"""The streamer's device side on the host driver, which copies as asynchronously as a GPU.
 
 tests/gpu runs the same on a GPU."""
 

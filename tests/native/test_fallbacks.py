@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the fast way is refused, the bytes arrive by another, and the result says which and why.
+"""Fallbacks: where the fast path is refused, the bytes arrive by another, and the result says which and why.
 
-Refusals are real ones: each test runs in a process of its own that the kernel denies something.
+The refusals are real: each test runs in its own process, which the kernel denies something.
 """
 
 from __future__ import annotations

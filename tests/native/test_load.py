@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads: every byte at its place, at any size, and compared with its digest when asked."""
+"""Loads: every byte in its place, at any size, and compared with its digest on request."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wheels of what is installed beside us: the folder that somebody without a network carries to a machine.
+"""Packs installed distributions into wheels again, as a user without a network would carry to a machine.
 
-What was installed is packed again, so nothing is downloaded, and the machine's PyTorch is the one of these tests.
-Scripts are left out, which an installer makes from entry points, and so is bytecode.
+Nothing is downloaded, and the machine gets the PyTorch of these tests. Scripts, which installers make from entry
+points, and bytecode are left out.
 """
 
 from __future__ import annotations

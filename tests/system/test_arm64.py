@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""arm64, since the machine it is made for is one: the package built, installed and tested in a Debian for arm64.
+"""The package on arm64, the architecture of its main target: built, installed and tested in a Debian for arm64.
 
-qemu-user-static runs its programs, so it has this machine's kernel, and no io_uring: what loads there loads by threads.
+qemu-user-static runs its programs on this machine's kernel, without io_uring, so that loads use threads.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may do what, asked of the real polkit by the programs that people have."""
+"""Authorisations by the real polkit, requested by users' programs."""
 
 from __future__ import annotations
 

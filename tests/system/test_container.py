@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The container recipe, built and run with buildah; its base image, which no registry gives here, is made of a root."""
+"""The container recipe, built and run with buildah; its base image is made from a root folder, without a registry."""
 
 from __future__ import annotations
 

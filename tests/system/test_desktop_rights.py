@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Somebody without rights clicks in the panel: the desktop's own polkit agent asks, and what is denied is explained.
+"""A user without rights clicks in the panel: the desktop's polkit agent asks, and a denial is explained.
 
 The packages of daemon and tray, a real logind session without a seat, Xvfb, xfce4-panel and lxpolkit; the tray is
 started by its autostart entry.

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real engines in the real units, with all that these forbid, in the environment that one command installed; they
-outlive the daemon."""
+"""Real engines in the real, hardened units, in an environment installed by one command. They outlive the daemon."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an administrator does with the package, from installing to purging it; the tests follow each other."""
+"""The package in an administrator's hands, from installation to purge; the tests build on each other."""
 
 from __future__ import annotations
 

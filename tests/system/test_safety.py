@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several people on one machine, its journal, its watchdog, and what doctor and report say of it."""
+"""Several users on one machine: the journal, the watchdog, `flash doctor` and `flash report`."""
 
 from __future__ import annotations
 

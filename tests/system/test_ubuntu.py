@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ubuntu 24.04: the package that is built there, installed and used in a machine that runs it."""
+"""The package on Ubuntu 24.04: built, installed and used there."""
 
 from __future__ import annotations
 

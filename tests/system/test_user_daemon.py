@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A person's own daemon below the systemd of their sessions: what is warm outlives it, as with the machine's."""
+"""A user's own daemon under the user's systemd: loaded models outlive it, as those of the machine's daemon do."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A gateway without a daemon, and an engine behind it that hears recordings, to see what comes and goes."""
+"""A gateway without a daemon, with a stand-in engine that records requests with recordings."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources for tests: made by the reference libraries, or forged byte by byte."""
+"""Sources for tests, made by the reference libraries or forged byte by byte."""
 
 from __future__ import annotations
 

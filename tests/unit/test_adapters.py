@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter merged into its base is what PEFT makes of them, and what cannot be exact is refused."""
+"""Merging an adapter into its base gives what PEFT gives; inexact cases are refused."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who imports whom: the layers of the architecture page's map, walked from the source itself."""
+"""The layers of the package: imports, as read from the source, follow the map of the architecture page."""
 
 from __future__ import annotations
 

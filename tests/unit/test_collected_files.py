@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that a caller sends over several messages: who may add to them, how many, and that each is closed once."""
+"""Files sent over several messages: only their sender may add some, their number is limited, each is closed once."""
 
 from __future__ import annotations
 

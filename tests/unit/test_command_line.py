@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quick reader of command lines reads what it takes as typer does, and a quick command imports little."""
+"""The quick parser of command lines agrees with typer, and quick commands import little."""
 
 from __future__ import annotations
 

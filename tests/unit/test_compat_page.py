@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the page for people from flashtensors, Ollama and llama-swap names exists: commands, settings, functions."""
+"""The commands, settings and functions on the page for users of flashtensors, Ollama and llama-swap exist."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights are stored under the model's own names, and what the architecture needs and they lack is refused by name."""
+"""Weights are stored under the model's own names; sources that lack some are refused, naming them."""
 
 from __future__ import annotations
 

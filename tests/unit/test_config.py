@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings: where they come from, which one counts, and that a mistake is never silently a default."""
+"""Settings: their sources, their precedence, and that no mistake silently becomes a default."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the daemon and its engines hand each other arrives whole, and goes no further."""
+"""The channel between the daemon and its engines: frames and descriptors arrive whole, and are not inherited."""
 
 from __future__ import annotations
 

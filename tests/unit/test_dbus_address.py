@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""D-Bus addresses as they occur: several servers, escapes, guids, abstract sockets, and what is none."""
+"""D-Bus addresses: several servers, escapes, guids, abstract sockets, and invalid ones."""
 
 from __future__ import annotations
 

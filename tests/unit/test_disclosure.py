@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users who do not administer the daemon read of its configuration."""
+"""The configuration as shown to users who do not administer the daemon."""
 
 from __future__ import annotations
 

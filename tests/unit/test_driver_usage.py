@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A driver that takes its time keeps nobody waiting."""
+"""A slow GPU driver delays no other caller."""
 
 from __future__ import annotations
 

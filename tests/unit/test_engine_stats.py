@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine has of GPUs is what its processes have, all of them, and a driver that hangs keeps nobody waiting."""
+"""An engine's GPU memory is the sum over its processes, and a hanging driver delays no caller."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors, units and names: small, and relied on by everything."""
+"""Errors, units and names, on which everything else relies."""
 
 from __future__ import annotations
 

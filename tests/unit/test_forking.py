@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker has started ends with it, after a moment in which it may clean up, and nothing of it stays."""
+"""Processes that a worker has started end with it, after a grace period, and leave nothing behind."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate before an engine's model: a drain waits for every request that was let in, however the moments fall."""
+"""The gate before an engine's model: a drain waits for every admitted request, in any order of events."""
 
 from __future__ import annotations
 

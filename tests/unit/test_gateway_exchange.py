@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the gateway reads of requests, and to whom it answers, without a daemon."""
+"""The gateway's reading of requests, and the clients that it answers, without a daemon."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever a stranger's source says, the answer is one clear error, and nothing is written but in the draft."""
+"""Hostile sources: each gets one clear error, and nothing is written outside the draft."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images are a cache: found by their key or not at all, never half there, and the first to go."""
+"""Images as a cache: found by their key, never partial, and the first to be evicted."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever way a source arrives in the models folder, it is handed on once, whole."""
+"""Every source that arrives in the models folder, in whatever way, is passed on once and complete."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wheels that were sent for an installation that does not come to be are closed again."""
+"""Wheels sent for an installation that fails to begin are closed."""
 
 from __future__ import annotations
 

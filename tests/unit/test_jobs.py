@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs: every way they can go and end, and how long they are remembered."""
+"""Jobs: their states and ends, and how long they are remembered."""
 
 from __future__ import annotations
 

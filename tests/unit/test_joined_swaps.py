@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Swaps that several ask for, and to models that become private meanwhile."""
+"""Swaps requested by several callers, and swaps to models that become private meanwhile."""
 
 from __future__ import annotations
 

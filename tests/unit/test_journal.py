@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the journal is told, byte by byte; tests/system asks the real one."""
+"""Messages to the journal, byte by byte; tests/system reads the real journal."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of a person's daemon, as `flash stop` waits for it."""
+"""Stopping a user's daemon: `flash stop` waits for its end."""
 
 from __future__ import annotations
 

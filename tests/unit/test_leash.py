@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a test run has built for it ends with the run, however that ends."""
+"""Commands that a test run has started end with it, however it ends."""
 
 from __future__ import annotations
 

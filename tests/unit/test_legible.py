@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever text comes from outside, what is made of it prints, encodes, is short, and says what it was."""
+"""Text from outside is made printable, encodable and short, and remains recognisable."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names that somebody may have meant, of those that there are."""
+"""Suggestions of existing names for a mistyped one."""
 
 from __future__ import annotations
 

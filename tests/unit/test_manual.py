@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manual pages: everything in the programs, the settings and the interfaces is there, and troff has no warnings."""
+"""The manual pages cover all programs, settings and interfaces, and troff has no warnings."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever is cancelled, fails or ends, at whichever moment: nothing leaks, nothing waits for ever, budgets hold."""
+"""Cancellations, failures and ends at any moment: no leaks, no endless waits, and budgets hold."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parked engines are given up, one at a time, while the machine has little memory left, and never else."""
+"""Parked engines are stopped one at a time, and only while the machine is short of memory."""
 
 from __future__ import annotations
 

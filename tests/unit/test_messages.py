@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every message arrives as it was sent, and anything else is refused in words."""
+"""Messages between daemon and engines arrive as sent; anything else is refused with an explanation."""
 
 from __future__ import annotations
 

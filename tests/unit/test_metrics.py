@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the gateway counts, and who may read it, without a daemon."""
+"""The gateway's metrics and who may read them, without a daemon."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The client of OpenAI's interface against an engine that says, byte by byte, what a test wants it to say."""
+"""The client of OpenAI's interface, with a server whose answers are scripted byte by byte."""
 
 from __future__ import annotations
 

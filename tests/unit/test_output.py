@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes from outside is shown as it is, and commands no terminal."""
+"""Text from outside is shown literally and cannot control the terminal."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine's process says of its own memory: without whoever asks waiting, and again when it has changed."""
+"""An engine's report of its own memory: callers do not wait for it, and it is renewed after changes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in more than one place says the same in each."""
+"""Facts that are stated in several files agree."""
 
 from __future__ import annotations
 

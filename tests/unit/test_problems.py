@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What needs a person is found by looks beside the event loop, and read without one."""
+"""Problems that need a user are looked for outside the event loop, and read from what was found."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies where a model should is refused in one line that says what it is and what to do."""
+"""Anything that is not a model is refused in one line that says what it is and what to do."""
 
 from __future__ import annotations
 

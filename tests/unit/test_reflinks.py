@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On file systems that can share extents, two fine-tunes take the room of one and of what differs."""
+"""On file systems that share extents, two fine-tunes take the space of one plus their differences."""
 
 from __future__ import annotations
 

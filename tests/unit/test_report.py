@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report must not contain. tests/bus and tests/system make whole ones."""
+"""Things that a report must not contain. tests/bus and tests/system make whole reports."""
 
 from __future__ import annotations
 

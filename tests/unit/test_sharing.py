@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What two fine-tunes have in common is read from the disk once, and no budget is exceeded meanwhile."""
+"""The common part of two fine-tunes is read from the disk once, within the budgets."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors saved and loaded are the same, bit for bit, whatever they were; with no daemon anywhere near."""
+"""Saved tensors load bit for bit as they were, without a daemon."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The store when the disk refuses, confirms nothing, holds something else, or is not there.
+"""The store on a disk that fails, confirms nothing, holds other data, or is missing.
 
-`tests/campaigns/faults.py` and `damage.py` try all of it; here is what was found once.
+`tests/campaigns/faults.py` and `damage.py` try everything; these are the cases they once found.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A store that takes its time, or hangs, keeps nobody waiting who asks what is free in it."""
+"""A slow or hanging store does not delay callers who ask for its free space."""
 
 from __future__ import annotations
 

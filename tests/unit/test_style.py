@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linters are tests: what a reviewer should not have to say."""
+"""The linters, run as tests."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever fails, and whenever somebody cancels: the old model answers, or the new one does."""
+"""Swaps: after any failure or cancellation, either the old model or the new one answers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A defect in what runs beside everything else is told, and ends no routine."""
+"""Background tasks: a defect is logged, and does not end a periodic one."""
 
 from __future__ import annotations
 

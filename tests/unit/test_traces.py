@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine is told of a trace, and what a request that waits again leaves in it."""
+"""Traces: the headers that an engine gets, and the spans of a request that has to wait again."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What trainers save is read as what it means, or refused with the way out; bases are found by what trainers write."""
+"""Folders of trainers are understood or refused with a remedy, and the bases that they name are found."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tray says of every state of the daemon: menu, tooltip, icon, notices and preferences, without a desktop."""
+"""The tray in every state of the daemon: menu, tooltip, icon, notices and preferences, without a desktop."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversions of one owner follow each other; those of others do not wait for them, nor does any for a stalled one."""
+"""Conversions of one owner run in turn, do not delay those of others, and do not wait for a stalled one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of vLLM's server are OpenAI's, whatever its version makes of them."""
+"""Errors of every version of vLLM's server are turned into OpenAI's."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What parts two vLLM engines, and two images, though no vLLM is here: what each model's own settings say."""
+"""The keys that tell vLLM engines and images apart, by each model's own settings; without vLLM."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM is shown of a checkpoint's header: all that it builds the model by, and no second embedding."""
+"""The header that vLLM sees of a checkpoint: everything from which it builds the model, and no second embedding."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each rank of a vLLM engine gets what is its own, and what each has made comes back in order."""
+"""Each rank of a vLLM engine gets its own weights, and the images of all ranks come back in order."""
 
 from __future__ import annotations
 

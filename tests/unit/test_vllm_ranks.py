@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On how many GPUs vLLM is to run follows from what it is told, and what an image depends on is in its key."""
+"""The number of GPUs follows from vLLM's arguments, and an image's key has everything that it depends on."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a vLLM by hand takes where others have some of it; no vLLM is here, only its numbers."""
+"""The memory that a vLLM started by hand takes beside others: the arithmetic, without vLLM."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who asks a model that rests gets its answer or an error, whatever it sends and whatever the model does."""
+"""The wake proxy: every request to a resting model gets an answer or an error."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""New models are made ready one by one, the newest first, and never in anybody's way."""
+"""New models are made ready one by one, the newest first, and only while the daemon is idle."""
 
 from __future__ import annotations
 
