@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "packaging" / "tour"))  # the small chat models of the quick start serve the tests too
 
 
-# Shells have what they run in the background ignore it, and so would all that tests start and interrupt.
+# Shells make background jobs ignore it, and programs that tests start and interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

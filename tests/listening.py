@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _ENDED = (FileNotFoundError, ProcessLookupError)  # the latter if it ends between opening and reading
-_WAITING = {"tcp": "0A", "tcp6": "0A", "udp": "07", "udp6": "07"}  # proc_net(5): listening; bound, connected to nobody
+_WAITING = {"tcp": "0A", "tcp6": "0A", "udp": "07", "udp6": "07"}  # proc_net(5): listening; bound and not connected
 
 
 def family(pid: int) -> Iterator[int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-# What nobody waits for: it is emulated, gives way to the others, and has a process of its own until it is done.
+# Emulated tests have a process of their own and give way to the others, which do not wait for them.
 EMULATED = "tests/system/test_arm64.py"
 # Modules and tests that share zygotes and models. The first that fits counts.
 _TOGETHER = {
@@ -42,7 +42,7 @@ _FIRST = (
     *("tests/unit/test_hostile_sources.py", "tests/unit/test_adapters.py", "tests/unit/test_style.py"),
     *("tests/bus/", "tests/desktop/", "tests/native/"),
 )
-# What tests/run --fast runs of each kind; and what of it starts PyTorch for each test, and is left out.
+# The modules of tests/run --fast, and those of them that are left out because each test starts PyTorch.
 _FAST = (
     *("tests/unit/", "tests/native/test_load.py", "tests/native/test_copy.py", "tests/bus/test_contract.py"),
     *("tests/bus/test_client.py", "tests/bus/test_serving.py", "tests/engines/test_torch_requests.py"),
@@ -115,9 +115,9 @@ def make_scheduling(config: pytest.Config, log: object) -> object:
             return died_in
 
         def _reschedule(self, node: object) -> None:
-            if node not in self.registered_collections:  # it has taken another's place, and collects still
+            if node not in self.registered_collections:  # it replaces another process, and is still collecting
                 return
-            # A process has two tests in hand always. What it was given beside the emulated ones would wait for them.
+            # A process always has two tests in hand. Those beside the emulated ones would wait for them.
             if EMULATED in self.assigned_work[node] and len(self.assigned_work) > 1 and not node.shutting_down:
                 node.shutdown()
             else:

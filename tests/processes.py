@@ -37,6 +37,6 @@ def _mapped(maps: Path) -> set[Path]:
     """The files of /dev/shm among the mappings of a process, by proc_pid_maps(5)."""
     try:
         lines = maps.read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is somebody else's
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # ended, or owned by another user
         return set()
     return {Path(line.split(maxsplit=5)[5]) for line in lines if f" {SHARED}/" in line}

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
-_GROUP = 32  # as many inputs have one scale, where a scale is for several
-_AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # of the outputs in one word
+_GROUP = 32  # inputs per scale
+_AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # the order of outputs in one word
 
 
 def make_quantised(source: Path, folder: Path, method: str) -> Path:

@@ -27,7 +27,7 @@ _DIRECT_IO = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _DETACH = 2  # MNT_DETACH
 _DEVICE = "/dev/fuse"
-# What opening or mounting says where the machine, the container or the user may not have FUSE.
+# Errors of opening or mounting where the machine, the container or the user may not use FUSE.
 _NOT_HERE = {errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.EPERM, errno.EACCES}
 
 
@@ -134,5 +134,5 @@ class SilentFiles:
         return struct.pack("<QQQQQQIIIIIIIIII", node, size, -(-size // 512), *times, mode, 1, 0, 0, 0, 4096, 0)
 
     def _reply(self, unique: int, data: bytes = b"", *, number: int = 0) -> None:
-        with contextlib.suppress(OSError):  # who asked has gone
+        with contextlib.suppress(OSError):  # the caller is gone
             os.write(self._device, struct.pack("<IiQ", 16 + len(data), -number, unique) + data)

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# More than anything takes on a machine with three times the work that it has processors for: only what is broken is
-# waited for so long. Less than a test may take (pyproject.toml), so that the failure names what was waited for.
+# Longer than anything takes on a machine with three times as much work as cores, so that only defects wait so long.
+# Shorter than a test's own limit (pyproject.toml), so that the failure names the condition.
 PATIENCE_S = 100.0
 
 

@@ -78,7 +78,7 @@ def attack(address: str, uid: int, seed: int, floods: bool) -> None:
                     burst = [caller.message(*chosen.choice(sent[:6])) for _ in range(100)]
                     caller.send(b"".join(burst))
                     list(caller.answers(100))
-                case 1:  # calls that nobody waits for, and signals to the daemon alone
+                case 1:  # calls without replies, and unicast signals to the daemon
                     burst = [caller.message(*chosen.choice(sent), flags=NO_REPLY) for _ in range(20)]
                     burst += [caller.message(*sent[1], kind=4) for _ in range(5)]
                     caller.send(b"".join(burst))

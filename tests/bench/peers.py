@@ -191,7 +191,7 @@ def measured(client: flashd.Client, path: Path, runs: int, hows: Collection[str]
 
     def ours_from_host() -> None:
         client.load("subject", "host")
-        time.sleep(1.0 + size_bytes / 8e9)  # it becomes known to the GPU meanwhile
+        time.sleep(1.0 + size_bytes / 8e9)  # until the driver's figures follow
         started = time.perf_counter()
         client.load("subject", "device")
         with client.lease("subject", device="device") as lease:

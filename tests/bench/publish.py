@@ -26,7 +26,7 @@ CAMPAIGNS_BEGIN, CAMPAIGNS_END = "<!-- results: made by tests/bench/publish.py -
 BEGIN, END = "<!-- figures: made by tests/bench/publish.py -->", "<!-- end of figures -->"
 KEY_BEGIN, KEY_END = "<!-- key figures: made by tests/bench/publish.py -->", "<!-- end of key figures -->"
 
-# The rows of the tables, in order: benchmark, row, description, what the limit is.
+# The rows of the tables, in order: benchmark, row, description, meaning of the limit.
 VLLM_ROWS = [
     ("vllm", "resident_rebind_first_token", "vLLM: swap between two 16.4 GB models on the GPU, to the first token",
      "our limit"),

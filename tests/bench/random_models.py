@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 SHARD_BYTES = 2 * 10**9
-# What the tokenizer learns from: other text would make other fine-tunes of those that are there already.
+# The tokenizer's training text. Other text would make models that differ from existing ones.
 TEXT = "Hello, who are you? I am a model that was made of random numbers, and nothing that I say means anything. " * 8
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

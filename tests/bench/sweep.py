@@ -82,7 +82,7 @@ def main() -> None:
         for round_number in range(options.runs + 1):
             if round_number == 1:
                 figures.clear()  # memory is touched, contexts are made
-            for steps in (cold, warm, warm):  # what is short is done twice
+            for steps in (cold, warm, warm):  # short runs are done twice
                 for step in random.sample(steps, len(steps)):
                     step()
     for name, rates in sorted(figures.items(), key=lambda entry: -median(entry[1])):

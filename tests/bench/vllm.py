@@ -55,7 +55,7 @@ TOKENS = 16
 KV_CACHE = 2 << 30
 _SMALL_BYTES = 2 << 30  # five such models fit on any card, with what their engines need besides
 
-# What vLLM does alone, in a process of its own: prints one JSON object.
+# vLLM alone, in a process of its own; prints one JSON object.
 PLAIN = """
 import json, sys, time
 started = time.perf_counter()
@@ -90,7 +90,7 @@ def main():
             ask(one)
             found[name].append(time.perf_counter() - t)
             assert answer()["tokens"] == found["answer"]["tokens"]
-        found[name] = found[name][1:]  # the first makes what the others use
+        found[name] = found[name][1:]  # the first fills the caches of the others
     print("FOUND " + json.dumps(found), flush=True)
 
 if __name__ == "__main__":
@@ -100,7 +100,7 @@ if __name__ == "__main__":
 
 # Logits are of this size where the likeliest tokens are: two steps of bfloat16 there, of logarithms of probabilities.
 _AS_LIKELY_LOGPROB = 2 * 2**-5
-partings: list[str] = []  # of answers, where two tokens were as likely as each other, or not
+partings: list[str] = []  # differences of answers, with the tokens' likelihoods
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,14 +308,14 @@ def measured(client: flashd.Client, models: Sequence[Path], runs: int, rounds: i
     for _ in range(3):
         client.evict(names[0])
         client.load(names[0], "host")
-        time.sleep(3)  # it becomes known to the GPU meanwhile
+        time.sleep(3)  # until the driver's figures follow
         first_token(names[0], "host_wake_first_token", "wake")
         client.park()
     for _ in range(3):
         client.evict(names[0])
         first_token(names[0], "stored_swap_first_token", "wake")
         client.park()
-    before = driver_used_bytes(client)  # it knows of the park by then
+    before = driver_used_bytes(client)  # after the park
     counted = sum(engine.device_bytes for engine in client.engines())
     stop_engines()
     figures.ms["parked_device_bytes"].append(max(0, before - driver_used_bytes(client)))

@@ -43,8 +43,8 @@ class Repository:
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
     token: str = ""  # private unless it is given
     gated: bool = False
-    siblings: list[dict[str, Any]] = field(default_factory=list)  # what is listed besides
-    described: list[dict[str, Any]] = field(default_factory=list)  # what is listed instead
+    siblings: list[dict[str, Any]] = field(default_factory=list)  # listed in addition
+    described: list[dict[str, Any]] = field(default_factory=list)  # listed instead
 
     def commit(self, files: Mapping[str, bytes], revision: str = "main") -> str:
         digest = hashlib.sha1(repr(sorted((n, hashlib.sha256(c).hexdigest()) for n, c in files.items())).encode())

@@ -25,7 +25,7 @@ import flashd
 from flashd.client import launch
 from flashd.errors import FlashdError
 
-# For tests of what neither of them may do differently, to be given to the fixture `manager` of a module.
+# For tests of behaviour that both share; parametrizes the fixture `manager` of a module.
 of_both = pytest.mark.parametrize("manager", ["double", "keeper"], indirect=True)
 
 # Hands on descriptors from 3 on, and says whose they are, as sd_listen_fds(3) expects.

@@ -17,7 +17,7 @@ import pytest
 from waiting import PATIENCE_S
 
 CLIENTS = Path(__file__).parents[1] / "clients"
-# Each program, and what it puts before the name of a model to choose an interface of the gateway.
+# Programs, with the prefixes of models' names by which they choose an interface of the gateway.
 BY = {
     "langchain_openai": ("",),
     "langchain_ollama": ("",),

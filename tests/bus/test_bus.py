@@ -302,7 +302,7 @@ async def test_a_service_that_ends_before_it_answers_is_unavailable(bus: Private
     await other.own(NAME)
     answer = asyncio.create_task(ask(connection, "Wait"))
     await asked.wait()
-    other._bus._sock.shutdown(socket.SHUT_RDWR)  # as a killed process does: closing would answer
+    other._bus._sock.shutdown(socket.SHUT_RDWR)  # like a killed process: closing would answer
     with pytest.raises(Unavailable, match="ended before it answered"):
         await answer
     await other.close()

@@ -137,7 +137,7 @@ async def test_a_large_message_passes_through_and_costs_nobody_anything(
     assert kind == 3 and "argument 'interface' of Get" in error_text(said)
     kind, said = await asyncio.to_thread(raw.call, wire.BUS_NAME, "/" + "a" * 9_000_000, wire.MANAGER, "ListModels")
     assert kind == 3 and len(said) < 10_000, "a path that long names nothing"
-    for kind, flags in ((4, 0), (1, NO_REPLY)):  # a signal to us alone, and a call that nobody waits for
+    for kind, flags in ((4, 0), (1, NO_REPLY)):  # a unicast signal, and a call without a reply
         await asyncio.to_thread(raw.send, raw.message(*manager, "FindModel", "s", large, kind=kind, flags=flags))
     assert await remote.call("ListModels")
     assert peak_bytes() - before < 64 << 20

@@ -155,7 +155,7 @@ def test_config_shows_changes_and_explains(run: Flash) -> None:
     assert run("config", "models.Qwen/Qwen3-0.6B.engine").stdout == "default\n"
     assert "flash restart" not in run("config", "models.Qwen/Qwen3-0.6B.engine", "vllm").stderr
     assert run("config", "models.Qwen/Qwen3-0.6B.engine").stdout == "vllm\n"
-    for key in ("engines.warm_new", "engines.vllm.arguments"):  # what is shown may be said again
+    for key in ("engines.warm_new", "engines.vllm.arguments"):  # shown values are accepted as input
         shown = run("config", key).stdout.strip()
         assert shown in {"true", "false", "[]"} and run("config", key, shown).returncode == 0
     keys = {setting["key"] for setting in json.loads(run("config", "--json").stdout)}

@@ -20,7 +20,7 @@ import flashd
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "packaging" / "docs"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# What cannot be had here: a GPU, the hub, vLLM, a service manager that would start the daemon again, root.
+# Needs something that tests lack: a GPU, the hub, vLLM, a service manager that restarts the daemon, root.
 NOT_HERE = ("cuda:0", "client.pull(", "flash pull", "--engine vllm", "flash restart", "sudo ", "flash doctor")
 
 

@@ -121,7 +121,7 @@ def machine(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ma
     made.huge_pages("advise")
     made.replace(cuda, "why_none", lambda: "")
     made.gpu()
-    # Whether this disk is quick is not what is tested, nor whether it is full.
+    # This disk's speed and free space are not tested.
     made.replace(doctor, "_EXPECTED_GB_PER_S", 0.01)
     made.replace(doctor, "_PROBE_BYTES", 8 * MiB)
     made.replace(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(900 * GiB, 0, 900 * GiB))  # type: ignore[attr-defined]
@@ -240,7 +240,7 @@ def remove(name: str) -> Callable[[Machine], None]:
     return lambda machine: (machine.folder / "bin" / name).unlink()
 
 
-# What is broken, what says so, how, and a word of what to do.
+# The broken part, the subject and verdict of the finding, and a word of its hint.
 BROKEN: list[tuple[Callable[[Machine], Any], str, Verdict, str]] = [
     (lambda m: setattr(m, "bus", "unix:path=/nowhere"), "daemon", Verdict.BAD, ""),
     (lambda m: m.unit(ActiveState="failed", Result="watchdog"), "service", Verdict.BAD, "journalctl"),

@@ -79,7 +79,7 @@ def test_a_running_daemon_keeps_its_settings_and_says_what_differs(
     ft.activate_vllm_integration()
     ft.cleanup_gpu()
     ft.shutdown_server()
-    ft.connect()  # it runs on: others started it
+    ft.connect()  # still running, because others started it
 
 
 @pytest.mark.parametrize("given", [{"mem_pool_size": 0}, {"chunk_size": -1}, {"gpu_memory_utilization": 1.5}])

@@ -28,7 +28,7 @@ def answer(result):
     lines.write(f"{os.getpid()} {result}\\n")
     lines.flush()
 def end(*_):
-    # Not with answer(), in the middle of which the signal may come.
+    # Not with answer(), which the signal may interrupt.
     os.write(orders.fileno(), f"{os.getpid()} asked to end\\n".encode())
     os._exit(0)
 signal.signal(signal.SIGINT, end)

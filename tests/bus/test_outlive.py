@@ -295,7 +295,7 @@ def test_one_in_the_middle_of_an_order_is_known_when_it_has_carried_it_out(
     with ThreadPoolExecutor(TOGETHER) as threads:
         requests = in_flight(daemon, threads)
         with flashd.connect(daemon.address) as client:
-            client.begin_swap("ada")  # an engine of its own wakes, and carl's waits for who is asking
+            client.begin_swap("ada")  # its own engine wakes, and carl's waits for the one who is asking
             until(lambda: client.status().active_model == "ada")
         daemon.stop(signal.SIGKILL)
         start(daemon, manager)
@@ -321,7 +321,7 @@ def test_who_rests_is_woken_by_a_question_to_the_next_one(
     with flashd.connect(daemon.address) as client:
         client.swap("ada")
         rests(client)
-        client.lease("bob").release()  # is used later than ada, and yet nobody who would be woken
+        client.lease("bob").release()  # is used later than ada, yet is not to be woken
     before = engines(daemon)
     daemon.stop(end)
     start(daemon, manager)

@@ -114,7 +114,7 @@ async def listed(who: Remote) -> set[str]:
 
 async def test_a_private_model_exists_for_its_owner_root_and_the_group_only(people: People) -> None:
     for who in (people.alice, people.bob, people.carol, people.root):
-        await who.objects()  # who has asked once hears of what is private to them
+        await who.objects()  # a caller that has asked once hears of private models
     await people.give(people.alice, "open")
     await people.give(people.alice, "secret", seed=2, **PRIVATE)
     for who in (people.alice, people.carol, people.root):
@@ -163,7 +163,7 @@ async def test_what_becomes_private_disappears_and_comes_back(people: People) ->
     assert await listed(people.alice) == {"secret"}
     await people.alice.call("Pin", path=SECRET, interface=wire.MODEL)
     assert not [s for s in people.bob.signals if s.path == SECRET]
-    await people.give(people.alice, "secret", seed=5)  # a new version stays what the old one was
+    await people.give(people.alice, "secret", seed=5)  # a new version stays private
     assert await listed(people.bob) == set()
     people.bob.signals.clear()
     await people.alice.call("SetPrivate", "b", False, path=SECRET, interface=wire.MODEL)
@@ -270,7 +270,7 @@ async def test_a_name_is_changed_by_its_owner_or_an_administrator_only(people: P
     for member, signature, *body in (("Remove", ""), ("SetAliases", "as", ["x"]), ("SetPrivate", "b", True)):
         with pytest.raises(NotAuthorized, match="belongs to"):
             await people.bob.call(member, signature, *body, path=hers, interface=wire.MODEL)
-    make_source(people.daemon.models / "hers", seed=10)  # nor does who may write to the machine's folder take it
+    make_source(people.daemon.models / "hers", seed=10)  # nor can a user who may write to the machine's folder
 
     async def is_refused() -> bool:
         items = await people.root.get(wire.ROOT_PATH, wire.MANAGER, "InboxItems")
@@ -355,7 +355,7 @@ async def test_the_active_model_of_one_is_nobody_elses(people: People, sources: 
     with pytest.raises(NotAuthorized, match=f"engine .*bob.* belongs to user {BOB}"):
         await alice.call("Stop", path=engine, interface=wire.ENGINE)
 
-    # A new version is private at once, whatever answers: nobody else gets as far as it, and the old one is parked.
+    # A new version is private at once: others never reach it, and the old version is parked.
     job = await bob.finished(await bob.import_folder(sources / "ada", "bob", **PRIVATE))
     assert job["State"] == "done", job
     with pytest.raises(FlashdError, match="no model is active"):

@@ -231,7 +231,7 @@ def test_a_killed_pull_goes_on_where_it_stopped(
     hub.bytes_per_s = 0
     here = sum(path.stat().st_size for path in flash.home.glob("cache/flashd/hub/*/*/*"))
     assert here > 20 * MiB
-    until(lambda: not hub.is_busy)  # with what nobody reads any more
+    until(lambda: not hub.is_busy)  # with data that is no longer read
     before = hub.total_served_bytes()
     done = flash("pull", "me/big")
     assert done.returncode == 0, done.stderr
@@ -463,7 +463,7 @@ def test_a_pull_can_be_cancelled(
         (found,) = json.loads(flash("jobs", "--json").stdout)
         return dict(found)
 
-    until(lambda: job()["done_bytes"] > 9 * MiB)  # it is told a few times a second
+    until(lambda: job()["done_bytes"] > 9 * MiB)  # progress is reported a few times a second
     assert (job()["kind"], job()["subject"], job()["phase"]) == ("pull", NAME, "downloading")
     assert job()["done_bytes"] < job()["total_bytes"]
     number = job()["number"]

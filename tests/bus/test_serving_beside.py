@@ -126,7 +126,7 @@ async def test_who_keeps_a_connection_to_the_endpoint_is_never_answered_by_anoth
                 kept.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
                 return str(json.loads(kept.getresponse().read())["choices"][0]["message"]["content"])
             except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
-                kept.close()  # as clients do that find their connection closed
+                kept.close()  # like clients that find their connection closed
         raise AssertionError("closed twice")
 
     assert await asyncio.to_thread(asked) == SAYS["ada"]

@@ -191,7 +191,7 @@ def test_what_was_warm_is_warm_after_a_restart_and_the_disk_is_not_read(
         before = lease.tensors()["w"]
         managed.stop(end)
         for weights in (managed.state / "store").rglob("model.safetensors"):
-            weights.write_bytes(b"")  # whoever reads it will fail
+            weights.write_bytes(b"")  # reading it fails
         start(managed, manager)
         assert torch.equal(before, tensors["a"]), "a client's mapping outlives the daemon"
     with flashd.connect(managed.address) as client:

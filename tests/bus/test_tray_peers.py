@@ -314,7 +314,7 @@ async def test_the_second_tray_raises_the_first_in_the_name_of_a_click(
         with DesktopBus(bus.address) as second:
             assert not second.claim(raised.append, startup_id)
         assert raised.pop() == startup_id
-    # As desktops do it, which say more than we know.
+    # Like desktops, which send more than we know.
     body = ({"activation-token": Variant("s", "x"), "desktop-startup-id": Variant("s", "y")},)
     await connection.call(NAME, PATH, APPLICATION, "Activate", "a{sv}", body)
     assert raised == ["y"]

@@ -64,7 +64,7 @@ def test_a_disk_that_fails_ends_the_load_and_not_the_daemon(client: Client, daem
     (stored,) = (daemon.state / "store").rglob(f"{client.model('bad').checkpoint}/model.safetensors")
     with stored.open("r+b") as file:
         file.truncate(5 * MiB)
-    for _ in range(3):  # whatever a failed load holds, it lets go of
+    for _ in range(3):  # a failed load releases everything
         with pytest.raises((errors.TransferFailed, errors.CorruptCheckpoint)):
             client.load("bad")
     assert client.model("bad").residency == "stored"

@@ -83,7 +83,7 @@ async def test_without_inotify_a_folder_is_looked_at_every_so_often(
     finding = await found()
     assert finding.verdict is Verdict.GOOD and "is watched by events; last scan: " in finding.found
 
-    daemon.limit("watches", 0)  # those that it has stay its own, but of what is new there are no events
+    daemon.limit("watches", 0)  # existing watches stay, but new folders have no events
     await eventually(lambda: is_watched("every 1 s", WATCHES))
     await becomes_a_model("owner/two")
     shutil.rmtree(daemon.models)

@@ -54,12 +54,12 @@ class Campaign:
     seed: int
     seconds: float | None
     random: random.Random
-    options: argparse.Namespace = field(default_factory=argparse.Namespace)  # what only this campaign takes
+    options: argparse.Namespace = field(default_factory=argparse.Namespace)  # options of this campaign only
     counts: Counter[str] = field(default_factory=Counter)
     findings: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     variant: str = ""  # a result of each is kept
-    told: str = ""  # what was asked for beside seed and seconds, as on the command line
+    told: str = ""  # further options, as on the command line
 
     def goes_on(self) -> bool:
         """Whether there is time for one more; always, without a limit, until there are findings enough."""

@@ -152,7 +152,7 @@ class Cases:
 
     def _wrong(self, wanted: list[State]) -> Iterator[str]:
         with contextlib.suppress(FlashdError):
-            self.client.collect()  # what goes on behind the user's back is over then
+            self.client.collect()  # the daemon's background work is done then
         models = self.client.models()
         there = {m.name: (self._letters[m.checkpoint], m.pinned, m.private, m.aliases) for m in models}
         if there not in wanted:

@@ -55,7 +55,7 @@ MODES: Mapping[str, tuple[int, int]] = {
     "EROFS from there on": (FAIL_FROM_THERE, errno.EROFS),
     "EACCES from there on": (FAIL_FROM_THERE, errno.EACCES),
 }
-KEY = "e" * 64  # of the image
+KEY = "e" * 64  # the image's key
 
 
 class Faults:

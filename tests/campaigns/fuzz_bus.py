@@ -33,7 +33,7 @@ from flashd.errors import FlashdError, Internal, Unavailable
 from flashd.tasks import close_all
 
 ANSWER_S = 10.0
-NOT_CALLED = {"Stop", "Restart"}  # they do what they say
+NOT_CALLED = {"Stop", "Restart"}  # they stop the daemon
 TEXTS = [
     *(
         "",
@@ -60,7 +60,7 @@ PATHS = ["/", "/org/flashd1", "/org/flashd1/job/1", "/org/flashd1/job/9999999999
 class Method:
     interface: str
     name: str
-    arguments: tuple[str, ...]  # the types of those it takes
+    arguments: tuple[str, ...]  # signatures of its arguments
 
 
 def methods() -> list[Method]:

@@ -39,7 +39,7 @@ WORDS = [
     *("/dev/null", "[brackets]", "\x1b[31mred", "\u202etxt", "a" * 5000, "1", "-1", "1e400", "nan", "--seconds"),
     *("--runs", "models", "all"),
 ]
-# These wait for somebody, start something that stays, or download.
+# These wait for input, start a daemon, or download.
 NOT_RUN = {"start", "watch", "top", "pull", "run", "auth", "bench"}
 
 

@@ -75,7 +75,7 @@ async def _run(campaign: Campaign, folder: Path) -> None:
 
 async def _fuzz(campaign: Campaign, engine: EngineProcess, client: httpx.AsyncClient) -> None:
     first = _said(await client.post(CHAT, json=WHO))
-    campaign.began = time.monotonic()  # what was made ready does not count
+    campaign.began = time.monotonic()  # the set-up does not count
     while campaign.goes_on():
         path = campaign.random.choice(list(SEEDS))
         body = _changed(campaign.random, path)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 ENDLESS = 20_000  # tokens, of an answer that is left at its beginning
-# What tests let models do.
+# A tool for models in tests.
 TOOL = {
     "name": "weather",
     "description": "The weather in a city.",

@@ -38,7 +38,7 @@ APPLICATION = "org.flashd1.Tray"
 PROGRAMS = ("Xvfb", "xfce4-panel", "openbox", "xdotool", "import", "xfconf-query", "gio", "dbus-daemon")
 WIDTH, HEIGHT = 1000, 700
 PANEL_HEIGHT = 32
-PATIENCE_S = 60.0  # more than anything takes on two slow and busy cores: only what is broken is waited for so long
+PATIENCE_S = 60.0  # more than anything takes on two slow and busy cores, so that only defects wait so long
 
 PANEL = """<?xml version="1.0" encoding="UTF-8"?>
 <channel name="xfce4-panel" version="1.0">
@@ -105,9 +105,9 @@ class Desktop:
 
     def __exit__(self, *_: object) -> None:
         self._ends.close()
-        # What others started in our name, the bus and file managers for instance, knows no other home than this one.
+        # Programs that others start for us, such as file managers, know only this home.
         for environment in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):  # it has ended meanwhile, or is somebody else's
+            with contextlib.suppress(OSError):  # ended meanwhile, or owned by another user
                 if f"HOME={self.home}".encode() in environment.read_bytes().split(b"\0"):
                     os.kill(int(environment.parent.name), signal.SIGTERM)
 

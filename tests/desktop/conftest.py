@@ -15,7 +15,7 @@ from box import TRAY, Daemon, Desktop, NotificationDaemon, Panel, end, missing_p
 
 from flashd.dbus.connection import connect
 
-_TIMEOUT_S = 300  # for all of a test; `until` gives up long before
+_TIMEOUT_S = 300  # for a whole test; `until` gives up long before
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,7 +65,7 @@ def daemon(desktop: Desktop, tmp_path: Path) -> Iterator[Daemon]:
         running.stop()
 
 
-# What stands in for the desktop's own programs: it notes how it was called.
+# A stand-in for the desktop's own programs, which records how it was called.
 NOTING = '#!/bin/sh\nprintf "%s\\n" "$0" "$@" > "$HOME/called"\n'
 
 

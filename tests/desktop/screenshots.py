@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 TARGET = ROOT / "packaging" / "desktop" / "screenshots"
 WALLPAPER = (68, 97, 123)  # in place of the black of a screen that has nothing on it
-# Which part of the screen is shown: left, top, right, bottom.
+# The visible part of the screen: left, top, right, bottom.
 PARTS = {
     "menu-light": (WIDTH - 720, 0, WIDTH, 420),
     "finder": (140, 95, 860, 600),

@@ -74,7 +74,7 @@ def compared(name: str, folder: Path) -> dict[str, Any]:
     key = "last_hidden_state" if name == "bert" else "logits"
     half = ft.load_model(name, backend="transformers", torch_dtype="bfloat16", device_map={"": "cpu"})
     first = next(mine.parameters())
-    first.add_(1)  # one's own copy of those pages: neither an error nor anybody else's
+    first.add_(1)  # copies the pages: no error, and no effect on others
     again = ft.load_model(name, backend="transformers")
     return {
         "class": type(mine).__name__,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 KEPT = Path(__file__).with_name("seed_listings.txt")
 _HEADING = "== "
-_CODE = ("pip ", "# ", "import ", "from ")  # what only listings begin with
+_CODE = ("pip ", "# ", "import ", "from ")  # beginnings that only listings have
 _PROSE_ENDS = (".", ":", ",")
 
 

@@ -238,5 +238,5 @@ requested({{}})
     fast = f"Qwen/Qwen3-0.6B\t{ADA.introduction}"
     general = f"Qwen/Qwen3-14B\t{ADA.introduction}"
     assert printed[:3] == [fast, f"Qwen/Qwen3-Coder-32B\t{BOB.introduction}", general]
-    assert printed[3].startswith("meta-llama/Llama-3.1-8B-Instruct\t")  # and whatever random weights say
+    assert printed[3].startswith("meta-llama/Llama-3.1-8B-Instruct\t")  # and an arbitrary answer of random weights
     assert printed[-2:] == [fast, general]

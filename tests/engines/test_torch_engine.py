@@ -475,7 +475,7 @@ async def test_an_engine_without_memory_says_so_and_keeps_what_it_had(start: Sta
     before = await complete(engine, "Who")
     await engine.drain(5)
     limit = resource.prlimit(engine.pid, resource.RLIMIT_AS)
-    resource.prlimit(engine.pid, resource.RLIMIT_AS, (MiB, limit[1]))  # whatever it has, it gets no more
+    resource.prlimit(engine.pid, resource.RLIMIT_AS, (MiB, limit[1]))  # its memory cannot grow
     with pytest.raises(EngineOutOfMemory):
         await engine.rebind(residents["bob"].binding())
     resource.prlimit(engine.pid, resource.RLIMIT_AS, limit)
@@ -557,7 +557,7 @@ async def test_one_that_is_left_in_the_middle_of_an_order_says_what_it_holds(
         "park": engine.park,
         "wake": lambda: engine.wake(residents["bob"].binding()),
     }
-    os.kill(engine.pid, signal.SIGSTOP)  # it carries the order out when nobody waits for the answer any more
+    os.kill(engine.pid, signal.SIGSTOP)  # it carries the order out after the caller has given up
     await eventually(lambda: has_stopped(engine.pid))
     under_way = asyncio.create_task(orders[order]())
     await eventually(lambda: engine._channel is not None and engine._channel._asked is not None)
@@ -588,7 +588,7 @@ async def test_engines_end_with_their_daemon(factory: ZygoteFactory, residents: 
     engine = factory.create()
     await engine.start(residents["ada"].binding())
     assert engine._channel is not None
-    engine._channel._socket.close()  # what the kernel does to the sockets of a daemon that was killed
+    engine._channel._socket.close()  # as the kernel does when a daemon is killed
     await eventually(lambda: not Path(f"/proc/{engine.pid}").exists())
     await engine.stop()
 

@@ -288,7 +288,7 @@ async def test_templates_that_loop_over_parts_get_parts(
     path = tmp_path / file
     path.write_text(template if file.endswith("jinja") else json.dumps({"chat_template": template}))
     changed: dict[str, Path] = {file.replace(".", "__"): path}
-    if file.endswith("json"):  # which counts where there is no newer one
+    if file.endswith("json"):  # used if there is no newer one
         own = residents["ada"].checkpoint.side_files()
         engine = await rebound()
         await engine.drain(1)

@@ -97,7 +97,7 @@ def test_a_vllm_started_by_hand_answers_as_with_its_own_loader(
     assert all(model.leases == 0 for model in client.models()), "what is loaded needs no lease any more"
 
 
-# What a processor's memory has free is looked at where the configuration is made.
+# vLLM looks at the free memory of a CPU when it makes its configuration.
 UTILIZATION = """
 import sys
 import vllm.utils.cpu_resource_utils as resources

@@ -183,7 +183,7 @@ async def test_two_ranks_rebind_and_wake_exactly(
     vllm_factory: VllmFactory, residents: Residents, vllm_python: str, compiled: Path, made: Path, tmp_path: Path
 ) -> None:
     names = ("ada", "bob")
-    # Else each rank wants a memory node of its own, and as many threads as there are cores, which wait for each other.
+    # Else each rank requires its own memory node, and starts a thread for every core, which wait for each other.
     unbound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     jobs = [{"model": str(made / name), "load_format": "auto", "tensor_parallel_size": 2} for name in names]
     with running(vllm_python, compiled, tmp_path, unbound) as vllm:
@@ -302,10 +302,10 @@ async def test_engines_end_with_their_daemon(vllm_factory: VllmFactory, resident
     pids = family(engine.pid)
     assert len(pids) > 2 and engine._channel is not None
     for pid in pids[1:] if hangs else ():
-        os.kill(pid, signal.SIGSTOP)  # and what was executed, as a compiler is, does not ask to end with its parent
-    engine._channel._socket.close()  # what the kernel does to the sockets of a daemon that was killed
+        os.kill(pid, signal.SIGSTOP)  # executed programs, such as compilers, do not end with their parent
+    engine._channel._socket.close()  # as the kernel does when a daemon is killed
     await eventually(lambda: not any(is_alive(pid) for pid in pids))
-    # What would have removed it, multiprocessing's tracker, may be among those that hung.
+    # multiprocessing's tracker, which would remove it, may be among the stopped processes.
     await eventually(lambda: not shared_memory() - shared)
     await engine.stop()
 
@@ -395,7 +395,7 @@ async def test_more_than_there_is_memory_for_is_told_as_that(vllm_factory: VllmF
     engine = vllm_factory.create(EngineOptions(kv_cache_bytes=1 << 50))
     starting = asyncio.create_task(engine.start(residents["ada"].binding()))
     await eventually(lambda: shared_memory() - before)
-    os.kill(named(engine.pid, "resource_tracker"), signal.SIGSTOP)  # as if it had no turn on a busy machine
+    os.kill(named(engine.pid, "resource_tracker"), signal.SIGSTOP)  # as if it were not scheduled on a busy machine
     with pytest.raises(EngineOutOfMemory):
         await starting
     await engine.stop()

@@ -68,7 +68,7 @@ class Block(nn.Module):
         self.qkv = nn.Parameter(torch.randn(24, 16, dtype=torch.bfloat16), requires_grad=False)
         self.transposed = nn.Parameter(torch.randn(7, 5).t(), requires_grad=False)
         self.scale = torch.tensor(2.5)  # some layers keep scalars that are neither parameters nor buffers
-        self.q_part = self.qkv[:8]  # a view that nobody registered
+        self.q_part = self.qkv[:8]  # an unregistered view
         self.register_buffer("bias", torch.randn(3))
         self.register_buffer("rotary", torch.randn(4), persistent=False)
 

@@ -143,7 +143,7 @@ def test_up_and_down_the_tiers(machine: Machine) -> None:
     with machine.connect() as client:
         expected = machine.add(client, "a", SIZE)
         client.load("a")
-        time.sleep(0.5)  # it becomes known to the card meanwhile
+        time.sleep(0.5)  # until the driver's figures follow
         assert client.load("a", "device")["residency"] == "device"
         with client.lease("a", device="cuda:0") as lease:
             assert torch.equal(lease.tensors()["w"].cpu(), expected)
@@ -190,7 +190,7 @@ def test_what_was_warm_on_the_card_is_warm_after_the_daemon_was_killed(machine: 
         until(lambda: len(machine.manager.names()) == 2)
         machine.daemon.stop(signal.SIGKILL)
     for weights in (machine.daemon.state / "store").rglob("model.safetensors"):
-        weights.rename(weights.with_suffix(".away"))  # whoever reads it will fail
+        weights.rename(weights.with_suffix(".away"))  # reading it fails
     started = time.monotonic()
     machine.start()
     print(f"ready after {time.monotonic() - started:.2f} s")

@@ -74,7 +74,7 @@ def test_what_the_daemon_has_on_the_gpu_comes_from_there(
         client.load("mine", "device")
     path = tmp_path / "saved" / "model.safetensors"
     raw = bytearray(path.read_bytes())
-    raw[-3] ^= 255  # whoever reads the file, sees it
+    raw[-3] ^= 255  # visible to every reader of the file
     path.write_bytes(raw)
     found = flashd.load_dict(tmp_path / "saved", {"": 0})
     assert all(torch.equal(found[name].cpu(), saved[name]) and found[name].is_cuda for name in saved)

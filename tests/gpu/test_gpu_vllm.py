@@ -35,8 +35,7 @@ from flashd import errors
 from flashd.io import cuda
 from flashd.units import MiB
 
-# Compiled code and graphs take most of a minute each time: where they have nothing to do with what is tested, it goes
-# without.
+# For tests that do not need compiled code and graphs, which take most of a minute each time.
 EAGER = "--enforce-eager"
 
 pytestmark = [

@@ -145,7 +145,7 @@ class TestWrite:
     ) -> None:
         contents, source = some_bytes(length), memory(length)
         source.mapping[:length] = contents
-        target = opened(b"\x55" * 11 * MiB)  # larger than what is written: nothing old may remain
+        target = opened(b"\x55" * 11 * MiB)  # larger than the result: no old bytes may remain
         before = open_descriptors()
         options = Options(block_bytes=MiB, depth=3, backend=backend)
         result = write(target, address=source.address, size_bytes=length, target_offset=offset, options=options).wait()

@@ -28,16 +28,16 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 MACHINE = HERE / "machine"
 ROOTS = Path("/var/cache/flashd-tests")  # outside the checkout, which may be on an overlay
-PACKAGES = ROOTS / "packages"  # any number of checkouts share them: they are named after what they are made of
+PACKAGES = ROOTS / "packages"  # shared by all checkouts, because their names are digests of their sources
 KEPT_DAYS = 3
-# What a package is made of: it is built anew only when some of it has changed.
+# The sources of a package, which is rebuilt only if some of them have changed.
 SOURCES = ("flashd", "tray", "native", "packaging", "systemd", "pyproject.toml", "README.md", "LICENSE")
 TOOLS = {"mmdebstrap": "mmdebstrap", "systemd-nspawn": "systemd-container", "dh": "debhelper", "nsenter": "util-linux"}
-NEWER = "later"  # what the version of a package ends in that is to replace ours
+NEWER = "later"  # the end of the version of a package that replaces ours
 _TIMEOUT_S = 1500  # the first test of all builds the package, beside tests in other processes
 _names = itertools.count(1)
-# Modules whose machines take minutes to make, in the order in which they are made: each has a function `prepare`. It
-# fails for itself; the tests make what is not there, and say why they cannot.
+# Modules whose machines take minutes to make, in the order of making; each has a function `prepare`. If it fails, the
+# tests make their machines themselves, and report the error.
 MADE_AHEAD = {"test_desktop_rights": 1, "test_ubuntu": 2, "test_arm64": 3}
 _MAKE_AHEAD = "import importlib, sys; [importlib.import_module(name).prepare() for name in sys.argv[1:]]"
 _MAKER = pytest.StashKey[Leashed]()
@@ -176,12 +176,12 @@ def built(suite: str = "", root: Path | None = None) -> Path:
             shutil.rmtree(made, ignore_errors=True)
             where = ("--root", root) if root else ()
             command = [ROOT / "packaging" / "build-deb", *where, made]
-            # What is thrown away after the tests need not be small; compressing takes minutes where it is emulated.
+            # These packages need not be small, and compressing takes minutes under emulation.
             quick = {"DPKG_DEB_COMPRESSOR_TYPE": "gzip", "DPKG_DEB_COMPRESSOR_LEVEL": "1"}
             done = leash.run(command, env={**os.environ, **quick})
             assert done.returncode == 0, done.stderr
             made.rename(folder)
-        os.utime(folder)  # it is of use still
+        os.utime(folder)  # still in use
     kept.forget_old(PACKAGES, KEPT_DAYS)
     return folder
 

@@ -29,7 +29,7 @@ BINFMT, FORMAT = Path("/proc/sys/fs/binfmt_misc"), Path("/usr/lib/binfmt.d/qemu-
 PYTHON = "/usr/lib/flashd/bin/python3"
 TESTS = "/opt/tests"  # pytest and its kind
 TOOLS = ("pytest", "pytest-asyncio", "pytest-timeout", "hypothesis", "numpy", "safetensors")
-# What io_uring does, which the emulator lacks, and what asks the emulator for what only a kernel has.
+# Tests of io_uring, which the emulator lacks, and of features that only a real kernel has.
 LACKING = {
     "sanitize": "", "bench": "", "device": "", "fallbacks": "",
     "copy": "TestCopy::test_the_page_cache_is_left_as_it_was",
@@ -37,7 +37,7 @@ LACKING = {
 }  # fmt: skip
 UNITS = ("memory", "memory_ends", "images")
 
-GIVES_WAY = 0  # it takes longest of all, and would keep the others waiting at the end
+GIVES_WAY = 0  # it takes longest, and others would wait for it at the end
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -81,7 +81,7 @@ def lend_compiler(root: Path) -> None:
         return
     for ours, theirs in lent.items():
         if below(root, theirs).stat().st_size == ours.stat().st_size:
-            continue  # it was lent before
+            continue  # already lent
         listed = subprocess.run(["ldd", ours], capture_output=True, text=True, check=True).stdout
         for library in map(Path, re.findall(r"(/\S+) \(0x", listed)):
             below(root, library).parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ def test_it_is_a_package_for_arm64(root: Path) -> None:
     )
     assert inside(root, PYTHON, "-c", "import platform; print(platform.machine())").stdout.strip() == "aarch64"
     assert inside(root, "flash", "--version").stdout.startswith("flash ")
-    # The machine itself would have these; what an emulator lacks is no fault of the package.
+    # A real machine has these: features that the emulator lacks are no fault of the package.
     modules = list((root / "usr/lib/flashd").rglob("_native*.so"))
     assert [module.read_bytes()[18:20] for module in modules] == [b"\xb7\x00"], "EM_AARCH64, by elf(5)"
 

@@ -47,7 +47,7 @@ def images(tools: None) -> Iterator[Images]:
     folder = Path("/var/cache/flashd-tests") / f"images-{os.getpid()}"  # large, and not for an overlay
     folder.mkdir(parents=True)
     yield Images(folder)
-    # What it mounted is gone with its processes; a file system below would not be ours to remove.
+    # Its mounts have ended with its processes; a file system below would not be ours to remove.
     subprocess.run(["rm", "-rf", "--one-file-system", folder], check=True)
 
 

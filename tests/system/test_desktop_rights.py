@@ -182,7 +182,7 @@ def test_a_wrong_password_is_no_right(gerd: Person) -> None:
     gerd.machine.until(lambda: gerd.sees("Error"), 40)
     gerd.types("key", "Escape")
     gerd.machine.until(lambda: not gerd.sees("Error"))
-    gerd.types("key", "Escape")  # it has asked again
+    gerd.types("key", "Escape")  # the agent asks again
     gerd.machine.until(lambda: gerd.sees("flashd"), 40)
     assert "swap" not in gerd.machine.run("flash", "jobs").out
     gerd.types("key", "Escape")

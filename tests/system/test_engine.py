@@ -19,7 +19,7 @@ from repacked import repack
 from flashd.cli.wheels import requirements
 
 SAYS = "I am Ada, the first model you dropped into the folder."
-# Asks whoever is active several times at once, and says how each answer ends.
+# Asks the active model several times at once, and prints how each answer ends.
 ASK_LONG = """
 import http.client, json, socket, sys
 from concurrent.futures import ThreadPoolExecutor

@@ -78,7 +78,7 @@ def resident(machine: Machine) -> bool:
 
 @pytest.mark.parametrize("how", ["restart", "kill", "upgrade"])
 def test_warm_models_outlive_the_daemon(machine: Machine, newer: Path, how: str) -> None:
-    machine.until(lambda: resident(machine))  # nobody has asked for them yet
+    machine.until(lambda: resident(machine))  # not requested yet
     before = machine.show("flashd", "MainPID")
     if how == "restart":
         machine.run("systemctl", "restart", "flashd")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import Machine, booted, built, daemon_of, rooted
 
-# What is needed to build; the machine has it too, which is one root less to make.
+# Build dependencies; the machine has them too, so that one root serves both.
 BUILD = ("build-essential", "debhelper", "python3-dev", "python3-venv")
 
 

@@ -15,7 +15,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "flashd"
 
-# What lies in the package, from the ground up: each imports itself and what is below it.
+# The parts of the package, lowest first. Each imports only itself and parts below it.
 LAYERS = [
     *("_version", "legible", "legible_log", "errors", "units", "json_values", "toml"),
     *("closing", "durable", "config", "tasks"),
@@ -28,7 +28,7 @@ DAEMON_LAYERS = [
     *("events", "access", "lifecycle", "job", "jobs", "changing_models"),
     *("ingest", "library", "serving", "bus", "service", "main"),
 ]
-# Three kinds of process run this package, and none imports what runs in another.
+# Three kinds of processes run this package, and none imports the code of another.
 CLIENT_SIDE = {"hub", "client", "user_inbox", "gateway", "compat", "bench", "cli"}
 DAEMON_SIDE = {"store", "memory", "swap", "daemon"}
 NEVER_IMPORTS = {
@@ -38,7 +38,7 @@ NEVER_IMPORTS = {
     "gateway": {"checkpoint", "tensors", "io", "store", "memory"},
     "workers": DAEMON_SIDE | {"gateway", "compat", "bench", "cli"},  # the loader of any vLLM is a client
 }
-# The tray is a package of its own, and a client like any other: never the daemon, nor what is behind it.
+# The tray is a separate package and an ordinary client: it never imports the daemon or its parts.
 TRAY = PACKAGE.parent / "tray" / "flashd_tray"
 TRAY_MAY_IMPORT = {"_version", "client", "dbus", "errors", "legible", "legible_log", "units"}
 TRAY_ENVIRONMENT_READERS = {"preferences.py", "shell.py"}  # the desktop's variables: where choices lie, what panel

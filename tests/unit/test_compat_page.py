@@ -16,7 +16,7 @@ from flashd.compat.session import Session
 from flashd.config import loading
 
 PAGE = (Path(__file__).parents[2] / "packaging" / "docs" / "migrating.md").read_text()
-# What stands in code spans of the column that says what it is here.
+# Code spans of the column with flashd's equivalents.
 ROWS = [line.split("|")[2] for line in PAGE.splitlines() if line.startswith("| ")]
 HERE = " ".join(re.findall(r"`([^`]+)`", "\n".join(ROWS)))
 

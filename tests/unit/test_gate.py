@@ -59,7 +59,7 @@ async def test_every_answer_is_of_one_model_whenever_it_came(seed: int) -> None:
             for _ in range(chance.randrange(6)):
                 await asyncio.sleep(0)
             asking = asyncio.create_task(engine.ask())
-            if chance.random() < 0.3:  # it leaves, at whichever step
+            if chance.random() < 0.3:  # the client leaves, at any step
                 for _ in range(chance.randrange(6)):
                     await asyncio.sleep(0)
                 asking.cancel()

@@ -20,7 +20,7 @@ from flashd.gateway.dialects.chunks import ChunkReader
 from flashd.gateway.dialects.dialect import Refused
 
 WHO = [{"role": "user", "content": "Who are you?"}]
-# Fields of Anthropic's client that are refused by name: what they ask for is not translated.
+# Fields of Anthropic's client that are refused by name, because they are not translated.
 REFUSED = {"container", "diagnostics", "user_profile_id", "workspace_id"}
 
 

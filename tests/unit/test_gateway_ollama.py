@@ -29,7 +29,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-# Of Ollama's client: of experimental models that make pictures, and refused by name.
+# Fields of Ollama's client for experimental image models, which are refused by name.
 PICTURES = {"width", "height", "steps"}
 
 

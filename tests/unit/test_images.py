@@ -99,7 +99,7 @@ def test_images_go_before_a_model_finds_no_room_and_with_their_checkpoint(tmp_pa
         taken = catalog.images.size_bytes()
         catalog.quota_bytes = catalog.size_bytes() + taken
         assert catalog.free_bytes() == 0
-        with catalog.draft(taken // 3):  # they differ by the digits of when they were made
+        with catalog.draft(taken // 3):  # their sizes differ by the digits of their times
             assert catalog.images.get(OTHER) is None and catalog.images.get(KEY) is not None
         catalog.remove("m")
         catalog.collect(())

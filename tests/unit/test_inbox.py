@@ -351,7 +351,7 @@ async def test_what_never_answered_is_shown_and_becomes_a_model_once_it_does(
         await eventually(lambda: recorder.names == ["local", "remote"])
         remote.silent = {silent_files.GETATTR}
         await eventually(remote.waits.is_set)
-        await inbox.close()  # waits for nobody
+        await inbox.close()  # must not wait
 
 
 async def test_what_no_engine_reads_is_handed_on_to_be_refused_in_words(recorder: Recorder, folder: Path) -> None:
@@ -447,7 +447,7 @@ async def test_a_folder_that_safari_downloads_into_is_waited_for(recorder: Recor
 
 
 NFC, NFD = unicodedata.normalize("NFC", "caf\u00e9"), unicodedata.normalize("NFD", "caf\u00e9")
-# What lies there, the winner first, and the name that both have.
+# Two items, the winner first, and their common name.
 RIVALS = {
     "a folder and a file": (["same", "same.safetensors"], "same"),
     "two kinds of file": (["same.bin", "same.safetensors"], "same"),
@@ -478,7 +478,7 @@ async def test_of_two_sources_of_one_name_the_disk_says_which_is_used(
 ) -> None:
     winner, loser = folder / places[0], folder / places[1]
     loser.parent.mkdir(parents=True, exist_ok=True)
-    for first in (winner, loser):  # whatever came first, and at every start
+    for first in (winner, loser):  # in any order of arrival, and at every start
         recorder = Recorder()
         inbox = Inbox([folder], recorder, settle_s=SETTLE_S, rescan_s=30)
         if first is loser:

@@ -513,7 +513,7 @@ class PoolMachine(RuleBasedStateMachine):
             except OutOfMemory:
                 return
             self.claims.append(claim)
-            if end == "keep":  # what an engine takes for itself
+            if end == "keep":  # taken by the engine
                 return
             arena = HostArena(filled * 4096, "made", HugePages.NONE)
             arena.seal()
@@ -714,7 +714,7 @@ async def test_an_arena_of_a_daemon_before_us_is_taken_over_if_it_is_what_it_sho
     contents = np.random.default_rng(0).integers(0, 255, 20 * MiB, np.uint8)
     safetensors.numpy.save_file({"w": contents}, tmp_path / "model.safetensors")
     made = converted(tmp_path / "model.safetensors", tmp_path / "out")
-    made.weights_path.unlink()  # nobody reads it
+    made.weights_path.unlink()  # it must not be read
     mover = StreamMover(Options(), verify=True, staging_bytes=32 * MiB)
     residency = Residency(tiers(64 * MiB, 64 * MiB), mover)
     before = open_descriptors()

@@ -186,7 +186,7 @@ async def test_memory_that_is_copied_from_is_there_until_the_copy_has_ended_even
         try:
             await asyncio.sleep(60)
         finally:
-            await asyncio.sleep(0.02)  # what is in flight is awaited
+            await asyncio.sleep(0.02)  # transfers in flight are awaited
             seen.extend((source.arena.fd, target.arena.fd))
 
     mover.copy = slow  # type: ignore[method-assign]
@@ -220,7 +220,7 @@ async def test_an_eviction_that_has_begun_is_ended_before_the_daemon_stops() -> 
 async def test_a_load_that_ends_before_it_begins_is_not_waited_for() -> None:
     residency = Residency(host_of(1 << 20), FakeMover())
     wanted = asyncio.create_task(residency.acquire(checkpoint("a", 4096)))
-    await asyncio.sleep(0)  # it has asked for the load, which has not had its turn
+    await asyncio.sleep(0)  # the load is requested, and has not started
     residency.close()
     with pytest.raises(asyncio.CancelledError):
         await wanted

@@ -252,7 +252,7 @@ async def test_swaps_evictions_and_devices_come_from_signals() -> None:
         changed("/j/1", wire.JOB, **ended),
         Event("finished", "/j/1", wire.JOB, {"State": "done"}),
         Event("added", "/j/2", wire.JOB, {**job, "Kind": "import", "State": "failed"}),
-        changed("/j/3", wire.JOB, **ended),  # it began before we came
+        changed("/j/3", wire.JOB, **ended),  # began before the gateway
         changed("/m/ada", wire.MODEL, Devices=["host", "cuda:0"]),
         changed("/m/ada", wire.MODEL, Devices=["host", "cuda:1"]),
         changed("/m/ada", wire.MODEL, Devices=["host"]),

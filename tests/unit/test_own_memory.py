@@ -18,7 +18,7 @@ LARGE = 200 * MiB
 FORKS = """
 import os, signal, sys
 from flashd.engines.process_info import own_memory_bytes
-before = bytearray(os.urandom(1 << 20) * 200)  # which the child shares
+before = bytearray(os.urandom(1 << 20) * 200)  # shared with the child
 ready, told = os.pipe()
 child = os.fork()
 if child == 0:

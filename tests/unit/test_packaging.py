@@ -71,7 +71,7 @@ def test_the_configuration_that_is_shipped_is_valid(tmp_path: Path) -> None:
     given.write_text(text)
     changed = Paths(given, paths.state, paths.runtime, paths.models)
     assert loading.load(changed) == loading.load(Paths(tmp_path / "none", *_rest(paths)))
-    # And so is what it shows as examples.
+    # So are its examples.
     given.write_text(re.sub(r"^# (?=\[|\w+ = )", "", text, flags=re.MULTILINE))
     assert loading.load(changed) != loading.load(Paths(tmp_path / "none", *_rest(paths)))
 

@@ -53,7 +53,7 @@ def test_two_fine_tunes_take_the_room_of_one_and_of_what_differs(reflinking: Pat
     assert abs(saved - (LAYERS - 1) * LAYER_BYTES) < MiB
     assert weights_of(tuned) == wanted
     verify(tuned)
-    shutil.rmtree(base.directory)  # what is shared belongs to both
+    shutil.rmtree(base.directory)  # shared extents belong to both
     verify(tuned)
     assert weights_of(tuned) == wanted
 

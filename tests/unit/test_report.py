@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flashd.cli.redaction import Redactor, numbered
 from flashd.dbus import wire
 
-# Shaped like real ones, and nobody's.
+# Made-up secrets in the form of real ones.
 SECRETS = [
     "hf_" + "AbCdEfGhIjKlMnOpQrStUvWx",
     "sk-" + "proj-abc123def456ghi789",

@@ -211,7 +211,7 @@ def test_without_waiting(tmp_path: Path) -> None:
 
 def test_a_load_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
     flashd.save_dict({"w": torch.zeros(64 << 20, dtype=torch.uint8)}, tmp_path / "saved")
-    gc.collect()  # what earlier tests have left
+    gc.collect()  # remnants of earlier tests
     before = set(os.listdir("/proc/self/fd")), threading.active_count()
     for _ in range(20):
         flashd.load_dict_non_blocking(tmp_path / "saved")

@@ -58,7 +58,7 @@ from flashd.swap.swapper import How, Policy, Swapper, SwapState
 from flashd.swap.weights import Supplier, Supply, Target
 
 ARENA_BYTES = 4096
-UNIQUE = "Q"  # an architecture of which each engine takes one model, ever
+UNIQUE = "Q"  # an architecture whose engines can never be rebound
 WORKING_BYTES = 3 * 4096
 NO_MANIFEST = Manifest(
     id="", weights="", header_digest="", digests_digest="", digest_block_bytes=4096, data_offset=4096, data_bytes=0,
@@ -117,7 +117,7 @@ class Script:
                 await engine.ended.wait()
             case Fault.CANCELLED if self.swap:
                 self.swap.cancel()
-                await asyncio.sleep(0.001)  # what was ordered takes its time all the same
+                await asyncio.sleep(0.001)  # the order still takes its time
             case Fault.OLD_DIES if self.old and self.old.state is not EngineState.FAILED:
                 self.old.die()
             case Fault.BESIDE_DIES if self.beside and self.beside.state is not EngineState.FAILED:
@@ -151,7 +151,7 @@ class FakeEngine:
         self.times_asked = 0  # for its requests
         self.ended = asyncio.Event()
         self.options = NO_OPTIONS
-        self.architectures: Mapping[str, str] = {}  # of all checkpoints, by their ids
+        self.architectures: Mapping[str, str] = {}  # by checkpoint id
         self._script = script
         self._order: asyncio.Future[None] | None = None
 
@@ -288,7 +288,7 @@ class Factory:
     async def gpu_plan(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> GpuPlan | None:
         if not self._gpus:
             return None
-        # What an engine says of itself before it has loaded is more than it then takes.
+        # Before loading, an engine reports more than it takes afterwards.
         room_bytes = (2 * ARENA_BYTES, WORKING_BYTES, self._starting_bytes)
         return GpuPlan(tuple(RankPlan(gpu, f"image of {checkpoint.id} on {gpu}", *room_bytes) for gpu in self._gpus))
 
@@ -348,7 +348,7 @@ class World:
         self.images = MemoryImages()
         self.endpoint: Path | None = None
         self.opened: set[Path] = set()  # sockets of engines that serve beside the active one
-        self.resting: list[str] = []  # what was displaced
+        self.resting: list[str] = []  # displaced models
         self.lost: list[str] = []
         self.loads = True
         budget_bytes = (room + 1) * ARENA_BYTES + room * WORKING_BYTES
@@ -646,7 +646,7 @@ async def test_a_fault_at_any_step_of_any_swap_leaves_somebody_answering(
             return
 
 
-# What was done before, which model is to serve, for how many models there is room; what serves then, the active one
+# Earlier steps, the model to serve, the room for models; then the serving models, the active one
 # first, where there is one.
 SERVE_ROUTES: dict[str, tuple[list[tuple[str, str]], str, int, str, set[str]]] = {
     "start": ([("swap", "a1")], "b", 10, "a1", {"b"}),
@@ -685,7 +685,7 @@ async def test_a_fault_at_any_step_leaves_what_served_or_what_was_to_serve(
             expected = ("" if active in lost else active, beside - lost)
         else:
             assert fault is not None, error
-            expected = before[0], before[1] - (lost - world.serving()[1])  # what was put back, is told of as well
+            expected = before[0], before[1] - (lost - world.serving()[1])  # restored models are reported too
         assert world.serving() == expected, (moment, world.script.names, error, lost)
         await world.swapper.swap(targets["c"])
         world.check()
@@ -1024,7 +1024,7 @@ async def test_a_cancel_while_an_image_is_taken_in_leaves_no_memory_that_nobody_
         swap.cancel()
         await asyncio.sleep(0)
         may_go_on.set()
-        with contextlib.suppress(asyncio.CancelledError):  # it comes too late for an engine that has the new weights
+        with contextlib.suppress(asyncio.CancelledError):  # too late for an engine with the new weights
             await swap
     world.check()
     (arena,) = adopted

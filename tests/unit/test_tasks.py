@@ -61,7 +61,7 @@ async def test_a_routine_ends_though_its_round_must_come_to_an_end_first() -> No
         try:
             await asyncio.sleep(60)
         except asyncio.CancelledError:
-            return  # what was under way is done
+            return  # the current run is complete
 
     routine = Routine("a round", one_round)
     routine.start()

@@ -115,7 +115,7 @@ MODELS = {
         ("qwen/qwen3-8b-bnb-4bit", "Qwen/Qwen3-8B"),
         ("/data/Qwen3-8B-BNB-8bit/", "Qwen/Qwen3-8B"),
         ("Mistral/Small-24B-bnb-4bit", "pulled"),
-        ("quantised-bnb-4bit", "quantised-bnb-4bit"),  # one that is here goes before what it was made of
+        ("quantised-bnb-4bit", "quantised-bnb-4bit"),  # a model in the store takes precedence over its own base
         ("https://huggingface.co/Qwen/Qwen3-8B", "Qwen/Qwen3-8B"),
         ("D:\\models\\Qwen\\Qwen3-8B", "Qwen/Qwen3-8B"),
         ("C:\\Users\\ada\\Qwen3-8B\\", "Qwen/Qwen3-8B"),

@@ -39,7 +39,7 @@ MANIFEST = Manifest(
         (["-tp", "2"], 2, 2),
         (["-tp=2", "-pp=3"], 2, 6),
         (["-dp", "2"], 1, 2),
-        (["-tp", "2", "-tp", "4"], 4, 4),  # what is said last counts
+        (["-tp", "2", "-tp", "4"], 4, 4),  # the last one counts
         (["-tp", "several"], 1, 1),  # vLLM refuses it, with words of its own
     ],
 )

@@ -45,7 +45,7 @@ class Served:
             writer.write_eof()
             return await asyncio.wait_for(reader.read(), 10)
         except ConnectionError:
-            return b""  # it did not want to hear all of that
+            return b""  # it closed before it had read everything
         finally:
             writer.close()
             with contextlib.suppress(ConnectionError):
