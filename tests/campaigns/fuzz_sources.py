@@ -285,7 +285,7 @@ def _adapter(folder: Path, weights: Weights, wrapper: str) -> Seed:
     return Seed(folder, weights, is_adapter=True)
 
 
-# --- mutations: each returns its description ---------------------------------------------------------------------------
+# --- mutations: each returns its description --------------------------------------------------------------------------
 
 
 def _some_file(campaign: Campaign, folder: Path, ending: str = "") -> Path | None:
