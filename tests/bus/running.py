@@ -25,8 +25,7 @@ rescan_s = 1.0
 [engines]
 warm_up = false
 warm_new = false
-[engines.torch]
-threads = 1
+torch.threads = 1
 """
 
 

@@ -198,7 +198,7 @@ def test_who_was_started_with_other_settings_is_not_taken_up(
     pids = [pid for _, pid in engines(daemon).values()]
     daemon.stop()
     if other == "configuration":
-        daemon.config.write_text(CONFIG + "max_tokens_default = 7  # of engines.torch\n")
+        daemon.config.write_text(CONFIG + "torch.max_tokens_default = 7\n")
     else:
         monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     start(daemon, manager)
