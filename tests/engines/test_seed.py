@@ -30,6 +30,7 @@ PYTHON = "Python Integration with vLLM"
 FINE_TUNES = "Loading Custom Fine-Tuned Models"
 SERVING = "Multi-Model Serving Architecture"
 COMMIT = "0" * 40
+FAST, GENERAL, OTHER = "Qwen/Qwen3-0.6B", "Qwen/Qwen3-14B", "meta-llama/Llama-3.1-8B-Instruct"
 MEANT = {
     "Qwen/Qwen3-14B": "ada",
     "Qwen/Qwen3-32B": "bob",
@@ -240,3 +241,42 @@ requested({{}})
     assert printed[:3] == [fast, f"Qwen/Qwen3-Coder-32B\t{BOB.introduction}", general]
     assert printed[3].startswith("meta-llama/Llama-3.1-8B-Instruct\t")  # and an arbitrary answer of random weights
     assert printed[-2:] == [fast, general]
+
+
+def test_multi_model_serving_with_two_models_at_once(vllm_home: Home) -> None:
+    """A program beside the listing's uses another model meanwhile, and neither waits for the other's to be loaded."""
+    before = """
+import flashd as _flashd
+_OTHER = "meta-llama/Llama-3.1-8B-Instruct"
+_ASK = [{"role": "user", "content": "Who are you?"}]
+"""
+    after = """
+def requested(kind):
+    with app.test_request_context("/generate", method="POST", json={"model_type": kind}):
+        generate()
+def serving():
+    return {engine.model: engine.pid for engine in client.engines() if engine.state == "serving"}
+requested("creative")  # which has it in the store
+requested("fast")
+with _flashd.connect() as client:
+    print("beside", client.serve(_OTHER, engine="vllm").model)
+    engines = serving()
+    print("both", *sorted(engines))
+    for _ in range(3):
+        greedy = {"temperature": 0, "max_tokens": 64}
+        said = client.stream_chat(_OTHER, _ASK, **greedy)
+        first = next(said)
+        requested("fast")
+        print("fast", client.chat("Qwen/Qwen3-0.6B", _ASK, **greedy))
+        print("other", first + "".join(said))
+    print("same engines", serving() == engines)
+    requested("general")
+    print("general", client.chat("Qwen/Qwen3-14B", _ASK, **greedy))
+    print("both", *sorted(serving()))
+"""
+    printed = vllm_home.run(SERVING, before=before, after=after).splitlines()
+    assert printed[:2] == [f"beside {OTHER}", f"both {FAST} {OTHER}"]
+    assert printed[2:8:2] == [f"fast {ADA.introduction}"] * 3
+    assert len(set(printed[3:9:2])) == 1 and printed[3].startswith("other ")  # random weights always say the same
+    assert printed[8] == "same engines True"
+    assert printed[9:] == [f"general {ADA.introduction}", f"both {GENERAL} {OTHER}"]
