@@ -195,3 +195,5 @@ async def test_a_robot_meets_its_deadlines(remote: Remote, daemon: Daemon, many:
     for loop, least, deadline_ms in (("perception", 3, 4000), ("planning", 1, 20000), ("control", 5, 2000)):
         found = re.search(rf"^{loop}: (\d+) times, .*, 0 after {deadline_ms} ms$", printed, re.MULTILINE)
         assert found and int(found[1]) >= least, printed
+    changed = re.search(r"^the scene changed (\d+) times$", printed, re.MULTILINE)
+    assert changed and int(changed[1]) >= 2, printed
