@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -13,7 +15,7 @@ from typing import Any
 
 from aiohttp import ClientError, ClientResponse
 
-from flashd.errors import EngineFailed, FlashdError, Internal
+from flashd.errors import EngineFailed, FlashdError, Internal, Unavailable
 from flashd.gateway.dialects.chunks import Chunk, ChunkReader, refused
 from flashd.gateway.dialects.dialect import Dialect, name_of, retry_headers, status_of
 from flashd.gateway.exchange import (
@@ -114,6 +116,11 @@ class Endpoint:
             return
         except FlashdError as error:
             await sending.fail(error)
+        except (
+            asyncio.CancelledError
+        ):  # the gateway ends, and has waited for answers for as long as it does (server.py)
+            with contextlib.suppress(FlashdError):  # of an answer that cannot say so: it is cut, as its client notices
+                await sending.fail(Unavailable("the gateway was stopped during the answer", hint="ask again"))
 
     async def _answered(self, asked: Asked, sending: Sending) -> None:
         try:

@@ -249,6 +249,27 @@ def test_curl_is_interrupted(path: str, more: dict[str, object], client: Client,
     ends_soon(client)
 
 
+async def test_an_answer_during_which_the_gateway_is_stopped_says_so(
+    shared: Daemon, client: Client, tmp_path: Path, short_path: Path
+) -> None:
+    log = tmp_path / "gateway.log"
+    async with running_gateway(shared, log, short_path / "gateway.sock") as gateway:
+        endless = {"model": "dora", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 20_000}
+        streamed = Curl(gateway).begin("/v1/chat/completions", **endless, stream=True)
+        assert streamed.stdout is not None and streamed.stdout.read(1)
+        whole = Curl(gateway).begin("/v1/chat/completions", **endless)
+        until(lambda: sum(engine.active_requests for engine in client.engines()) == 2)
+        gateway.process.terminate()
+        said, _ = streamed.communicate(timeout=PATIENCE_S)
+        assert "was stopped during the answer" in said.rstrip().splitlines()[-1], said[-500:]
+        said, _ = whole.communicate(timeout=PATIENCE_S)
+        assert "was stopped during the answer" in json.loads(said)["error"]["message"]
+        assert gateway.process.wait(PATIENCE_S) == 0
+        told, *others = log.read_text().splitlines()
+        assert "timeout graceful shutdown exceeded" in told and not others
+        log.write_text("")  # which is all that it says
+
+
 # -- the page "Use it from your program" -------------------------------------------------------------------------------
 
 
