@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,14 +173,34 @@ def _batches(folder: Path) -> list[list[Path]]:
     return [files[i : i + wire.FILES_PER_MESSAGE] for i in range(0, len(files), wire.FILES_PER_MESSAGE)]
 
 
-@pytest.fixture
-async def remote(daemon: Daemon) -> AsyncIterator[Remote]:
+@asynccontextmanager
+async def remote_of(daemon: Daemon) -> AsyncIterator[Remote]:
     connection = await connect(daemon.address)
     made = Remote(connection)
     connection.listen(made.signals.append)
     await connection.add_match(f"type='signal',sender='{wire.BUS_NAME}'")
     yield made
     await connection.close()
+
+
+@pytest.fixture
+async def remote(daemon: Daemon) -> AsyncIterator[Remote]:
+    async with remote_of(daemon) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def shared(sources: Path) -> Iterator[Daemon]:
+    """A daemon with ada, bob and carl for the tests of a module that leave it as it was."""
+    with lasting_daemon(*(sources / name for name in ("ada", "bob", "carl"))) as running:
+        yield running
+
+
+@pytest.fixture
+async def lasting(shared: Daemon) -> AsyncIterator[Remote]:
+    async with remote_of(shared) as made:
+        yield made
+        await made.settle("ada", "bob", "carl")
 
 
 def make_source(

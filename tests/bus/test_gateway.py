@@ -6,13 +6,13 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from conftest import SAYS, Daemon, Remote, lasting_daemon
+from conftest import SAYS, Daemon, Remote
 from gateways import WHO, Gateway, free_port, running_gateway
 from waiting import PATIENCE_S, eventually
 
@@ -20,13 +20,10 @@ from flashd.dbus import wire
 from flashd.errors import InvalidArgument, Unavailable
 from flashd.gateway.tokens import TokenFile
 
-NAMES = ("ada", "bob", "carl")
 
-
-@pytest.fixture(scope="module")
-def daemon(sources: Path) -> Iterator[Daemon]:
-    with lasting_daemon(*(sources / name for name in NAMES)) as running:
-        yield running
+@pytest.fixture
+def daemon(shared: Daemon) -> Daemon:
+    return shared
 
 
 @pytest.fixture
@@ -36,9 +33,8 @@ async def gateway(daemon: Daemon, tmp_path: Path, short_path: Path) -> AsyncIter
 
 
 @pytest.fixture
-async def three(remote: Remote) -> AsyncIterator[Remote]:
-    yield remote
-    await remote.settle(*NAMES)
+def three(lasting: Remote) -> Remote:
+    return lasting
 
 
 async def said(client: openai.AsyncOpenAI, model: str) -> str:

@@ -87,17 +87,17 @@ async def test_swap_ask_rebind_park_and_wake(three: Remote) -> None:
     assert (await three.finished(job))["Error"][0] == NotFound.bus_name()
 
 
-async def test_another_architecture_has_its_own_engine_and_the_first_stays_parked(three: Remote) -> None:
-    assert await how(three, "ada") == "start"
-    (first,) = await engines(three)
-    assert await how(three, "carl") == "start"
-    assert sorted(engine["State"] for engine in (await engines(three)).values()) == ["parked", "serving"]
-    assert await how(three, "bob") == "wake"
-    assert await three.get(wire.ROOT_PATH, wire.MANAGER, "ActiveEngine") == first
-    assert await ask(three) == SAYS["bob"]
-    await three.call("Stop", path=first, interface=wire.ENGINE)
-    assert first not in await engines(three)
-    assert await active(three) == "/"
+async def test_another_architecture_has_its_own_engine_and_the_first_stays_parked(lasting: Remote) -> None:
+    assert await how(lasting, "ada") == "start"
+    (first,) = await engines(lasting)
+    assert await how(lasting, "carl") == "start"
+    assert sorted(engine["State"] for engine in (await engines(lasting)).values()) == ["parked", "serving"]
+    assert await how(lasting, "bob") == "wake"
+    assert await lasting.get(wire.ROOT_PATH, wire.MANAGER, "ActiveEngine") == first
+    assert await ask(lasting) == SAYS["bob"]
+    await lasting.call("Stop", path=first, interface=wire.ENGINE)
+    assert first not in await engines(lasting)
+    assert await active(lasting) == "/"
 
 
 async def test_a_swap_that_fails_leaves_the_previous_model_answering(
@@ -402,15 +402,15 @@ async def test_drop_two_sources_swap_between_them_and_stop(remote: Remote, daemo
     assert not (daemon.runtime / "run" / "openai.sock").is_symlink()
 
 
-async def test_a_model_that_is_not_there_is_not_swapped_to(remote: Remote) -> None:
+async def test_a_model_that_is_not_there_is_not_swapped_to(lasting: Remote) -> None:
     with pytest.raises(NotFound):
-        await swap(remote, "nobody")
+        await swap(lasting, "nobody")
     with pytest.raises(FlashdError):
-        await remote.call("Stop", path=wire.engine_path(7), interface=wire.ENGINE)
+        await lasting.call("Stop", path=wire.engine_path(7), interface=wire.ENGINE)
 
 
-async def test_bench_swap_goes_back_and_forth_until_the_first_token(three: Remote, daemon: Daemon) -> None:
-    command = [sys.executable, "-c", "from flashd.cli import main; main()", "--bus", daemon.address]
+async def test_bench_swap_goes_back_and_forth_until_the_first_token(lasting: Remote, shared: Daemon) -> None:
+    command = [sys.executable, "-c", "from flashd.cli import main; main()", "--bus", shared.address]
     process = await asyncio.create_subprocess_exec(
         *command, "bench", "swap", "ada", "bob", "--runs", "2", "--json", stdout=subprocess.PIPE
     )

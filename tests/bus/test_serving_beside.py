@@ -27,10 +27,8 @@ from flashd.errors import FlashdError, NotFound
 
 
 @pytest.fixture
-async def three(remote: Remote, sources: Any) -> Remote:
-    for name in ("ada", "bob", "carl"):
-        await import_model(remote, sources / name, name)
-    return remote
+def three(lasting: Remote) -> Remote:
+    return lasting
 
 
 async def bring(remote: Remote, member: str, name: str) -> dict[str, Any]:
@@ -145,26 +143,28 @@ async def test_what_rests_goes_on_resting_when_another_is_parked(three: Remote) 
     assert await ask(shared, "ada") == SAYS["ada"]
 
 
-async def test_a_new_version_is_served_in_place_of_the_old_one(three: Remote, sources: Path) -> None:
-    await bring(three, "Swap", "ada")
-    await bring(three, "Serve", "carl")
-    before = await serving(three)
+async def test_a_new_version_is_served_in_place_of_the_old_one(remote: Remote, sources: Path) -> None:
+    for name in ("ada", "bob", "carl"):
+        await import_model(remote, sources / name, name)
+    await bring(remote, "Swap", "ada")
+    await bring(remote, "Serve", "carl")
+    before = await serving(remote)
     shutil.copytree(sources / "carl", sources / "carl again")
     config = json.loads((sources / "carl again" / "config.json").read_text())
     (sources / "carl again" / "config.json").write_text(json.dumps({**config, "initializer_range": 0.5}))
-    job = await three.import_folder(sources / "carl again", "carl", replace=Variant("b", True))
-    assert (await three.finished(job))["State"] == "done"
-    assert not (await three.model("carl"))["Serving"], "only an older version serves"
-    await bring(three, "Serve", "carl")
-    assert (await three.model("carl"))["Serving"] and (await serving(three)).keys() == {"ada", "carl"}
-    assert before["ada"]["Pid"] == (await serving(three))["ada"]["Pid"]
+    job = await remote.import_folder(sources / "carl again", "carl", replace=Variant("b", True))
+    assert (await remote.finished(job))["State"] == "done"
+    assert not (await remote.model("carl"))["Serving"], "only an older version serves"
+    await bring(remote, "Serve", "carl")
+    assert (await remote.model("carl"))["Serving"] and (await serving(remote)).keys() == {"ada", "carl"}
+    assert before["ada"]["Pid"] == (await serving(remote))["ada"]["Pid"]
 
 
-async def test_python_and_the_command_line_have_a_model_serve_by_themselves(three: Remote, daemon: Daemon) -> None:
+async def test_python_and_the_command_line_have_a_model_serve_by_themselves(three: Remote, shared: Daemon) -> None:
     who = [{"role": "user", "content": "Who are you?"}]
 
     def talk() -> None:
-        with connect(daemon.address) as client:
+        with connect(shared.address) as client:
             for name in ("ada", "bob", "ada"):
                 assert client.chat(name, who, temperature=0, max_tokens=40) == SAYS[name]
             assert client.status().active_model == "", "nobody has swapped"
@@ -172,7 +172,7 @@ async def test_python_and_the_command_line_have_a_model_serve_by_themselves(thre
             with pytest.raises(NotFound):
                 client.chat("dora", who)
             client.park("carl")
-        env = {**os.environ, "FLASHD_BUS_ADDRESS": daemon.address}
+        env = {**os.environ, "FLASHD_BUS_ADDRESS": shared.address}
         flash = [str(Path(sys.executable).with_name("flash"))]
 
         def said(*words: str) -> str:
