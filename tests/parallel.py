@@ -48,7 +48,7 @@ _FAST = (
     *("tests/bus/test_client.py", "tests/bus/test_serving.py", "tests/engines/test_torch_requests.py"),
 )
 _PATIENCE = 4  # times a test's own limit, where others run beside it
-_NOT_FAST = ("tests/unit/test_adapters.py", "tests/unit/test_hostile_sources.py")
+_NOT_FAST = ("tests/unit/test_adapters.py", "tests/unit/test_convert.py", "tests/unit/test_hostile_sources.py")
 
 
 def is_fast(module: str) -> bool:
