@@ -10,19 +10,21 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import conformance
 import httpx
+import made_models
 import programs
 import pytest
 import pytest_asyncio
 import tool_model
-from gateways import Gateway, running_gateway
+from gateways import Gateway, make_endless, running_gateway
 from running import Daemon
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, until
 
 import flashd
 from flashd.dbus.private_bus import PrivateBus
@@ -41,8 +43,11 @@ FUNCTION: Any = {"type": "function", "function": TOOL}
 
 @pytest.fixture(scope="module")
 def daemon(made: Path, vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """One with tess, whose engine is told how she calls tools, and with a model for embeddings."""
-    tess = tmp_path_factory.mktemp("models") / "tess"
+    """One with tess, whose engine is told how she calls tools, a model for embeddings, and dora, who does not end."""
+    models = tmp_path_factory.mktemp("models")
+    tess, dora = models / "tess", models / "dora"
+    made_models.put(models, "ada", "carl")
+    make_endless(models, dora)
     script = Path(tool_model.__file__)
     subprocess.run([sys.executable, script, made / "ada", tess], check=True, capture_output=True)
     with tempfile.TemporaryDirectory(prefix="fd-") as folder, PrivateBus(Path(folder)) as bus:
@@ -51,12 +56,14 @@ def daemon(made: Path, vllm_python: str, tmp_path_factory: pytest.TempPathFactor
             "[engines]\nwarm_up = false\nwarm_new = false\ndefault = 'vllm'\n"
             f"[engines.vllm]\npython = '{vllm_python}'\nkv_cache = '64MiB'\narguments = ['--seed', '0']\n"
             f"[models.tess]\narguments = {json.dumps(tool_model.ARGUMENTS)}\n"
+            "[models.dora]\narguments = ['--max-model-len', '8000']\n"
         )
         running.start()
         try:
             with flashd.connect(bus.address) as client:
                 client.import_(tess, "tess")
                 client.import_(made / "bert", "bert")
+                client.import_(dora, "dora")
                 client.swap("tess")
             yield running
         finally:
@@ -81,6 +88,24 @@ async def test_a_program_has_the_model_call_a_tool(by: str, gateway: Gateway, tm
         for prefix in programs.BY[by]:
             found = await program.said("tools", name=prefix + "tess", question=tool_model.QUESTION)
             assert found == {"called": tool_model.CALLS, "streamed": [tool_model.CALLS], "text": tool_model.ANSWER}
+
+
+@pytest.mark.parametrize("by", programs.BY)
+async def test_what_a_program_leaves_is_not_generated(
+    by: str, daemon: Daemon, gateway: Gateway, tmp_path: Path
+) -> None:
+    def requests(client: flashd.Client) -> int:
+        return sum(engine.active_requests for engine in client.engines())
+
+    with flashd.connect(daemon.address) as client:
+        async with programs.running(by, gateway.url, tmp_path) as program:
+            for prefix in programs.BY[by]:
+                assert await program.said("begin", name=prefix + "dora", question=tool_model.QUESTION)
+                until(lambda: requests(client) == 1)
+                await program.said("leave")
+                left = time.monotonic()
+                until(lambda: requests(client) == 0)
+                assert time.monotonic() - left < 10, "6,000 tokens take longer"
 
 
 async def test_openais_client_has_the_model_call_a_tool(gateway: Gateway) -> None:
