@@ -219,6 +219,9 @@ class GatewayConfig:
     change_models: bool = _setting(
         False, "Let requests without a token pull and remove models, as Ollama's programs do."
     )
+    progress: bool = _setting(
+        False, "Tell the clients of streams as text of the answer what they wait for, not as a comment of the stream."
+    )
     max_waiting: int = _setting(256, "Most requests that wait for one model; further ones are refused.")
 
 

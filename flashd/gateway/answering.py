@@ -29,6 +29,7 @@ from flashd.gateway.exchange import (
     send_json,
     unless_left,
 )
+from flashd.gateway.keep_alive import HEADER, KEEP_ALIVE, seconds
 from flashd.gateway.metrics.observed import observed
 from flashd.units import MiB, format_bytes
 
@@ -47,6 +48,10 @@ class Asked:
     body: bytes
     arrived_ns: int
 
+    def header(self, name: bytes) -> str:
+        """The value of a header by its name in lower case; empty if there is none."""
+        return next((value.decode("latin-1") for found, value in self.scope["headers"] if found == name), "")
+
     @property
     def target(self) -> str:
         """Path and query."""
@@ -60,11 +65,13 @@ class Sending:
     def __init__(self, send: Send, dialect: Dialect) -> None:
         self._send = send
         self._dialect = dialect
-        self._has_begun = False
+        self.has_begun = False
         self.is_stream = False
 
     async def __call__(self, message: Message) -> None:
-        self._has_begun = True
+        if self.has_begun and message["type"] == "http.response.start":
+            return  # of a stream that began while its client waited
+        self.has_begun = True
         await self._send(message)
 
     async def json(self, content: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
@@ -85,7 +92,7 @@ class Sending:
         """Says what went wrong: as the answer, or as the last piece of a stream that has begun. Else the connection is
         closed before the answer is complete, which clients notice."""
         observed().failed(name_of(error))
-        if not self._has_begun:
+        if not self.has_begun:
             await self.json(self._dialect.described(error), status=status_of(error), headers=retry_headers(error))
         elif self.is_stream:
             await self({"type": "http.response.body", "body": self._dialect.ending(error)})
@@ -124,6 +131,8 @@ class Endpoint:
 
     async def _answered(self, asked: Asked, sending: Sending) -> None:
         try:
+            if keep_alive := asked.header(HEADER):
+                KEEP_ALIVE.set(seconds(keep_alive))
             await self._answer(asked, sending)
         except FlashdError:
             raise

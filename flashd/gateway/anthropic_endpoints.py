@@ -12,14 +12,16 @@ from aiohttp import ClientResponse
 
 from flashd.client.results import Engine
 from flashd.gateway.answering import Asked, Sending, check_status, chunks, whole
+from flashd.gateway.dialects import anthropic
 from flashd.gateway.dialects.anthropic import MessageAnswer, PassedEvents, chat_request, count_request
 from flashd.gateway.dialects.chunks import Usage, usage
+from flashd.gateway.dialects.openai import CHAT_PATH
 from flashd.gateway.dispatch import Dispatcher, EngineRequest
 from flashd.gateway.exchange import parse_object, pieces
 from flashd.gateway.passed import named, pass_back, passed_on
+from flashd.gateway.waiting import EVENTS, Waiting
 
 _SPEAKS_IT = frozenset({"vllm"})  # kinds of engines
-_CHAT = "/v1/chat/completions"
 
 
 class AnthropicEndpoints:
@@ -32,10 +34,14 @@ class AnthropicEndpoints:
         content = parse_object(asked.body)
         model = await named(content, self._dispatcher)
         made = _Made(passed_on(asked, content, model), lambda: chat_request(content, model.name).body)
-        async with self._dispatcher.answer(model.name, made) as response:
+        send.is_stream = content.get("stream") is True
+        async with (
+            Waiting(asked, send, self._dispatcher, model.name, anthropic.waiting) as waiting,
+            self._dispatcher.answer(model.name, made) as response,
+        ):
+            await waiting.over()
             await check_status(response)
             if not made.is_translated:
-                send.is_stream = content.get("stream") is True
                 await pass_back(response, send, _watched(response) if send.is_stream else None)
                 return
             request = chat_request(content, model.name)
@@ -46,7 +52,7 @@ class AnthropicEndpoints:
                         answer.take(chunk)
                     await send.json(answer.whole())
                     return
-                await send.begin_stream("text/event-stream; charset=utf-8")
+                await send.begin_stream(EVENTS)
                 async for chunk in found:
                     for event in answer.events(chunk):
                         await send.piece(event)
@@ -88,4 +94,4 @@ class _Made:
         if not self.is_translated:
             return self._passed
         body = json.dumps(self._translate(), separators=(",", ":")).encode()
-        return EngineRequest("POST", _CHAT, {"content-type": "application/json"}, body)
+        return EngineRequest("POST", CHAT_PATH, {"content-type": "application/json"}, body)

@@ -26,10 +26,12 @@ from flashd.errors import FlashdError, Internal, NotFound, Unavailable
 from flashd.gateway.access import ACCESS
 from flashd.gateway.directory import Connect, Directory, Follower, Watch
 from flashd.gateway.engine_connections import EngineConnections
+from flashd.gateway.keep_alive import KEEP_ALIVE, KeepAlive
 from flashd.gateway.kept_client import KeptClient
 from flashd.gateway.metrics.measures import Measures
 from flashd.gateway.metrics.observed import observed
 from flashd.gateway.turns import Ask, Bring, Ticket, Turns
+from flashd.units import format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,8 @@ class Dispatcher:
         self._measures = measures
         self._turns = Turns()
         self._connections = EngineConnections()
+        self._keep_alive = KeepAlive(self._park, self.is_asked)
+        self._progress = ""  # of the model that is being brought
         self._follower = Follower(connect, self._heard, watch)
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()  # set and replaced whenever the daemon says something new
@@ -91,6 +95,7 @@ class Dispatcher:
         if self._work is not None:
             self._work.cancel()
             await asyncio.wait({self._work})
+        await self._keep_alive.close()
         self._client.close()
         await self._connections.close()
 
@@ -142,6 +147,18 @@ class Dispatcher:
         async with self._turn(model, time.monotonic()):
             pass
 
+    async def unload(self, model: str) -> None:
+        """Has a model cease to serve, if it does."""
+        if model in self._known.serving:
+            with contextlib.suppress(NotFound):  # it has ceased to already
+                await asyncio.to_thread(self._park, model)
+
+    def why_waiting(self, model: str) -> str:
+        """What the requests for a model wait for, in a few words."""
+        if self._turns.bringing == model:
+            return f"loading {model}: {self._progress}" if self._progress else f"loading {model}"
+        return f"{model} is loaded when others have been answered"
+
     def is_asked(self, model: str) -> bool:
         """True while requests for a model are answered or wait."""
         return bool(self.in_progress(model) or self.waiting(model))
@@ -185,6 +202,7 @@ class Dispatcher:
         request.queued(model)
         ticket = self._turns.ask(model, time.monotonic(), admit, arrived=arrived)
         self._waiters[ticket] = admitted
+        self._keep_alive.begins(model)
         try:
             self._step()
             await admitted
@@ -193,6 +211,7 @@ class Dispatcher:
         finally:
             del self._waiters[ticket]
             self._turns.leave(ticket)
+            self._keep_alive.ends(model, KEEP_ALIVE.get())
             self._step()
 
     def _step(self) -> None:
@@ -209,6 +228,7 @@ class Dispatcher:
                 work = self._ask(model)
             case Bring(model):
                 self._turns.begin(model, time.monotonic())
+                self._progress = ""
                 work = self._bring(model)
             case None:
                 return
@@ -275,7 +295,18 @@ class Dispatcher:
             jobs.append(job)
             if is_cancelled.is_set():  # it was not known to whoever cancelled
                 job.cancel()
-            job.wait()
+            job.wait(self._note_progress)
+
+    def _note_progress(self, job: Job) -> None:
+        """Called by the thread that waits for the job."""
+        self._progress = job.phase or job.state
+        if job.total_bytes:
+            self._progress += f", {100 * job.done_bytes // job.total_bytes} % of {format_bytes(job.total_bytes)}"
+
+    def _park(self, model: str) -> None:
+        """Runs in a thread."""
+        with self._client.lent() as client:
+            client.park(model)
 
     def _refuse(self, model: str, error: FlashdError) -> None:
         for ticket in self._turns.failed(model):

@@ -12,7 +12,7 @@ from typing import Any
 from flashd._version import __version__
 from flashd.client.client import Client, Job
 from flashd.client.results import Engine, Model
-from flashd.errors import Cancelled, EngineFailed, FlashdError, InvalidArgument, NotAuthorized, NotFound
+from flashd.errors import Cancelled, EngineFailed, InvalidArgument, NotAuthorized
 from flashd.gateway.access import ACCESS
 from flashd.gateway.answering import Asked, Sending, check_status, chunks, whole
 from flashd.gateway.dialects import ollama, ollama_requests
@@ -24,6 +24,7 @@ from flashd.gateway.directory import Connect
 from flashd.gateway.dispatch import Dispatcher, EngineRequest
 from flashd.gateway.exchange import parse_object
 from flashd.gateway.passed import named
+from flashd.gateway.waiting import Waiting
 
 NDJSON = "application/x-ndjson"
 _HEADERS = {"content-type": "application/json"}
@@ -35,7 +36,6 @@ class OllamaEndpoints:
     def __init__(self, dispatcher: Dispatcher, connect: Connect) -> None:
         self._dispatcher = dispatcher
         self._connect = connect
-        self._unloading: set[asyncio.Task[None]] = set()
 
     async def version(self, _: Asked, send: Sending) -> None:
         await send.json({"version": ollama.SPEAKS, "flashd": __version__})
@@ -125,17 +125,17 @@ class OllamaEndpoints:
             await self._load(model, request)
             await send.json(answer.ended("unload" if request.unloads else "load"))
             return
+        request.keep()
         made = self._made(request.asks, model, durations)
-        is_complete = False
-        try:
-            async with self._dispatcher.answer(model.name, made) as response:
-                await check_status(response)
-                async with aclosing(chunks(response)) as found:
-                    await (_stream if request.is_stream else _join)(found, answer, send)
-                is_complete = True
-        finally:  # its client may leave now
-            if is_complete and request.unloads:
-                self._begin_unload(model)
+        send.is_stream = request.is_stream
+        async with (
+            Waiting(asked, send, self._dispatcher, model.name, answer.waiting, NDJSON) as waiting,
+            self._dispatcher.answer(model.name, made) as response,
+        ):
+            await waiting.over()
+            await check_status(response)
+            async with aclosing(chunks(response)) as found:
+                await (_stream if request.is_stream else _join)(found, answer, send)
 
     async def _vectors(
         self, content: Mapping[str, object], request: OllamaRequest, durations: Durations
@@ -144,6 +144,7 @@ class OllamaEndpoints:
         if request.asks is None:
             await self._load(model, request)
             return [], Usage(0, 0)
+        request.keep()
         async with self._dispatcher.answer(model.name, self._made(request.asks, model, durations)) as response:
             found = await whole(response)
         try:
@@ -155,26 +156,10 @@ class OllamaEndpoints:
     async def _load(self, model: Model, request: OllamaRequest) -> None:
         """Has the model serve, or cease to."""
         if request.unloads:
-            await self._unload(model)
+            await self._dispatcher.unload(model.name)
         else:
+            request.keep()
             await self._dispatcher.load(model.name)
-
-    def _begin_unload(self, model: Model) -> None:
-        """Has a model cease to serve, unless others ask it; returns at once."""
-
-        async def unload() -> None:
-            if not self._dispatcher.is_asked(model.name):
-                with contextlib.suppress(FlashdError):  # it stays
-                    await self._unload(model)
-
-        task = asyncio.ensure_future(unload())
-        self._unloading.add(task)
-        task.add_done_callback(self._unloading.discard)
-
-    async def _unload(self, model: Model) -> None:
-        if model.name in self._dispatcher.directory.serving:
-            with contextlib.suppress(NotFound):  # it has ceased to already
-                await asyncio.to_thread(self._with_client, lambda client: client.park(model.name))
 
     def _with_client(self, do: Callable[[Client], None]) -> None:
         """Runs in a thread, on a connection of its own."""

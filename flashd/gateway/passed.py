@@ -5,17 +5,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 from typing import Any
 
 from aiohttp import ClientError, ClientResponse
 
 from flashd.client.results import Model
 from flashd.errors import EngineFailed, InvalidArgument
-from flashd.gateway.answering import Asked, Sending
+from flashd.gateway import keep_alive, waiting
+from flashd.gateway.answering import Asked, Sending, check_status
+from flashd.gateway.dialects import openai
 from flashd.gateway.dispatch import Dispatcher, EngineRequest
 from flashd.gateway.exchange import forwarded, parse_object, relay
+from flashd.gateway.waiting import Waiting
 
-OF_THE_GATEWAY = frozenset({b"authorization", b"x-api-key"})  # tokens are for us, and no engine's business
+OF_THE_GATEWAY = frozenset({b"authorization", b"x-api-key", keep_alive.HEADER, waiting.HEADER})  # no engine's business
 
 
 class Passed:
@@ -29,7 +33,14 @@ class Passed:
         model = await named(content, self._dispatcher)
         send.is_stream = content.get("stream") is True
         request = passed_on(asked, content, model)
-        async with self._dispatcher.answer(model.name, lambda _: request) as response:
+        piece = partial(openai.waiting, asked.scope["path"], model.name)
+        async with (
+            Waiting(asked, send, self._dispatcher, model.name, piece) as wait,
+            self._dispatcher.answer(model.name, lambda _: request) as response,
+        ):
+            await wait.over()
+            if send.has_begun:
+                await check_status(response)
             await pass_back(response, send)
 
 

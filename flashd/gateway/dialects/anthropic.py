@@ -72,6 +72,11 @@ class Anthropic:
         return event("error", self.described(error))
 
 
+def waiting(_words: str, _as_text: bool) -> bytes:
+    """A piece of a stream whose answer has not begun. It has no place for words."""
+    return event("ping", {"type": "ping"})
+
+
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
     """A request for a message, as a body for /v1/chat/completions that streams."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flashd.errors import EngineFailed
+from flashd.gateway.dialects import ollama
 from flashd.gateway.dialects.chunks import CallPart, Chunk, Usage
 from flashd.gateway.dialects.ollama import timestamp
 
@@ -111,6 +112,10 @@ class OllamaAnswer:
     def ended(self, reason: str) -> dict[str, Any]:
         """The last line without counts, which is the whole answer if a model was only loaded or unloaded."""
         return self._line("", "") | {"done": True, "done_reason": reason}
+
+    def waiting(self, words: str, as_text: bool) -> bytes:
+        """A line of a stream whose answer has not begun."""
+        return ollama.line(self._line(f"{words}\n" if as_text else "", ""))
 
     def _line(self, text: str, thinking: str, calls: list[dict[str, object]] | None = None) -> dict[str, Any]:
         line: dict[str, Any] = {"model": self.model, "created_at": timestamp(self.now())}

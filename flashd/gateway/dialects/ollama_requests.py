@@ -8,25 +8,24 @@ be translated are refused; those that only tell Ollama how to run a model are ac
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from flashd import json_values
 from flashd.errors import InvalidArgument
+from flashd.gateway import keep_alive
 from flashd.gateway.dialects import fields
 from flashd.gateway.dialects.fields import Field
+from flashd.gateway.dialects.openai import CHAT_PATH, COMPLETION_PATH, EMBEDDING_PATH
 from flashd.json_values import WrongValue
 
 _SHOWN = 80
-_DURATION = re.compile(r"[+-]?(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+|[+-]?\d+")
 _EFFORTS = ("low", "medium", "high")
 _ENGINE = "no effect: how Ollama runs a model"
 _SAMPLER = "a way of sampling that engines here lack"
 # A file's first bytes in base64. Formats that vision models are commonly given.
 _IMAGES = {"iVBORw0KGgo": "png", "/9j/": "jpeg", "R0lGOD": "gif", "UklGR": "webp", "Qk": "bmp"}
-CHAT_PATH, COMPLETION_PATH, EMBEDDING_PATH = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 
 
 def _predicted(value: object) -> int | None:
@@ -41,15 +40,12 @@ def _seed(value: object) -> int | None:
     return None if seed == -1 else seed
 
 
-def _keep_alive(value: object) -> bool:
-    """Tells whether the model is to be unloaded."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise WrongValue('must be a number of seconds, or a duration such as "5m"')
-    if isinstance(value, str):
-        if not _DURATION.fullmatch(value[:_SHOWN]):
-            raise WrongValue('must be a number of seconds, or a duration such as "5m"')
-        return not re.search(r"[1-9]", value)
-    return value == 0
+def _keep_alive(value: object) -> float:
+    """In seconds."""
+    try:
+        return keep_alive.seconds(value)
+    except InvalidArgument:
+        raise WrongValue('must be a number of seconds, or a duration such as "5m"') from None
 
 
 def _think(value: object) -> bool | str:
@@ -100,7 +96,7 @@ _ALL = (
     Field("model", json_values.text),
     Field("name", json_values.text, does="the older name of model"),
     Field("options", fields.mapping, does="see below"),
-    Field("keep_alive", _keep_alive, does="0 unloads the model, after its answer if there is a prompt; else no effect"),
+    Field("keep_alive", _keep_alive, does="how long the model serves without requests; 0 parks it at once"),
 )
 _GENERATION = (
     *_ALL,
@@ -165,11 +161,21 @@ class EngineBody:
 
 @dataclass(frozen=True, slots=True)
 class OllamaRequest:
-    """A request. Without `asks`, the model is to be loaded, or unloaded if `unloads`."""
+    """A request. Without `asks`, the model is to be loaded, or unloaded if `unloads`. `keep_s` is how long the model
+    shall serve without further requests."""
 
     asks: EngineBody | None
     is_stream: bool
-    unloads: bool
+    keep_s: float | None
+
+    @property
+    def unloads(self) -> bool:
+        return self.keep_s == 0
+
+    def keep(self) -> None:
+        """Has the model serve for as long as the request says, if it does."""
+        if self.keep_s is not None:
+            keep_alive.KEEP_ALIVE.set(self.keep_s)
 
 
 def chat(content: Mapping[str, object]) -> OllamaRequest:
@@ -180,7 +186,7 @@ def chat(content: Mapping[str, object]) -> OllamaRequest:
         body["tools"] = tools
     messages = _messages(read.get("messages", []))
     asks = EngineBody(CHAT_PATH, body | {"messages": messages}) if messages else None
-    return OllamaRequest(asks, read.get("stream", True), read.get("keep_alive", False))
+    return OllamaRequest(asks, read.get("stream", True), read.get("keep_alive"))
 
 
 def generate(content: Mapping[str, object]) -> OllamaRequest:
@@ -197,7 +203,7 @@ def generate(content: Mapping[str, object]) -> OllamaRequest:
         messages = [{"role": "system", "content": read["system"]}] if read.get("system") else []
         messages.append({"role": "user", "content": _content(prompt, images, "the request")})
         asks = EngineBody(CHAT_PATH, body | {"messages": messages})
-    return OllamaRequest(asks if prompt or images else None, read.get("stream", True), read.get("keep_alive", False))
+    return OllamaRequest(asks if prompt or images else None, read.get("stream", True), read.get("keep_alive"))
 
 
 def embed(content: Mapping[str, object]) -> OllamaRequest:
@@ -216,7 +222,7 @@ def _embedding(read: Mapping[str, Any], inputs: Sequence[object], known: Mapping
     _options(read)
     body = fields.translated(read, known)
     asks = EngineBody(EMBEDDING_PATH, body | {"input": inputs[0]}) if inputs else None
-    return OllamaRequest(asks, is_stream=False, unloads=read.get("keep_alive", False))
+    return OllamaRequest(asks, is_stream=False, keep_s=read.get("keep_alive"))
 
 
 def _options(read: Mapping[str, Any]) -> dict[str, Any]:

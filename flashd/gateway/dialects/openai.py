@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+import time
 from http import HTTPStatus
 
 from flashd.client.results import Model
 from flashd.errors import FlashdError
 from flashd.gateway.dialects.dialect import NoSuchRoute, Refused, status_of
 
+CHAT_PATH, COMPLETION_PATH, EMBEDDING_PATH = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 _TYPES = {
     400: "invalid_request_error",
     403: "permission_error",
@@ -38,6 +40,20 @@ class OpenAI:
 
     def ending(self, error: FlashdError) -> bytes:
         return f"data: {json.dumps(self.described(error))}\n\n".encode()
+
+
+def waiting(path: str, model: str, words: str, as_text: bool) -> bytes:
+    """A piece of a stream whose answer has not begun: a comment, or text where the path's answers have any."""
+    text = f"{words}\n"
+    delta: dict[str, object] = {"delta": {"role": "assistant", "content": text}}
+    forms: dict[str, tuple[str, dict[str, object]]]
+    forms = {CHAT_PATH: ("chat.completion.chunk", delta), COMPLETION_PATH: ("text_completion", {"text": text})}
+    if not as_text or path not in forms:
+        return f": {words}\n\n".encode()
+    kind, said = forms[path]
+    choice: dict[str, object] = {"index": 0, **said, "logprobs": None, "finish_reason": None}
+    chunk = {"id": "waiting", "object": kind, "created": int(time.time()), "model": model, "choices": [choice]}
+    return f"data: {json.dumps(chunk)}\n\n".encode()
 
 
 def entry(model: Model) -> dict[str, object]:

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What clients hear while their model is brought, and for how long it serves after them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import SAYS, Daemon, Remote, import_model
+from gateways import WHO, Gateway, running_gateway
+from waiting import PATIENCE_S, eventually
+
+GREEDY = {"temperature": 0, "max_tokens": 40}
+
+
+@pytest.fixture
+async def gateway(
+    daemon: Daemon, remote: Remote, sources: Path, tmp_path: Path, short_path: Path
+) -> AsyncIterator[Gateway]:
+    """Of a daemon that has no engine yet: the first takes seconds to start."""
+    for name in ("ada", "bob"):
+        await import_model(remote, sources / name, name)
+    async with running_gateway(daemon, tmp_path / "gateway.log", short_path / "gateway.sock") as running:
+        yield running
+
+
+async def test_a_stream_says_what_it_waits_for(gateway: Gateway) -> None:
+    async with httpx.AsyncClient(base_url=gateway.url, timeout=PATIENCE_S) as web:
+
+        async def lines(path: str, body: dict[str, object], **headers: str) -> list[str]:
+            asked = {"messages": WHO, "stream": True, **body}
+            answer = await web.post(path, json=asked, headers=headers)
+            assert answer.status_code == 200
+            return answer.text.splitlines()
+
+        chat = "/v1/chat/completions"
+        comments, words, failed, ollamas, talk = await asyncio.gather(
+            lines(chat, {"model": "ada", **GREEDY}),
+            lines(chat, {"model": "ada", **GREEDY}, **{"X-Flashd-Progress": "1"}),
+            lines(chat, {"model": "ada", "temperature": -1}),
+            lines("/api/chat", {"model": "bob", "options": {"temperature": 0}}),
+            talked(gateway),
+        )
+    assert [line for line in comments if line.startswith(": loading ada")]
+    assert text_of(comments) == SAYS["ada"] and comments[-2:] == ["data: [DONE]", ""]
+    assert text_of(words).startswith("loading ada") and text_of(words).endswith("\n" + SAYS["ada"])
+    assert "temperature" in json.loads(failed[-2].removeprefix("data: "))["error"]["message"]
+    told = [json.loads(line) for line in ollamas]
+    assert told[0]["message"]["content"] == "" and not told[0]["done"] and told[-1]["done"]
+    assert "".join(line["message"]["content"] for line in told) == SAYS["bob"]
+    assert talk == SAYS["bob"]
+
+
+def text_of(lines: list[str]) -> str:
+    """The text of a stream of chat chunks."""
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+
+
+async def talked(gateway: Gateway) -> str:
+    """A stream by Anthropic's client, which has to skip the pings."""
+    body = {"model": "bob", "messages": WHO, "max_tokens": 40, "extra_body": {"temperature": 0}}
+    async with gateway.anthropic() as client, client.messages.stream(**body) as stream:
+        return str(await stream.get_final_text())
+
+
+async def test_a_model_is_parked_when_its_last_request_said_so(gateway: Gateway, remote: Remote) -> None:
+    async def serves(name: str) -> bool:
+        return bool((await remote.model(name))["Serving"])
+
+    async def is_parked() -> bool:
+        return not await serves("ada")
+
+    async with httpx.AsyncClient(base_url=gateway.url, timeout=PATIENCE_S) as web:
+
+        async def ask(**headers: str) -> httpx.Response:
+            body = {"model": "ada", "messages": WHO, **GREEDY}
+            return await web.post("/v1/chat/completions", json=body, headers=headers)
+
+        wrong = await ask(**{"X-Flashd-Keep-Alive": "soon"})
+        assert wrong.status_code == 400 and "5m" in wrong.json()["error"]["message"]
+        assert (await ask(**{"X-Flashd-Keep-Alive": "1s"})).status_code == 200
+        assert (await ask()).status_code == 200  # says nothing, so that it stays
+        await asyncio.sleep(1.5)
+        assert await serves("ada")
+        answer = await ask(**{"X-Flashd-Keep-Alive": "200ms"})
+        assert answer.json()["choices"][0]["message"]["content"] == SAYS["ada"]
+        await eventually(is_parked)
+        assert (await ask()).json()["choices"][0]["message"]["content"] == SAYS["ada"]
