@@ -81,6 +81,8 @@ def start_gateway(client: Client) -> Sequence[str]:
             raise Unavailable("the gateway does not answer")
         return pid
 
+    if user_unit.is_possible():
+        user_unit.stop("flashd-gateway.service")  # one that lingers, whose socket went with the daemon's folder
     _managed("flashd-gateway", user_unit.GATEWAY, command, paths.state / "flashd-gateway.log", answering)
     return addresses
 

@@ -39,6 +39,7 @@ DAEMON = {
 GATEWAY = {
     **_ALL,
     "Description": "One HTTP address for all models of flashd, for one user",
+    "PartOf": "flashd.service",  # so that systemctl stop ends both
     "TimeoutStartSec": "60",
     "TimeoutStopSec": "20",
 }
@@ -63,11 +64,16 @@ def start(unit: str, of_unit: Mapping[str, str], command: Sequence[str], log: Pa
     try:
         done = _run("systemd-run", *options, "--", *command)
     except BaseException:
-        _run("systemctl", "--user", "stop", unit)  # these would not keep it from starting
+        stop(unit)  # it would go on starting
         raise
     if done.returncode:
         hint = f"see systemctl --user status {unit}"
         raise Unavailable(f"systemd failed to start {unit}: {done.stderr.strip()}", hint=hint)
+
+
+def stop(unit: str) -> None:
+    """Stops a unit, if it runs."""
+    _run("systemctl", "--user", "stop", unit)
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:

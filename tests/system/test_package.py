@@ -176,7 +176,9 @@ def test_purging_asks_before_it_takes_models(machine: Machine) -> None:
     assert not (machine.root / "etc/flashd").exists()
     machine.run("dpkg", "-i", "/root/flashd.deb")
     assert set(machine.models()) == {"dropped", "imported"}
+    machine.run("systemctl", "enable", "flashd", "flashd-gateway.socket")
     purge("yes")
+    assert list((machine.root / "etc/systemd/system").rglob("flashd*")) == [], "links to units that are gone"
     assert not (machine.root / "var/lib/flashd").exists()
     assert not (machine.root / HOME).exists()
 

@@ -11,6 +11,7 @@ from conftest import Machine, Result
 
 Run = Callable[..., Result]
 UNIT = "flashd.service"
+LIST = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:8434/v1/models').read().decode())"
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,12 @@ def residency(erin: Run) -> dict[str, str]:
     return {model["name"]: model["residency"] for model in json.loads(erin("flash", "list", "--json").out)}
 
 
+def listed_by_gateway(erin: Run) -> list[str]:
+    """The models at the address that `flash start` opens, none if nobody answers there."""
+    asked = erin("python3", "-c", LIST, check=False)
+    return [model["id"] for model in json.loads(asked.out)["data"]] if asked.status == 0 else []
+
+
 def main_pid(erin: Run) -> str:
     return erin("systemctl", "--user", "show", "--value", "-p", "MainPID", UNIT).out.strip()
 
@@ -41,6 +48,7 @@ def test_it_is_a_unit_whose_models_stay_warm_whatever_ends_it(machine: Machine, 
     erin("flash", "import", "/home/erin/warm")
     erin("flash", "load", "warm")
     assert residency(erin) == {"warm": "host"}
+    assert listed_by_gateway(erin) == ["warm"]
     erin("flash", "config", "engines.max_parked", "3")
     for end in (
         ("systemctl", "--user", "kill", "--kill-who=main", "--signal=KILL", UNIT),
@@ -52,7 +60,10 @@ def test_it_is_a_unit_whose_models_stay_warm_whatever_ends_it(machine: Machine, 
         machine.until(lambda before=before: main_pid(erin) not in {"0", before})
         machine.until(lambda: erin("flash", "status", check=False).status == 0)
         assert residency(erin) == {"warm": "host"}
+        machine.until(lambda: listed_by_gateway(erin) == ["warm"])
     assert erin("flash", "config", "engines.max_parked").out == "3\n"
+    erin("systemctl", "--user", "kill", "--kill-who=main", "--signal=KILL", "flashd-gateway.service")
+    machine.until(lambda: listed_by_gateway(erin) == ["warm"])
 
 
 @pytest.mark.parametrize("end", [("flash", "stop"), ("systemctl", "--user", "stop", UNIT)])
@@ -61,7 +72,8 @@ def test_nothing_is_left_of_one_that_was_stopped(machine: Machine, erin: Run, en
     erin(*end)
     uid = erin("id", "-u").out.strip()
     machine.until(lambda: machine.run("test", "-e", f"/run/user/{uid}/flashd", check=False).status != 0)
-    machine.until(lambda: "flashd.daemon" not in machine.run("ps", "-u", "erin", "-o", "args").out)
+    for program in ("flashd.daemon", "flashd.gateway"):
+        machine.until(lambda program=program: program not in machine.run("ps", "-u", "erin", "-o", "args").out)
     assert "dbus-daemon" not in machine.run("ps", "-u", "erin", "-o", "args").out
     erin("flash", "start")
     assert residency(erin) == {"warm": "stored"}
