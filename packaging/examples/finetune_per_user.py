@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A chat server with a fine-tune for each of its users.
 
-finetune_per_user.py serve PORT                   needs: pip install openai starlette uvicorn
+finetune_per_user.py serve PORT                   needs: pip install openai httpx starlette uvicorn
 finetune_per_user.py measure URL USERS REQUESTS   asks as so many users do, and says how long they waited
 
 POST /chat with a question as its body and the name of its user in the header `User` (put your own sign-in there) is
