@@ -37,7 +37,7 @@ _FIRST = (
     "tests/native/test_sanitize.py",
     "tests/system/test_desktop_rights.py",
     "tests/campaigns/",
-    "tests/test_quickstart.py",
+    *("tests/bus/test_outlive.py", "tests/test_quickstart.py"),
     "tests/system/",
     *("tests/unit/test_hostile_sources.py", "tests/unit/test_adapters.py", "tests/unit/test_style.py"),
     *("tests/bus/", "tests/desktop/", "tests/native/"),

@@ -79,7 +79,7 @@ static void full_name(int folder, const char *path, char *into) {
     snprintf(into, PATH_MAX, "%.2000s/%.2000s", base, path);
 }
 
-// -1: fail with errno as it is set; 1: kill when the call is done; 0: go on.
+// -1: fail with the errno that is set; 1: kill after the call; 0: continue.
 static int gate(const char *call, const char *path, const char *other) {
   if (!is_below(path) && !(other && is_below(other)))
     return 0;
@@ -272,7 +272,7 @@ OPEN(open64, "open64")
 OPENAT(openat, "openat")
 OPENAT(openat64, "openat64")
 
-// What is killed in the middle of a write has written half of it.
+// A process killed during a write has written half of the data.
 #define SHORTENED(length) (gated == 1 && (length) > 1 ? (length) / 2 : (length))
 
 ssize_t write(int fd, const void *from, size_t length) {
