@@ -67,10 +67,12 @@ class _Watch:
     def check_room(self) -> None:
         """Checks that a watch is available, because watchdog silently skips directories without one. Raises OSError."""
         try:
-            self.observer.unschedule(self.observer.schedule(FileSystemEventHandler(), "/", event_filter=[]))
+            watch = self.observer.schedule(FileSystemEventHandler(), "/", event_filter=[])
         except OSError:
             self.was_short = True
             raise
+        with contextlib.suppress(KeyError):  # the observer was stopped meanwhile, which ends all its watches
+            self.observer.unschedule(watch)
 
 
 class Changes(FileSystemEventHandler):

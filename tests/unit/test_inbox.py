@@ -25,6 +25,7 @@ from watchdog.observers.api import BaseObserver
 from flashd.checkpoint.source.reader import SourceFiles
 from flashd.errors import InvalidSource
 from flashd.store import inbox as inboxes
+from flashd.store.folder_watch import Changes
 from flashd.store.inbox import Inbox, Item
 
 SETTLE_S = 0.3
@@ -230,6 +231,24 @@ async def test_a_watch_that_has_ended_is_made_anew(folder: Path, end: Callable[[
     assert [(each.how, each.why_not) for each in inbox.watched()] == [("events", "")]
     await inbox.close()
     assert not watches
+
+
+async def test_a_look_for_room_while_the_watches_end_is_no_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`close` stops observers in threads of their own, so it may come between the two steps of the look."""
+    folder.mkdir()
+    changes = Changes(lambda: None)
+    changes.watch(folder)
+    watch = changes._watches[folder]
+    schedule = watch.observer.schedule
+
+    def ended_meanwhile(*arguments: Any, **options: Any) -> Any:
+        scheduled = schedule(*arguments, **options)
+        watch.observer.unschedule_all()
+        return scheduled
+
+    monkeypatch.setattr(watch.observer, "schedule", ended_meanwhile)
+    watch.check_room()
+    changes.close()
 
 
 async def test_an_owner_and_a_name(recorder: Recorder, folder: Path) -> None:
