@@ -45,7 +45,7 @@ _FIRST = (
 # The modules of tests/run --fast, and those of them that are left out because each test starts PyTorch.
 _FAST = (
     *("tests/unit/", "tests/native/test_load.py", "tests/native/test_copy.py", "tests/bus/test_contract.py"),
-    *("tests/bus/test_client.py", "tests/bus/test_serving.py", "tests/engines/test_torch_requests.py"),
+    *("tests/bus/test_client.py", "tests/bus/test_serving_beside.py", "tests/engines/test_torch_requests.py"),
 )
 _PATIENCE = 4  # times a test's own limit, where others run beside it
 _NOT_FAST = ("tests/unit/test_adapters.py", "tests/unit/test_convert.py", "tests/unit/test_hostile_sources.py")
