@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kept
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +24,7 @@ CPP = sorted(
     [
         pytest.param([BIN / "ruff", "check", "."], id="ruff"),
         pytest.param([BIN / "ruff", "format", "--check", "."], id="ruff-format"),
-        pytest.param([BIN / "mypy"], id="mypy"),
+        pytest.param([BIN / "mypy", "--cache-dir", kept.cache() / "mypy"], id="mypy"),
         pytest.param([BIN / "python", "tests/bench/publish.py", "--check"], id="figures"),
         pytest.param([BIN / "clang-format", "--dry-run", "-Werror", *CPP], id="clang-format"),
     ],
