@@ -26,7 +26,8 @@ def answers(arguments: dict[str, Any]) -> list[list[int]]:
 
     from flashd.workers.vllm import compat
 
-    compat.fork_processes()  # only so that looking at a model's class does not import vLLM again
+    compat.fork_processes()  # neither changes an answer: processes need not import vLLM again ...
+    compat.nap_between_steps()  # ... and do not keep a core busy while they wait
     llm = LLM(max_model_len=256, kv_cache_memory_bytes=64 << 20, enforce_eager=True, seed=0, **arguments)
     greedy = SamplingParams(temperature=0, max_tokens=16)
     return [list(found.outputs[0].token_ids) for found in llm.generate(PROMPTS, greedy, use_tqdm=False)]
