@@ -26,6 +26,16 @@ from flashd.legible import legible
 
 FORMAT = 1
 _LONGEST_NAME = 200  # characters of a class, a dtype or a method
+# What architectures call the number of their positions; the first that is there counts.
+_CONTEXT_LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+    "n_ctx",
+)
+_LONGEST_CONTEXT = (1 << 32) - 1
 # Entries of transformers in config.json that do not describe the architecture.
 VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "_commit_hash", "use_cache", "auto_map"}
 
@@ -173,6 +183,20 @@ def architecture_of(config: Mapping[str, object]) -> str:
 def quantization_of(config: Mapping[str, object]) -> str:
     quantization = config.get("quantization_config")
     return _label(quantization.get("quant_method")) or "unknown" if isinstance(quantization, dict) else ""
+
+
+def context_length_of(config: Mapping[str, object]) -> int:
+    """Returns the most tokens that the model can read and write at once by its configuration; 0 if that does not say.
+
+    Of a model of several parts, it is that of the part that reads text.
+    """
+    part = config.get("text_config")
+    for described in (part, config) if isinstance(part, dict) else (config,):
+        for name in _CONTEXT_LENGTHS:
+            length = described.get(name)
+            if isinstance(length, int) and not isinstance(length, bool) and 0 < length <= _LONGEST_CONTEXT:
+                return length
+    return 0
 
 
 def _label(value: object) -> str:

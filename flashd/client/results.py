@@ -37,6 +37,7 @@ class Model:
     owner_uid: int = 0
     private: bool = False
     serving: bool = False
+    context_length: int = 0
 
 
 @dataclass(frozen=True, slots=True)

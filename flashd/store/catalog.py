@@ -33,13 +33,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from flashd.checkpoint.files import WEIGHTS, Checkpoint
-from flashd.checkpoint.manifest import Manifest
+from flashd.checkpoint.manifest import Manifest, context_length_of, read_config
 from flashd.closing import Closing
 from flashd.durable import (
     Unconfirmed,
     discard,
     exchange,
     put_aside,
+    read_bytes,
     set_aside,
     sync_directory,
     total_bytes,
@@ -51,6 +52,7 @@ from flashd.errors import (
     CorruptCheckpoint,
     FlashdError,
     InvalidArgument,
+    InvalidSource,
     NotFound,
     StoreFull,
     TransferFailed,
@@ -410,6 +412,7 @@ class Catalog(Closing):
                 use_count=old.use_count if old else 0,
                 owner_uid=owner_uid,
                 private=private if private is not None else old is not None and old.private,
+                context_length=_context_length(directory),
             )
             self.check_usable()
             with writing(self._checkpoints):
@@ -586,6 +589,14 @@ def _share_weights(directory: Path, twin: Path) -> None:
     except OSError as error:
         log.info("%s keeps a separate copy of weights that were already stored: %s", directory.name, error.strerror)
         discard(link)
+
+
+def _context_length(directory: Path) -> int:
+    """That of the model in a checkpoint's folder; 0 if it is unknown."""
+    try:
+        return context_length_of(read_config(read_bytes(directory / "config.json")))
+    except (FileNotFoundError, InvalidSource):  # a checkpoint need not have one
+        return 0
 
 
 def _as_text(path: str) -> str:

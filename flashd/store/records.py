@@ -57,7 +57,7 @@ class Model:
     """A name and the version it points to, with all fields of a listing, which therefore reads no manifests.
 
     `previous` are older checkpoints that are kept, newest first. `owner_uid` is the user who made the model; root in
-    records older than ownership.
+    records older than ownership. `context_length` is 0 if it is unknown, as in records older than it.
     """
 
     name: str
@@ -76,6 +76,7 @@ class Model:
     use_count: int = 0
     owner_uid: int = 0
     private: bool = False
+    context_length: int = 0
 
     def versions(self) -> tuple[str, ...]:
         """The current checkpoint, followed by the older ones."""
@@ -228,6 +229,7 @@ _MODEL: Mapping[str, _Check] = {
     "dtype": as_text,
     "architecture": as_text,
     "architecture_key": as_text,
+    "context_length": as_count,
     "aliases": _as_aliases,
     "previous": _as_ids,
     "pinned": _as_flag,

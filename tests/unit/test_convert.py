@@ -22,7 +22,7 @@ from sources import converted, entry, forge
 from flashd.checkpoint import header, layout
 from flashd.checkpoint.dtypes import DTYPES
 from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, Checkpoint, verify
-from flashd.checkpoint.manifest import Manifest
+from flashd.checkpoint.manifest import Manifest, context_length_of
 from flashd.checkpoint.source.reader import SourceFiles, missing_shards
 from flashd.errors import Cancelled, CorruptCheckpoint, InvalidSource
 from flashd.io.streamer import ALIGNMENT
@@ -475,3 +475,19 @@ def test_source_files_close_what_they_opened(tmp_path: Path) -> None:
     with SourceFiles.from_path(tmp_path) as files:
         assert "model.safetensors" in files
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        ({"max_position_embeddings": 4096}, 4096),
+        ({"n_positions": 1024}, 1024),
+        ({"text_config": {"max_position_embeddings": 512}, "max_position_embeddings": 77}, 512),
+        ({"text_config": {"hidden_size": 8}, "max_position_embeddings": 77}, 77),
+        *(({"max_position_embeddings": wrong}, 0) for wrong in (0, -1, True, "4096", 1.5, 10**400, None, [])),
+        ({"text_config": "x", "n_ctx": 2048}, 2048),
+        ({}, 0),
+    ],
+)
+def test_the_context_length_is_that_of_the_part_that_reads_text(config: dict[str, object], length: int) -> None:
+    assert context_length_of(config) == length

@@ -77,6 +77,7 @@ class ModelObject(Exported):
             "DType": model.dtype,
             "SizeBytes": model.size_bytes,
             "TensorCount": model.tensor_count,
+            "ContextLength": model.context_length,
             "Residency": self._residency.tier_of(*forms).value,
             "Devices": self._residency.devices_of(*forms),
             "Active": active is not None and active.target.model_name == model.name,

@@ -77,6 +77,8 @@ def shown(model: Model) -> dict[str, object]:
     information: dict[str, object] = {"general.architecture": _family(model)}
     if count := _parameter_count(model):
         information["general.parameter_count"] = count
+    if model.context_length:
+        information[f"{_family(model)}.context_length"] = model.context_length
     return {
         "modelfile": f"FROM {model.name}\n",
         "parameters": "",

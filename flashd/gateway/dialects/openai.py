@@ -58,8 +58,9 @@ def waiting(path: str, model: str, words: str, as_text: bool) -> bytes:
 
 def entry(model: Model) -> dict[str, object]:
     """A model as GET /v1/models lists it; `flashd` has what OpenAI has no field for."""
-    more = {"residency": model.residency, "active": model.active, "size_bytes": model.size_bytes, "dtype": model.dtype}
-    return {
+    more = {"residency": model.residency, "active": model.active, "serving": model.serving}
+    more |= {"size_bytes": model.size_bytes, "dtype": model.dtype}
+    said = {
         "id": model.name,
         "object": "model",
         "created": model.created_at,
@@ -67,3 +68,4 @@ def entry(model: Model) -> dict[str, object]:
         "aliases": list(model.aliases),
         "flashd": more,
     }
+    return said | ({"max_model_len": model.context_length} if model.context_length else {})  # vLLM's name for it
