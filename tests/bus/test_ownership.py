@@ -413,3 +413,34 @@ def asked(fd: int, model: str) -> str:
 
     messages = [{"role": "user", "content": "Who are you?"}]
     return openai.chat(lambda: socket.socket(fileno=fd), model, messages, temperature=0, max_tokens=40)
+
+
+@pytest.mark.timeout(300)  # two engines
+async def test_a_private_model_that_serves_beside_is_nobody_elses(people: People, sources: Path) -> None:
+    alice, bob = people.alice, people.bob
+    await bob.objects()
+    job = await alice.finished(await alice.import_folder(sources / "ada", "secret", **PRIVATE))
+    assert job["State"] == "done", job
+    await import_model(bob, sources / "bob", "bob")
+    bob.signals.clear()
+    assert (await alice.finished((await alice.call("Serve", "sa{sv}", "secret", {}))[0]))["State"] == "done"
+    assert (await swap(bob, "bob"))["State"] == "done"
+    assert await alice.get(SECRET, wire.MODEL, "Serving") and await bob.get(
+        wire.model_path("bob"), wire.MODEL, "Serving"
+    )
+
+    (engine,) = [found[wire.ENGINE] for found in (await bob.objects()).values() if wire.ENGINE in found]
+    assert engine["Model"] == wire.model_path("bob")
+    (hers,) = [
+        found[wire.ENGINE]
+        for found in (await alice.objects()).values()
+        if wire.ENGINE in found and found[wire.ENGINE]["Model"] == SECRET
+    ]
+    assert Path(hers["Endpoint"]).stat().st_mode & 0o777 == 0o600, "nobody connects by the path"
+    for member in ("OpenEndpoint", "Park"):
+        with pytest.raises(NotFound):
+            await bob.call(member, path=SECRET, interface=wire.MODEL)
+    assert (await bob.call("WouldDisplace", "sa{sv}", "bob", {}))[0] == []
+    endpoint = await alice.call("OpenEndpoint", path=SECRET, interface=wire.MODEL)
+    assert SAYS["ada"] in await asyncio.to_thread(asked, endpoint[0], "secret")
+    assert "secret" not in await heard(bob)
