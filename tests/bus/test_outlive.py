@@ -164,6 +164,29 @@ def test_engines_are_found_as_they_were_and_go_on(
 
 
 @of_both
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_what_serves_beside_goes_on_beside(daemon: Daemon, manager: Manager | Keeper, end: signal.Signals) -> None:
+    with flashd.connect(daemon.address) as client:
+        client.serve("ada")
+    before = engines(daemon)
+    assert {model: state for model, (state, _) in before.items()} == {"carl": "serving", "ada": "serving"}
+    daemon.stop(end)
+    start(daemon, manager)
+    assert engines(daemon) == before
+    with flashd.connect(daemon.address) as client:
+        assert client.status().active_model == "carl" and client.would_displace("bob") == ["ada"]
+        assert client.chat("ada", WHO, temperature=0) == SAYS["ada"] and client.status().active_model == "carl"
+        rests(client)
+    daemon.stop(end)
+    start(daemon, manager)
+    with flashd.connect(daemon.address) as client:
+        assert client.status().resting_model == "carl"
+        assert client.chat("ada", WHO, temperature=0) == SAYS["ada"], "it is brought beside what rests"
+        assert client.status().resting_model == "carl"
+        assert {engine.pid for engine in client.engines()} == {pid for _, pid in before.values()}
+
+
+@of_both
 def test_they_are_found_a_second_time(daemon: Daemon, manager: Manager | Keeper) -> None:
     before = engines(daemon)
     for _ in range(2):
