@@ -177,7 +177,8 @@ class GivenWeights:
 
     `binding` is the daemon's name for the weights; `names` are those that requests may use for the model; `side_files`
     maps names to digests. An image has an arena for each rank; a checkpoint has one, which all ranks read. An engine
-    that starts with an image also gets the layout of the checkpoint.
+    that starts with an image also gets the layout of the checkpoint. `checkpoint_id` is empty if the daemon is of an
+    older version.
     """
 
     binding: str
@@ -190,6 +191,7 @@ class GivenWeights:
     is_image: bool = False
     wants_image: bool = False
     further: tuple[ArenaLayout, ...] = ()
+    checkpoint_id: str = ""
 
     @property
     def arenas(self) -> tuple[ArenaLayout, ...]:

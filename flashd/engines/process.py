@@ -261,6 +261,7 @@ class EngineProcess:
             is_image=weights.is_image,
             wants_image=weights.wants_image,
             further=tuple(further),
+            checkpoint_id=binding.model.checkpoint_id,
         )
         record = BindingRecord(binding.model, () if weights.wants_image else weights.arena_ids)
         opened: list[int] = []

@@ -377,7 +377,7 @@ class Client:
     async def reset_encoder_cache(self):
         self.calls.append("encoder")
 
-asyncio.run(worker.forget(Client(), is_reset=False))
+asyncio.run(worker.forget(Client(), is_clean=False))
 print("CALLS", *Client.calls)
 """
 

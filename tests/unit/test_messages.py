@@ -124,6 +124,7 @@ def test_the_words_of_an_order_are_what_older_engines_know() -> None:
         "is_image": False,
         "wants_image": False,
         "further": [],
+        "checkpoint_id": "",
         "threads": 2,
         "max_tokens_default": 64,
         "arguments": ["--seed", "0"],

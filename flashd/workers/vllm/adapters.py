@@ -8,6 +8,7 @@ base.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,18 @@ class AppliedAdapter:
         if not isinstance(base, str) or not base or not are_ranks:
             raise EngineFailed(f"the {ADAPTER} of {setting} lacks a base or a rank", hint=_HINT)
         return cls(name or folder.name, folder, base, max(ranks))
+
+    def id(self) -> str:
+        """Returns a digest over the identities and times of its files, which no other adapter in the folder has.
+
+        Empty if they cannot be read.
+        """
+        try:
+            found = [(file.name, file.stat()) for file in sorted(self.folder.iterdir()) if file.is_file()]
+        except OSError:
+            return ""
+        known = [(name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in found]
+        return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
 
     def is_of(self, names: Sequence[str]) -> bool:
         """Tells whether a model with these names is its base, by the rules for dropped adapters."""

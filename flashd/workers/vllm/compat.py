@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 VERSION: str = vllm.__version__
 _NAP_S = 0.0002
+_IS_IDLE = "flashd_is_idle"
 _ASKED = "get_external_weight_memory"
 
 
@@ -273,6 +274,44 @@ async def offer_adapters(app: Starlette, folders: Mapping[str, str]) -> Mapping[
         if not isinstance(answer, str):
             refused[name] = str(getattr(getattr(answer, "error", answer), "message", answer))
     return refused
+
+
+def before_each_request(client: EngineClient, change: Callable[[Any], None]) -> None:
+    """Calls `change` with every request just before it is sent to the engine core.
+
+    All of vLLM's interfaces, for text, tokens, images and embeddings, come together there.
+    """
+    core = client.engine_core
+    send = core.add_request_async
+
+    @functools.wraps(send)
+    async def sending(request: Any) -> None:
+        change(request)
+        await send(request)
+
+    core.add_request_async = sending
+
+
+def keeps_prefixes(config: VllmConfig) -> bool:
+    """Tells whether cached prefixes of a checkpoint are still right after the engine has held another one.
+
+    They are not if clients may write other weights into the engine, or if vLLM computes the scales of the KV cache from
+    the first requests. Of several engine cores, only the first answers `is_idle`.
+    """
+    are_written = getattr(config, "weight_transfer_config", None) is not None
+    are_scaled = bool(getattr(config.cache_config, "calculate_kv_scales", False))
+    return not are_written and not are_scaled and config.parallel_config.data_parallel_size == 1
+
+
+def answer_is_idle() -> None:
+    """Makes the engine core answer `is_idle`. Call this in its process, or in one from which it is forked."""
+    if (core := sys.modules.get("vllm.v1.engine.core")) is not None:  # otherwise this is another process of vLLM
+        setattr(core.EngineCore, _IS_IDLE, lambda self: not self.scheduler.has_unfinished_requests())
+
+
+async def is_idle(client: EngineClient) -> bool:
+    """Tells whether the engine core has no requests. It carries out all calls in the order in which they are made."""
+    return bool(await client.engine_core.call_utility_async(_IS_IDLE))
 
 
 async def abort_all(client: EngineClient) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registers our loader with vLLM: an entry point of the group vllm.general_plugins, called in each of its processes.
 
-vLLM calls it even if our loader is not used, so it only registers the loader, and makes servers that use it take the
-free memory.
+vLLM calls it even if our loader is not used, so it only registers the loader, makes servers that use it take the free
+memory, and adds a method to the engine core.
 """
 
 from __future__ import annotations
@@ -18,3 +18,4 @@ def register() -> None:
 
     register_model_loader(LOAD_FORMAT)(FlashLoader)
     compat.before_memory_is_wanted(room.fit, LOAD_FORMAT)
+    compat.answer_is_idle()

@@ -42,6 +42,7 @@ from flashd.workers.vllm.adapters import AppliedAdapter
 from flashd.workers.vllm.answers import Described
 from flashd.workers.vllm.guard import Guard
 from flashd.workers.vllm.plugin import LOAD_FORMAT
+from flashd.workers.vllm.prefixes import Salts
 from flashd.workers.vllm.rank_server import Handover
 from flashd.workers.worker import Worker, receive_start
 
@@ -100,6 +101,8 @@ class _Worker(Worker):
         self._app: Starlette = None
         self._is_starting = False
         self._adapters: list[AppliedAdapter] = []
+        self._salts = Salts()
+        self._has_lost_cache = False  # since it was parked
 
     async def run(self, first: Parcel[Start]) -> int:
         """Runs the engine. Returns only if it cannot start, because a hang-up or a death ends the process at once."""
@@ -114,8 +117,9 @@ class _Worker(Worker):
             watch.start()
             async with compat.engine_client(arguments) as client:
                 self._client = client
+                compat.before_each_request(client, self._salts.add)
                 self._app = await compat.application(client, arguments)
-                await self._offer_adapters(first.message.given.names)
+                await self._enter(first.message.given)
                 self._handover.drop()
                 await self._serve()
             return 0
@@ -158,6 +162,7 @@ class _Worker(Worker):
         return self._taken()
 
     def let_go(self) -> None:
+        self._has_lost_cache = True
         self.on_loop(self._client.collective_rpc("flashd_park"))
 
     def _taken(self) -> Parcel[Taken]:
@@ -205,15 +210,20 @@ class _Worker(Worker):
         ranks = _ranks(given, fds)
         _check(ranks)
         written = _log_bytes()
+        keeps = not self._has_lost_cache and compat.keeps_prefixes(self._client.vllm_config)
+        self._salts.leave()
         try:
             self._handover.hold(ranks)
-            # Both concurrently, because each is a round trip to the engine core. No request is answered meanwhile.
-            _, is_reset = await asyncio.gather(
-                self._client.collective_rpc("flashd_take"), self._client.reset_prefix_cache()
+            # Both concurrently, because each is a round trip to the engine core. The first is carried out first: if no
+            # request is left then, none computes with both models. No request is answered meanwhile.
+            is_clean, _ = await asyncio.gather(
+                compat.is_idle(self._client) if keeps else self._client.reset_prefix_cache(),
+                self._client.collective_rpc("flashd_take"),
             )
-            await forget(self._client, is_reset=is_reset)
+            await forget(self._client, is_clean=is_clean)
+            self._has_lost_cache = False
             compat.rename(self._app, given.names, _MODEL)
-            await self._offer_adapters(given.names)
+            await self._enter(given)
             self.binding = given.binding
         except Exception as error:  # noqa: BLE001 -- after any error, the engine holds a mixture of two models
             why = _root_cause(written)
@@ -223,24 +233,30 @@ class _Worker(Worker):
             self._handover.drop()
         self.open_gate()
 
-    async def _offer_adapters(self, names: Sequence[str]) -> None:
-        """Makes the adapters of the model with these names available.
+    async def _enter(self, given: GivenWeights) -> None:
+        """Makes the model's adapters available, and names the model and them in the salts of requests.
 
         Adapters that vLLM refuses are left out and logged.
         """
-        offered = {adapter.name: str(adapter.folder) for adapter in self._adapters if adapter.is_of(names)}
+        own = [adapter for adapter in self._adapters if adapter.is_of(given.names)]
+        before = {adapter.name: adapter.id() for adapter in own}
+        offered = {adapter.name: str(adapter.folder) for adapter in own}
         for name, why in (await compat.offer_adapters(self._app, offered)).items():
             print(f"the adapter {name} is not applied: {why}", file=sys.stderr, flush=True)
+        # What vLLM has loaded of an adapter that changed meanwhile is unknown, so it gets no id.
+        ids = {adapter.name: known for adapter in own if (known := adapter.id()) and known == before[adapter.name]}
+        # A daemon of an older version does not tell the checkpoint's id; no other binding has the binding's name.
+        self._salts.enter(given.checkpoint_id or given.binding, ids)
 
 
-async def forget(client: EngineClient, *, is_reset: bool) -> None:
-    """Drops cached results of other weights for prompts and images. Raises TimeoutError."""
-    if not is_reset:
+async def forget(client: EngineClient, *, is_clean: bool) -> None:
+    """Drops cached results of other weights for images, and for prompts unless `is_clean`. Raises TimeoutError."""
+    if not is_clean:
         await compat.abort_all(client)
     async with asyncio.timeout(_RESET_S):
-        while not is_reset:  # cut requests are being dropped
+        while not is_clean:  # cut requests are being dropped
             await asyncio.sleep(0.005)
-            is_reset = await client.reset_prefix_cache()
+            is_clean = await client.reset_prefix_cache()
     if compat.has_encoder(client.model_config):
         await client.reset_encoder_cache()
 
