@@ -47,29 +47,28 @@ def stop(context: Context) -> None:
 
 
 def restart(context: Context) -> None:
-    """Restarts the daemon and its gateway with the current settings. Models stay in memory, and engines go on
-    answering.
+    """Restarts the daemon with the current settings. Models stay in memory, and engines go on answering.
+
+    The gateway is restarted too if its version or its addresses have changed; then its streams are cut after 10 s.
     """
     asked = session(context).bus
     with connect(asked) as client:
         again = launch.restart(client, asked)
     with again as client:
         output.say(f"flashd is running: {_summary(client)}")
-        if client.bus != "system":
-            launch.stop_gateway()
         _start_gateway(client)
 
 
 def _start_gateway(client: Client) -> None:
-    """Starts the gateway of a user's daemon; the machine's is systemd's to start. A failure, such as a port that is
-    taken, is only a warning, because the daemon is of use without a gateway.
+    """Starts the gateway of a user's daemon. A failure, such as a port that is taken, is only a warning, because the
+    daemon is of use without a gateway.
     """
-    if client.bus == "system":
-        return
     try:
         addresses = launch.start_gateway(client)
     except FlashdError as error:
-        output.say(error.message + (f"\n{error.hint}" if error.hint else ""), label="warning:", style="yellow")
+        said = "requests to this address are answered by another program" if "in use" in error.message else ""
+        hints = "\n".join(filter(None, [said, error.hint]))
+        output.say(error.message + (f"\n{hints}" if hints else ""), label="warning:", style="yellow")
         return
     if addresses:
         output.say("programs use it at " + " or ".join(f"http://{address}/v1" for address in addresses))

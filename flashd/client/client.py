@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import queue
 import socket
@@ -457,6 +458,14 @@ class Client(Closing):
         options = {"device": Variant("s", device)} if device else {}
         (path,) = self._manager("Load", "ssa{sv}", name, tier, options)
         return self._job(path).wait(on_progress)
+
+    def set_idle_timeout(self, name: str, seconds: float) -> None:
+        """Sets the time without requests after which a model is parked, for as long as it goes on serving.
+
+        0 means as soon as it has answered all requests, infinity never. Raises Unavailable if it does not serve.
+        """
+        whole = wire.NEVER if seconds >= wire.NEVER else math.ceil(seconds)
+        self._call(self._find(name), wire.MODEL, "SetIdleTimeout", "u", whole)
 
     def park(self, name: str = "") -> None:
         """Parks the engine of a model that serves, by default that of the active one: it gives up its weights and keeps

@@ -8,7 +8,9 @@ daemon: the user's systemd, if there is one, else our own keeper (native/keeper.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import importlib.util
+import json
 import os
 import secrets
 import select
@@ -24,12 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from flashd._version import __version__
 from flashd.client import client as clients
 from flashd.client import user_unit
 from flashd.client.client import Client
 from flashd.config import loading
 from flashd.config.environment import given_bus_address, has_session_bus
 from flashd.config.paths import Scope, default_paths
+from flashd.dbus import address as bus_address
 from flashd.errors import FlashdError, Unavailable
 
 T = TypeVar("T")
@@ -37,6 +41,7 @@ T = TypeVar("T")
 _START_S = 60.0
 _STOP_S = 60.0
 _LOOK_S = 0.02
+_ASK_S = 5.0
 _LINGER_S = 60.0  # of a gateway whose daemon was killed together with its manager
 _PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred of unix(7)
 
@@ -63,28 +68,66 @@ def start(asked: str | None = None) -> Started:
 
 
 def start_gateway(client: Client) -> Sequence[str]:
-    """Starts the gateway of this user's daemon, unless it runs. `client` is connected to the daemon.
+    """Starts the gateway of this user's daemon, to which `client` is connected, unless it runs as the settings say.
 
-    Returns the addresses where it listens, none if the settings have none. Raises Unavailable, with the end of the log,
-    if it does not start.
+    Returns the addresses where it listens: none if the settings have none, or if the daemon is on another bus than
+    `start` chooses. Raises Unavailable, with the end of the log, if it does not start.
     """
-    addresses: list[str] = loading.value_in(tomllib.loads(client.config()), "gateway.addresses")
     paths = default_paths(Scope.USER)
-    at = paths.runtime / "gateway.sock"
-    if not addresses or listener(at) is not None:
-        return addresses
-    command = [sys.executable, "-m", "flashd.gateway.main", "--bus", client.bus, "--socket", str(at)]
+    if client.bus not in {"session", bus_address.of_socket(paths.runtime / "bus")}:
+        return []
+    addresses: list[str] = loading.value_in(tomllib.loads(client.config()), "gateway.addresses")
+    if (found := _running_gateway()) is not None:
+        if found.version == __version__ and found.is_at(addresses):
+            return found.addresses
+        stop_gateway()
+    if not addresses:
+        return []
+    if importlib.util.find_spec("uvicorn") is None or importlib.util.find_spec("aiohttp") is None:
+        raise Unavailable("the gateway is not installed", hint="install it: pip install 'flashd[gateway]'")
+    command = [sys.executable, "-m", "flashd.gateway.main", "--bus", client.bus, "--socket", str(_gateway_socket())]
     command += [word for address in addresses for word in ("--address", address)] + ["--linger", str(_LINGER_S)]
 
-    def answering() -> int:
-        if (pid := listener(at)) is None:
+    def answering() -> Sequence[str]:
+        if (running := _running_gateway()) is None:
             raise Unavailable("the gateway does not answer")
-        return pid
+        return running.addresses
 
     if user_unit.is_possible():
         user_unit.stop("flashd-gateway.service")  # one that lingers, whose socket went with the daemon's folder
-    _managed("flashd-gateway", user_unit.GATEWAY, command, paths.state / "flashd-gateway.log", answering)
-    return addresses
+    return _managed("flashd-gateway", user_unit.GATEWAY, command, paths.state / "flashd-gateway.log", answering)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gateway:
+    """A gateway that runs, and where it listens."""
+
+    version: str
+    addresses: Sequence[str]
+
+    def is_at(self, wanted: Sequence[str]) -> bool:
+        """True if these addresses would be the same; port 0 means any."""
+        pairs = zip(self.addresses, wanted, strict=False)
+        is_same = all(asked in {found, found.rpartition(":")[0] + ":0"} for found, asked in pairs)
+        return is_same and len(self.addresses) == len(wanted)
+
+
+def _gateway_socket() -> Path:
+    return default_paths(Scope.USER).runtime / "gateway.sock"
+
+
+def _running_gateway() -> _Gateway | None:
+    """Asks the gateway of this user; None if there is none, or if it does not answer."""
+    connection = http.client.HTTPConnection("localhost", timeout=_ASK_S)
+    with socket.socket(socket.AF_UNIX) as connection.sock:
+        try:
+            connection.sock.settimeout(_ASK_S)
+            connection.sock.connect(str(_gateway_socket()))
+            connection.request("GET", "/health")
+            said = json.loads(connection.getresponse().read())
+            return _Gateway(str(said["version"]), list(said.get("addresses", [])))
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+            return None
 
 
 def stop_gateway() -> None:
@@ -92,8 +135,7 @@ def stop_gateway() -> None:
 
     Raises Unavailable if that takes too long.
     """
-    at = default_paths(Scope.USER).runtime / "gateway.sock"
-    if (pid := listener(at)) is None:
+    if (pid := listener(_gateway_socket())) is None:
         return
     with contextlib.suppress(ProcessLookupError):  # it has ended just now
         process = os.pidfd_open(pid)
@@ -111,8 +153,14 @@ def stop(client: Client) -> None:
 
     Raises Unavailable if that takes too long.
     """
-    if client.bus != "system":
-        stop_gateway()
+    try:
+        if client.bus in {"session", bus_address.of_socket(default_paths(Scope.USER).runtime / "bus")}:
+            stop_gateway()
+    finally:
+        _stop_daemon(client)
+
+
+def _stop_daemon(client: Client) -> None:
     keepers = list(default_paths(Scope.USER).runtime.glob("keeper.*"))
     deadline = time.monotonic() + _STOP_S
     client.stop()

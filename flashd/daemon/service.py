@@ -324,7 +324,8 @@ class Service:
         )
         objects = Objects(
             model=lambda name: ModelObject(
-                name, catalog, self._residency, self._swapper, ownership, self._models, self._verification, self._swaps
+                *(name, catalog, self._residency, self._swapper, ownership, self._models, self._verification),
+                *(self._swaps, self._engine_stats),
             ),
             job=lambda job: JobObject(job, catalog, ownership, authority, self._settings),
             lease=lambda lease: LeaseObject(lease, catalog, ownership, authority, self._leases),

@@ -71,8 +71,8 @@ class Sending:
     async def __call__(self, message: Message) -> None:
         if self.has_begun and message["type"] == "http.response.start":
             return  # of a stream that began while its client waited
-        self.has_begun = True
         await self._send(message)
+        self.has_begun = True
 
     async def json(self, content: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         await send_json(self, content, status=status, headers=headers)
@@ -123,9 +123,8 @@ class Endpoint:
             return
         except FlashdError as error:
             await sending.fail(error)
-        except (
-            asyncio.CancelledError
-        ):  # the gateway ends, and has waited for answers for as long as it does (server.py)
+        except asyncio.CancelledError:
+            # The gateway ends, and has waited for answers for as long as it does (server.py).
             with contextlib.suppress(FlashdError):  # of an answer that cannot say so: it is cut, as its client notices
                 await sending.fail(Unavailable("the gateway was stopped during the answer", hint="ask again"))
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -42,7 +44,10 @@ def paths(application: Starlette) -> list[str]:
     return [route.path for route in application.routes if "{" not in route.path]
 
 
-def application(dispatcher: Dispatcher, connect: Connect, measures: Measures, news: DaemonNews) -> Starlette:
+def application(
+    dispatcher: Dispatcher, connect: Connect, measures: Measures, news: DaemonNews, addresses: Sequence[str]
+) -> Starlette:
+    """`addresses` are those at which it is reached, HOST:PORT."""
     ollama = OllamaEndpoints(dispatcher, connect)
     messages = AnthropicEndpoints(dispatcher)
     passed = Passed(dispatcher)
@@ -76,6 +81,7 @@ def application(dispatcher: Dispatcher, connect: Connect, measures: Measures, ne
             "active": known.active or None,
             "resting": known.resting or None,
             "models": len(known.models),
+            "addresses": list(addresses),
         }
         return JSONResponse(said, status_code=200 if known.is_connected else 503)
 

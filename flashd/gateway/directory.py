@@ -6,12 +6,13 @@ While the daemon is away, what it said last stays, so that a list of models is a
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -155,7 +156,8 @@ class Follower:
 
     def _follow(self, client: Client, events: queue.SimpleQueue[Event | None]) -> None:
         """Returns when the connection has ended."""
-        self._watch.began(client)
+        with _unharmed():
+            self._watch.began(client)
         self._known = replace(self._known, config=_settings(client.config()))
         self._ask(client)
         while True:
@@ -168,7 +170,8 @@ class Follower:
                     break
                 if event is None:
                     return
-                self._watch.happened(event)
+                with _unharmed():
+                    self._watch.happened(event)
                 if event.interface == wire.MANAGER:
                     self._note(event)
                 elif event.interface == wire.ENGINE:
@@ -209,7 +212,8 @@ class Follower:
     def _ask(self, client: Client) -> None:
         models = {model.name: model for model in client.models()}
         status = client.status()
-        self._watch.listed(models, status)
+        with _unharmed():
+            self._watch.listed(models, status)
         self._publish(
             replace(
                 self._known,
@@ -226,6 +230,17 @@ class Follower:
         if known != self._known:
             self._known = known
             self._on_change(known)
+
+
+@contextlib.contextmanager
+def _unharmed() -> Iterator[None]:
+    """Logs what goes wrong in the block: answers do not depend on metrics, and the daemon may be of another version."""
+    try:
+        yield
+    except FlashdError:
+        raise
+    except Exception:
+        log.exception("the metrics miss what the daemon said")
 
 
 def _settings(toml_text: str) -> Config:

@@ -36,6 +36,7 @@ from flashd.units import format_bytes
 log = logging.getLogger(__name__)
 
 _MOST_ATTEMPTS = 8
+_CLOSE_S = 5.0  # for a swap to be cancelled
 _FIRST_S = 60.0  # for the daemon to start, with a thousand models
 _STALE_S = 0.25  # until the news of a swap by somebody else must have come
 _MAX_REFUSAL_BYTES = 64 << 10
@@ -62,7 +63,7 @@ class Dispatcher:
         self._measures = measures
         self._turns = Turns()
         self._connections = EngineConnections()
-        self._keep_alive = KeepAlive(self._park, self.is_asked)
+        self._keep_alive = KeepAlive(self._keep)
         self._progress = ""  # of the model that is being brought
         self._follower = Follower(connect, self._heard, watch)
         self._loop = asyncio.get_running_loop()
@@ -94,9 +95,9 @@ class Dispatcher:
         self._follower.stop()
         if self._work is not None:
             self._work.cancel()
-            await asyncio.wait({self._work})
+            await asyncio.wait({self._work}, timeout=_CLOSE_S)
+        self._client.end()
         await self._keep_alive.close()
-        self._client.close()
         await self._connections.close()
 
     async def settled(self) -> None:
@@ -148,16 +149,16 @@ class Dispatcher:
             pass
 
     async def unload(self, model: str) -> None:
-        """Has a model cease to serve, if it does."""
+        """Has a model cease to serve as soon as it has answered all, if it serves."""
         if model in self._known.serving:
-            with contextlib.suppress(NotFound):  # it has ceased to already
-                await asyncio.to_thread(self._park, model)
+            with contextlib.suppress(NotFound, Unavailable):  # it has ceased to already
+                await asyncio.to_thread(self._keep, model, 0.0)
 
     def why_waiting(self, model: str) -> str:
         """What the requests for a model wait for, in a few words."""
         if self._turns.bringing == model:
             return f"loading {model}: {self._progress}" if self._progress else f"loading {model}"
-        return f"{model} is loaded when others have been answered"
+        return f"{model} waits for its engine"
 
     def is_asked(self, model: str) -> bool:
         """True while requests for a model are answered or wait."""
@@ -202,16 +203,15 @@ class Dispatcher:
         request.queued(model)
         ticket = self._turns.ask(model, time.monotonic(), admit, arrived=arrived)
         self._waiters[ticket] = admitted
-        self._keep_alive.begins(model)
         try:
             self._step()
             await admitted
             request.admitted()
+            self._keep_alive.asked(model, KEEP_ALIVE.get())
             yield
         finally:
             del self._waiters[ticket]
             self._turns.leave(ticket)
-            self._keep_alive.ends(model, KEEP_ALIVE.get())
             self._step()
 
     def _step(self) -> None:
@@ -303,10 +303,10 @@ class Dispatcher:
         if job.total_bytes:
             self._progress += f", {100 * job.done_bytes // job.total_bytes} % of {format_bytes(job.total_bytes)}"
 
-    def _park(self, model: str) -> None:
+    def _keep(self, model: str, keep_s: float) -> None:
         """Runs in a thread."""
         with self._client.lent() as client:
-            client.park(model)
+            client.set_idle_timeout(model, keep_s)
 
     def _refuse(self, model: str, error: FlashdError) -> None:
         for ticket in self._turns.failed(model):
@@ -327,4 +327,5 @@ class Dispatcher:
         self._changed = asyncio.Event()
         self._turns.turn_s, self._turns.max_waiting = directory.config.engines.turn_s, self.settings.max_waiting
         self._turns.serving(directory.serving, time.monotonic())
+        self._keep_alive.serving(directory.serving)
         self._step()

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps web pages away, and other machines without a token.
 
-A browser would carry the requests of pages to an address of this machine.
-
 A page of another site can make its visitor's browser send requests here, and by DNS rebinding even read the answers.
 Its requests give themselves away by the site they come from (`Origin`, `Sec-Fetch-Site`) or by the name that they
 were sent to (`Host`). Programs send neither of the first two, and the name that they were told.

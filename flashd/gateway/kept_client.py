@@ -18,11 +18,13 @@ class KeptClient:
     def __init__(self, connect: Connect) -> None:
         self._connect = connect
         self._idle: list[Client] = []  # one at most; list.pop and append are atomic
+        self._lent: set[Client] = set()
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[Client]:
         """Raises Unavailable if there is no daemon."""
         client = self._taken() or self._connect(True)
+        self._lent.add(client)
         is_good = False
         try:
             yield client
@@ -33,6 +35,7 @@ class KeptClient:
             is_good = True
             raise
         finally:
+            self._lent.discard(client)
             if is_good and not self._idle:
                 self._idle.append(client)
             else:
@@ -41,6 +44,12 @@ class KeptClient:
     def close(self) -> None:
         """Closes the idle connection, as when the daemon has ended."""
         if (client := self._taken()) is not None:
+            client.close()
+
+    def end(self) -> None:
+        """Closes all connections. What waits on one in a thread fails with Unavailable."""
+        self.close()
+        for client in list(self._lent):
             client.close()
 
     def _taken(self) -> Client | None:

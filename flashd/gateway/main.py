@@ -96,6 +96,7 @@ def _bound(address: str, *, has_tokens: bool) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((str(ip), number))
+        listening.listen()  # before that, the address could be another's as well
     except (OSError, OverflowError) as error:
         listening.close()
         hint = "another program may listen there; choose another: --address, or gateway.addresses for flash start"
@@ -110,11 +111,15 @@ def _bound_at(path: Path) -> Iterator[socket.socket]:
     hint = "choose another path with --socket"
     if path.exists() and not path.is_socket():
         raise InvalidArgument(f"{path} is there, and is no socket", hint=hint)
+    with socket.socket(socket.AF_UNIX) as other:
+        if path.exists() and other.connect_ex(str(path)) == 0:
+            raise Unavailable(f"another gateway listens at {path}", hint=hint)
     listening = socket.socket(socket.AF_UNIX)
     before = os.umask(0o177)
     try:
         path.unlink(missing_ok=True)
         listening.bind(str(path))
+        listening.listen()
     except OSError as error:
         listening.close()
         raise Unavailable(f"cannot listen at {path}: {error.strerror or error}", hint=hint) from None

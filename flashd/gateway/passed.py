@@ -19,7 +19,9 @@ from flashd.gateway.dispatch import Dispatcher, EngineRequest
 from flashd.gateway.exchange import forwarded, parse_object, relay
 from flashd.gateway.waiting import Waiting
 
-OF_THE_GATEWAY = frozenset({b"authorization", b"x-api-key", keep_alive.HEADER, waiting.HEADER})  # no engine's business
+OF_THE_GATEWAY = frozenset({b"authorization", b"x-api-key", keep_alive.HEADER, waiting.HEADER})  # are not for engines
+
+_STREAMS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
 
 
 class Passed:
@@ -31,7 +33,7 @@ class Passed:
     async def __call__(self, asked: Asked, send: Sending) -> None:
         content = parse_object(asked.body)
         model = await named(content, self._dispatcher)
-        send.is_stream = content.get("stream") is True
+        send.is_stream = content.get("stream") is True and asked.scope["path"] in _STREAMS
         request = passed_on(asked, content, model)
         piece = partial(openai.waiting, asked.scope["path"], model.name)
         async with (

@@ -49,7 +49,9 @@ async def serve(options: argparse.Namespace, sockets: list[socket.socket], token
     measures = Measures()
     news = DaemonNews(measures)
     dispatcher = Dispatcher(connect, measures, news)
-    inside = application(dispatcher, connect, measures, news)
+    bound = [listening.getsockname() for listening in sockets if listening.family != socket.AF_UNIX]
+    addresses = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port, *_ in bound]
+    inside = application(dispatcher, connect, measures, news, addresses)
     guarded = Guard(inside, tokens, lambda: dispatcher.settings, socket_is_ours=options.bus != "system")
     tracing = _tracing(news)
     begin_trace = tracing.begin if tracing is not None else None
@@ -63,7 +65,7 @@ async def serve(options: argparse.Namespace, sockets: list[socket.socket], token
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_FINISH_S,
     )
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each form that is none
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each malformed form
     server = _Server(config)
     dispatcher.start()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -74,6 +76,7 @@ async def serve(options: argparse.Namespace, sockets: list[socket.socket], token
     try:
         await server.serve(sockets)
     finally:
+        server.manager.tell("STOPPING=1")
         await end(lingering)
         await watchdog.close()
         await dispatcher.close()
@@ -101,7 +104,8 @@ async def _end_when_alone(dispatcher: Dispatcher, linger_s: float | None, server
         await asyncio.sleep(min(1.0, linger_s))
         if dispatcher.is_connected:
             seen_s = time.monotonic()
-        server.should_exit = time.monotonic() - seen_s > linger_s
+        if time.monotonic() - seen_s > linger_s:
+            server.should_exit = True  # and never False, which would undo a signal
 
 
 def _tracing(news: DaemonNews) -> Tracing | None:

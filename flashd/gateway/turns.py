@@ -133,10 +133,10 @@ class Turns:
         self._learned[model, frozenset(self._turn_ends)] = self._displaced[model]
 
     def _remember(self, model: str) -> bool:
-        """Takes what a model displaced when the same models served before. Memory may have filled since, so this is
-        good enough only while no request is inside anywhere, which could be cut."""
+        """Takes what a model displaced when the same models served before, if that was all of them and nobody is
+        inside. Memory may have filled since, but then no more is displaced, and until it is brought nobody enters."""
         known = self._learned.get((model, frozenset(self._turn_ends)))
-        if known is None or any(self._inside.values()):
+        if known is None or known != self._turn_ends.keys() or any(self._inside.values()):
             return False
         self._displaced[model] = known
         return True

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells the client of a stream what it waits for, while its model is brought or is not at its turn.
+"""Tells the client of a stream what it waits for, while its model is loaded or waits for its turn.
 
-Nobody hears of a swap of milliseconds. A stream that has to wait for longer begins with pieces that clients skip, so
-that neither they nor a proxy give up: comments, pings, or lines without text. A client that asks for it gets words.
+A stream that waits for more than two seconds begins with pieces that clients skip, so that neither they nor a proxy
+give up: comments, pings, or lines without text. A client that asks for words gets them as text of the answer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Self
 
 from flashd.gateway.answering import Asked, Sending
 from flashd.gateway.dispatch import Dispatcher
-from flashd.tasks import end
 
 HEADER = b"x-flashd-progress"
 EVENTS = "text/event-stream; charset=utf-8"
@@ -37,7 +36,7 @@ class Waiting:
         self._piece = piece
         self._media_type = media_type
         wanted = asked.header(HEADER) or str(int(dispatcher.settings.progress))
-        self._as_text = wanted not in {"0", "false"}
+        self._as_text = wanted.lower() not in {"0", "false", "no", "off"}
         self._telling: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -51,8 +50,10 @@ class Waiting:
         await self.over()
 
     async def over(self) -> None:
-        await end(self._telling)
-        self._telling = None
+        telling, self._telling = self._telling, None
+        if telling is not None:
+            telling.cancel()
+            await asyncio.wait({telling})  # which passes on our own cancellation, as awaiting it would not
 
     async def _tell(self) -> None:
         await asyncio.sleep(_QUIET_S)

@@ -7,7 +7,7 @@ finetune_per_user.py measure URL USERS REQUESTS   asks as so many users do, and 
 
 POST /chat with a question as its body and the name of its user in the header `User` (put your own sign-in there) is
 answered, as text that grows, by the model user-NAME. All of them share one engine: flashd points it at the fine-tune
-whose turn it is. FLASHD_URL is the address of flashd-gateway, if it is not http://localhost:8434.
+whose turn it is. FLASHD_URL is the address of flashd-gateway, if it is not http://127.0.0.1:8434.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ import time
 
 import openai
 
-gateway = os.environ.get("FLASHD_URL", "http://localhost:8434")
+gateway = os.environ.get("FLASHD_URL", "http://127.0.0.1:8434")
 
 
 def serve(port):

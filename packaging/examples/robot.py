@@ -60,7 +60,7 @@ class Loop:
 
 
 def bring_up(names):
-    """Where each model answers, once all of them do."""
+    """Where each model answers, once all of them do. They are pinned, until `flash unpin`."""
     with flashd.connect() as client:
         for name in names:
             outcome = client.serve(name)

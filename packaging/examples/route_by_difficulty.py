@@ -4,9 +4,9 @@
 
 route_by_difficulty.py SMALL LARGE < QUESTIONS      needs: pip install openai
 
-Whether a question is easy is decided by the small model's embeddings: is it nearer to the easy examples below, or to
-the hard ones? Put some of your own there. Answers come as they grow; at the end it says how long they took.
-FLASHD_URL is the address of flashd-gateway, if it is not http://localhost:8434.
+Whether a question is easy is decided by the small model's embeddings, which torch engines make of any model: is it
+nearer to the easy examples below, or to the hard ones? Put some of your own there. Answers come as they grow; at the
+end it says how long they took. FLASHD_URL is the address of flashd-gateway, if it is not http://127.0.0.1:8434.
 """
 
 import os
@@ -24,7 +24,7 @@ HARD = [
     "Why does this program deadlock, and how would you mend it?",
 ]
 
-client = openai.OpenAI(base_url=os.environ.get("FLASHD_URL", "http://localhost:8434") + "/v1", api_key="none")
+client = openai.OpenAI(base_url=os.environ.get("FLASHD_URL", "http://127.0.0.1:8434") + "/v1", api_key="none")
 
 
 def embedded(model, texts):

@@ -286,7 +286,7 @@ def test_the_page_has_a_block_for_each() -> None:
 def test_a_program_of_the_page_runs(name: str, text: str, gateway: Gateway, tmp_path: Path) -> None:
     python = programs.interpreter() if name in ("LangChain", "LiteLLM") else sys.executable
     script = tmp_path / "program.py"
-    script.write_text(text.replace("http://localhost:8434", gateway.url))
+    script.write_text(text.replace("http://127.0.0.1:8434", gateway.url))
     done = subprocess.run(
         [python, script], env=programs.environment(tmp_path), capture_output=True, text=True, check=False,
         timeout=PATIENCE_S,
@@ -305,7 +305,7 @@ def test_the_commands_of_the_page_run(gateway: Gateway) -> None:
         pytest.skip("needs curl")
     (line,) = lines_of("curl")
     done = subprocess.run(
-        ["bash", "-c", line.replace("http://localhost:8434", gateway.url)],
+        ["bash", "-c", line.replace("http://127.0.0.1:8434", gateway.url)],
         capture_output=True, text=True, check=False, timeout=PATIENCE_S,
     )  # fmt: skip
     said = [json.loads(piece) for piece in done.stdout.splitlines()]
@@ -313,7 +313,7 @@ def test_the_commands_of_the_page_run(gateway: Gateway) -> None:
 
 
 def test_llm_reads_the_pages_configuration(gateway: Gateway, tmp_path: Path) -> None:
-    written = "\n".join(lines_of("llm")).replace("http://localhost:8434", gateway.url)
+    written = "\n".join(lines_of("llm")).replace("http://127.0.0.1:8434", gateway.url)
     (tmp_path / "extra-openai-models.yaml").write_text(written)
     done = subprocess.run(
         [programs.interpreter(), "-m", "llm", "-m", "my-model", QUESTION],
@@ -328,8 +328,8 @@ async def test_continue_finds_the_model_where_the_page_says(gateway: Gateway) ->
     told = yaml.safe_load("\n".join(lines_of("Continue")))
     assert told.keys() == {"name", "version", "schema", "models"} and told["schema"] == "v1"
     (model,) = told["models"]
-    assert model["provider"] == "openai" and model["apiBase"] == "http://localhost:8434/v1"
-    base = model["apiBase"].replace("http://localhost:8434", gateway.url)
+    assert model["provider"] == "openai" and model["apiBase"] == "http://127.0.0.1:8434/v1"
+    base = model["apiBase"].replace("http://127.0.0.1:8434", gateway.url)
     body = {"model": model["model"], "messages": [{"role": "user", "content": QUESTION}], "stream": True}
     headers = {"Authorization": f"Bearer {model['apiKey']}", "api-key": model["apiKey"]}
     async with httpx.AsyncClient(timeout=PATIENCE_S) as web:
@@ -340,6 +340,6 @@ async def test_continue_finds_the_model_where_the_page_says(gateway: Gateway) ->
 def test_open_webui_and_claude_code_are_told_the_right_addresses() -> None:
     """What they send there is replayed: above, and in tests/engines/test_vllm_clients.py."""
     (told,) = [line for line in lines_of("Open WebUI") if line.startswith("export ")]
-    assert "OLLAMA_BASE_URL=http://localhost:8434" in told.split(), "it appends /api/..."
+    assert "OLLAMA_BASE_URL=http://127.0.0.1:8434" in told.split(), "it appends /api/..."
     told = " ".join(lines_of("Claude Code"))
-    assert "ANTHROPIC_BASE_URL=http://localhost:8434 " in told, "it appends /v1/messages"
+    assert "ANTHROPIC_BASE_URL=http://127.0.0.1:8434 " in told, "it appends /v1/messages"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -21,7 +22,13 @@ GREEDY = {"temperature": 0, "max_tokens": 40}
 async def gateway(
     daemon: Daemon, remote: Remote, sources: Path, tmp_path: Path, short_path: Path
 ) -> AsyncIterator[Gateway]:
-    """Of a daemon that has no engine yet: the first takes seconds to start."""
+    """Of a daemon that has no engine yet, and takes three seconds at least to start one."""
+    slow = tmp_path / "python"
+    slow.write_text(f'#!/bin/sh\nsleep 3\nexec "{sys.executable}" "$@"\n')
+    slow.chmod(0o755)
+    daemon.stop()
+    daemon.config.write_text(daemon.config.read_text() + f'torch.python = "{slow}"\n')
+    daemon.start()
     for name in ("ada", "bob"):
         await import_model(remote, sources / name, name)
     async with running_gateway(daemon, tmp_path / "gateway.log", short_path / "gateway.sock") as running:
@@ -38,20 +45,22 @@ async def test_a_stream_says_what_it_waits_for(gateway: Gateway) -> None:
             return answer.text.splitlines()
 
         chat = "/v1/chat/completions"
-        comments, words, failed, ollamas, talk = await asyncio.gather(
+        comments, words, failed, ollamas, pings, talk = await asyncio.gather(
             lines(chat, {"model": "ada", **GREEDY}),
             lines(chat, {"model": "ada", **GREEDY}, **{"X-Flashd-Progress": "1"}),
             lines(chat, {"model": "ada", "temperature": -1}),
             lines("/api/chat", {"model": "bob", "options": {"temperature": 0}}),
+            lines("/v1/messages", {"model": "bob", "max_tokens": 40}),
             talked(gateway),
         )
     assert [line for line in comments if line.startswith(": loading ada")]
     assert text_of(comments) == SAYS["ada"] and comments[-2:] == ["data: [DONE]", ""]
-    assert text_of(words).startswith("loading ada") and text_of(words).endswith("\n" + SAYS["ada"])
+    assert "loading ada" in text_of(words) and text_of(words).endswith("\n" + SAYS["ada"])
     assert "temperature" in json.loads(failed[-2].removeprefix("data: "))["error"]["message"]
     told = [json.loads(line) for line in ollamas]
     assert told[0]["message"]["content"] == "" and not told[0]["done"] and told[-1]["done"]
     assert "".join(line["message"]["content"] for line in told) == SAYS["bob"]
+    assert pings[0] == "event: ping" and pings.index("event: message_start") > 2
     assert talk == SAYS["bob"]
 
 
@@ -68,26 +77,26 @@ async def talked(gateway: Gateway) -> str:
         return str(await stream.get_final_text())
 
 
-async def test_a_model_is_parked_when_its_last_request_said_so(gateway: Gateway, remote: Remote) -> None:
-    async def serves(name: str) -> bool:
-        return bool((await remote.model(name))["Serving"])
-
+async def test_a_model_is_parked_when_a_request_said_so_and_nobody_is_cut(gateway: Gateway, remote: Remote) -> None:
     async def is_parked() -> bool:
-        return not await serves("ada")
+        return not (await remote.model("ada"))["Serving"]
 
     async with httpx.AsyncClient(base_url=gateway.url, timeout=PATIENCE_S) as web:
 
-        async def ask(**headers: str) -> httpx.Response:
+        async def ask(keep_alive: str) -> httpx.Response:
             body = {"model": "ada", "messages": WHO, **GREEDY}
-            return await web.post("/v1/chat/completions", json=body, headers=headers)
+            return await web.post("/v1/chat/completions", json=body, headers={"X-Flashd-Keep-Alive": keep_alive})
 
-        wrong = await ask(**{"X-Flashd-Keep-Alive": "soon"})
+        wrong = await ask("soon")
         assert wrong.status_code == 400 and "5m" in wrong.json()["error"]["message"]
-        assert (await ask(**{"X-Flashd-Keep-Alive": "1s"})).status_code == 200
-        assert (await ask()).status_code == 200  # says nothing, so that it stays
-        await asyncio.sleep(1.5)
-        assert await serves("ada")
-        answer = await ask(**{"X-Flashd-Keep-Alive": "200ms"})
-        assert answer.json()["choices"][0]["message"]["content"] == SAYS["ada"]
+        assert (await ask("1h")).json()["choices"][0]["message"]["content"] == SAYS["ada"]
+        long = {"model": "ada", "prompt": "Who are you?", "max_tokens": 200, "temperature": 5.0, "stream": True}
+        async with web.stream("POST", "/v1/completions", json=long) as answer:
+            lines = answer.aiter_lines()
+            assert (await anext(lines)).startswith("data: {")
+            unloaded = await web.post("/api/generate", json={"model": "ada", "keep_alive": 0})
+            assert unloaded.json()["done_reason"] == "unload"
+            assert [line async for line in lines][-2:] == ["data: [DONE]", ""], "who is answered is not cut"
         await eventually(is_parked)
-        assert (await ask()).json()["choices"][0]["message"]["content"] == SAYS["ada"]
+        assert (await ask("-1")).json()["choices"][0]["message"]["content"] == SAYS["ada"]
+        assert not await is_parked()

@@ -33,6 +33,8 @@ from statistics import quantiles
 from typing import Any
 
 import httpx
+import kept
+import made_models
 import tomli_w
 from campaign import ENOUGH, ROOT, Campaign, main
 
@@ -43,7 +45,8 @@ from flashd.dbus import wire
 from flashd.errors import FlashdError
 
 CLIENTS = 20
-PATIENCE_S = 120.0  # until a request is answered, and until all is well after a kill
+PATIENCE_S = 120.0  # until a request is answered
+RECOVERY_S = 30.0  # after a kill, in which an engine is started anew
 QUESTION = "Who are you?"
 _MAKE = """
 import json, pathlib, sys
@@ -67,7 +70,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, help="where the models are, or are made and kept")
     parser.add_argument("--models", type=int, default=8)
     parser.add_argument("--clients", type=int, default=CLIENTS)
-    parser.add_argument("--kills", type=float, default=15.0, metavar="SECONDS", help="between two; 0 for none")
+    parser.add_argument("--kills", type=float, default=10.0, metavar="SECONDS", help="between two; 0 for none")
     parser.add_argument("--argument", action="append", default=[], help="for vLLM")
 
 
@@ -77,8 +80,12 @@ def run(campaign: Campaign) -> None:
     campaign.told = f" --engine {options.engine} --models {options.models} --kills {options.kills:g}"
     words = {f"m{number:03}": f"I am model number {number:03}." for number in range(options.models)}
     with ExitStack() as stack:
-        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crowd-")))
-        make_models(folder, words)
+        folder = options.folder
+        if folder is None:
+            made = ("crowd-models", *made_models.recipe(), _MAKE, json.dumps(words))
+            folder = kept.folder(*made, make=lambda folder: make_models(folder, words))
+        else:
+            make_models(folder, words)
         home = Home(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fh-"))), options)
         with home.started():
             crowd = Crowd(campaign, home, words)
@@ -193,15 +200,21 @@ class Crowd:
         threads = [threading.Thread(target=self._stay, args=(chance,), daemon=True) for chance in chances]
         for thread in threads:
             thread.start()
+        answers = 0
         for what in itertools.cycle(["gateway", "engine", "daemon"]):
             pause = time.monotonic() + (options.kills or 1e9)
             while time.monotonic() < min(pause, self._ends_at):
                 time.sleep(0.1)
-            if time.monotonic() >= self._ends_at - min(20.0, 0.2 * (self._campaign.seconds or 300.0)):
-                break  # and the rest of the time nothing is killed, so that all can be answered
+            if self._killed_at and self._campaign.counts["answers"] == answers:
+                self.finding(f"nobody was answered for {options.kills:g} s after a kill")
+            if time.monotonic() >= self._ends_at - RECOVERY_S - options.kills:
+                break  # and from here on nothing is killed, so that all must be answered
+            answers = self._campaign.counts["answers"]
             self._killed_at = time.monotonic()
             if self._home.kill(what):
                 self.count(f"kills of {what}")
+        while self._goes_on():
+            time.sleep(0.1)
         over = self._ends_at + 2 * PATIENCE_S
         for thread in threads:
             thread.join(max(0.0, over - time.monotonic()))
@@ -261,7 +274,7 @@ class Crowd:
         try:
             model, said = (_openai if dialect == "openai" else _ollama)(raw, is_stream=bool(streams))
         except (ValueError, KeyError, TypeError):
-            return self._unanswered(began, f"{way} of {name} ends with {raw[-300:]}")
+            return self._unanswered(began if streams else -1.0, f"{way} of {name} ends with {raw[-300:]}")
         if model.removesuffix(":latest") != name:
             self.finding(f"{name} is asked, and {model} answers")
         self.count("answers")
@@ -269,7 +282,7 @@ class Crowd:
 
     def _unanswered(self, began: float, words: str) -> None:
         """Is a finding, unless something was killed while it was asked or shortly before."""
-        if self._killed_at and began >= 0 and began - self._killed_at < PATIENCE_S / 2:
+        if self._killed_at and began >= 0 and began - self._killed_at < RECOVERY_S:
             self.count("unanswered after kills")
         else:
             self.finding(words)
@@ -291,7 +304,7 @@ def _openai(raw: str, *, is_stream: bool) -> tuple[str, str]:
 def _ollama(raw: str, *, is_stream: bool) -> tuple[str, str]:
     """Like `_openai`, of Ollama's interface."""
     lines = [json.loads(line) for line in raw.splitlines() if line]
-    if not lines[-1]["done"] or (len(lines) > 1) < is_stream:
+    if not lines[-1]["done"] or (is_stream and len(lines) == 1):
         raise ValueError(raw)
     (model,) = {line["model"] for line in lines}
     return model, "".join(line["message"]["content"] for line in lines)

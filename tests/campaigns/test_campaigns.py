@@ -17,9 +17,12 @@ import pytest
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
-SECONDS = float(os.environ.get("FLASHD_CAMPAIGN_SECONDS", "10"))
+SECONDS = float(os.environ.get("FLASHD_CAMPAIGN_SECONDS", "20"))
 SEED = int(os.environ.get("FLASHD_CAMPAIGN_SEED") or random.SystemRandom().randrange(2**32))
-LONGER_S = {"storm": 30.0}  # where the time goes by mostly with waiting for swaps
+LONGER_S = {
+    "storm": 60.0,
+    "crowd": 60.0,
+}  # where the time goes by mostly with waiting for swaps, or for what was killed
 SCRIPTS = [path for path in sorted(FOLDER.glob("*.py")) if '\nif __name__ == "__main__":' in path.read_text()]
 
 

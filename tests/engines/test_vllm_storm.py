@@ -15,7 +15,7 @@ STORM = Path(__file__).parents[1] / "campaigns" / "storm.py"
 
 @pytest.mark.timeout(300)
 def test_every_answer_is_its_models_own(vllm_python: str) -> None:
-    command = [sys.executable, STORM, "--seconds", "30", "--engine", "vllm", "--python", vllm_python]
+    command = [sys.executable, STORM, "--seconds", "60", "--engine", "vllm", "--python", vllm_python]
     ran = subprocess.run(command, check=False, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-8000:] + ran.stdout
     counted = json.loads(ran.stdout.splitlines()[-1])

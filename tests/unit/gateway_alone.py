@@ -90,7 +90,7 @@ async def gateway(
     engine = Engine(kind, "serving", "whisper", "Whisper", str(socket_path), 1, 0, 0, 0, "", 0, "/e/1")
     known = Directory(models={"whisper": _WHISPER}, active="whisper", engines={engine.path: engine})
     dispatcher._note(replace(known, is_connected=True, is_settled=True))
-    inside = application(dispatcher, connect, measures, news)
+    inside = application(dispatcher, connect, measures, news, [])
     inside = Observing(inside, measures, paths=paths(inside), begin_trace=begin_trace)
     transport = httpx.ASGITransport(app=inside)  # type: ignore[arg-type]
     try:

@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from waiting import eventually
 
-from flashd.errors import InvalidArgument, NotFound
+from flashd.errors import InvalidArgument, Unavailable
 from flashd.gateway.keep_alive import FOREVER_S, KeepAlive, seconds
 
 
@@ -18,6 +15,7 @@ from flashd.gateway.keep_alive import FOREVER_S, KeepAlive, seconds
     ("value", "expected_s"),
     [
         *((0, 0), (5, 5), (0.5, 0.5), ("300", 300), ("5m", 300), ("1h30m", 5400), ("1.5s", 1.5), ("250ms", 0.25)),
+        *((10**400, FOREVER_S), (-(10**400), FOREVER_S), (float("inf"), FOREVER_S)),
         *((-1, FOREVER_S), ("-1", FOREVER_S), ("-5m", FOREVER_S), ("+1m", 60), (1e300, FOREVER_S), ("0s", 0)),
     ],
 )
@@ -25,34 +23,38 @@ def test_durations(value: object, expected_s: float) -> None:
     assert seconds(value) == pytest.approx(expected_s)
 
 
-@given(st.none() | st.booleans() | st.text() | st.lists(st.integers()) | st.just(float("nan")))
+@pytest.mark.parametrize(
+    "value", [None, True, float("nan"), [], "", "m", "5 m", "5x", "1m-1s", "٣", "0" * 81 + "5m", "1e5"]
+)
 def test_what_is_no_duration_is_refused(value: object) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        seconds(value)
+    assert "5m" in refused.value.hint
+
+
+@given(st.text() | st.integers() | st.floats())
+def test_whatever_is_said_is_read_or_refused(value: object) -> None:
     try:
         assert seconds(value) >= 0
-    except InvalidArgument as error:
-        assert "5m" in error.hint
+    except InvalidArgument:
+        assert isinstance(value, str) or value != value
 
 
-async def test_the_last_request_decides() -> None:
-    parked: list[str] = []
-    busy = {"c"}
+async def test_the_daemon_is_told_once_for_as_long_as_a_model_serves() -> None:
+    told: list[tuple[str, float]] = []
 
-    def park(model: str) -> None:
-        parked.append(model)
+    def tell(model: str, keep_s: float) -> None:
+        told.append((model, keep_s))
         if model == "b":
-            raise NotFound("it does not serve")
+            raise Unavailable("b does not serve")
 
-    timers = KeepAlive(park, busy.__contains__)
-    timers.ends("a", 0.01)
-    timers.ends("a", None)  # a later request says nothing
-    timers.ends("b", 0.01)
-    timers.ends("c", 0.01)  # another of its requests is not answered yet
-    timers.ends("d", FOREVER_S)
-    timers.ends("e", 60)
-    timers.ends("f", 60)
-    timers.begins("f")
-    timers.ends("f", 0)
-    await eventually(lambda: set(parked) == {"b", "f"})
-    await timers.close()
-    await asyncio.sleep(0.05)
-    assert sorted(parked) == ["b", "f"]
+    keep_alive = KeepAlive(tell)
+    for model, keep_s in (("a", None), ("a", 300.0), ("a", 300.0), ("a", None), ("a", 0.0), ("b", 60.0)):
+        keep_alive.asked(model, keep_s)
+        await keep_alive.close()
+    assert told == [("a", 300.0), ("a", 0.0), ("b", 60.0)]
+    keep_alive.asked("b", 60.0)
+    keep_alive.serving(["b"])
+    keep_alive.asked("a", 0.0)
+    await keep_alive.close()
+    assert told[3:] == [("b", 60.0), ("a", 0.0)]

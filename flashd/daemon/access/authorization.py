@@ -61,6 +61,7 @@ ACTIONS: Mapping[tuple[str, str], Action] = {
     (wire.MODEL, "Unpin"): Action.MANAGE,
     (wire.MODEL, "OpenEndpoint"): Action.USE,
     (wire.MODEL, "Park"): Action.USE,
+    (wire.MODEL, "SetIdleTimeout"): Action.USE,
     (wire.MODEL, "Evict"): Action.USE,
     (wire.MODEL, "SetAliases"): Action.MANAGE,
     (wire.MODEL, "SetPrivate"): Action.MANAGE,

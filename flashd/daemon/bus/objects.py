@@ -6,6 +6,7 @@ parts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from flashd.daemon.access.authorization import Authority, check_owner, may_administer
@@ -45,6 +46,7 @@ class ModelObject(Exported):
         models: Models,
         verification: Verification,
         swaps: Swaps,
+        engine_stats: EngineStatsBook,
     ) -> None:
         super().__init__(wire.model_path(name))
         self._name = name
@@ -55,6 +57,7 @@ class ModelObject(Exported):
         self._models = models
         self._verification = verification
         self._swaps = swaps
+        self._engine_stats = engine_stats
         self._last_known = self._model()
 
     def _model(self) -> Model:
@@ -102,10 +105,17 @@ class ModelObject(Exported):
         await self._models.set_pinned(self._name, False)
 
     async def open_endpoint(self, caller: Caller) -> Fd:
+        return Fd((await connected(self._slot(caller).engine.socket_path)).detach())
+
+    async def set_idle_timeout(self, caller: Caller, seconds: int) -> None:
+        self._engine_stats.keep(self._slot(caller), math.inf if seconds == wire.NEVER else seconds)
+
+    def _slot(self, caller: Caller) -> EngineSlot:
+        """Where the model serves. Raises Unavailable if it does not."""
         slot = self._swapper.slot_of(self._name)
         if slot is None or not self._ownership.audience_of_target(slot.target).includes(caller):
             raise Unavailable(f"{self._name} does not serve", hint=f"serve it first: flash serve {self._name}")
-        return Fd((await connected(slot.engine.socket_path)).detach())
+        return slot
 
     async def park(self, caller: Caller) -> str:
         return wire.job_path(self._swaps.park(owner(caller), self._model()).number)

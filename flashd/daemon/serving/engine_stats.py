@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -12,7 +13,7 @@ from flashd.daemon.events import Events
 from flashd.engines.engine import EngineState, EngineStats
 from flashd.engines.process_info import family
 from flashd.errors import FlashdError
-from flashd.swap.swapper import Swapper, SwapState
+from flashd.swap.swapper import EngineSlot, Swapper, SwapState
 from flashd.swap.weights import Target
 from flashd.tasks import Routine, end
 
@@ -40,6 +41,7 @@ class EngineStatsBook(Routine):
         self._known: dict[int, EngineStats] = {}
         self._device_bytes: dict[int, int] = {}
         self._busy_at: dict[tuple[int, str], float] = {}  # by engine and model
+        self._limits_s: dict[tuple[int, str], float] = {}  # in place of the configured idle time
         self._asking: asyncio.Task[None] | None = None
         events.engines_changed.subscribe(self.note_activity)
 
@@ -59,6 +61,11 @@ class EngineStatsBook(Routine):
         now, before = time.monotonic(), self._busy_at
         keys = [(slot.engine.number, slot.target.model_name) for slot in self._swapper.serving]
         self._busy_at = {key: before.get(key, now) for key in keys}
+        self._limits_s = {key: limit_s for key, limit_s in self._limits_s.items() if key in self._busy_at}
+
+    def keep(self, slot: EngineSlot, limit_s: float) -> None:
+        """Sets the idle time after which this model is parked, for as long as it serves; infinite for never."""
+        self._limits_s[slot.engine.number, slot.target.model_name] = limit_s
 
     async def _look(self) -> None:
         await asyncio.sleep(_ASK_EVERY_S)
@@ -69,12 +76,13 @@ class EngineStatsBook(Routine):
             return
         now = time.monotonic()
         for slot in self._swapper.serving:
-            number, limit_s = slot.engine.number, self._idle_timeout_s(slot.target)
+            number = slot.engine.number
             stats = self.of(number)
             key = (number, slot.target.model_name)
+            limit_s = self._limits_s.get(key, self._idle_timeout_s(slot.target) or math.inf)
             if stats.active_requests or stats.seen_requests != before.get(number):
                 self._busy_at[key] = slot.used_at = now
-            elif limit_s and now - self._busy_at.get(key, now) > limit_s:
+            elif now - self._busy_at.get(key, now) > limit_s:
                 self._busy_at[key] = now
                 self._events.engine_idle(slot.target)
 

@@ -184,6 +184,9 @@ class Swaps:
 
         async def work(job: Job) -> Result:
             # No user can open a private model's socket, so no request can wake it.
+            slot = self._swapper.slot_of(target.model_name)
+            if slot is not None and (await slot.engine.stats()).active_requests:
+                return {}  # it was asked meanwhile
             rests = functools.partial(self._let_rest, target) if self._ownership.is_public(target) else None
             await self._swapper.park(target, move_endpoint=rests)
             _begin(job)

@@ -96,7 +96,7 @@ _ALL = (
     Field("model", json_values.text),
     Field("name", json_values.text, does="the older name of model"),
     Field("options", fields.mapping, does="see below"),
-    Field("keep_alive", _keep_alive, does="how long the model serves without requests; 0 parks it at once"),
+    Field("keep_alive", _keep_alive, does="how long the model serves without requests; 0 parks it once idle"),
 )
 _GENERATION = (
     *_ALL,

@@ -18,7 +18,9 @@ from flashd.gateway.metrics.names import METRICS, Metric
 from flashd.gateway.metrics.observed import Observed
 
 CLIENT_LEFT = 499  # as nginx writes it
-_BY_STATUS = {401: "NotAuthorized", 403: "NotAuthorized", 404: "NotFound", 405: "NotFound"}
+_BY_STATUS = {401: "NotAuthorized", 403: "NotAuthorized", 404: "NotFound", 405: "NotFound", 503: "Unavailable"}
+
+_HEALTH = "/health"  # whose status is no refusal, but the answer
 
 
 class Measures:
@@ -38,7 +40,7 @@ class Measures:
         status = request.status or CLIENT_LEFT
         self._counters[names.REQUESTS].labels(request.endpoint, model, status).inc()
         self._histograms[names.DURATION].labels(request.endpoint).observe(now - request.arrived)
-        if request.error or request.status >= 400:
+        if (request.error or request.status >= 400) and request.endpoint != _HEALTH:
             error = request.error or ("engine" if request.first_byte else _BY_STATUS.get(status, "Internal"))
             self._counters[names.REFUSALS].labels(error).inc()
         if not model:

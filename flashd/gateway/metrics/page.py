@@ -41,6 +41,7 @@ class MetricsPage:
         self._measures = measures
         self._news = news
         self._budget = budget
+        self._one_at_a_time = asyncio.Lock()
 
     async def answer(self, request: Request) -> Response:
         known = self._dispatcher.directory
@@ -53,8 +54,9 @@ class MetricsPage:
             families: Any = _Collected([*self._counted(known), *queue, *self._state(known)])
             return encode(families)
 
-        # Thousands of series take tens of milliseconds, in which answers go on.
-        body = await asyncio.to_thread(text)
+        # Thousands of series take tens of milliseconds, in which answers go on; swaps use threads of the same pool.
+        async with self._one_at_a_time:
+            body = await asyncio.to_thread(text)
         return Response(body, headers={"content-type": content_type, "cache-control": "no-store"})
 
     def _counted(self, known: Directory) -> Iterator[Family]:
