@@ -7,6 +7,7 @@ import asyncio
 import socket
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from flashd.client.results import Engine, Model
 from flashd.config.settings import GatewayConfig
 from flashd.errors import AlreadyExists, InvalidArgument, LimitExceeded, NotFound, Unavailable
 from flashd.gateway import main as gateway_main
+from flashd.gateway import server as gateway_server
 from flashd.gateway.access import ACCESS, Access
 from flashd.gateway.directory import Directory
 from flashd.gateway.exchange import BodyBudget, ClientLeft, Message, TooLarge, read_body
@@ -195,3 +197,33 @@ async def test_first_tokens_wait_for_no_delayed_acknowledgement() -> None:
             _, writer = await asyncio.open_connection(*listening.getsockname())
             assert await found
             writer.close()
+
+
+async def test_a_signal_between_two_looks_for_the_daemon_is_not_undone() -> None:
+    class Connected:
+        is_connected = True
+
+        async def settled(self) -> None:
+            pass
+
+    server = SimpleNamespace(should_exit=False)
+    looking = asyncio.create_task(gateway_server._end_when_alone(Connected(), 0.1, server))  # type: ignore[arg-type]
+    await asyncio.sleep(0.15)
+    assert not server.should_exit, "the daemon is there"
+    server.should_exit = True  # as uvicorn's handler does
+    async with asyncio.timeout(5):
+        await looking
+    assert server.should_exit
+
+
+async def test_the_gateway_ends_when_its_daemon_stays_away() -> None:
+    class Away:
+        is_connected = False
+
+        async def settled(self) -> None:
+            pass
+
+    server = SimpleNamespace(should_exit=False)
+    async with asyncio.timeout(5):
+        await gateway_server._end_when_alone(Away(), 0.1, server)  # type: ignore[arg-type]
+    assert server.should_exit
