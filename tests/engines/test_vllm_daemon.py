@@ -52,7 +52,7 @@ def daemon(manager: Manager, made: Path, vllm_python: str, compiled: Path) -> It
         running.config.write_text(
             "[engines]\nwarm_up = false\nwarm_new = false\ndefault = 'vllm'\n"
             f"[engines.vllm]\npython = '{vllm_python}'\nkv_cache = '64MiB'\n"
-            "arguments = ['--seed', '0', '--max-model-len', '512']\n"
+            "arguments = ['--seed', '0', '--max-model-len', '512', '--enable-prompt-tokens-details']\n"
         )
         running.share_compiled(compiled)
         start(running, manager)
@@ -132,6 +132,17 @@ def test_swaps_between_models_and_kinds_of_engine(client: Client) -> None:
         hows.append(outcome.how)
     assert hows == ["start", "rebind", "start", "already-active", "wake", "already-active"]
     assert {engine.kind: engine.state for engine in client.engines()} == {"vllm": "serving", "torch": "parked"}
+
+
+def test_a_model_that_is_swapped_to_again_finds_what_it_has_read(client: Client) -> None:
+    def found_tokens(name: str) -> int:
+        client.swap(name)
+        transport = httpx.HTTPTransport(uds=client.status().endpoint, verify=False)
+        with httpx.Client(transport=transport, base_url="http://flashd", timeout=60) as http:
+            answer = http.post("/v1/completions", json={"prompt": "Twice. " + PROMPTS[2], "max_tokens": 1})
+        return int((answer.json()["usage"]["prompt_tokens_details"] or {}).get("cached_tokens") or 0)
+
+    assert [found_tokens(name) for name in ("ada", "bob", "ada", "bob")] == [0, 0, 128, 128]
 
 
 def test_asked_as_vllm_is_it_says_what_vllm_says(daemon: Daemon, client: Client, plain: dict[str, Any]) -> None:
@@ -318,13 +329,15 @@ async def test_tokens_are_counted_in_every_dialect(client: Client, gateway: Gate
         streams = await openais.chat.completions.create(
             **ask, temperature=0, stream=True, stream_options={"include_usage": True}
         )
-        assert [chunk async for chunk in streams][-1].usage == whole.usage
+        streamed = [chunk async for chunk in streams][-1].usage
         responded = await openais.responses.create(
             model="ada", input=QUESTION, temperature=0, max_output_tokens=40, extra_headers=headers
         )
         async with anthropics.messages.stream(**ask, extra_body={"temperature": 0}) as stream:
             message = await stream.get_final_message()
-    assert whole.usage is not None and responded.usage is not None
+    assert whole.usage is not None and streamed is not None and responded.usage is not None
+    details = {"prompt_tokens_details"}  # of tokens found in the cache, in the second answer only
+    assert streamed.model_dump(exclude=details) == whole.usage.model_dump(exclude=details)
     prompts = 2 * whole.usage.prompt_tokens + responded.usage.input_tokens + message.usage.input_tokens
     completions = 2 * whole.usage.completion_tokens + responded.usage.output_tokens + message.usage.output_tokens
 

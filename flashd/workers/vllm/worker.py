@@ -111,6 +111,7 @@ class _Worker(Worker):
         try:
             arguments = self._prepare(first.message.given, first.fds)
             compat.fork_processes()
+            compat.answer_is_idle()  # in what is forked; what is spawned is told by our plugin
             compat.tokenise_at_once()
             compat.nap_between_steps()
             self._is_starting = True
