@@ -34,8 +34,9 @@ _PARKED = _TAKEN_IN_PLACE | {"modelopt", "mxfp4"}
 # The arguments for speculative decoding, and the methods that need no second model.
 _SPECULATIVE = ("--speculative-config", "--spec-", "-sc")
 _WITHOUT_DRAFT = {"ngram", "ngram_gpu", "suffix"}
-# Arguments with which vLLM keeps KV blocks outside its KV cache, without a record of the weights that made them.
-_KEEPING = ("--kv-transfer", "--kv-offloading")
+# Arguments with which vLLM keeps KV blocks, or encoded pictures, where no reset reaches them, without a record of the
+# weights that made them.
+_KEEPING = ("--kv-transfer", "--kv-offloading", "--ec-transfer")
 # Entries about themselves by the libraries that save fine-tunes, which nothing reads.
 _INCIDENTAL = (VOLATILE - {"torch_dtype", "dtype"}) | {"is_local", "local_files_only", "name_or_path"}
 _SETTINGS = {"config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"}

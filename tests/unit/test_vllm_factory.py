@@ -156,6 +156,7 @@ async def test_an_engine_with_a_draft_model_is_its_checkpoints_own_and_makes_no_
     [
         (("--kv-transfer-config", '{"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}'), True),
         (("--kv_offloading_size=4",), True),
+        (("--ec-transfer-config.ec_connector", "ECExampleConnector"), True),
         (("--kv-cache-dtype", "fp8"), False),
     ],
 )
