@@ -29,7 +29,7 @@ INTERFACES = (MANAGER, MODEL, JOB, LEASE, ENGINE, DEVICE)
 
 # The bus daemon's default limit is 16 file descriptors per message (max_message_unix_fds); larger imports take
 # several calls.
-NEVER = (1 << 32) - 1  # of Model.SetIdleTimeout
+NEVER = 365 * 86_400  # of Model.SetIdleTimeout, in seconds
 FILES_PER_MESSAGE = 16
 
 

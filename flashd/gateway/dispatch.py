@@ -36,6 +36,7 @@ from flashd.units import format_bytes
 log = logging.getLogger(__name__)
 
 _MOST_ATTEMPTS = 8
+_UNLOAD_S = 5.0  # for a model that nobody asks
 _CLOSE_S = 5.0  # for a swap to be cancelled
 _FIRST_S = 60.0  # for the daemon to start, with a thousand models
 _STALE_S = 0.25  # until the news of a swap by somebody else must have come
@@ -153,6 +154,11 @@ class Dispatcher:
         if model in self._known.serving:
             with contextlib.suppress(NotFound, Unavailable):  # it has ceased to already
                 await asyncio.to_thread(self._keep, model, 0.0)
+            if not self.is_asked(model):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_UNLOAD_S):
+                        while model in self._known.serving:
+                            await self._changed.wait()
 
     def why_waiting(self, model: str) -> str:
         """What the requests for a model wait for, in a few words."""

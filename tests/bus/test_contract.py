@@ -167,7 +167,7 @@ async def refusing(bus: PrivateBus) -> AsyncIterator[Model]:
 async def test_a_refused_call_reaches_no_object(refusing: Model, connection: Connection) -> None:
     remote = Remote(connection)
     for method in contract(wire.MODEL).methods:
-        arguments = {"": (), "as": ([],), "b": (True,)}[method.in_signature]
+        arguments = {"": (), "as": ([],), "b": (True,), "u": (1,)}[method.in_signature]
         with pytest.raises(NotAuthorized):
             await remote.call(method.name, method.in_signature, *arguments, path=refusing.path, interface=wire.MODEL)
     assert refusing.reached == []

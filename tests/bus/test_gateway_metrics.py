@@ -97,11 +97,14 @@ async def test_evictions_and_swaps_of_others_are_counted(two: Remote, gateway: G
         async def is_counted() -> bool:
             return (await read(client)).get(("flashd_evictions_total", "host")) == 1
 
+        async def is_listed_anew() -> bool:
+            return ("flashd_model_bytes", "ada", "host") not in await read(client)
+
         await eventually(is_counted)
+        await eventually(is_listed_anew)
         found = await read(client)
     assert found["flashd_jobs_total", "swap", "done"] == 1 and found["flashd_jobs_total", "load", "done"] == 1
     assert found["flashd_swap_duration_seconds_count", "start", "stored"] == 1
-    assert ("flashd_model_bytes", "ada", "host") not in found
 
 
 async def test_the_metrics_of_private_models_are_for_the_socket_alone(two: Remote, gateway: Gateway) -> None:

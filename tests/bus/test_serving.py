@@ -22,7 +22,7 @@ from conftest import SAYS, Daemon, Remote, import_model, make_source
 from waiting import eventually
 
 from flashd.dbus import wire
-from flashd.errors import Busy, FlashdError, NotFound, Unsupported
+from flashd.errors import Busy, FlashdError, NotFound, Unavailable, Unsupported
 
 
 @pytest.fixture
@@ -188,6 +188,23 @@ async def test_a_swap_away_from_an_engine_that_is_stuck_succeeds_and_ends_it(thr
 
 async def is_parked(remote: Remote) -> bool:
     return [engine["State"] for engine in (await engines(remote)).values()] == ["parked"]
+
+
+async def test_a_model_may_have_an_idle_time_of_its_own_while_it_serves(three: Remote, daemon: Daemon) -> None:
+    async def rests() -> bool:
+        return bool(await three.get(wire.ROOT_PATH, wire.MANAGER, "RestingModel") == wire.model_path("ada"))
+
+    await how(three, "ada")
+    with pytest.raises(Unavailable, match="carl does not serve"):
+        await three.call("SetIdleTimeout", "u", 0, path=wire.model_path("carl"), interface=wire.MODEL)
+    await three.call("SetIdleTimeout", "u", 0, path=wire.model_path("ada"), interface=wire.MODEL)
+    await eventually(rests)
+    await how(three, "ada")
+    await three.call("SetConfig", "ss", "engines.idle_timeout_s", "1")
+    await three.call("SetIdleTimeout", "u", wire.NEVER, path=wire.model_path("ada"), interface=wire.MODEL)
+    await asyncio.sleep(5)  # longer than it takes to notice an idle model
+    assert not await rests()
+    await three.call("SetConfig", "ss", "engines.idle_timeout_s", "0")
 
 
 async def test_an_idle_model_is_parked_and_who_asks_wakes_it(three: Remote, daemon: Daemon) -> None:

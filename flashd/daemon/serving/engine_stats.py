@@ -42,6 +42,7 @@ class EngineStatsBook(Routine):
         self._device_bytes: dict[int, int] = {}
         self._busy_at: dict[tuple[int, str], float] = {}  # by engine and model
         self._limits_s: dict[tuple[int, str], float] = {}  # in place of the configured idle time
+        self._is_due = asyncio.Event()  # to look at once
         self._asking: asyncio.Task[None] | None = None
         events.engines_changed.subscribe(self.note_activity)
 
@@ -66,9 +67,14 @@ class EngineStatsBook(Routine):
     def keep(self, slot: EngineSlot, limit_s: float) -> None:
         """Sets the idle time after which this model is parked, for as long as it serves; infinite for never."""
         self._limits_s[slot.engine.number, slot.target.model_name] = limit_s
+        if limit_s == 0:
+            self._is_due.set()
 
     async def _look(self) -> None:
-        await asyncio.sleep(_ASK_EVERY_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ASK_EVERY_S):
+                await self._is_due.wait()
+        self._is_due.clear()
         before = {slot.engine.number: self.of(slot.engine.number).seen_requests for slot in self._swapper.serving}
         await self._ask_all()
         if self._swapper.state is not SwapState.IDLE:
@@ -80,9 +86,9 @@ class EngineStatsBook(Routine):
             stats = self.of(number)
             key = (number, slot.target.model_name)
             limit_s = self._limits_s.get(key, self._idle_timeout_s(slot.target) or math.inf)
-            if stats.active_requests or stats.seen_requests != before.get(number):
+            if stats.active_requests or (limit_s > 0 and stats.seen_requests != before.get(number)):
                 self._busy_at[key] = slot.used_at = now
-            elif now - self._busy_at.get(key, now) > limit_s:
+            elif limit_s == 0 or now - self._busy_at.get(key, now) > limit_s:
                 self._busy_at[key] = now
                 self._events.engine_idle(slot.target)
 
