@@ -33,10 +33,10 @@ from statistics import quantiles
 from typing import Any
 
 import httpx
-import kept
-import made_models
 import tomli_w
 from campaign import ENOUGH, ROOT, Campaign, main
+from kept import folder as kept_folder
+from made_models import recipe
 
 import flashd
 from flashd.client import launch
@@ -82,8 +82,8 @@ def run(campaign: Campaign) -> None:
     with ExitStack() as stack:
         folder = options.folder
         if folder is None:
-            made = ("crowd-models", *made_models.recipe(), _MAKE, json.dumps(words))
-            folder = kept.folder(*made, make=lambda folder: make_models(folder, words))
+            made = ("crowd-models", *recipe(), _MAKE, json.dumps(words))
+            folder = kept_folder(*made, make=lambda folder: make_models(folder, words))
         else:
             make_models(folder, words)
         home = Home(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fh-"))), options)
