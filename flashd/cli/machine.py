@@ -84,6 +84,9 @@ def status(context: Context, as_json: Json = False) -> None:
     rows = [["version", found.version], ["active", _active(found) or "none: flash swap MODEL"]]
     if found.active_model or found.resting_model:
         rows.append(["endpoint", found.endpoint])
+    if (addresses := launch.gateway_addresses(client)) is not None:
+        urls = ", ".join(f"http://{address}/v1" for address in addresses)
+        rows.append(["programs", urls or "no gateway runs: flash start"])
     serving = [engine for engine in engines if engine.state == "serving" and engine.model != found.active_model]
     rows += [["beside", f"{engine.model}, at {engine.endpoint}"] for engine in serving]
     for device in devices:

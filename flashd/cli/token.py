@@ -10,7 +10,7 @@ from typing import Annotated
 from flashd.cli import output
 from flashd.cli.parameters import Argument, Group
 from flashd.cli.session import Json
-from flashd.config.paths import Scope
+from flashd.config.paths import Scope, default_paths
 from flashd.gateway.tokens import TokenFile, default_file
 
 app = Group(help="Make or revoke tokens, by which programs on other machines use models through flashd-gateway.")
@@ -23,7 +23,7 @@ Models = Annotated[list[str] | None, Argument(help="Models that it may use. Defa
 def new(name: Name, models: Models = None) -> None:
     """Makes a token and prints it. It is shown only now: flashd keeps a digest of it.
 
-    As root, it is for the machine's gateway; else for your own.
+    As root, it is for the machine's gateway, unless a daemon of your own runs; else for your own.
     """
     print(_file().new(name, models or ()))
 
@@ -52,4 +52,6 @@ def revoke(name: Name) -> None:
 
 
 def _file() -> TokenFile:
-    return TokenFile(default_file(Scope.SYSTEM if os.geteuid() == 0 else Scope.USER))
+    runtime = default_paths(Scope.USER).runtime
+    has_own = (runtime / "bus").exists() or (runtime / "gateway.sock").exists()
+    return TokenFile(default_file(Scope.SYSTEM if os.geteuid() == 0 and not has_own else Scope.USER))

@@ -8,6 +8,8 @@ daemon: the user's systemd, if there is one, else our own keeper (native/keeper.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import http.client
 import importlib.util
 import json
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -57,14 +59,21 @@ class Started:
 def start(asked: str | None = None) -> Started:
     """Starts the daemon on the bus `asked`, by default the session bus, or a private bus if there is none.
 
-    Raises Unavailable, with the end of the log, if the daemon does not start.
+    If another program starts it at the same time, that one is waited for. Raises Unavailable, with the end of the log,
+    if the daemon does not start.
     """
     address = asked or given_bus_address() or ("session" if has_session_bus() else "private")
     log = default_paths(Scope.USER).state / "flashd.log"
     command = [sys.executable, "-m", "flashd.daemon.main", "--bus", address]
-    has_manager = address in {"session", "private"}
-    client = _managed("flashd", user_unit.DAEMON, command, log, lambda: clients.connect(asked), by_systemd=has_manager)
-    return Started(client, log)
+    bus = _private_bus() if address == "private" else address
+    with _one_at_a_time():
+        with contextlib.suppress(FlashdError):
+            return Started(clients.connect(asked, activate=False), log)
+        by_systemd = address in {"session", "private"}
+        found = _managed(
+            "flashd", user_unit.DAEMON, command, log, lambda: clients.connect(asked), bus=bus, by_systemd=by_systemd
+        )
+    return Started(found, log)
 
 
 def start_gateway(client: Client) -> Sequence[str]:
@@ -74,7 +83,7 @@ def start_gateway(client: Client) -> Sequence[str]:
     `start` chooses. Raises Unavailable, with the end of the log, if it does not start.
     """
     paths = default_paths(Scope.USER)
-    if client.bus not in {"session", bus_address.of_socket(paths.runtime / "bus")}:
+    if not _is_own(client):
         return []
     addresses: list[str] = loading.value_in(tomllib.loads(client.config()), "gateway.addresses")
     if (found := _running_gateway()) is not None:
@@ -95,7 +104,15 @@ def start_gateway(client: Client) -> Sequence[str]:
 
     if user_unit.is_possible():
         user_unit.stop("flashd-gateway.service")  # one that lingers, whose socket went with the daemon's folder
-    return _managed("flashd-gateway", user_unit.GATEWAY, command, paths.state / "flashd-gateway.log", answering)
+    log = paths.state / "flashd-gateway.log"
+    return _managed("flashd-gateway", user_unit.GATEWAY, command, log, answering, bus=client.bus)
+
+
+def gateway_addresses(client: Client) -> Sequence[str] | None:
+    """Returns where the gateway of this user's daemon listens: nowhere if it does not run. None for other daemons."""
+    if not _is_own(client):
+        return None
+    return found.addresses if (found := _running_gateway()) is not None else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,14 +171,14 @@ def stop(client: Client) -> None:
     Raises Unavailable if that takes too long.
     """
     try:
-        if client.bus in {"session", bus_address.of_socket(default_paths(Scope.USER).runtime / "bus")}:
+        if _is_own(client):
             stop_gateway()
     finally:
         _stop_daemon(client)
 
 
 def _stop_daemon(client: Client) -> None:
-    keepers = list(default_paths(Scope.USER).runtime.glob("keeper.*"))
+    keepers = list(default_paths(Scope.USER).runtime.glob(f"keeper.{_label(client.bus)}.*"))
     deadline = time.monotonic() + _STOP_S
     client.stop()
     while _answers(client) or any(_is_bound(keeper) for keeper in keepers):
@@ -216,6 +233,30 @@ def _is_bound(keeper: Path) -> bool:
     return True
 
 
+def _private_bus() -> str:
+    return bus_address.of_socket(default_paths(Scope.USER).runtime / "bus")
+
+
+def _is_own(client: Client) -> bool:
+    """True for the daemon that `start` starts if it is told no bus: the gateway of this user is that one's."""
+    return client.bus in {"session", _private_bus()}
+
+
+def _label(bus: str) -> str:
+    """Tells the keepers of one daemon from those of others."""
+    return hashlib.sha256(bus.encode()).hexdigest()[:8]
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Has other starts by this user wait until this one has ended."""
+    state = default_paths(Scope.USER).state
+    state.mkdir(parents=True, exist_ok=True)
+    with (state / "start.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def listener(at: Path) -> int | None:
     """Returns the process that listens on a Unix socket; None if there is none (unix(7), SO_PEERCRED)."""
     with socket.socket(socket.AF_UNIX) as asking:
@@ -236,9 +277,11 @@ def _managed(
     log: Path,
     arrived: Callable[[], T],
     *,
+    bus: str,
     by_systemd: bool = True,
 ) -> T:
-    """Starts a program under a manager, the user's systemd where it may be. Returns what `arrived` does.
+    """Starts a program of the daemon on `bus` under a manager, the user's systemd where it may be. Returns what
+    `arrived` does.
 
     `arrived` raises Unavailable as long as the program does not answer. Raises Unavailable with the end of the log if
     it never does.
@@ -249,17 +292,17 @@ def _managed(
         if by_systemd and user_unit.is_possible():
             user_unit.start(f"{name}.service", of_unit, command, log)
             return arrived()
-        return _below_keeper(command, log, arrived)
+        return _below_keeper(command, log, arrived, bus)
     except Unavailable as error:
         said = log.read_bytes()[before_bytes:] if log.exists() else b""
         lines = said.decode(errors="replace").strip().splitlines()[-3:] or [error.message]
         raise Unavailable(f"{name} did not start: " + "\n".join(lines), hint=f"see the whole log, {log}") from None
 
 
-def _below_keeper(command: Sequence[str], log: Path, arrived: Callable[[], T]) -> T:
+def _below_keeper(command: Sequence[str], log: Path, arrived: Callable[[], T], bus: str) -> T:
     runtime = default_paths(Scope.USER).runtime
     runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
-    below = [str(keeper()), str(runtime / f"keeper.{secrets.token_hex(4)}")]
+    below = [str(keeper()), str(runtime / f"keeper.{_label(bus)}.{secrets.token_hex(4)}")]
     with log.open("ab") as words:
         process = subprocess.Popen(
             [*below, *command], stdin=subprocess.DEVNULL, stdout=words, stderr=words, start_new_session=True

@@ -99,7 +99,8 @@ def _bound(address: str, *, has_tokens: bool) -> socket.socket:
         listening.listen()  # before that, the address could be another's as well
     except (OSError, OverflowError) as error:
         listening.close()
-        hint = "another program may listen there; choose another: --address, or gateway.addresses for flash start"
+        change = "flash config gateway.addresses '[\"127.0.0.1:8435\"]'"
+        hint = f"another program may listen there; free it, or choose others: {change}"
         raise Unavailable(f"cannot listen at {address}: {error}", hint=hint) from None
     return listening
 

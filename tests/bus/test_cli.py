@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +365,21 @@ def test_start_starts_the_gateway_which_is_kept_running_and_stopped(home: dict[s
     finally:
         stopped = flash("stop", **home)
     assert stopped.returncode == 0, stopped.stderr
+    until(lambda: not processes_of(home))
+
+
+def test_two_starts_at_once_start_one_daemon(home: dict[str, str]) -> None:
+    with ThreadPoolExecutor() as threads:
+        starts = [threads.submit(flash, "start", **home) for _ in range(3)]
+    try:
+        for start in starts:
+            assert start.result().returncode == 0 and "flashd is " in start.result().stderr, start.result().stderr
+        programs = list(processes_of(home).values())
+        assert sum("flashd-keeper" not in program and "flashd.daemon.main" in program for program in programs) == 1
+        assert len(gateways_of(home)) == 1 and "warning" not in "".join(start.result().stderr for start in starts)
+        assert "programs  http://127.0.0.1:" in re.sub(r"[\t ]+", "  ", flash("status", **home).stdout)
+    finally:
+        assert flash("stop", **home).returncode == 0
     until(lambda: not processes_of(home))
 
 

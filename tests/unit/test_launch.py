@@ -32,11 +32,14 @@ def test_stop_does_not_wait_for_a_keeper_that_was_killed(tmp_path: Path, monkeyp
     monkeypatch.setattr(launch, "_STOP_S", 0.1)
     runtime = default_paths(Scope.USER).runtime
     runtime.mkdir(parents=True)
-    left, alive = runtime / "keeper.0", runtime / "keeper.1"
+    label = launch._label("session")
+    left, alive, others = runtime / f"keeper.{label}.0", runtime / f"keeper.{label}.1", runtime / "keeper.another.0"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as killed:
         killed.bind(str(left))
-    launch.stop(cast(Client, _Ended()))
-    assert not left.exists()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as of_another_daemon:
+        of_another_daemon.bind(str(others))
+        launch.stop(cast(Client, _Ended()))
+    assert not left.exists() and others.exists()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
         listening.bind(str(alive))
         with pytest.raises(Unavailable, match="still running"):
