@@ -44,6 +44,7 @@ def stop(context: Context) -> None:
     """Stops the daemon, its engines and its gateway."""
     with connect(session(context).bus) as client:
         launch.stop(client)
+    output.say("flashd has stopped")
 
 
 def restart(context: Context) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import suppress
 from typing import Annotated
@@ -26,9 +27,9 @@ def top(
     context: Context,
     once: Annotated[bool, Option(help="Print the view once and exit.")] = False,
 ) -> None:
-    """Shows memory and engines live, until Ctrl-C."""
+    """Shows memory and engines live, until Ctrl-C; once if the output is not a terminal."""
     client = session(context).client
-    if once:
+    if once or not sys.stdout.isatty():
         console.console().print(_overview(client))
         return
     with suppress(KeyboardInterrupt), Live(_overview(client), console=console.console(), auto_refresh=False) as live:

@@ -226,9 +226,14 @@ def two_small_models(tour: Tour, home: Home, console: Console) -> None:
     tour.table([ada, bob])
 
 
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
+
+
 def one_real_model(tour: Tour, source: Path) -> None:
     if not source.is_dir():
         raise SystemExit(f"{source} is not a folder\ngive the folder that holds config.json and the weights")
+    if not any(path.suffix in WEIGHTS for path in source.iterdir()):
+        raise SystemExit(f"{source} holds no weights\ngive the folder that holds config.json and the weights")
     name = source.resolve().name
     model = tour.drop_and_wait(source, name)
     tour.swap(model, "cold swap")
@@ -239,14 +244,16 @@ def one_real_model(tour: Tour, source: Path) -> None:
 
 
 def main() -> None:
-    """Ends everything that was started on Ctrl-C or SIGTERM; later signals do not disturb that."""
+    """Ends everything that was started on Ctrl-C, SIGTERM or the end of the terminal; later signals do not disturb
+    that."""
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def ended(number: int, _frame: object) -> None:
-        for signal_ in (signal.SIGINT, signal.SIGTERM):
+        for signal_ in ends:
             signal.signal(signal_, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
-    for signal_ in (signal.SIGINT, signal.SIGTERM):
+    for signal_ in ends:
         signal.signal(signal_, ended)
     show()
 
