@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import http.client
 import importlib.util
 import json
 import os
@@ -135,6 +134,10 @@ def _gateway_socket() -> Path:
 
 def _running_gateway() -> _Gateway | None:
     """Asks the gateway of this user; None if there is none, or if it does not answer."""
+    if listener(_gateway_socket()) is None:
+        return None
+    import http.client  # here, because it would take a third of the time of flash status
+
     connection = http.client.HTTPConnection("localhost", timeout=_ASK_S)
     with socket.socket(socket.AF_UNIX) as connection.sock:
         try:
