@@ -66,6 +66,7 @@ async def serve(options: argparse.Namespace, sockets: list[socket.socket], token
         timeout_graceful_shutdown=_FINISH_S,
     )
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each malformed form
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that leave
     server = _Server(config)
     dispatcher.start()
     for number in (signal.SIGTERM, signal.SIGINT):
