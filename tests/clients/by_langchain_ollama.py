@@ -2,44 +2,15 @@
 """Asks the gateway with langchain-ollama, as its user would: by_langchain_ollama.py URL."""
 
 import sys
-from typing import Any
 
-import told
-from langchain_core.messages import HumanMessage, ToolMessage
+import langchain_asking
 from langchain_ollama import ChatOllama, OllamaEmbeddings
 
 URL = sys.argv[1]
-begun = told.Begun()
 
 
-def model(name: str, **more: Any) -> ChatOllama:
-    return ChatOllama(**{"model": name, "base_url": URL, "temperature": 0, "num_predict": 120, **more})
-
-
-def chat(name: str, question: str) -> Any:
-    answer = model(name).invoke(question)
-    return {"text": answer.text, "tokens": answer.usage_metadata["output_tokens"]}
-
-
-def stream(name: str, question: str) -> list[str]:
-    return [piece.text for piece in model(name).stream(question)]
-
-
-def begin(name: str, question: str) -> str:
-    return begun.begin(model(name, num_predict=told.ENDLESS).stream(question), lambda piece: piece.text)
-
-
-def tools(name: str, question: str) -> Any:
-    able = model(name).bind_tools([told.FUNCTION])
-    messages = [HumanMessage(question)]
-    messages.append(able.invoke(messages))
-    (call,) = messages[-1].tool_calls
-    messages.append(ToolMessage(told.weather(**call["args"]), tool_call_id=call["id"]))
-    whole = None
-    for piece in able.stream([HumanMessage(question)]):
-        whole = piece if whole is None else whole + piece
-    streamed = [(each["name"], each["args"]) for each in whole.tool_calls]
-    return {"called": [call["name"], call["args"]], "streamed": streamed, "text": able.invoke(messages).text}
+def model(name: str, max_tokens: int) -> ChatOllama:
+    return ChatOllama(model=name, base_url=URL, temperature=0, num_predict=max_tokens)
 
 
 def embed(name: str, text: str) -> list[float]:
@@ -47,4 +18,4 @@ def embed(name: str, text: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    told.obey({"chat": chat, "stream": stream, "begin": begin, "leave": begun.leave, "tools": tools, "embed": embed})
+    langchain_asking.obey(model, embed)
