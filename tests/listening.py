@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the network addresses at which a process and its children listen."""
+"""Finds the network addresses at which a process and its children listen, and ports at which nobody does."""
 
 from __future__ import annotations
 
@@ -51,3 +51,10 @@ def _ip(written: str) -> str:
     words = [raw[start : start + 4] for start in range(0, len(raw), 4)]
     packed = b"".join(word[::-1] if sys.byteorder == "little" else word for word in words)
     return str(ipaddress.ip_address(socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)))
+
+
+def free_port() -> int:
+    """A port of this machine at which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -7,11 +7,9 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import anthropic
 import httpx
 import ollama
 import openai
+from listening import free_port
 from running import Daemon
 from waiting import PATIENCE_S, eventually
 
@@ -56,12 +55,6 @@ def make_endless(sources: Path, folder: Path) -> None:
     for file, field in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
         told = json.loads((folder / file).read_text())
         (folder / file).write_text(json.dumps(told | {field: 40_000}))
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.asynccontextmanager

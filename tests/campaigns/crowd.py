@@ -19,7 +19,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ import httpx
 import tomli_w
 from campaign import ENOUGH, ROOT, Campaign, main
 from kept import folder as kept_folder
+from listening import free_port
 from made_models import recipe
 
 import flashd
@@ -120,9 +120,7 @@ class Home:
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self._folder = folder
-        with contextlib.closing(socket.socket()) as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         config = folder / ".config" / "flashd" / "flashd.toml"
         config.parent.mkdir(parents=True)
         engines: dict[str, Any] = {"default": options.engine, "warm_new": False, "torch": {"threads": 1}}
