@@ -351,7 +351,8 @@ class Catalog(Closing):
         for path in doomed:
             if not discard(path):
                 return TransferFailed(f"{path} cannot be removed", hint="flashd tries again later")
-        self._records.tidy()
+        with self._mutex:  # a record that another thread is writing is no leftover
+            self._records.tidy()
         return None
 
     def _confirm(self) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The images in the store: a cache of engines' images of checkpoints, which can be made again.
 
-    ROOT/KEY/            an image in the format of a checkpoint (flashd/checkpoint/files.py); immutable
-    ROOT/KEY.partial/    an image being written or deleted; removed at the next start
+    ROOT/KEY/                  an image in the format of a checkpoint (flashd/checkpoint/files.py); immutable
+    ROOT/KEY-RANDOM.partial/   an image being written or deleted; removed at the next start
 
 An image is known as soon as an engine has made it in memory. It is written in the background; until then it is lost
 with the last arena that holds it. The key is a digest over everything that its layout and bytes depend on, so that a
@@ -144,8 +144,7 @@ class Images:
 
         Raises StoreFull or TransferFailed.
         """
-        partial = self._root / f"{image.id}.partial"
-        discard(partial)
+        partial = self._root / f"{image.id}-{secrets.token_hex(4)}.partial"  # never the name of a leftover
         self._drafts.add(partial)
         try:
             with writing(partial):

@@ -24,11 +24,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sources import entry, forge
 
+from flashd import durable
 from flashd.checkpoint.convert import convert
 from flashd.checkpoint.files import WEIGHTS, verify
 from flashd.checkpoint.source.reader import SourceFiles
-from flashd.durable import read_bytes
+from flashd.durable import discard, read_bytes, write_new
 from flashd.errors import AlreadyExists, Busy, CorruptCheckpoint, InvalidArgument, NotFound, StoreFull, TransferFailed
+from flashd.store import catalog as catalog_module
 from flashd.store import names
 from flashd.store.catalog import Catalog, Model, Origin, versions_to_keep
 from flashd.units import MiB
@@ -97,6 +99,38 @@ def test_an_alias_can_mean_one_thing_only(store: Catalog, tmp_path: Path) -> Non
     with pytest.raises(AlreadyExists, match="'x' already means 'a'"):
         add(store, "new", source(tmp_path / "e", 5), aliases=("x",))
     assert store.get("new") is None, "refused before anything became visible"
+
+
+def test_a_collection_leaves_a_record_that_is_being_written(
+    store: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(store, "a", source(tmp_path / "a", 1))
+    (store.root / "partial" / "leftover").mkdir()
+    written, failures = threading.Event(), []
+
+    def slowly(path: Path, content: bytes) -> None:
+        write_new(path, content)
+        written.set()
+        time.sleep(0.2)  # the collection waits for the rename
+
+    def change() -> None:
+        try:
+            store.set_aliases("a", ["x"])
+        except TransferFailed as error:
+            failures.append(error)
+
+    def remove(path: Path) -> bool:
+        changing.start()
+        assert written.wait(10)
+        return discard(path)
+
+    changing = threading.Thread(target=change)
+    monkeypatch.setattr(durable, "write_new", slowly)
+    monkeypatch.setattr(catalog_module, "discard", remove)
+    store.collect(())
+    changing.join()
+    assert not failures
+    assert store.resolve("x").name == "a"
 
 
 def test_the_same_bytes_are_stored_once(store: Catalog, tmp_path: Path) -> None:
