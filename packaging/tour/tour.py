@@ -6,7 +6,6 @@ Runs the real daemon on a private bus with a temporary home. Exits 0 only if eve
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import shutil
@@ -21,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import arguments
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
@@ -226,14 +226,7 @@ def two_small_models(tour: Tour, home: Home, console: Console) -> None:
     tour.table([ada, bob])
 
 
-WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
-
-
 def one_real_model(tour: Tour, source: Path) -> None:
-    if not source.is_dir():
-        raise SystemExit(f"{source} is not a folder\ngive the folder that holds config.json and the weights")
-    if not any(path.suffix in WEIGHTS for path in source.iterdir()):
-        raise SystemExit(f"{source} holds no weights\ngive the folder that holds config.json and the weights")
     name = source.resolve().name
     model = tour.drop_and_wait(source, name)
     tour.swap(model, "cold swap")
@@ -259,10 +252,7 @@ def main() -> None:
 
 
 def show() -> None:
-    parser = argparse.ArgumentParser(prog="packaging/quickstart", description=__doc__)
-    parser.add_argument("source", nargs="?", type=Path, help="a model folder of your own, in place of two small ones")
-    parser.add_argument("--keep", action="store_true", help="leave the daemon running, to go on with")
-    options = parser.parse_args()
+    options = arguments.parse()
     console = Console()
     with temporary_home(keep=options.keep) as home:
         command = [
@@ -281,23 +271,34 @@ def show() -> None:
                 console.print(f"[red]{error}[/]\n\nThe daemon's last words:", highlight=False)
                 console.print("\n".join(home.log.read_text().splitlines()[-20:]), highlight=False, markup=False)
                 raise SystemExit(1) from None
-        console.print(how_to_go_on(home) if options.keep else AND_NOW, highlight=False, soft_wrap=True)
+        go_on = how_to_go_on(home, options.source) if options.keep else what_next(options.source)
+        console.print(go_on, markup=False, highlight=False, soft_wrap=True)
 
 
-AND_NOW = """
-Every answer was right. To go on:
-  packaging/quickstart --keep                    the same, and leave the daemon running to play with
-  packaging/quickstart ~/Downloads/Qwen3-0.6B    the same with a model of your own
+def what_next(source: Path | None) -> str:
+    """Says what is gone, and how to keep a model."""
+    activate = CHECKOUT / ".venv/bin/activate"
+    place = shlex.quote(str(source.resolve())) if source else "~/Downloads/Qwen3-0.6B"
+    name = shlex.quote(source.resolve().name) if source else "Qwen3-0.6B"
+    removed = f"; {source} is unchanged" if source else ""
+    return f"""
+Every answer was right. This daemon and its models were temporary, and are removed{removed}.
+To keep a model of your own, start your own daemon, and drop the model into ~/models:
+  . {shlex.quote(str(activate))}
+  flash start
+  cp -r {place} ~/models/
+  flash run {name} "{QUESTION}"
 """
 
 
-def how_to_go_on(home: Home) -> str:
+def how_to_go_on(home: Home, source: Path | None) -> str:
+    name = shlex.quote(source.resolve().name) if source else "ada"
     flash = shlex.join([str(CHECKOUT / ".venv/bin/flash"), "--bus", home.address])
     return f"""
-The daemon is running, apart from any other flashd. To go on:
+The daemon is running, apart from any other flashd. It and its models are temporary: the last line removes them.
   alias tour={shlex.quote(flash)}
   tour list
-  tour run ada "Who are you?"
+  tour run {name} "{QUESTION}"
   cp -r MODEL_FOLDER {shlex.quote(str(home.models))}/
   tour stop && rm -r {shlex.quote(str(home.root))}
 """

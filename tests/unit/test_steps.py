@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import os
+import pty
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +55,39 @@ def test_what_fails_shows_the_end_of_its_log(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[1:] == ["reason", "flashd: it failed", "        the whole log is in log"]
 
 
+def test_a_long_step_shows_what_it_is_at(tmp_path: Path) -> None:
+    """The command waits until its progress has been shown, which is what `told` says."""
+    text = (
+        "steps 1\nlog=log\nstep one\n"
+        "quietly sh -c 'echo; echo \"  Downloading torch (190 MB)\"; until [ -e told ]; do sleep 0.02; done'\n"
+    )
+    command = script(tmp_path, text)
+    environment = {**os.environ, "FLASHD_PROGRESS_S": "0.1"}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "setup: 1/1 one\n"
+        while "Downloading" not in (line := process.stderr.readline()):
+            assert line
+        (tmp_path / "told").touch()
+    assert re.fullmatch(r"setup: 1/1 \d+ s: Downloading torch \(190 MB\)\n", line)
+    assert process.returncode == 0
+
+
+def test_progress_is_one_changing_line_on_a_terminal(tmp_path: Path) -> None:
+    text = "steps 1\nlog=log\nstep one\nquietly sh -c 'echo noise; until [ -e told ]; do sleep 0.02; done'\n"
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(script(tmp_path, text), cwd=tmp_path, stderr=theirs) as process:
+        os.close(theirs)
+        written = b""
+        while b"noise" not in written:
+            written += os.read(ours, 4096)
+        (tmp_path / "told").touch()
+    os.close(ours)
+    assert process.returncode == 0
+    assert written.startswith(b"setup: 1/1 one\r\n\r\x1b[K")
+    assert b"\n" not in written.partition(b"\x1b[K")[2]
+
+
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_one_that_is_ended_undoes_what_is_half_made(tmp_path: Path, end: signal.Signals) -> None:
     text = (
@@ -86,7 +122,7 @@ def test_uv_installs_where_pip_was_told_nothing(tmp_path: Path, is_told: bool) -
     done = run(tmp_path, "cd work\nsteps 1\nlog=log\nstep one\ninstall_into python --editable .\n", PATH=path)
     assert done.returncode == 0, done.stderr
     (called,) = (tmp_path / "work" / "calls").read_text().splitlines()
-    by_pip = "python -m pip install --quiet --disable-pip-version-check --editable ."
+    by_pip = "python -m pip install --progress-bar off --disable-pip-version-check --editable ."
     assert called == (by_pip if is_told else "uv pip install --python python --editable .")
 
 
@@ -98,3 +134,28 @@ def test_the_interpreter_of_the_tests_finds_its_environment_made() -> None:
         pytest.skip(".venv was not made by packaging/environment")
     done = subprocess.run([PACKAGING / "environment", "test"], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "" and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--kep"], 2, "unrecognized arguments: --kep"),
+        (["nowhere"], 2, "nowhere is no model folder: No such file or directory"),
+        (["empty"], 2, "empty holds no weights"),
+        (["--help"], 0, "MODEL_FOLDER"),
+    ],
+)
+def test_the_quick_start_checks_its_arguments_before_it_sets_anything_up(
+    tmp_path: Path, arguments: list[str], status: int, said: str
+) -> None:
+    (tmp_path / "tour").mkdir()
+    (tmp_path / "empty").mkdir()
+    for name in ("quickstart", "steps.sh", "tour/arguments.py"):
+        shutil.copy2(PACKAGING / name, tmp_path / name)
+    (tmp_path / "environment").write_text("#!/bin/sh\necho sets up >&2; exit 7\n")
+    (tmp_path / "environment").chmod(0o755)
+    done = subprocess.run(
+        [tmp_path / "quickstart", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status
+    assert said in done.stdout + done.stderr and "sets up" not in done.stderr
