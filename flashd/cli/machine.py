@@ -198,4 +198,5 @@ def _line(event: Event) -> str:
 
 def _memory_of(engine: Engine) -> str:
     of_gpus = f", {format_bytes(engine.device_bytes)} on GPUs" if engine.device_bytes else ""
-    return f"own memory {format_bytes(engine.memory_bytes)}{of_gpus}"
+    cache = f", KV cache {format_bytes(engine.kv_cache_bytes)}" if engine.kv_cache_bytes else ""
+    return f"own memory {format_bytes(engine.memory_bytes)}{of_gpus}{cache}"

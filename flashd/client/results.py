@@ -56,6 +56,7 @@ class Engine:
     weights: str
     started_at: int
     path: str
+    kv_cache_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +185,7 @@ def model_from(path: str, found: Properties) -> Model:
 
 
 def engine_from(path: str, found: Properties) -> Engine:
-    defaults = {"DeviceBytes": 0, "Weights": ""}  # an older daemon has neither
+    defaults = {"DeviceBytes": 0, "Weights": "", "KvCacheBytes": 0}  # an older daemon has none of them
     return _made(Engine, {**defaults, **found, "Model": name_of(found["Model"])}, path=path)
 
 

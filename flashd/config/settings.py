@@ -118,8 +118,10 @@ class VllmConfig:
     adapters: tuple[str, ...] = _setting(
         (), "LoRA adapters to apply to the requests that name them: NAME=FOLDER, or FOLDER."
     )
-    kv_cache_bytes: int = _setting(
-        2 * GiB, "KV cache of each engine; 0 lets vLLM choose, which takes most of the memory."
+    kv_cache_bytes: int | Literal["auto"] = _setting(
+        2 * GiB,
+        "KV cache of each engine. auto: what the model's context needs, and GPU memory that is free when the engine "
+        "starts, except for one more such model. 0 lets vLLM choose, which takes most of the memory.",
     )
 
 
@@ -175,7 +177,7 @@ class ModelConfig:
     arguments: tuple[str, ...] = _setting(
         (), "Arguments for a vLLM engine started for this model, after engines.vllm.arguments.", live=True
     )
-    kv_cache_bytes: int | Literal["default"] = _setting(
+    kv_cache_bytes: int | Literal["default", "auto"] = _setting(
         "default", "KV cache of its vLLM engine, as engines.vllm.kv_cache.", live=True
     )
 

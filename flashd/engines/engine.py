@@ -45,7 +45,9 @@ TRANSITIONS: Mapping[EngineState, frozenset[EngineState]] = {
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Options of an engine for one model, in addition to those of its factory. None stands for the factory's value."""
+    """Options of an engine for one model, in addition to those of its factory. None stands for the factory's value, and
+    `kv_cache.AUTO` for as much as is free.
+    """
 
     arguments: tuple[str, ...] = ()
     kv_cache_bytes: int | None = None
@@ -144,15 +146,29 @@ class RankPlan:
     """The memory that one rank of an engine needs on its GPU for a checkpoint.
 
     `key` addresses the image that this build of the engine makes of the checkpoint; empty if it makes none.
-    `weights_bytes` is an estimate of the most that the weights may take, `working_bytes` is the need besides weights
-    while serving, and `starting_bytes` the need in addition to both until the engine serves.
+    `weights_bytes` is an estimate of the most that the weights may take, `cache_bytes` is the KV cache, and
+    `besides_bytes` the need besides both while serving. `building_bytes` is needed until the engine serves, in addition
+    to all but the KV cache, which does not exist before. With `most_cache_bytes`, the KV cache takes free memory up to
+    that when the engine starts.
     """
 
     device: str
     key: str
     weights_bytes: int
-    working_bytes: int
-    starting_bytes: int = 0
+    besides_bytes: int
+    cache_bytes: int = 0
+    building_bytes: int = 0
+    most_cache_bytes: int = 0
+
+    @property
+    def working_bytes(self) -> int:
+        """The need besides weights while serving."""
+        return self.besides_bytes + self.cache_bytes
+
+    @property
+    def starting_bytes(self) -> int:
+        """The need in addition to weights and `working_bytes` until the engine serves."""
+        return max(0, self.building_bytes - self.cache_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +180,11 @@ class GpuPlan:
     @property
     def makes_image(self) -> bool:
         return all(rank.key for rank in self.ranks)
+
+    @property
+    def cache_grows(self) -> bool:
+        """Tells whether the KV cache takes free memory when the engine starts."""
+        return all(rank.most_cache_bytes for rank in self.ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +218,7 @@ class Engine(Protocol):
     socket_path: Path
     pid: int
     started_at: float
+    cache_bytes: int  # KV cache of each rank since its start; 0 if it has none, or chooses the size itself
     on_exit: Callable[[str], None]  # called once, with the end of its log, if the process ends by itself
 
     @property
@@ -264,7 +286,10 @@ class EngineFactory(Protocol):
     async def gpu_plan(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> GpuPlan | None:
         """Returns the needs on GPUs; None if its engines work in host memory. May wait for `begin`'s preparations."""
 
-    def create(self, options: EngineOptions = NO_OPTIONS) -> Engine: ...
+    def create(self, options: EngineOptions = NO_OPTIONS, *, cache_bytes: int = 0) -> Engine:
+        """Makes an engine to start. `cache_bytes` is the KV cache of each rank if the options leave it open; 0 if that
+        is unknown.
+        """
 
     def rejoin(self, kept: Sequence[InheritedProcess]) -> Sequence[Engine]:
         """Returns the engines of this kind that an earlier daemon left; each still has to rejoin.

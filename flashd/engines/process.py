@@ -35,15 +35,18 @@ from flashd.engines.engine import (
     Rejoined,
 )
 from flashd.engines.inherited import PREFIX, ZYGOTE_PREFIX, InheritedProcess, Keeper, NoKeeper, Record
+from flashd.engines.kv_cache import AUTO
 from flashd.engines.messages import ArenaLayout, GateState, GivenWeights, Message, Order, PassedOn, Taken, Tuning
 from flashd.engines.process_info import listen
 from flashd.engines.zygote_client import Program, Zygote, last_words
 from flashd.errors import EngineFailed, InvalidArgument
 from flashd.tasks import close_all
+from flashd.units import GiB
 
 log = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 1.0
+_CACHE_BYTES = 2 * GiB  # of an "auto" KV cache without a GPU, whose memory we would know
 
 A = TypeVar("A", bound=Message)
 
@@ -107,6 +110,7 @@ class EngineProcess:
         self.socket_path = settings.runtime / "engines" / f"{number}.sock"
         self.pid = 0
         self.started_at = 0.0
+        self.cache_bytes = tuning.kv_cache_bytes
         self.on_exit: Callable[[str], None] = lambda last_words: None
         self._zygote = zygote
         self._settings = settings
@@ -191,7 +195,10 @@ class EngineProcess:
         if not record.bindings:
             raise InvalidArgument("its record lacks its binding")
         (options, *_) = {binding.model.options for binding in record.bindings.values()}
-        engine = cls(record.number, record.kind, zygote, settings, tuning(options))
+        today = tuning(options)
+        if today.kv_cache_bytes == AUTO and record.tuning.kv_cache_bytes > 0:
+            today = replace(today, kv_cache_bytes=record.tuning.kv_cache_bytes)  # what was free then
+        engine = cls(record.number, record.kind, zygote, settings, today)
         engine.pid, engine.started_at = record.pid, record.started_at
         engine._records = dict(record.bindings)
         if (engine._tuning, dict(settings.environment)) != (record.tuning, record.environment):
@@ -441,11 +448,13 @@ class ZygoteFactory:
     ) -> GpuPlan | None:
         return None
 
-    def create(self, options: EngineOptions = NO_OPTIONS) -> EngineProcess:
+    def create(self, options: EngineOptions = NO_OPTIONS, *, cache_bytes: int = 0) -> EngineProcess:
         if self._former:
             self._retiring = asyncio.ensure_future(self._retire())
-        settings = self._settings
-        return EngineProcess(next(settings.numbers), self.kind, self._zygote, settings, self._tuning(options))
+        settings, tuning = self._settings, self._tuning(options)
+        if tuning.kv_cache_bytes == AUTO:
+            tuning = replace(tuning, kv_cache_bytes=cache_bytes or _CACHE_BYTES)
+        return EngineProcess(next(settings.numbers), self.kind, self._zygote, settings, tuning)
 
     def _tuning(self, options: EngineOptions) -> Tuning:  # noqa: ARG002 -- for vLLM
         """Returns the options of an engine for a model with these options."""

@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flashd.checkpoint.files import Checkpoint
-from flashd.checkpoint.manifest import VOLATILE
+from flashd.checkpoint.manifest import VOLATILE, context_length_of, read_config
 from flashd.engines import codec
 from flashd.engines.control import VLLM_IMAGE_FORMAT
 from flashd.engines.engine import NO_OPTIONS, EngineOptions, GpuPlan, RankPlan
+from flashd.engines.kv_cache import AUTO, LEAST_BYTES, MOST_SEQUENCES, bytes_for_context
 from flashd.engines.messages import Tuning
 from flashd.engines.process import Settings, ZygoteFactory
 from flashd.errors import Unsupported
@@ -27,6 +28,8 @@ from flashd.io.streamer import blake3
 from flashd.units import GiB, MiB
 
 _ACTIVATION_BYTES = 1 * GiB
+_USUAL_CACHE_BYTES = 2 * GiB  # of one for a model whose need is unknown
+_FACTORS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 _COMMUNICATION_BYTES = 1 * GiB  # memory of NCCL and of vLLM's own all-reduce on each of several GPUs
 # Quantisation methods with which images may be possible; the engine decides (workers/vllm/quantised.py).
 _TAKEN_IN_PLACE = {"fp8"}
@@ -127,20 +130,58 @@ class VllmFactory(ZygoteFactory):
         # Vocabularies are padded for the kernels, and small layers are on every rank.
         weights_bytes = part_bytes + part_bytes // (64 if ranks.count == 1 else 8) + 64 * MiB
         besides_bytes = _ACTIVATION_BYTES + (_COMMUNICATION_BYTES if ranks.count > 1 else 0)
+        cache_bytes, most_cache_bytes = tuning.kv_cache_bytes, 0
+        if cache_bytes == AUTO:
+            cache_bytes = await asyncio.to_thread(_context_bytes, checkpoint, tuning.arguments, ranks.tensor)
+            cache_bytes = max(LEAST_BYTES, cache_bytes)
+            most_cache_bytes = MOST_SEQUENCES * cache_bytes
         return GpuPlan(
             tuple(
                 RankPlan(
                     device=gpu.name,
                     key=_digest({**parts, "gpu": gpu.model, "rank": rank}) if makes_image else "",
                     weights_bytes=weights_bytes,
-                    working_bytes=tuning.kv_cache_bytes + besides_bytes,
+                    besides_bytes=besides_bytes,
+                    cache_bytes=cache_bytes,
                     # Before its weights are moved into an image, or replaced by views of one, vLLM creates the model
-                    # in its own memory. There is no KV cache yet.
-                    starting_bytes=max(0, weights_bytes - tuning.kv_cache_bytes) if makes_image else 0,
+                    # in its own memory.
+                    building_bytes=weights_bytes if makes_image else 0,
+                    most_cache_bytes=most_cache_bytes,
                 )
                 for rank, gpu in enumerate(self._gpus[: ranks.count])
             )
         )
+
+
+def _context_bytes(checkpoint: Checkpoint, arguments: Sequence[str], ranks: int) -> int:
+    """Returns the KV cache that each rank needs for the model's whole context, or what the arguments allow of it.
+
+    If its configuration does not say, that is as much as engines have by default.
+    """
+    config = read_config(checkpoint.side_files()["config.json"].read_bytes())
+    context, cache_dtype = _last(arguments, "--max-model-len"), _last(arguments, "--kv-cache-dtype")
+    tokens = _as_tokens(context) or context_length_of(config)
+    item_bytes = 1 if cache_dtype.startswith("fp8") else 2
+    return bytes_for_context(config, tokens, ranks=ranks, item_bytes=item_bytes) or _USUAL_CACHE_BYTES
+
+
+def _last(arguments: Sequence[str], name: str) -> str:
+    """Returns the last value given to an argument; empty if there is none."""
+    found = ""
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        said, _, value = argument.partition("=")
+        if said.replace("_", "-") == name:
+            found = value or following
+    return found
+
+
+def _as_tokens(text: str) -> int:
+    """Parses `--max-model-len`, such as 8192, 8k (8,000) or 8K (8,192), as vLLM does; 0 for "auto" and other words."""
+    number, factor = (text[:-1], _FACTORS[text[-1]]) if text[-1:] in _FACTORS else (text, 1)
+    try:
+        return max(0, int(float(number) * factor))
+    except (ValueError, OverflowError):
+        return 0
 
 
 def _keeps_what_it_read(arguments: Sequence[str]) -> bool:

@@ -35,7 +35,7 @@ from flashd.engines.engine import Binding, BindingRecord, Engine, EngineFactory,
 from flashd.errors import Busy, EngineFailed, EngineOutOfMemory, FlashdError, NotFound, OutOfMemory, Unsupported
 from flashd.memory.device import Tier
 from flashd.memory.transfers import Progress
-from flashd.swap.weights import Supplier, Supply, Target
+from flashd.swap.weights import Recipient, Supplier, Supply, Target
 from flashd.tasks import run_to_end
 
 log = logging.getLogger(__name__)
@@ -263,7 +263,7 @@ class Swapper:
         takers = await self._takers(target, is_active=False)
         if takers and takers[0].engine.state is EngineState.SERVING:
             makes_way.append(takers[0])
-        if not await self._supplier.fits_without(target, [], starts=self._starts(target)):
+        if not await self._supplier.fits_without(target, [], to=self._recipient(target, is_active=False)):
             makes_way += [slot for slot in await self._way_for(target, is_active=False) if slot not in makes_way]
         return [slot.target for slot in makes_way]
 
@@ -304,9 +304,13 @@ class Swapper:
             target = await renew(target)
             await self._read_key(target)
             sleeping = [slot for slot in self._sharing(target) if slot.engine.state is EngineState.PARKED]
-            if self._closed or not sleeping or not await self._supplier.fits_beside(target):
+            if self._closed or not sleeping:
                 return False
-            slot, supply = sleeping[0], await self._supplier.provide(target)
+            slot = sleeping[0]
+            engine = Recipient(cache_bytes=slot.engine.cache_bytes)
+            if not await self._supplier.fits_beside(target, to=engine):
+                return False
+            supply = await self._supplier.provide(target, to=engine)
             try:
                 binding = await self._supplier.binding(target, supply)
                 if not binding.weights.wants_image:
@@ -464,9 +468,10 @@ class Swapper:
     async def _provide(self, target: Target, on_progress: Progress, *, is_active: bool) -> Supply:
         """The new weights, beside all others if they fit, else in place of some."""
         await self._read_key(target)
-        starts = self._starts(target)
+        await self._end_too_large(target, is_active=is_active)
         try:
-            return await self._supplier.provide(target, on_progress, starts=starts)
+            recipient = self._recipient(target, is_active=is_active)
+            return await self._supplier.provide(target, on_progress, to=recipient)
         except OutOfMemory:
             if not (making_way := await self._way_for(target, is_active=is_active)):
                 raise
@@ -480,15 +485,32 @@ class Swapper:
                     self._displace_active()
                 await self._put_away(slot)
             self._enter(SwapState.LOADING)
-            starts = self._starts(target)
-            return await self._supplier.provide(target, on_progress, starts=starts)
+            recipient = self._recipient(target, is_active=is_active)
+            return await self._supplier.provide(target, on_progress, to=recipient)
+
+    async def _end_too_large(self, target: Target, *, is_active: bool) -> None:
+        """Ends a parked engine that would take the model, if its KV cache has no room now unless others make way.
+
+        It took what was free at its start. A new engine takes less.
+        """
+        replaced = [self._active.supply] if is_active and self._active and self._active.supply else []
+        while (slot := self._sleeper(target, is_active=is_active)) is not None:
+            engine = Recipient(cache_bytes=slot.engine.cache_bytes)
+            if not await self._supplier.is_grown(target, engine) or await self._supplier.fits_without(
+                target, replaced, to=engine
+            ):
+                return
+            log.info(
+                "engine %d is ended: its KV cache of %d bytes has no room now", slot.engine.number, engine.cache_bytes
+            )
+            await run_to_end(self._discard(slot))
 
     async def _way_for(self, target: Target, *, is_active: bool) -> list[EngineSlot]:
         """The engines that have to be put away to make room for a model: as few as will do; none if nothing will.
 
         One that is replaced anyway, or whose engine the model takes, comes first.
         """
-        starts, sharing = self._starts(target), self._sharing(target)
+        recipient, sharing = self._recipient(target, is_active=is_active), self._sharing(target)
         candidates = [slot for slot in await self._in_order(self.serving) if slot.supply is not None]
         if is_active:
             first = self._active
@@ -500,7 +522,7 @@ class Swapper:
 
         async def suffices(chosen: Sequence[EngineSlot]) -> bool:
             supplies = [slot.supply for slot in chosen if slot.supply is not None]
-            return await self._supplier.fits_without(target, supplies, starts=starts)
+            return await self._supplier.fits_without(target, supplies, to=recipient)
 
         chosen: list[EngineSlot] = []
         for slot in candidates:
@@ -564,7 +586,8 @@ class Swapper:
         if binding.weights.is_image:
             layout = await asyncio.to_thread(target.checkpoint.layout_json)
             binding = replace(binding, weights=replace(binding.weights, checkpoint_layout=layout))
-        engine = self._factories[target.engine_kind].create(target.options)
+        supply.let_cache_grow()
+        engine = self._factories[target.engine_kind].create(target.options, cache_bytes=supply.cache_bytes)
         engine.on_exit = lambda last_words: self._report_exit(engine, last_words)
         try:
             await self._given(engine, target, supply, engine.start(binding))
@@ -575,10 +598,18 @@ class Swapper:
             raise
         return engine
 
-    def _starts(self, target: Target) -> bool:
-        """Tells whether an engine would be started now for a model whose key was read."""
-        ready = {EngineState.SERVING, EngineState.PARKED}
-        return not any(slot.engine.state in ready for slot in self._sharing(target))
+    def _recipient(self, target: Target, *, is_active: bool) -> Recipient:
+        """The engine that would take a model now, whose key was read."""
+        if (sleeper := self._sleeper(target, is_active=is_active)) is not None:
+            return Recipient(cache_bytes=sleeper.engine.cache_bytes)
+        return Recipient(starts=all(slot.engine.state is not EngineState.SERVING for slot in self._sharing(target)))
+
+    def _sleeper(self, target: Target, *, is_active: bool) -> EngineSlot | None:
+        """The parked engine that would take a model now, whose key was read."""
+        sharing = self._sharing(target)
+        if is_active and self._active in sharing:
+            return None  # it gives up its engine
+        return next((slot for slot in sharing if slot.engine.state is EngineState.PARKED), None)
 
     async def _read_key(self, target: Target) -> None:
         """Computes the key in a thread, because the first time it reads files, whose contents factories cache."""
@@ -611,6 +642,7 @@ class Swapper:
         old = slot.supply
         slot.takes(target, supply)
         if old is not None:
+            supply.keeps_cache_of(old)
             old.release()
         self._place(slot, is_active=is_active)
 
@@ -659,9 +691,10 @@ class Swapper:
                     if one.slot not in self.serving:
                         self._place(one.slot, is_active=one.is_active)
                     continue
-                starts = self._starts(one.target)
+                await self._end_too_large(one.target, is_active=one.is_active)
+                recipient = self._recipient(one.target, is_active=one.is_active)
                 with contextlib.ExitStack() as on_error:
-                    again = await self._supplier.provide(one.target, starts=starts)
+                    again = await self._supplier.provide(one.target, to=recipient)
                     on_error.callback(again.release)
                     await self._switch(one.target, again, is_active=one.is_active)
                     on_error.pop_all()

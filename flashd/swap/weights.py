@@ -14,7 +14,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -32,6 +32,7 @@ from flashd.engines.engine import (
     RankPlan,
     StoredFile,
 )
+from flashd.engines.kv_cache import LEAST_BYTES
 from flashd.errors import Busy, CorruptCheckpoint, FlashdError, NotFound
 from flashd.memory.arena import Arena
 from flashd.memory.device import HOST, Tier
@@ -65,6 +66,19 @@ class Target:
         return (self.model_name, self.names, self.checkpoint.id, self.engine_kind, self.private_to, self.options)
 
 
+@dataclass(frozen=True, slots=True)
+class Recipient:
+    """The engine that weights are for: whether it `starts`, and the KV cache of each rank that it has had since its
+    start, if it claims that anew; 0 otherwise.
+    """
+
+    starts: bool = False
+    cache_bytes: int = 0
+
+
+_AN_ENGINE = Recipient()  # one that serves
+
+
 class Images(Protocol):
     """The existing images (flashd/store/images.py)."""
 
@@ -95,13 +109,15 @@ class Supply:
         claims: Sequence[Reservation] = (),
         rooms: Sequence[Reservation] = (),
         starts: Sequence[Reservation] = (),
+        cache_bytes: int = 0,
     ) -> None:
-        """`layouts` are those of the image; empty for a checkpoint."""
+        """`layouts` are those of the image; empty for a checkpoint. `cache_bytes` of each claim are for a KV cache."""
         self.plan = plan
         self.holds = list(holds)
         self.layouts = list(layouts)
         self.from_tier = min((hold.from_tier for hold in holds), key=list(Tier).index)
         self.rooms = list(rooms)
+        self.cache_bytes = cache_bytes
         self._claims = list(claims)
         self._starts = list(starts)
 
@@ -120,6 +136,32 @@ class Supply:
         for hold in self.holds:
             hold.release()
         self.holds, self.layouts = list(holds), list(layouts)
+
+    def let_cache_grow(self) -> None:
+        """Adds the memory that is free to the KV cache of an engine that is about to start, except room for one more
+        such model. All ranks get the same.
+        """
+        if self.plan is None or not self.plan.cache_grows:
+            return
+        spare_bytes = min(
+            claim.pool.free_bytes - rank.weights_bytes - rank.working_bytes - rank.starting_bytes
+            for rank, claim in zip(self.plan.ranks, self._claims, strict=True)
+        )
+        # There is no KV cache yet while memory is needed for the start.
+        spare_bytes += min((start.size_bytes for start in self._starts), default=0)
+        most_bytes = min(rank.most_cache_bytes for rank in self.plan.ranks) - self.cache_bytes
+        if (added_bytes := min(spare_bytes, most_bytes)) > 0:
+            self.cache_bytes += added_bytes
+            for start in self._starts:
+                start.resize(max(0, start.size_bytes - added_bytes))
+            for claim in self._claims:
+                claim.resize(claim.size_bytes + added_bytes)
+
+    def keeps_cache_of(self, former: Supply) -> None:
+        """Notes that the engine keeps the KV cache that it has had for other weights, and so exchanges the claims."""
+        if self.plan is not None and self.plan.cache_grows:
+            self._claims, former._claims = former._claims, self._claims
+            self.cache_bytes, former.cache_bytes = former.cache_bytes, self.cache_bytes
 
     def has_started(self) -> None:
         """Releases the reservations for the start, because the engine serves now."""
@@ -161,15 +203,16 @@ class Supplier:
         self._on_made = on_made
 
     async def provide(
-        self, target: Target, on_progress: Progress = lambda done, total: None, *, starts: bool = False
+        self, target: Target, on_progress: Progress = lambda done, total: None, *, to: Recipient = _AN_ENGINE
     ) -> Supply:
-        """Provides the memory for a target. With `starts`, that includes the additional needs of an engine's start.
+        """Provides the memory for a target, with all that the recipient needs, such as for its start.
 
         Raises OutOfMemory and the errors of a load, without holding anything. The call may be cancelled.
         """
-        plan = await self._plan(target)
+        plan = await self._plan(target, to)
         if plan is None:
             return Supply(None, [await self._residency.acquire(target.checkpoint, on_progress)])
+        cache_bytes = plan.ranks[0].cache_bytes
         caches = [self._residency.cache(rank.device) for rank in plan.ranks]
         ranks = list(zip(caches, plan.ranks, strict=True))
         images = await self._image(plan)
@@ -183,9 +226,9 @@ class Supplier:
             if not images:
                 claims = [await claim(cache, rank.working_bytes) for cache, rank in ranks]
                 rooms = [await claim(cache, rank.weights_bytes) for cache, rank in ranks]
-                besides = [await claim(cache, rank.starting_bytes) for cache, rank in ranks] if starts else []
+                besides = [await claim(cache, rank.starting_bytes) for cache, rank in ranks] if to.starts else []
                 hold = await self._residency.acquire(target.checkpoint, on_progress)
-                supply = Supply(plan, [hold], claims=claims, rooms=rooms, starts=besides)
+                supply = Supply(plan, [hold], (), claims, rooms, besides, cache_bytes)
             else:
                 layouts = [await asyncio.to_thread(self._images.layout_json, image) for image in images]
                 with ExitStack() as meanwhile:
@@ -197,27 +240,29 @@ class Supplier:
                         await claim(cache, rank.working_bytes + cache.missing_bytes(image))
                         for (cache, rank), image in zip(ranks, images, strict=True)
                     ]
-                    besides = [await claim(cache, rank.starting_bytes) for cache, rank in ranks] if starts else []
+                    besides = [await claim(cache, rank.starting_bytes) for cache, rank in ranks] if to.starts else []
                     for reservation, rank in zip(claims, plan.ranks, strict=True):
                         reservation.resize(rank.working_bytes)  # the loads that begin now reserve the rest
                     holds = await self._all(images, caches, on_progress)
-                    supply = Supply(plan, holds, layouts, claims, starts=besides)
+                    supply = Supply(plan, holds, layouts, claims, (), besides, cache_bytes)
             on_error.pop_all()
             return supply
 
-    async def resume(self, target: Target, arena_ids: Sequence[str]) -> Supply:
-        """Holds the memory again that an earlier daemon gave to an engine: the checkpoint, or the parts of an image.
+    async def resume(self, target: Target, arena_ids: Sequence[str], cache_bytes: int = 0) -> Supply:
+        """Holds the memory again that an earlier daemon gave to an engine: the checkpoint or the parts of an image, and
+        `cache_bytes` of each rank.
 
         Raises NotFound if a part is no longer in memory, or OutOfMemory if budgets have become too small.
         """
-        plan = await self._plan(target)
+        engine = Recipient(cache_bytes=cache_bytes)
+        plan = await self._plan(target, engine)
         is_image = plan is not None and list(arena_ids) != [target.checkpoint.id]
         devices = [rank.device for rank in plan.ranks] if plan is not None and is_image else [HOST]
         if len(devices) != len(arena_ids) or any(
             arena_id not in self._residency.cache(device) for arena_id, device in zip(arena_ids, devices, strict=True)
         ):
             raise NotFound(f"its weights of {target.model_name} are no longer in memory")
-        supply = await self.provide(target)
+        supply = await self.provide(target, to=engine)
         if supply.arena_ids != tuple(arena_ids):
             supply.release()
             raise NotFound(f"its weights of {target.model_name} are not those that it would be given now")
@@ -237,21 +282,26 @@ class Supplier:
                 return [(image, rank.device) for image, rank in zip(images, plan.ranks, strict=True)]
         return [(target.checkpoint, device)]
 
-    async def fits_without(self, target: Target, given_up: Sequence[Supply], *, starts: bool = False) -> bool:
+    async def fits_without(self, target: Target, given_up: Sequence[Supply], *, to: Recipient = _AN_ENGINE) -> bool:
         """Tells whether there would be room for a model if other engines gave up what they were given."""
         return all(
             size_bytes
             <= cache.pool.budget_bytes - cache.fixed_bytes() + sum(each.given_up_bytes(cache) for each in given_up)
-            for cache, size_bytes in (await self._needed_bytes(target, starts=starts)).items()
+            for cache, size_bytes in (await self._needed_bytes(target, to)).items()
         )
 
-    async def fits_beside(self, target: Target) -> bool:
+    async def is_grown(self, target: Target, engine: Recipient) -> bool:
+        """Tells whether a new engine would do with a smaller KV cache than this one, which took what was free."""
+        least = await self._plan(target)
+        return least is not None and least.cache_grows and engine.cache_bytes > least.ranks[0].cache_bytes
+
+    async def fits_beside(self, target: Target, *, to: Recipient = _AN_ENGINE) -> bool:
         """Tells whether a model fits into memory without evicting anything."""
-        needed_bytes = await self._needed_bytes(target)
+        needed_bytes = await self._needed_bytes(target, to)
         return all(size_bytes <= cache.pool.free_bytes for cache, size_bytes in needed_bytes.items())
 
-    async def _needed_bytes(self, target: Target, *, starts: bool = False) -> dict[DeviceCache, int]:
-        plan = await self._plan(target)
+    async def _needed_bytes(self, target: Target, to: Recipient) -> dict[DeviceCache, int]:
+        plan = await self._plan(target, to)
         needed_bytes: dict[DeviceCache, int] = {}
 
         def need(cache: DeviceCache, size_bytes: int) -> None:
@@ -264,7 +314,7 @@ class Supplier:
         for index, rank in enumerate(plan.ranks if plan else ()):
             cache = self._residency.cache(rank.device)
             weights_bytes = cache.missing_bytes(images[index]) if images else rank.weights_bytes
-            need(cache, rank.working_bytes + weights_bytes + (rank.starting_bytes if starts else 0))
+            need(cache, rank.working_bytes + weights_bytes + (rank.starting_bytes if to.starts else 0))
         return needed_bytes
 
     async def binding(self, target: Target, supply: Supply) -> Binding:
@@ -322,8 +372,17 @@ class Supplier:
         for cache, image in zip(caches, images, strict=True):
             self._on_made(image, cache)
 
-    async def _plan(self, target: Target) -> GpuPlan | None:
-        return await self._factories[target.engine_kind].gpu_plan(target.checkpoint, target.options)
+    async def _plan(self, target: Target, to: Recipient = _AN_ENGINE) -> GpuPlan | None:
+        plan = await self._factories[target.engine_kind].gpu_plan(target.checkpoint, target.options)
+        if plan is None or not plan.cache_grows:
+            return plan
+        size_bytes = to.cache_bytes or min(self._most_cache_bytes(rank) for rank in plan.ranks)
+        return GpuPlan(tuple(replace(rank, cache_bytes=size_bytes) for rank in plan.ranks))
+
+    def _most_cache_bytes(self, rank: RankPlan) -> int:
+        """Returns the planned KV cache, or what the GPU can hold beside the weights: then vLLM shortens the context."""
+        budget_bytes = self._residency.cache(rank.device).pool.budget_bytes
+        return min(rank.cache_bytes, max(LEAST_BYTES, budget_bytes - rank.weights_bytes - rank.besides_bytes))
 
     async def _adopted(self, caches: Sequence[DeviceCache], made: EngineImage) -> Sequence[Arena]:
         """Adopts the parts of an image. Raises InvalidArgument, after closing all, if one is not as described."""

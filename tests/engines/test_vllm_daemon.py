@@ -51,7 +51,7 @@ def daemon(manager: Manager, made: Path, vllm_python: str, compiled: Path) -> It
         running = Daemon(bus.address, Path(folder), Path(folder))
         running.config.write_text(
             "[engines]\nwarm_up = false\nwarm_new = false\ndefault = 'vllm'\n"
-            f"[engines.vllm]\npython = '{vllm_python}'\nkv_cache = '64MiB'\n"
+            f"[engines.vllm]\npython = '{vllm_python}'\nkv_cache = 'auto'\n"
             "arguments = ['--seed', '0', '--max-model-len', '512', '--enable-prompt-tokens-details']\n"
         )
         running.share_compiled(compiled)

@@ -145,6 +145,7 @@ class FakeEngine:
         self.socket_path = Path(f"/run/{number}.sock")
         self.pid = number
         self.started_at = 0.0
+        self.cache_bytes = 0
         self.on_exit: Callable[[str], None] = lambda last_words: None
         self.open = False
         self.requests = 0
@@ -267,10 +268,14 @@ class FakeEngine:
 class Factory:
     kind = "fake"
 
-    def __init__(self, script: Script, gpus: Sequence[str], starting_bytes: int) -> None:
+    def __init__(
+        self, script: Script, gpus: Sequence[str], starting_bytes: int, cache_bytes: int, most_cache_bytes: int
+    ) -> None:
         self._script = script
         self._gpus = gpus
         self._starting_bytes = starting_bytes
+        self._cache_bytes = cache_bytes
+        self._most_cache_bytes = most_cache_bytes
         self._numbers = itertools.count(1)
         self.engines: list[FakeEngine] = []
         self._architectures: dict[str, str] = {}
@@ -288,15 +293,31 @@ class Factory:
     async def gpu_plan(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> GpuPlan | None:
         if not self._gpus:
             return None
-        # Before loading, an engine reports more than it takes afterwards.
-        room_bytes = (2 * ARENA_BYTES, WORKING_BYTES, self._starting_bytes)
-        return GpuPlan(tuple(RankPlan(gpu, f"image of {checkpoint.id} on {gpu}", *room_bytes) for gpu in self._gpus))
+        return GpuPlan(
+            tuple(
+                RankPlan(
+                    gpu,
+                    f"image of {checkpoint.id} on {gpu}",
+                    weights_bytes=2 * ARENA_BYTES,  # before loading, an engine reports more than it takes afterwards
+                    besides_bytes=WORKING_BYTES - self._cache_bytes,
+                    cache_bytes=self._cache_bytes,
+                    building_bytes=self._starting_bytes,
+                    most_cache_bytes=self._most_cache_bytes,
+                )
+                for gpu in self._gpus
+            )
+        )
 
-    def create(self, options: EngineOptions = NO_OPTIONS) -> FakeEngine:
+    def create(self, options: EngineOptions = NO_OPTIONS, *, cache_bytes: int = 0) -> FakeEngine:
         self.engines.append(FakeEngine(next(self._numbers), self._script))
+        self.engines[-1].cache_bytes = cache_bytes
         self.engines[-1].options = options
         self.engines[-1].architectures = self._architectures
         return self.engines[-1]
+
+    def working_bytes(self, engine: Engine) -> int:
+        """What an engine that serves takes besides weights, on each GPU."""
+        return WORKING_BYTES - self._cache_bytes + engine.cache_bytes
 
     def rejoin(self, kept: Sequence[InheritedProcess]) -> Sequence[Engine]:
         raise AssertionError("nothing is kept")
@@ -341,10 +362,12 @@ class World:
         policy: Policy = Policy(drain_timeout_s=1, max_parked=2),  # noqa: B008
         gpus: int = 0,
         starting_bytes: int = 0,
+        cache_bytes: int = 0,
+        most_cache_bytes: int = 0,
     ) -> None:
         self.script = Script()
         self.gpus = [f"sim:{number}" for number in range(gpus)]
-        self.factory = Factory(self.script, self.gpus, starting_bytes)
+        self.factory = Factory(self.script, self.gpus, starting_bytes, cache_bytes, most_cache_bytes)
         self.images = MemoryImages()
         self.endpoint: Path | None = None
         self.opened: set[Path] = set()  # sockets of engines that serve beside the active one
@@ -385,7 +408,9 @@ class World:
             if not is_known(name):
                 raise NotFound(f"there is no {name}")
             is_parked = engine.state is EngineState.PARKED
-            supply = None if is_parked else await self.supplier.resume(targets[name], record.arena_ids)
+            supply = (
+                None if is_parked else await self.supplier.resume(targets[name], record.arena_ids, engine.cache_bytes)
+            )
             return targets[name], supply
 
         self.swapper = self.new_swapper()
@@ -480,8 +505,8 @@ class World:
             assert self.residency.holds(checkpoint_id) == 1
         for cache in self.residency.caches.values():
             claimed = cache.pool.used_bytes - sum(resident.size_bytes for resident in cache.residents())
-            needed = WORKING_BYTES * len(serving_slots) if cache.name in self.gpus else 0
-            assert claimed == needed, "and only it needs more"
+            needed = sum(self.factory.working_bytes(slot.engine) for slot in serving_slots)
+            assert claimed == (needed if cache.name in self.gpus else 0), "and only it needs more"
 
     def ended(self) -> None:
         """What must hold when all is over."""
@@ -786,6 +811,7 @@ async def test_engines_that_serve_beside_are_passed_on(targets: dict[str, Target
 @given(
     room=st.sampled_from([1, 2, 3, 10]),
     gpus=st.integers(0, 2),
+    most_cache_bytes=st.sampled_from([0, 4 * ARENA_BYTES, 1 << 30]),
     steps=st.lists(
         st.tuples(
             st.sampled_from(["swap", "serve"]), st.sampled_from(["a1", "a2", "a3", "b", "c", "q"]),
@@ -795,10 +821,15 @@ async def test_engines_that_serve_beside_are_passed_on(targets: dict[str, Target
     ),
 )  # fmt: skip
 def test_any_sequence_of_swaps_serves_and_faults(
-    room: int, gpus: int, steps: list[tuple[str, str, Fault | None, int]], targets: dict[str, Target]
+    room: int,
+    gpus: int,
+    most_cache_bytes: int,
+    steps: list[tuple[str, str, Fault | None, int]],
+    targets: dict[str, Target],
 ) -> None:
     async def run() -> None:
-        world = World(room=room, policy=Policy(0.0, 1, HANGS_S), gpus=gpus)
+        policy = Policy(0.0, 1, HANGS_S)
+        world = World(room=room, policy=policy, gpus=gpus, cache_bytes=ARENA_BYTES, most_cache_bytes=most_cache_bytes)
         for step, name, fault, moment in steps:
             before = world.serving()
             if fault:
@@ -966,6 +997,68 @@ async def test_room_for_a_start_is_made_and_given_back_when_it_serves(targets: d
         assert (outcome.how, "making_way" in outcome.phases) == (how, makes_way)
         world.check()
     assert (await world.swapper.swap(targets["a1"])).how is How.WAKE
+    world.check()
+
+
+async def test_a_cache_takes_what_is_free_but_room_for_one_more_such_model(targets: dict[str, Target]) -> None:
+    world = World(room=10, gpus=2, cache_bytes=ARENA_BYTES, most_cache_bytes=1 << 30)  # 41 pieces on each
+    like_it = 2 + 3  # pieces for weights as they are planned, and besides
+    await world.swapper.swap(targets["a1"])
+    engine = world.factory.engines[0]
+    assert engine.cache_bytes == (41 - like_it - like_it + 1) * ARENA_BYTES
+    world.check()
+
+    await world.swapper.swap(targets["a2"])
+    assert world.factory.engines == [engine], "a model of the same architecture gets the engine with its cache"
+    world.check()
+
+    await world.swapper.serve(targets["b"])
+    assert world.factory.engines[1].cache_bytes == ARENA_BYTES, (
+        "and there was room for another, with the least it needs"
+    )
+    assert world.serving() == ("a2", {"b"})
+    world.check()
+
+    await world.swapper.park(targets["a2"])
+    await world.swapper.park(targets["b"])
+    assert (await world.swapper.serve(targets["a1"])).how is How.WAKE
+    assert engine.cache_bytes == (41 - like_it - like_it + 1) * ARENA_BYTES, "which it got again"
+    world.check()
+    await world.pass_on(targets)
+    world.check()
+    await world.swapper.close(leaving=False)
+    world.ended()
+
+
+async def test_a_cache_is_no_larger_than_is_of_use(targets: dict[str, Target]) -> None:
+    world = World(room=10, gpus=1, cache_bytes=ARENA_BYTES, most_cache_bytes=2 * ARENA_BYTES)
+    await world.swapper.swap(targets["a1"])
+    assert world.factory.engines[0].cache_bytes == 2 * ARENA_BYTES
+    world.check()
+
+
+async def test_a_cache_for_which_there_is_no_room_after_a_nap_is_a_smaller_one(targets: dict[str, Target]) -> None:
+    """The engine is started anew for it, and nothing makes way."""
+    world = World(room=10, gpus=1, cache_bytes=ARENA_BYTES, most_cache_bytes=1 << 30)
+    await world.swapper.serve(targets["a1"])
+    await world.swapper.park(targets["a1"])
+    await world.swapper.serve(targets["b"])
+    world.check()
+    assert world.factory.engines[1].cache_bytes > 20 * ARENA_BYTES, "of what the first one does not use"
+    assert (await world.swapper.serve(targets["a2"])).how is How.START
+    assert world.serving() == ("", {"a2", "b"})
+    assert world.factory.engines[2].cache_bytes == ARENA_BYTES
+    assert world.factory.engines[0].state is EngineState.FAILED
+    world.check()
+
+
+async def test_memory_for_a_start_becomes_cache_when_it_is_over(targets: dict[str, Target]) -> None:
+    building_bytes = 12 * ARENA_BYTES
+    world = World(room=6, gpus=1, starting_bytes=building_bytes, cache_bytes=ARENA_BYTES, most_cache_bytes=1 << 30)
+    await world.swapper.swap(targets["a1"])
+    needed = 2 + 3  # pieces for weights as they are planned, and besides
+    left = 25 - needed - (needed + 11)  # with the start of one more such model
+    assert world.factory.engines[0].cache_bytes == (1 + left) * ARENA_BYTES
     world.check()
 
 

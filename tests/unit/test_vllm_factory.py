@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from sources import converted
 
 from flashd.checkpoint.files import Checkpoint
 from flashd.config.environment import child_environment
-from flashd.engines.engine import NO_OPTIONS, EngineOptions, RankPlan
+from flashd.engines.engine import NO_OPTIONS, BindingRecord, EngineOptions, ModelIdentity, RankPlan
+from flashd.engines.inherited import InheritedProcess, Record
+from flashd.engines.kv_cache import AUTO
 from flashd.engines.messages import Tuning
-from flashd.engines.process import Settings
+from flashd.engines.process import EngineProcess, Settings
 from flashd.engines.process_info import lacks_memory
 from flashd.engines.vllm_factory import VllmFactory
 from flashd.errors import EngineFailed
@@ -72,6 +75,62 @@ async def test_the_ledger_counts_the_kv_cache_of_that_model(factory: VllmFactory
     usual = await plan(factory, checkpoint)
     small = await plan(factory, checkpoint, EngineOptions(kv_cache_bytes=256 * MiB))
     assert usual.working_bytes - small.working_bytes == 2 * GiB - 256 * MiB
+
+
+@pytest.mark.parametrize(
+    ("said", "arguments", "wanted"),
+    [
+        ({"max_position_embeddings": 131072}, (), 16 * GiB),
+        ({"max_position_embeddings": 131072}, ("--max-model-len", "8K"), GiB),
+        ({"max_position_embeddings": 131072}, ("--max-model-len=8k",), 8000 * GiB // 8192),
+        ({"max_position_embeddings": 131072}, ("--max-model-len", "8192", "--max-model-len", "16384"), 2 * GiB),
+        ({"max_position_embeddings": 131072}, ("--max-model-len", "auto"), 16 * GiB),
+        ({"max_position_embeddings": 131072}, ("--max_model_len", "8192", "--kv-cache-dtype", "fp8"), GiB // 2),
+        ({"max_position_embeddings": 131072}, ("--max-model-len", "8192", "-tp", "2"), GiB // 2),
+        ({"max_position_embeddings": 512}, (), 256 * MiB),
+        ({}, (), 2 * GiB),
+    ],
+)
+async def test_an_automatic_kv_cache_holds_the_context_and_may_grow(
+    said: dict[str, int], arguments: tuple[str, ...], wanted: int, factory: VllmFactory, tmp_path: Path
+) -> None:
+    factory._gpus = [GPU, GPU]
+    shape = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
+    config = json.dumps({"architectures": ["A"], "model_type": "a", **shape, **said})
+    source = tmp_path / "shaped"
+    source.mkdir()
+    safetensors.numpy.save_file({"w": np.zeros(16, np.float16)}, source / "model.safetensors")
+    (source / "config.json").write_text(config)
+    shaped = converted(source, tmp_path / "shaped-out")
+    found = await factory.gpu_plan(shaped, EngineOptions(arguments, AUTO))
+    assert found is not None and found.cache_grows
+    assert {rank.cache_bytes for rank in found.ranks} == {wanted}
+    assert {rank.most_cache_bytes for rank in found.ranks} == {32 * wanted}
+    fixed = await factory.gpu_plan(shaped, EngineOptions(arguments, 3 * GiB))
+    assert fixed is not None and not fixed.cache_grows
+
+
+def test_an_engine_with_an_automatic_kv_cache_is_told_its_size(factory: VllmFactory, checkpoint: Checkpoint) -> None:
+    auto = EngineOptions(kv_cache_bytes=AUTO)
+    assert factory.create(auto, cache_bytes=5 * GiB).cache_bytes == 5 * GiB
+    assert factory.create(auto).cache_bytes == 2 * GiB, "where no GPU's memory is known"
+    assert factory.create(NO_OPTIONS, cache_bytes=5 * GiB).cache_bytes == 2 * GiB, "it is configured"
+    assert factory.rebind_key(checkpoint, auto) not in {"", factory.rebind_key(checkpoint)}
+
+
+async def test_the_next_daemon_knows_the_size_that_an_automatic_kv_cache_got(factory: VllmFactory) -> None:
+    auto = EngineOptions(kv_cache_bytes=AUTO)
+    identity = ModelIdentity("ada", ("ada",), "checkpoint", None, auto)
+    engine = factory.create(auto, cache_bytes=5 * GiB)
+    engine.pid = 1
+    engine._records = {"token": BindingRecord(identity, ("arena",))}
+    ours, theirs = socket.socketpair()
+    with ours:
+        content = json.loads(json.dumps(engine._described()))
+        left = InheritedProcess(engine._name, theirs.detach(), Record.new(content), content)
+        found = EngineProcess.found(left, factory._zygote, factory._settings, factory._tuning)
+        assert found.cache_bytes == 5 * GiB
+        await found.leave()
 
 
 def test_an_engine_is_told_what_all_are_and_then_what_its_model_has_different(factory: VllmFactory) -> None:

@@ -270,6 +270,7 @@ class EngineObject(Exported):
             "Pid": engine.pid,
             "ActiveRequests": stats.active_requests,
             "MemoryBytes": stats.memory_bytes,
+            "KvCacheBytes": engine.cache_bytes,
             "DeviceBytes": self._engine_stats.device_bytes(engine.number),
             "Weights": "" if supply is None else "image" if supply.is_image else "checkpoint",
             "StartedAt": int(engine.started_at),

@@ -84,7 +84,7 @@ class Restore:
             checkpoint = catalog.checkpoint(held.checkpoint_id)
             target = Target(held.name, held.served_names, checkpoint, engine.kind, held.private_to, held.options)
             is_parked = engine.state is EngineState.PARKED
-            return target, None if is_parked else await supplier.resume(target, record.arena_ids)
+            return target, None if is_parked else await supplier.resume(target, record.arena_ids, engine.cache_bytes)
 
         for kept in self._left:
             if kept.content.get("kind") not in factories:

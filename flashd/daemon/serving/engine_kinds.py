@@ -17,6 +17,7 @@ from flashd.daemon.serving.endpoint import RuntimeFolder
 from flashd.engines import process
 from flashd.engines.engine import EngineFactory
 from flashd.engines.environments import Environments
+from flashd.engines.kv_cache import AUTO
 from flashd.engines.vllm_factory import VllmFactory
 from flashd.engines.vllm_factory import environment as vllm_environment
 from flashd.io.cuda import Gpu
@@ -71,7 +72,7 @@ class EngineKinds:
             options={
                 "arguments": list(engines.vllm.arguments),
                 "adapters": list(engines.vllm.adapters),
-                "kv_cache_bytes": engines.vllm.kv_cache_bytes,
+                "kv_cache_bytes": AUTO if engines.vllm.kv_cache_bytes == "auto" else engines.vllm.kv_cache_bytes,
             },
         )
         factories: list[EngineFactory] = [process.torch_factory(torch), VllmFactory(vllm, list(gpus))]

@@ -6,10 +6,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from flashd.config.settings import ModelConfig
 from flashd.daemon.changing_models import Changes
 from flashd.daemon.events import Events
 from flashd.daemon.lifecycle.settings import Settings
 from flashd.engines.engine import EngineOptions
+from flashd.engines.kv_cache import AUTO
 from flashd.errors import NotFound
 from flashd.store.catalog import Catalog, Model
 from flashd.swap.weights import Target
@@ -37,7 +39,7 @@ class Targets:
             self._catalog.checkpoint(model.checkpoint_id),
             engine_kind or (self._default_kind if chosen.engine == "default" else chosen.engine),
             model.owner_uid if model.private else None,
-            EngineOptions(chosen.arguments, None if chosen.kv_cache_bytes == "default" else chosen.kv_cache_bytes),
+            EngineOptions(chosen.arguments, _kv_cache_bytes(chosen)),
         )
 
     async def renewed(self, target: Target, seen_by: Sequence[Callable[[Model], bool]]) -> Target:
@@ -47,6 +49,12 @@ class Targets:
         if model is None or not any(sees(model) for sees in seen_by):
             raise NotFound(f"the model {target.model_name!r} was removed", hint=LISTED)
         return self.of(model, target.engine_kind)
+
+
+def _kv_cache_bytes(chosen: ModelConfig) -> int | None:
+    if chosen.kv_cache_bytes == "auto":
+        return AUTO
+    return None if chosen.kv_cache_bytes == "default" else chosen.kv_cache_bytes
 
 
 class Uses:

@@ -30,6 +30,7 @@ from flashd.checkpoint.files import WEIGHTS
 from flashd.checkpoint.source.reader import pooling_path
 from flashd.config.environment import show_gpus
 from flashd.engines.control import Channel, Parcel
+from flashd.engines.kv_cache import MOST_SEQUENCES
 from flashd.engines.messages import GivenWeights, RankShare, Refusal, Start, Taken, Tuning
 from flashd.engines.process_info import lacks_memory, read_all
 from flashd.errors import EngineFailed, FlashdError, Unsupported
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
 # the key under which vLLM caches compiled code.
 _MODEL = "./model"
 _EXTENSION = "flashd.workers.vllm.extension.Extension"
-_MOST_SEQUENCES = "32"
 _LOOK_S = 0.5  # interval of checks that the engine core is alive
 _RESET_S = 30.0
 _LOG_BYTES = 4 * MiB
@@ -267,7 +267,7 @@ def vllm_arguments(names: Sequence[str], tuning: Tuning, applied: Sequence[Appli
     yield from ("--disable-log-stats", "--max-model-len", "auto")
     if not compat.is_cpu():
         # Limits the number of sizes for which graphs are captured, which takes most of the start.
-        yield from ("--max-num-seqs", _MOST_SEQUENCES)
+        yield from ("--max-num-seqs", str(MOST_SEQUENCES))
     if tuning.kv_cache_bytes:
         yield from ("--kv-cache-memory-bytes", str(tuning.kv_cache_bytes))
         if not compat.is_cpu():
