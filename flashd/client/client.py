@@ -333,6 +333,15 @@ class Client(Closing):
             on_progress=on_progress,
         )
 
+    def begin_hub_pull(self, repository: str, *, revision: str = "main", name: str = "") -> Job:
+        """Begins a pull that a process of the daemon's user downloads, and returns its job: see the bus method Pull.
+
+        The job of the machine's daemon, which has no network access, fails with Unavailable.
+        """
+        options = {"revision": Variant("s", revision)} | ({"name": Variant("s", name)} if name else {})
+        (path,) = self._manager("Pull", "sa{sv}", repository, options)
+        return self._job(path)
+
     def run_errand(self, job_path: str) -> None:
         """Downloads a model for another program of this user, which has called the bus method Pull."""
         from flashd.hub.pull import pull

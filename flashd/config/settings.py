@@ -221,6 +221,11 @@ class GatewayConfig:
     change_models: bool = _setting(
         False, "Let requests without a token pull and remove models, as Ollama's programs do."
     )
+    pull: bool = _setting(
+        False,
+        "Pull the model that a request names, OWNER/NAME, if it is not here; its client waits meanwhile. "
+        "Only for requests that may pull models: see gateway.change_models.",
+    )
     progress: bool = _setting(
         False, "Tell the clients of streams as text of the answer what they wait for, not as a comment of the stream."
     )

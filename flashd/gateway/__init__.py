@@ -12,6 +12,7 @@ turn, and the gateway asks the daemon to swap.
     access.py     what the client of a request may do
     directory.py  the daemon's models and engines, kept up to date by its signals
     turns.py      whose turn it is: the policy, without I/O
+    pulls.py      pulls from the hub that requests wait for
     dispatch.py   carries a request through its turn to an engine and back
     answering.py  a request and its answer, with errors in the form of a dialect
     metrics/      counts and times, for Prometheus

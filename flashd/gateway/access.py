@@ -6,6 +6,8 @@ from __future__ import annotations
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from flashd.config.settings import GatewayConfig
+
 
 @dataclass(frozen=True, slots=True)
 class Access:
@@ -18,6 +20,12 @@ class Access:
     sees_private: bool = True
     models: tuple[str, ...] = ()
     may_change_models: bool = True
+
+    def cannot_change_models(self, settings: GatewayConfig) -> str:
+        """Why it may not pull and remove models, and what to do about it; empty if it may."""
+        if not settings.change_models:
+            return "use flash pull and flash rm, or allow it: flash config gateway.change_models true"
+        return "" if self.may_change_models else "ask without a token, on the machine itself"
 
 
 ACCESS: ContextVar[Access] = ContextVar("access", default=Access())  # noqa: B039 -- it is frozen

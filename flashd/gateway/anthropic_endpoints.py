@@ -33,19 +33,19 @@ class AnthropicEndpoints:
     async def messages(self, asked: Asked, send: Sending) -> None:
         content = parse_object(asked.body)
         model = await named(content, self._dispatcher)
-        made = _Made(passed_on(asked, content, model), lambda: chat_request(content, model.name).body)
+        made = _Made(passed_on(asked, content, model), lambda: chat_request(content, model).body)
         send.is_stream = content.get("stream") is True
         async with (
-            Waiting(asked, send, self._dispatcher, model.name, anthropic.waiting) as waiting,
-            self._dispatcher.answer(model.name, made) as response,
+            Waiting(asked, send, self._dispatcher, model, anthropic.waiting) as waiting,
+            self._dispatcher.answer(model, made) as response,
         ):
             await waiting.over()
             await check_status(response)
             if not made.is_translated:
                 await pass_back(response, send, _watched(response) if send.is_stream else None)
                 return
-            request = chat_request(content, model.name)
-            answer = MessageAnswer(str(content.get("model") or model.name), request.stops)
+            request = chat_request(content, model)
+            answer = MessageAnswer(str(content.get("model") or model), request.stops)
             async with aclosing(chunks(response)) as found:
                 if not request.is_stream:
                     async for chunk in found:
@@ -63,8 +63,8 @@ class AnthropicEndpoints:
     async def count_tokens(self, asked: Asked, send: Sending) -> None:
         content = parse_object(asked.body)
         model = await named(content, self._dispatcher)
-        made = _Made(passed_on(asked, content, model), lambda: count_request(content, model.name))
-        async with self._dispatcher.answer(model.name, made) as response:
+        made = _Made(passed_on(asked, content, model), lambda: count_request(content, model))
+        async with self._dispatcher.answer(model, made) as response:
             await check_status(response)
             if not made.is_translated:
                 await pass_back(response, send)

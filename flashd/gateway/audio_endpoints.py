@@ -32,15 +32,15 @@ class AudioEndpoints:
         model = await named({"model": form.value("model")}, self._dispatcher)
         send.is_stream = form.value("stream").lower() in _YES
         headers = forwarded(asked.scope["headers"], without=OF_THE_GATEWAY)
-        request = EngineRequest("POST", asked.target, headers, form.with_value("model", model.name))
+        request = EngineRequest("POST", asked.target, headers, form.with_value("model", model))
 
         def made(engine: Engine) -> EngineRequest:
             if engine.kind not in _SPEAKS_IT:
-                hint = f"have vLLM run it: flash config models.{model.name}.engine vllm"
-                raise Unsupported(f"{model.name} is in a {engine.kind} engine, which hears no recordings", hint=hint)
+                hint = f"have vLLM run it: flash config models.{model}.engine vllm"
+                raise Unsupported(f"{model} is in a {engine.kind} engine, which hears no recordings", hint=hint)
             return request
 
-        async with self._dispatcher.answer(model.name, made) as response:
+        async with self._dispatcher.answer(model, made) as response:
             await pass_back(response, send)
 
 

@@ -30,7 +30,7 @@ _RECONNECT_S = 0.5
 _GATHER_S = 0.02  # changes of models come in bursts: one list is asked for after each
 _PROBE_S = 30.0  # without any event for so long, a question finds out whether the connection lives
 _MOST_NEAR = 3
-_LATEST = ":latest"  # Ollama's programs add it to names
+LATEST = ":latest"  # Ollama's programs add it to names
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Directory:
             if found := self.models.get(self.active or self.resting):
                 return found
             raise NotFound("the request names no model, and none serves", hint="name one in the field `model`")
-        for wanted in (name, name.removesuffix(_LATEST)):
+        for wanted in (name, name.removesuffix(LATEST)):
             if found := self.models.get(wanted):
                 return found
             if found := next((model for model in self.models.values() if wanted in model.aliases), None):

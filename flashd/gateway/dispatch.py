@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -19,26 +18,26 @@ from functools import partial
 
 from aiohttp import ClientError, ClientResponse
 
-from flashd.client.client import Job
 from flashd.client.results import Engine, Model
 from flashd.config.settings import GatewayConfig
 from flashd.errors import FlashdError, Internal, NotFound, Unavailable
 from flashd.gateway.access import ACCESS
-from flashd.gateway.directory import Connect, Directory, Follower, Watch
+from flashd.gateway.directory import LATEST, Connect, Directory, Follower, Watch
 from flashd.gateway.engine_connections import EngineConnections
 from flashd.gateway.keep_alive import KEEP_ALIVE, KeepAlive
-from flashd.gateway.kept_client import KeptClient
+from flashd.gateway.kept_client import KeptClient, Progress
 from flashd.gateway.metrics.measures import Measures
 from flashd.gateway.metrics.observed import observed
+from flashd.gateway.pulls import Pulls, is_repository
 from flashd.gateway.turns import Ask, Bring, Ticket, Turns
-from flashd.units import format_bytes
 
 log = logging.getLogger(__name__)
 
 _MOST_ATTEMPTS = 8
 _UNLOAD_S = 5.0  # for a model that nobody asks
-_CLOSE_S = 5.0  # for a swap to be cancelled
+_CLOSE_S = 5.0  # for a swap or pulls to be cancelled
 _FIRST_S = 60.0  # for the daemon to start, with a thousand models
+_LISTED_S = 10.0  # until a model that was pulled must be listed
 _STALE_S = 0.25  # until the news of a swap by somebody else must have come
 _MAX_REFUSAL_BYTES = 64 << 10
 
@@ -61,11 +60,12 @@ class Dispatcher:
 
     def __init__(self, connect: Connect, measures: Measures, watch: Watch) -> None:
         self._client = KeptClient(connect)
+        self.pulls = Pulls(self._client, lambda: self.settings.max_waiting)
         self._measures = measures
         self._turns = Turns()
         self._connections = EngineConnections()
         self._keep_alive = KeepAlive(self._keep)
-        self._progress = ""  # of the model that is being brought
+        self._progress = Progress()  # of the model that is being brought
         self._follower = Follower(connect, self._heard, watch)
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()  # set and replaced whenever the daemon says something new
@@ -97,6 +97,7 @@ class Dispatcher:
         if self._work is not None:
             self._work.cancel()
             await asyncio.wait({self._work}, timeout=_CLOSE_S)
+        await self.pulls.close(_CLOSE_S)
         self._client.end()
         await self._keep_alive.close()
         await self._connections.close()
@@ -118,14 +119,41 @@ class Dispatcher:
                     await self._changed.wait()
         return self.directory.resolve(name)
 
+    async def wanted(self, name: str) -> str:
+        """The name of the model that a request wants an answer of. One of the hub that is not here yet, `answer` and
+        `load` pull first, where `gateway.pull` and the rights of the client permit it. Raises NotFound."""
+        try:
+            return (await self.resolve(name)).name
+        except NotFound as error:
+            name = name.removesuffix(LATEST)
+            if not is_repository(name) or self._is_here(name):
+                raise
+            if why_not := self._cannot_pull():
+                raise NotFound(error.message, hint=f"{error.hint}; {why_not}") from None
+            return name
+
+    def _is_here(self, name: str) -> bool:
+        """Tells whether there is a model of this name, whether or not the client of this request may know of it."""
+        with contextlib.suppress(NotFound):
+            return bool(self._known.resolve(name))
+        return False
+
+    def _cannot_pull(self) -> str:
+        """Why the models of the hub that this request names are not pulled; empty if they are."""
+        if not self.settings.pull:
+            return "requests would pull it from the hub with the setting gateway.pull"
+        why_not = ACCESS.get().cannot_change_models(self.settings)
+        return why_not and f"to have it pulled, {why_not}"
+
     @contextlib.asynccontextmanager
     async def answer(self, model: str, make: Make) -> AsyncIterator[ClientResponse]:
         """The engine's answer, from its head on; the model's turn lasts at least until the context ends.
 
         Leaving the context closes the engine's connection if the answer was not read to its end, which ends its
-        generation. Raises NotFound, LimitExceeded, Unavailable and what a swap raises.
+        generation. Raises NotFound, LimitExceeded, Unavailable and what a swap or a pull raises.
         """
         arrived = time.monotonic()
+        await self._until_here(model)
         for attempt in range(1, _MOST_ATTEMPTS + 1):
             async with self._turn(model, arrived):
                 changed = self._changed
@@ -146,11 +174,14 @@ class Dispatcher:
 
     async def load(self, model: str) -> None:
         """Returns when a model serves, after its turn has come. Raises like `answer`."""
-        async with self._turn(model, time.monotonic()):
+        arrived = time.monotonic()
+        await self._until_here(model)
+        async with self._turn(model, arrived):
             pass
 
     async def unload(self, model: str) -> None:
-        """Has a model cease to serve as soon as it has answered all, if it serves."""
+        """Has a model cease to serve as soon as it has answered all, if it serves. Raises NotFound."""
+        self.directory.resolve(model)
         if model in self._known.serving:
             with contextlib.suppress(NotFound, Unavailable):  # it has ceased to already
                 await asyncio.to_thread(self._keep, model, 0.0)
@@ -162,8 +193,10 @@ class Dispatcher:
 
     def why_waiting(self, model: str) -> str:
         """What the requests for a model wait for, in a few words."""
+        if (pulled := self.pulls.progress(model)) is not None:
+            return _said(f"pulling {model}", pulled)
         if self._turns.bringing == model:
-            return f"loading {model}: {self._progress}" if self._progress else f"loading {model}"
+            return _said(f"loading {model}", self._progress)
         return f"{model} waits for its engine"
 
     def is_asked(self, model: str) -> bool:
@@ -234,7 +267,7 @@ class Dispatcher:
                 work = self._ask(model)
             case Bring(model):
                 self._turns.begin(model, time.monotonic())
-                self._progress = ""
+                self._progress = Progress()
                 work = self._bring(model)
             case None:
                 return
@@ -268,19 +301,8 @@ class Dispatcher:
 
     async def _bring(self, model: str) -> None:
         """Has the daemon swap; those who wait are told if it fails. Cancelling it cancels the swap, if that can be."""
-        jobs: list[Job] = []
-        is_cancelled = threading.Event()
-        work = asyncio.ensure_future(asyncio.to_thread(self._serve, model, jobs, is_cancelled))
         try:
-            await asyncio.shield(work)
-        except asyncio.CancelledError:
-            is_cancelled.set()
-            for job in jobs:
-                with contextlib.suppress(FlashdError):
-                    await asyncio.to_thread(job.cancel)
-            with contextlib.suppress(FlashdError):
-                await work  # a swap that is nearly done is done
-            raise
+            await self._client.run_job(lambda client: client.begin_serve(model), self._note_progress)
         except FlashdError as error:
             self._refuse(model, error)
         else:
@@ -294,20 +316,23 @@ class Dispatcher:
                 while model not in self._known.serving:
                     await self._changed.wait()
 
-    def _serve(self, model: str, jobs: list[Job], is_cancelled: threading.Event) -> None:
-        """Runs in a thread."""
-        with self._client.lent() as client:
-            job = client.begin_serve(model)
-            jobs.append(job)
-            if is_cancelled.is_set():  # it was not known to whoever cancelled
-                job.cancel()
-            job.wait(self._note_progress)
+    def _note_progress(self, progress: Progress) -> None:
+        self._progress = progress
 
-    def _note_progress(self, job: Job) -> None:
-        """Called by the thread that waits for the job."""
-        self._progress = job.phase or job.state
-        if job.total_bytes:
-            self._progress += f", {100 * job.done_bytes // job.total_bytes} % of {format_bytes(job.total_bytes)}"
+    async def _until_here(self, model: str) -> None:
+        """Pulls a model that `wanted` found to be on the hub only. Raises NotFound, also for one that has come to be
+        here meanwhile and that the client of this request may not know of."""
+        if model in self.directory.models:
+            return
+        if is_repository(model) and not self._is_here(model) and not self._cannot_pull():
+            async with self.pulls.joined(model) as pull:
+                async for _ in pull.steps():
+                    pass
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LISTED_S):
+                    while model not in self._known.models:
+                        await self._changed.wait()
+        self.directory.resolve(model)
 
     def _keep(self, model: str, keep_s: float) -> None:
         """Runs in a thread."""
@@ -335,3 +360,7 @@ class Dispatcher:
         self._turns.serving(directory.serving, time.monotonic())
         self._keep_alive.serving(directory.serving)
         self._step()
+
+
+def _said(what: str, progress: Progress) -> str:
+    return f"{what}: {progress}" if progress.phase else what

@@ -1,15 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The connection on which the gateway asks the daemon for swaps, kept between them: a swap takes less time than a
+"""The connection on which the gateway asks the daemon for jobs, kept between them: a swap takes less time than a
 connection to the bus."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from flashd.client.client import Client
-from flashd.errors import Unavailable
+from flashd.client.client import Client, Job
+from flashd.errors import FlashdError, Unavailable
 from flashd.gateway.directory import Connect
+from flashd.tasks import in_thread
+from flashd.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a job is. `total_bytes` is 0 while it is unknown."""
+
+    phase: str = ""
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+    def __str__(self) -> str:
+        if not self.total_bytes:
+            return self.phase
+        return f"{self.phase}, {100 * self.done_bytes // self.total_bytes} % of {format_bytes(self.total_bytes)}"
 
 
 class KeptClient:
@@ -40,6 +59,41 @@ class KeptClient:
                 self._idle.append(client)
             else:
                 client.close()
+
+    async def run_job(self, begin: Callable[[Client], Job], on_progress: Callable[[Progress], None]) -> None:
+        """Runs a job of the daemon to its end. Cancelling this cancels the job, if that can be.
+
+        `begin` runs in a thread, `on_progress` on the event loop. Raises the error with which the job failed.
+        """
+        loop = asyncio.get_running_loop()
+        jobs: list[Job] = []
+        is_cancelled = threading.Event()
+
+        def note(job: Job) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(
+                    on_progress, Progress(job.phase or job.state, job.done_bytes, job.total_bytes)
+                )
+
+        def run() -> None:
+            with self.lent() as client:
+                job = begin(client)
+                jobs.append(job)
+                if is_cancelled.is_set():  # whoever cancelled did not know of it
+                    job.cancel()
+                job.wait(note)
+
+        work = asyncio.ensure_future(in_thread(lambda _: run()))  # a pull takes hours: pools have few threads
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            is_cancelled.set()
+            for job in jobs:
+                with contextlib.suppress(FlashdError):
+                    await asyncio.to_thread(job.cancel)
+            with contextlib.suppress(FlashdError):
+                await work  # a swap that is nearly done is done
+            raise
 
     def close(self) -> None:
         """Closes the idle connection, as when the daemon has ended."""

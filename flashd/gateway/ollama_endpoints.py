@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
 from flashd._version import __version__
-from flashd.client.client import Client, Job
-from flashd.client.results import Engine, Model
-from flashd.errors import Cancelled, EngineFailed, InvalidArgument, NotAuthorized
+from flashd.client.client import Client
+from flashd.client.results import Engine
+from flashd.errors import EngineFailed, InvalidArgument, NotAuthorized
 from flashd.gateway.access import ACCESS
 from flashd.gateway.answering import Asked, Sending, check_status, chunks, whole
 from flashd.gateway.dialects import ollama, ollama_requests
@@ -23,7 +22,7 @@ from flashd.gateway.dialects.ollama_requests import EngineBody, OllamaRequest
 from flashd.gateway.directory import Connect
 from flashd.gateway.dispatch import Dispatcher, EngineRequest
 from flashd.gateway.exchange import parse_object
-from flashd.gateway.passed import named
+from flashd.gateway.passed import name_in
 from flashd.gateway.waiting import Waiting
 
 NDJSON = "application/x-ndjson"
@@ -53,7 +52,7 @@ class OllamaEndpoints:
     async def show(self, asked: Asked, send: Sending) -> None:
         content = parse_object(asked.body)
         read_fields(content, ollama_requests.SHOW, "/api/show")
-        await send.json(ollama.shown(await self._named(content)))
+        await send.json(ollama.shown(await self._dispatcher.resolve(_name(content))))
 
     async def chat(self, asked: Asked, send: Sending) -> None:
         await self._generate(asked, send, ollama_requests.chat)
@@ -81,18 +80,15 @@ class OllamaEndpoints:
         name = _name(content)
         if not name:
             raise InvalidArgument("`model` is missing", hint="name a repository of the hub, such as Qwen/Qwen3-0.6B")
-        progress: asyncio.Queue[dict[str, object] | None] = asyncio.Queue()
-        work = _Pull(self._connect, ollama.repository(name), progress)
-        try:
+        repository = ollama.repository(name)
+        async with self._dispatcher.pulls.joined(repository) as pull, aclosing(pull.steps()) as steps:
             if streams:
                 await send.begin_stream(NDJSON)
                 await send.piece(ollama.line({"status": "pulling manifest"}))
-            while (said := await progress.get()) is not None:
+            async for progress in steps:
                 if streams:
+                    said = ollama.pulled(repository, progress.done_bytes, progress.total_bytes)
                     await send.piece(ollama.line(said))
-            await work.ended()
-        finally:
-            work.leave()
         if streams:
             await send.piece(ollama.line({"status": "success"}))
             await send.end_stream()
@@ -105,22 +101,21 @@ class OllamaEndpoints:
         read_fields(content, ollama_requests.DELETE, "/api/delete")
         if not _name(content):
             raise InvalidArgument("`model` is missing", hint="GET /api/tags lists the models")
-        model = await self._named(content)
+        model = await self._dispatcher.resolve(_name(content))
         await asyncio.to_thread(self._with_client, lambda client: client.remove(model.name))
         await send.json({})
 
     def _check_may_change(self) -> None:
-        if not (self._dispatcher.settings.change_models and ACCESS.get().may_change_models):
-            hint = "use flash pull and flash rm, or allow it: flash config gateway.change_models true"
+        if hint := ACCESS.get().cannot_change_models(self._dispatcher.settings):
             raise NotAuthorized("models cannot be pulled or deleted at this address", hint=hint)
 
     async def _generate(
         self, asked: Asked, send: Sending, translate: Callable[[Mapping[str, object]], OllamaRequest]
     ) -> None:
         content = parse_object(asked.body)
-        request, model = translate(content), await self._named(content)
+        request, model = translate(content), await self._wanted(content)
         durations = Durations(asked.arrived_ns)
-        answer = OllamaAnswer(_name(content) or model.name, translate is ollama_requests.chat, durations)
+        answer = OllamaAnswer(_name(content) or model, translate is ollama_requests.chat, durations)
         if request.asks is None:
             await self._load(model, request)
             await send.json(answer.ended("unload" if request.unloads else "load"))
@@ -129,8 +124,8 @@ class OllamaEndpoints:
         made = self._made(request.asks, model, durations)
         send.is_stream = request.is_stream
         async with (
-            Waiting(asked, send, self._dispatcher, model.name, answer.waiting, NDJSON) as waiting,
-            self._dispatcher.answer(model.name, made) as response,
+            Waiting(asked, send, self._dispatcher, model, answer.waiting, NDJSON) as waiting,
+            self._dispatcher.answer(model, made) as response,
         ):
             await waiting.over()
             await check_status(response)
@@ -140,12 +135,12 @@ class OllamaEndpoints:
     async def _vectors(
         self, content: Mapping[str, object], request: OllamaRequest, durations: Durations
     ) -> tuple[list[Any], Usage]:
-        model = await self._named(content)
+        model = await self._wanted(content)
         if request.asks is None:
             await self._load(model, request)
             return [], Usage(0, 0)
         request.keep()
-        async with self._dispatcher.answer(model.name, self._made(request.asks, model, durations)) as response:
+        async with self._dispatcher.answer(model, self._made(request.asks, model, durations)) as response:
             found = await whole(response)
         try:
             vectors = [entry["embedding"] for entry in sorted(found["data"], key=lambda entry: entry["index"])]
@@ -153,27 +148,27 @@ class OllamaEndpoints:
             raise EngineFailed("the engine's answer has no embeddings", hint="see the engine's log") from None
         return vectors, usage(found) or Usage(0, 0)
 
-    async def _load(self, model: Model, request: OllamaRequest) -> None:
+    async def _load(self, model: str, request: OllamaRequest) -> None:
         """Has the model serve, or cease to."""
         if request.unloads:
-            await self._dispatcher.unload(model.name)
+            await self._dispatcher.unload(model)
         else:
             request.keep()
-            await self._dispatcher.load(model.name)
+            await self._dispatcher.load(model)
 
     def _with_client(self, do: Callable[[Client], None]) -> None:
         """Runs in a thread, on a connection of its own."""
         with self._connect(True) as client:
             do(client)
 
-    async def _named(self, content: Mapping[str, object]) -> Model:
-        return await named(content, self._dispatcher, "model" if content.get("model") else "name")
+    async def _wanted(self, content: Mapping[str, object]) -> str:
+        return await self._dispatcher.wanted(_name(content))
 
     @staticmethod
-    def _made(asks: EngineBody, model: Model, durations: Durations) -> Callable[[Engine], EngineRequest]:
+    def _made(asks: EngineBody, model: str, durations: Durations) -> Callable[[Engine], EngineRequest]:
         def made(_: Engine) -> EngineRequest:
             durations.note_asked()
-            return EngineRequest("POST", asks.path, _HEADERS, asks.raw(model.name))
+            return EngineRequest("POST", asks.path, _HEADERS, asks.raw(model))
 
         return made
 
@@ -198,42 +193,6 @@ async def _join(found: AsyncIterator[Chunk], answer: OllamaAnswer, send: Sending
     await send.json(joined.whole())
 
 
-class _Pull:
-    """A pull in a thread of its own, which a client that leaves ends; the next pull resumes it."""
-
-    def __init__(self, connect: Connect, repository: str, progress: asyncio.Queue[dict[str, object] | None]) -> None:
-        self._connect = connect
-        self._repository = repository
-        self._progress = progress
-        self._loop = asyncio.get_running_loop()
-        self._has_left = False
-        self._work = asyncio.ensure_future(asyncio.to_thread(self._run))
-        self._work.add_done_callback(lambda work: progress.put_nowait(None))
-
-    async def ended(self) -> None:
-        """Raises what the pull raised."""
-        await self._work
-
-    def leave(self) -> None:
-        self._has_left = True
-        self._work.add_done_callback(lambda work: work.cancelled() or work.exception())  # nobody asks for it any more
-
-    def _run(self) -> None:
-        with self._connect(True) as client:
-            client.pull(self._repository, on_progress=self._note)
-
-    def _note(self, job: Job) -> None:
-        if self._has_left:
-            raise Cancelled("the client has left")
-        said: dict[str, object] = {"status": f"pulling {job.subject}", "digest": job.subject}
-        said |= {"total": job.total_bytes, "completed": job.done_bytes} if job.total_bytes else {}
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._progress.put_nowait, said)
-
-
 def _name(content: Mapping[str, object]) -> str:
     """The model as the request names it, with which its answer names it."""
-    name = content.get("model") or content.get("name") or ""
-    if not isinstance(name, str):
-        raise InvalidArgument("`model` is not a text", hint="GET /api/tags lists the models")
-    return name
+    return name_in(content, "model" if content.get("model") else "name")

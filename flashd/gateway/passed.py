@@ -10,7 +10,6 @@ from typing import Any
 
 from aiohttp import ClientError, ClientResponse
 
-from flashd.client.results import Model
 from flashd.errors import EngineFailed, InvalidArgument
 from flashd.gateway import keep_alive, waiting
 from flashd.gateway.answering import Asked, Sending, check_status
@@ -35,10 +34,10 @@ class Passed:
         model = await named(content, self._dispatcher)
         send.is_stream = content.get("stream") is True and asked.scope["path"] in _STREAMS
         request = passed_on(asked, content, model)
-        piece = partial(openai.waiting, asked.scope["path"], model.name)
+        piece = partial(openai.waiting, asked.scope["path"], model)
         async with (
-            Waiting(asked, send, self._dispatcher, model.name, piece) as wait,
-            self._dispatcher.answer(model.name, lambda _: request) as response,
+            Waiting(asked, send, self._dispatcher, model, piece) as wait,
+            self._dispatcher.answer(model, lambda _: request) as response,
         ):
             await wait.over()
             if send.has_begun:
@@ -46,22 +45,27 @@ class Passed:
             await pass_back(response, send)
 
 
-async def named(content: Mapping[str, object], dispatcher: Dispatcher, field: str = "model") -> Model:
-    """The model that a request names. Raises InvalidArgument, or NotFound."""
+async def named(content: Mapping[str, object], dispatcher: Dispatcher, field: str = "model") -> str:
+    """The name of the model that a request wants an answer of. Raises InvalidArgument, or NotFound."""
+    return await dispatcher.wanted(name_in(content, field))
+
+
+def name_in(content: Mapping[str, object], field: str = "model") -> str:
+    """The model as a request names it. Raises InvalidArgument."""
     name = content.get(field) or ""
     if not isinstance(name, str):
         raise InvalidArgument(f"`{field}` is not a string", hint="GET /v1/models lists the models")
-    return await dispatcher.resolve(name)
+    return name
 
 
-def passed_on(asked: Asked, content: Mapping[str, Any], model: Model) -> EngineRequest:
+def passed_on(asked: Asked, content: Mapping[str, Any], model: str) -> EngineRequest:
     """The request as it came, but that it names its model as the engine does.
 
     It always names one: an engine that serves another model by the time it comes would answer a request without.
     """
     body = asked.body
-    if content.get("model") != model.name:  # aliases may be newer than the engine's
-        body = json.dumps({**content, "model": model.name}).encode()
+    if content.get("model") != model:  # aliases may be newer than the engine's
+        body = json.dumps({**content, "model": model}).encode()
     headers = forwarded(asked.scope["headers"], without=OF_THE_GATEWAY)
     return EngineRequest(asked.scope["method"], asked.target, headers, body)
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -79,6 +80,12 @@ class Hub:
     @property
     def is_busy(self) -> bool:
         return self.answering > 0
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """Variables by which a program finds this hub, with its caches at home."""
+        caches = {"HF_HOME": str(home / "huggingface"), "XDG_CACHE_HOME": str(home / "cache")}
+        local = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        return {"HF_ENDPOINT": self.url, "HF_TOKEN": "", **caches, **local}
 
     def total_served_bytes(self) -> int:
         with self.lock:

@@ -149,45 +149,44 @@ async def test_ollama_is_told_what_is_wrong(two: Remote, gateway: Gateway, clien
 
 
 async def test_ollama_pulls_and_deletes_where_it_may(
-    bus: PrivateBus, sources: Path, tmp_path: Path, short_path: Path
+    bus: PrivateBus, sources: Path, tmp_path: Path, short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     daemon = Daemon(bus.address, tmp_path, short_path)
     daemon.config.write_text(f"{CONFIG}[gateway]\nchange_models = true\n")
-    with running_daemon(daemon), fake_hub.serving() as hub:
+    with fake_hub.serving() as hub:
         hub.repository("someone/ada").commit({path.name: path.read_bytes() for path in (sources / "ada").iterdir()})
-        environment = {
-            **{"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "XDG_CACHE_HOME": str(tmp_path / "cache")},
-            **{"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_TOKEN": ""},
-        }
-        log, socket_path = tmp_path / "gateway.log", short_path / "gateway.sock"
-        async with (
-            running_gateway(daemon, log, socket_path, environment=environment) as gateway,
-            gateway.ollama() as client,
-        ):
-            lines = [line.status async for line in await client.pull("hf.co/someone/ada:latest", stream=True)]
-            assert lines[0] == "pulling manifest" and lines[-1] == "success"
-            with pytest.raises(ollama.ResponseError, match="nobody/none"):
-                await client.pull("nobody/none")
-            with pytest.raises(ollama.ResponseError, match="nobody/none"):
-                async for _ in await client.pull("nobody/none", stream=True):
-                    pass
+        for name, value in hub.environment(tmp_path).items():
+            monkeypatch.setenv(name, value)  # of the daemon, and so of what downloads for it
+        with running_daemon(daemon):
+            await pulls_and_deletes(daemon, tmp_path / "gateway.log", short_path / "gateway.sock")
 
-            async def is_listed() -> bool:
-                return [model.model for model in (await client.list()).models] == ["someone/ada:latest"]
 
-            await eventually(is_listed)
-            answer = await client.chat(model="someone/ada", messages=WHO, options=GREEDY)
-            assert answer.message.content == SAYS["ada"]
-            with pytest.raises(ollama.ResponseError, match="ada") as refused:
-                await client.delete("someone/ada")
-            assert refused.value.status_code == 503
-            await client.generate(model="someone/ada", keep_alive=0)
-            assert (await client.delete("someone/ada")).status == "success"
+async def pulls_and_deletes(daemon: Daemon, log: Path, socket_path: Path) -> None:
+    async with running_gateway(daemon, log, socket_path) as gateway, gateway.ollama() as client:
+        lines = [line.status async for line in await client.pull("hf.co/someone/ada:latest", stream=True)]
+        assert lines[0] == "pulling manifest" and lines[-1] == "success"
+        with pytest.raises(ollama.ResponseError, match="nobody/none"):
+            await client.pull("nobody/none")
+        with pytest.raises(ollama.ResponseError, match="nobody/none"):
+            async for _ in await client.pull("nobody/none", stream=True):
+                pass
 
-            async def is_gone() -> bool:
-                return (await client.list()).models == []
+        async def is_listed() -> bool:
+            return [model.model for model in (await client.list()).models] == ["someone/ada:latest"]
 
-            await eventually(is_gone)
+        await eventually(is_listed)
+        answer = await client.chat(model="someone/ada", messages=WHO, options=GREEDY)
+        assert answer.message.content == SAYS["ada"]
+        with pytest.raises(ollama.ResponseError, match="ada") as refused:
+            await client.delete("someone/ada")
+        assert refused.value.status_code == 503
+        await client.generate(model="someone/ada", keep_alive=0)
+        assert (await client.delete("someone/ada")).status == "success"
+
+        async def is_gone() -> bool:
+            return (await client.list()).models == []
+
+        await eventually(is_gone)
 
 
 async def engine_rests(remote: Remote) -> bool:

@@ -47,11 +47,7 @@ class Puller:
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))},
             "FLASHD_BUS_ADDRESS": daemon.address,
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(home / "huggingface"),
-            "XDG_CACHE_HOME": str(home / "cache"),
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
+            **hub.environment(home),
         }
 
     def begin(self, *arguments: str, largest_file_bytes: int = 0, **environment: str) -> subprocess.Popen[str]:
@@ -526,15 +522,8 @@ for name in {sorted(published)}:
 @pytest.fixture
 def environment(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the daemon, and so of what it starts."""
-    home = tmp_path / "home"
-    for name, value in {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": home / "huggingface",
-        "XDG_CACHE_HOME": home / "cache",
-    }.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name, value in hub.environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
 
 
 async def test_any_program_may_ask_for_a_pull(

@@ -53,6 +53,12 @@ def repository(name: str) -> str:
     return name.removeprefix("https://").removeprefix("hf.co/").removeprefix("huggingface.co/").removesuffix(":latest")
 
 
+def pulled(repository: str, done_bytes: int, total_bytes: int) -> dict[str, object]:
+    """How far a pull is, as /api/pull says it; `total_bytes` is 0 while it is unknown."""
+    said: dict[str, object] = {"status": f"pulling {repository}", "digest": repository}
+    return said | ({"total": total_bytes, "completed": done_bytes} if total_bytes else {})
+
+
 def tag(model: Model) -> dict[str, object]:
     """A model as /api/tags lists it."""
     return {

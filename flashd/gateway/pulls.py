@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pulls from the Hugging Face Hub that requests wait for. All who wait for one repository share a pull, which the
+daemon does, and which is cancelled when the last of them leaves; the next one resumes it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+
+from flashd.errors import LimitExceeded
+from flashd.gateway.kept_client import KeptClient, Progress
+
+_REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+
+
+def is_repository(name: str) -> bool:
+    """Tells whether a name looks like that of a repository of the hub, OWNER/NAME."""
+    return _REPOSITORY.fullmatch(name) is not None
+
+
+class Pull:
+    """A pull in progress. `waiting` is how many wait for it."""
+
+    def __init__(self, client: KeptClient, repository: str) -> None:
+        self.progress = Progress()
+        self.waiting = 0
+        self._changed = asyncio.Event()  # set and replaced whenever there is progress
+        self.work = asyncio.ensure_future(client.run_job(lambda lent: lent.begin_hub_pull(repository), self._note))
+        self.work.add_done_callback(lambda _: self._changed.set())
+
+    @property
+    def is_cancelled(self) -> bool:
+        return bool(self.work.cancelling())
+
+    async def steps(self) -> AsyncGenerator[Progress, None]:
+        """Yields how far it is at first and whenever that changes, until its end. Raises what the pull raises."""
+        while not self.work.done():
+            changed = self._changed
+            yield self.progress
+            await changed.wait()
+        self.work.result()
+
+    def _note(self, progress: Progress) -> None:
+        self.progress = progress
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class Pulls:
+    """The pulls in progress, by repository. On one event loop."""
+
+    def __init__(self, client: KeptClient, max_waiting: Callable[[], int]) -> None:
+        """`max_waiting` returns how many may wait for one pull."""
+        self._client = client
+        self._max_waiting = max_waiting
+        self._pulls: dict[str, Pull] = {}
+
+    def progress(self, repository: str) -> Progress | None:
+        """How far its pull is; None if it is not being pulled."""
+        return self._pulls[repository].progress if repository in self._pulls else None
+
+    @contextlib.asynccontextmanager
+    async def joined(self, repository: str) -> AsyncIterator[Pull]:
+        """Begins a pull or joins the one in progress, until the end of the context. Raises LimitExceeded."""
+        while (pull := self._pulls.get(repository)) is not None and pull.is_cancelled:
+            await asyncio.wait({pull.work})
+        if pull is None:
+            pull = self._pulls[repository] = Pull(self._client, repository)
+            pull.work.add_done_callback(lambda work: self._ended(repository, work))
+        elif pull.waiting >= self._max_waiting():
+            raise LimitExceeded(f"{pull.waiting} requests wait for {repository} already", hint="try again in a moment")
+        pull.waiting += 1
+        try:
+            yield pull
+        finally:
+            pull.waiting -= 1
+            if not pull.waiting:
+                pull.work.cancel()
+
+    async def close(self, most_s: float) -> None:
+        """Cancels all pulls, and waits for their ends for so long at most."""
+        ending = {pull.work for pull in self._pulls.values()}
+        for work in ending:
+            work.cancel()
+        if ending:
+            await asyncio.wait(ending, timeout=most_s)
+
+    def _ended(self, repository: str, work: asyncio.Task[None]) -> None:
+        del self._pulls[repository]
+        if not work.cancelled():
+            work.exception()  # retrieved, lest asyncio log it when no request waits any more
