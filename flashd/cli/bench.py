@@ -31,7 +31,7 @@ def stream_(
     found = copying.device_of(device)
     if found is None and device not in {"auto", "none"}:
         raise InvalidArgument(f"there is no device {device!r} here", hint="flash status shows what there is")
-    with output.bytes_progress(f"{runs} rounds") as show:
+    with output.own_progress("measuring", of_rounds=True) as show:
         report = stream.run(path, runs=runs, device=found, on_progress=show)
     _show(report, as_json=as_json)
 
@@ -39,7 +39,7 @@ def stream_(
 @app.command("memory")
 def memory_(context: Context, model: ModelName, runs: Runs = 15, as_json: Json = False) -> None:
     """Measures the time from a D-Bus call to a model's tensors on the device, and from the host tier to the device."""
-    with output.bytes_progress(f"{runs} rounds") as show:
+    with output.own_progress("measuring", of_rounds=True) as show:
         report = memory.run(session(context).client, model, runs=runs, on_progress=show)
     _show(report, as_json=as_json)
 
@@ -47,7 +47,7 @@ def memory_(context: Context, model: ModelName, runs: Runs = 15, as_json: Json =
 @app.command("swap")
 def swap_(context: Context, first: ModelName, second: ModelName, runs: Runs = 10, as_json: Json = False) -> None:
     """Measures swaps between two models, each until its first token."""
-    with output.bytes_progress(f"{runs} rounds") as show:
+    with output.own_progress("measuring", of_rounds=True) as show:
         report = swap.run(session(context).client, (first, second), runs=runs, on_progress=show)
     _show(report, as_json=as_json)
 

@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from flashd.legible import legible
+from flashd.units import format_bytes
 
 MAX_CHARACTERS = 100_000
 
@@ -55,22 +56,49 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str =
     return made
 
 
+class _BarOfKnown(BarColumn):
+    """A bar for work of a known amount; nothing for other work, which has its spinner."""
+
+    def render(self, task: Task) -> Any:
+        return super().render(task) if task.total is not None else Text()
+
+
+class _Bytes(ProgressColumn):
+    """The bytes done, of how many if that is known, and their rate; nothing until there are any."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None and not task.completed:
+            return Text()
+        of_all = f" of {format_bytes(int(task.total))}" if task.total is not None else ""
+        rate = f", {format_bytes(int(task.speed))}/s" if task.speed else ""
+        return Text(f"{format_bytes(int(task.completed))}{of_all}{rate}", style="progress.download")
+
+
+class _Rounds(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"round {int(task.completed)} of {int(task.total)}" if task.total is not None else "")
+
+
+def progress(to: Console, *, of_rounds: bool = False) -> Progress:
+    """Returns a display of progress, in bytes or in rounds, which leaves nothing behind on a terminal."""
+    amount = _Rounds() if of_rounds else _Bytes()
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), _BarOfKnown(), amount)
+    return Progress(*columns, console=to, transient=True, disable=not to.is_terminal)
+
+
 class Bar:
     """A progress bar on standard error."""
 
-    def __init__(self, progress: Progress, what: str) -> None:
-        self._progress = progress
-        self._task = progress.add_task(legible(what), total=None)
+    def __init__(self, shown: Progress, what: str) -> None:
+        self._progress = shown
+        self._task = shown.add_task(legible(what), total=None)
 
-    def show(self, what: str, done_bytes: int, total_bytes: int) -> None:
-        """Shows progress. `total_bytes` is 0 while it is unknown."""
-        self._progress.update(self._task, description=legible(what), completed=done_bytes, total=total_bytes or None)
+    def show(self, what: str, done: int, total: int) -> None:
+        """Shows progress in bytes or rounds. `total` is 0 while it is unknown."""
+        self._progress.update(self._task, description=legible(what), completed=done, total=total or None)
 
 
 @contextmanager
-def bar(what: str, *, spins: bool) -> Iterator[Bar]:
-    columns = [TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
-    spinner = [SpinnerColumn()] if spins else []
-    to = messages()
-    with Progress(*spinner, *columns, console=to, transient=True, disable=not to.is_terminal) as progress:
-        yield Bar(progress, what)
+def bar(what: str, *, of_rounds: bool = False) -> Iterator[Bar]:
+    with progress(messages(), of_rounds=of_rounds) as shown:
+        yield Bar(shown, what)

@@ -37,7 +37,7 @@ def convert(
     try:
         with (
             SourceFiles.from_path(source.resolve()) as files,
-            output.bytes_progress(f"converting {source.name}") as show,
+            output.own_progress(f"converting {source.name}") as show,
         ):
             found = Checkpoint.open(base) if base else None
             manifest = convert_source(files, partial, python=python, base=found, note=str(source), on_progress=show)

@@ -43,7 +43,7 @@ def start(context: Context) -> None:
 def stop(context: Context) -> None:
     """Stops the daemon, its engines and its gateway."""
     with connect(session(context).bus) as client:
-        launch.stop(client)
+        launch.stop(client, output.say)
     output.say("flashd has stopped")
 
 
@@ -65,7 +65,7 @@ def _start_gateway(client: Client) -> None:
     daemon is of use without a gateway.
     """
     try:
-        addresses = launch.start_gateway(client)
+        addresses = launch.start_gateway(client, output.say)
     except FlashdError as error:
         said = "requests to this address are answered by another program" if "in use" in error.message else ""
         hints = "\n".join(filter(None, [said, error.hint]))
@@ -175,7 +175,7 @@ def _summary(client: Client) -> str:
 
 def _active(found: Status) -> str:
     """Names the active model, or the one that is parked because it was idle."""
-    return f"{found.resting_model} is idle: the next request wakes it" if found.resting_model else found.active_model
+    return f"{found.resting_model} rests: the next request wakes it" if found.resting_model else found.active_model
 
 
 def state(job: Job) -> str:

@@ -106,7 +106,7 @@ def job_progress(what: str) -> Iterator[Callable[[Job], None]]:
         return
     from flashd.cli import console
 
-    with console.bar(what, spins=True) as bar:
+    with console.bar(what) as bar:
         yield lambda job: bar.show(f"{what}: {job.phase}" if job.phase else what, job.done_bytes, job.total_bytes)
 
 
@@ -178,12 +178,12 @@ def _plain(content: object) -> object:
 
 
 @contextmanager
-def bytes_progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows a progress bar on standard error, if that is a terminal, for work done in this process."""
+def own_progress(what: str, *, of_rounds: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Shows progress on standard error, if that is a terminal, of work done in this process: in bytes or in rounds."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
     from flashd.cli import console
 
-    with console.bar(what, spins=False) as bar:
+    with console.bar(what, of_rounds=of_rounds) as bar:
         yield lambda done, total: bar.show(what, done, total)

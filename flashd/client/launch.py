@@ -42,6 +42,7 @@ T = TypeVar("T")
 _START_S = 60.0
 _STOP_S = 60.0
 _LOOK_S = 0.02
+_SILENT_S = 1.0  # longer waits are explained
 _ASK_S = 5.0
 _LINGER_S = 60.0  # of a gateway whose daemon was killed together with its manager
 _PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred of unix(7)
@@ -75,11 +76,12 @@ def start(asked: str | None = None) -> Started:
     return Started(found, log)
 
 
-def start_gateway(client: Client) -> Sequence[str]:
+def start_gateway(client: Client, explain: Callable[[str], None] = lambda why: None) -> Sequence[str]:
     """Starts the gateway of this user's daemon, to which `client` is connected, unless it runs as the settings say.
 
     Returns the addresses where it listens: none if the settings have none, or if the daemon is on another bus than
-    `start` chooses. Raises Unavailable, with the end of the log, if it does not start.
+    `start` chooses. `explain` is called with what a long wait for an earlier gateway is for. Raises Unavailable, with
+    the end of the log, if it does not start.
     """
     paths = default_paths(Scope.USER)
     if not _is_own(client):
@@ -88,7 +90,7 @@ def start_gateway(client: Client) -> Sequence[str]:
     if (found := _running_gateway()) is not None:
         if found.version == __version__ and found.is_at(addresses):
             return found.addresses
-        stop_gateway()
+        stop_gateway(explain)
     if not addresses:
         return []
     if importlib.util.find_spec("uvicorn") is None or importlib.util.find_spec("aiohttp") is None:
@@ -150,10 +152,10 @@ def _running_gateway() -> _Gateway | None:
             return None
 
 
-def stop_gateway() -> None:
+def stop_gateway(explain: Callable[[str], None] = lambda why: None) -> None:
     """Stops the gateway of this user, if one runs, and waits until it has ended: requests may finish first.
 
-    Raises Unavailable if that takes too long.
+    A wait of more than a second is explained. Raises Unavailable if that takes too long.
     """
     if (pid := listener(_gateway_socket())) is None:
         return
@@ -161,31 +163,39 @@ def stop_gateway() -> None:
         process = os.pidfd_open(pid)
         try:
             signal.pidfd_send_signal(process, signal.SIGTERM)
-            has_ended, _, _ = select.select([process], [], [], _STOP_S)
+            has_ended, _, _ = select.select([process], [], [], _SILENT_S)
+            if not has_ended:
+                explain("waiting for the gateway: requests that it is answering may finish, for 10 s at most")
+                has_ended, _, _ = select.select([process], [], [], _STOP_S)
         finally:
             os.close(process)
         if not has_ended:
             raise Unavailable(f"the gateway is still running after {_STOP_S:.0f} s", hint=f"its process is {pid}")
 
 
-def stop(client: Client) -> None:
+def stop(client: Client, explain: Callable[[str], None] = lambda why: None) -> None:
     """Stops the daemon, its engines and the gateway, and waits until all their processes have ended.
 
-    Raises Unavailable if that takes too long.
+    `explain` is called with what a wait of more than a second is for. Raises Unavailable if it takes too long.
     """
     try:
         if _is_own(client):
-            stop_gateway()
+            stop_gateway(explain)
     finally:
-        _stop_daemon(client)
+        _stop_daemon(client, explain)
 
 
-def _stop_daemon(client: Client) -> None:
+def _stop_daemon(client: Client, explain: Callable[[str], None]) -> None:
     keepers = list(default_paths(Scope.USER).runtime.glob(f"keeper.{_label(client.bus)}.*"))
-    deadline = time.monotonic() + _STOP_S
+    began = time.monotonic()
+    is_explained = False
     client.stop()
     while _answers(client) or any(_is_bound(keeper) for keeper in keepers):
-        if time.monotonic() > deadline:
+        waited_s = time.monotonic() - began
+        if waited_s > _SILENT_S and not is_explained:
+            is_explained = True
+            explain("waiting for flashd: its engines and transfers are ending")
+        if waited_s > _STOP_S:
             raise Unavailable(
                 f"flashd is still running after {_STOP_S:.0f} s", hint="see in its log what it is waiting for"
             )

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import arguments
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
 import flashd
+from flashd.cli.console import progress
 from flashd.client import launch
 from flashd.dbus import address
 from flashd.units import format_bytes, format_seconds
@@ -142,12 +142,12 @@ class Tour:
         self._say(f"cp -r {name} ~/models/", f"drop [b]{name}[/b] into the models folder")
         drop(source, self._home, name)
         started = time.monotonic()
-        with self._progress() as progress:
-            task = progress.add_task(f"{name} converts itself", total=None)
+        with progress(self._console) as bar:
+            task = bar.add_task(f"{name} converts itself", total=None)
             while not (found := [model for model in self._client.models() if model.name == name]):
                 for job in self._client.jobs():
                     if job.kind == "import" and job.subject == name:
-                        progress.update(task, completed=job.done_bytes, total=job.total_bytes or None)
+                        bar.update(task, completed=job.done_bytes, total=job.total_bytes or None)
                 self._fail_if_refused(name)
                 if time.monotonic() > started + CONVERTED_S:
                     raise SystemExit(f"{name} was not converted in {CONVERTED_S:.0f} s: see {self._home.log}")
@@ -191,10 +191,6 @@ class Tour:
 
     def _say(self, command: str, text: str) -> None:
         self._console.print(f"[cyan]$ {command}[/]\n  {text}", highlight=False)
-
-    def _progress(self) -> Progress:
-        columns = (TextColumn("  {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        return Progress(*columns, console=self._console, transient=True)
 
 
 def two_small_models(tour: Tour, home: Home, console: Console) -> None:

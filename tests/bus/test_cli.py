@@ -368,6 +368,19 @@ def test_start_starts_the_gateway_which_is_kept_running_and_stopped(home: dict[s
     until(lambda: not processes_of(home))
 
 
+def test_stop_says_what_it_waits_for(home: dict[str, str]) -> None:
+    assert flash("start", **home).returncode == 0
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(f"{home['XDG_RUNTIME_DIR']}/flashd/gateway.sock")
+        asking.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{")
+        stop = subprocess.Popen([FLASH, "stop"], env={**os.environ, **home}, stderr=subprocess.PIPE, text=True)
+        assert stop.stderr is not None
+        said = stop.stderr.readline()
+    assert said == "waiting for the gateway: requests that it is answering may finish, for 10 s at most\n"
+    assert stop.communicate()[1].endswith("flashd has stopped\n") and stop.returncode == 0
+    until(lambda: not processes_of(home))
+
+
 def test_two_starts_at_once_start_one_daemon(home: dict[str, str]) -> None:
     with ThreadPoolExecutor() as threads:
         starts = [threads.submit(flash, "start", **home) for _ in range(3)]

@@ -216,7 +216,7 @@ async def test_an_idle_model_is_parked_and_who_asks_wakes_it(three: Remote, daem
     flash = await asyncio.create_subprocess_exec(
         *(Path(sys.executable).with_name("flash"), "--bus", daemon.address, "status"), stdout=asyncio.subprocess.PIPE
     )
-    assert b"ada is idle: the next request wakes it" in (await flash.communicate())[0]
+    assert b"ada rests: the next request wakes it" in (await flash.communicate())[0]
     assert (await three.model("ada"))["Residency"] == "host"
     endpoint = await three.get(wire.ROOT_PATH, wire.MANAGER, "Endpoint")
     async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=endpoint), base_url="http://flashd") as client:

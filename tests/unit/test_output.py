@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
-from rich.console import Group
+from rich.console import Console, Group
 
 from flashd.cli import console, output
 from flashd.errors import NotFound
@@ -39,6 +40,26 @@ def test_json_stays_json() -> None:
     written = output.as_json([HOSTILE, "\ud800", "\U000e0041"])
     assert written.replace("\n", "").isprintable()
     assert json.loads(written) == [HOSTILE, "\ud800", "\U000e0041"]
+
+
+def shown(done: int, total: int, *, of_rounds: bool = False) -> str:
+    """What a terminal shows of a job."""
+    progress = console.progress(Console(file=io.StringIO(), force_terminal=True), of_rounds=of_rounds)
+    console.Bar(progress, "work").show("work: reading", done, total)
+    page = Console(file=io.StringIO(), width=100, color_system=None)
+    with page.capture() as captured:
+        page.print(progress.get_renderable())
+    return " ".join(captured.get().split()[1:])  # without the spinner
+
+
+def test_progress_without_a_total_has_a_spinner_and_what_is_known() -> None:
+    assert shown(0, 0) == "work: reading"
+    assert shown(12_000_000, 0) == "work: reading 12 MB"
+
+
+def test_progress_with_a_total_has_a_bar() -> None:
+    assert shown(12_000_000, 24_000_000).endswith("━ 12 MB of 24 MB")
+    assert shown(3, 7, of_rounds=True).endswith("━ round 3 of 7")
 
 
 @pytest.mark.parametrize("path", sorted(CLI.glob("*.py")), ids=lambda path: path.name)
