@@ -155,6 +155,11 @@ class EnginesConfig:
         "park", "Whether an idle model is only parked, or also evicted from memory.", live=True
     )
     prewarm: str = _setting("", "Model to make active when the daemon starts, unless one is. Default: none.")
+    per_architecture: int = _setting(
+        2,
+        "Most engines on GPUs that serve models of one architecture at once. Models share an engine by turns, and get "
+        "another one if they take turns often and GPU memory is free.",
+    )
     turn_s: float = _setting(
         2.0,
         "Time that a model keeps its engine while the gateway has requests for another that needs it. "

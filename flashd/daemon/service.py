@@ -210,7 +210,11 @@ class Service:
             self._supplier,
             factories,
             endpoint,
-            Policy(config.engines.drain_timeout_s, config.engines.max_parked),
+            Policy(
+                config.engines.drain_timeout_s,
+                config.engines.max_parked,
+                per_architecture=config.engines.per_architecture,
+            ),
             on_change=events.engines_changed,
             on_lost=self._engine_lost,
             on_displaced=self._active_displaced,

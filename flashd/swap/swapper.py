@@ -25,6 +25,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -41,6 +42,7 @@ from flashd.tasks import run_to_end
 log = logging.getLogger(__name__)
 
 _STATS_S = 2.0  # for an engine to say whether it is busy
+_TURNS, _TURNS_S = 4, 30.0  # models that change so often in so short a time are worth another engine
 
 
 class SwapState(StrEnum):
@@ -92,13 +94,15 @@ class Policy:
 
     An engine that has not carried out an order after `order_timeout_s` is considered dead, and is ended. Engines limit
     the time of their start themselves. Requests have `drain_timeout_s` to finish; an engine that has not ended them
-    `cut_timeout_s` later is stuck, and is ended.
+    `cut_timeout_s` later is stuck, and is ended. Models of one architecture that take turns in an engine get at most
+    `per_architecture` engines.
     """
 
     drain_timeout_s: float = 10.0
     max_parked: int = 2
     order_timeout_s: float = 60.0
     cut_timeout_s: float = 5.0
+    per_architecture: int = 1
 
 
 # Updates the target of a swap when its turn has come. Raises NotFound if the model was removed or is no longer visible.
@@ -136,11 +140,17 @@ class EngineSlot:
     is_leaving: bool = False
     was_active: bool = False  # the endpoint led to it when it served last
     used_at: float = 0.0  # when a request was last seen, or it began to serve; of time.monotonic()
+    turns: deque[float] = field(default_factory=lambda: deque(maxlen=_TURNS))  # times of its last rebinds
 
     @property
     def answers(self) -> bool:
         """True if a request that comes now is answered, even if it must wait for the end of a rebind."""
         return self.engine.state is EngineState.SERVING and not self.is_leaving
+
+    @property
+    def is_contended(self) -> bool:
+        """True if models take turns in it at short intervals."""
+        return len(self.turns) == _TURNS and time.monotonic() - self.turns[0] < _TURNS_S
 
     def takes(self, target: Target, supply: Supply) -> None:
         self.supply, self.target, self.is_shut, self.is_leaving = supply, target, False, False
@@ -248,7 +258,8 @@ class Swapper:
         """Has `target` serve beside what serves already.
 
         Where there is no room for all, others make way: idle ones first, and of these the one used longest ago. A model
-        of the same architecture gives up its engine, and `on_displaced` is told if that was the active one. If
+        of the same architecture gives up its engine, and `on_displaced` is told if that was the active one; unless they
+        take turns often, and the GPUs have free memory for another engine. If
         `becomes_active` says so when its turn has come, it is swapped to. Raises what a swap raises, and then what
         served before serves again.
         """
@@ -259,6 +270,8 @@ class Swapper:
         if any(slot.target.is_same(target) and slot.answers for slot in self.serving):
             return []
         await self._read_key(target)
+        if await self._is_worth_another(target, is_active=False):
+            return []
         makes_way = []
         takers = await self._takers(target, is_active=False)
         if takers and takers[0].engine.state is EngineState.SERVING:
@@ -450,9 +463,15 @@ class Swapper:
         is_active = is_active or any(one.is_active and one.target.model_name == target.model_name for one in before)
         supply, self._lost = None, None
         try:
-            supply = await self._provide(target, on_progress, is_active=is_active)
+            await self._read_key(target)
+            if await self._is_worth_another(target, is_active=is_active):
+                with contextlib.suppress(OutOfMemory):
+                    supply = await self._supplier.provide(target, on_progress, to=Recipient(starts=True))
+            in_another = supply is not None
+            if supply is None:
+                supply = await self._provide(target, on_progress, is_active=is_active)
             self._enter(SwapState.SWITCHING)
-            how, engine = await self._switch(target, supply, is_active=is_active)
+            how, engine = await self._switch(target, supply, is_active=is_active, in_another=in_another)
         except BaseException:
             self._enter(SwapState.ROLLING_BACK)
             await run_to_end(self._roll_back(before, supply))
@@ -467,7 +486,6 @@ class Swapper:
 
     async def _provide(self, target: Target, on_progress: Progress, *, is_active: bool) -> Supply:
         """The new weights, beside all others if they fit, else in place of some."""
-        await self._read_key(target)
         await self._end_too_large(target, is_active=is_active)
         try:
             recipient = self._recipient(target, is_active=is_active)
@@ -556,10 +574,15 @@ class Swapper:
         except (FlashdError, TimeoutError):
             return False  # it hangs or is about to end: if any is to make way, this one
 
-    async def _switch(self, target: Target, supply: Supply, *, is_active: bool) -> tuple[How, Engine]:
-        """Gives the weights to an engine and has it serve: a parked one, one that serves, or a new one."""
+    async def _switch(
+        self, target: Target, supply: Supply, *, is_active: bool, in_another: bool = False
+    ) -> tuple[How, Engine]:
+        """Gives the weights to an engine and has it serve: a parked one, one that serves, or a new one.
+
+        `in_another`: only to a new one.
+        """
         binding = await self._supplier.binding(target, supply)
-        for slot in await self._takers(target, is_active=is_active):
+        for slot in [] if in_another else await self._takers(target, is_active=is_active):
             if slot.engine.state is EngineState.SERVING:
                 # Connections that lead to the active model are not for the one that takes over its engine.
                 is_displaced = slot is self._active and not is_active
@@ -597,6 +620,17 @@ class Swapper:
             await run_to_end(engine.stop())
             raise
         return engine
+
+    async def _is_worth_another(self, target: Target, *, is_active: bool) -> bool:
+        """Tells whether another engine starts for a model whose key was read, since those that could take it are passed
+        on too often, and free memory suffices."""
+        sharing = self._sharing(target)
+        return (
+            not is_active
+            and 0 < len(sharing) < self._policy.per_architecture
+            and all(slot.engine.state is EngineState.SERVING and slot.is_contended for slot in sharing)
+            and await self._supplier.fits_another(target)
+        )
 
     def _recipient(self, target: Target, *, is_active: bool) -> Recipient:
         """The engine that would take a model now, whose key was read."""
@@ -641,6 +675,7 @@ class Swapper:
         await self._order(slot.engine, self._given(slot.engine, target, supply, slot.engine.rebind(binding)))
         old = slot.supply
         slot.takes(target, supply)
+        slot.turns.append(time.monotonic())
         if old is not None:
             supply.keeps_cache_of(old)
             old.release()

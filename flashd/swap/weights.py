@@ -295,6 +295,12 @@ class Supplier:
         least = await self._plan(target)
         return least is not None and least.cache_grows and engine.cache_bytes > least.ranks[0].cache_bytes
 
+    async def fits_another(self, target: Target) -> bool:
+        """Tells whether free memory suffices for one more engine on GPUs. False for one in host memory, whose needs are
+        unknown.
+        """
+        return await self._plan(target) is not None and await self.fits_beside(target, to=Recipient(starts=True))
+
     async def fits_beside(self, target: Target, *, to: Recipient = _AN_ENGINE) -> bool:
         """Tells whether a model fits into memory without evicting anything."""
         needed_bytes = await self._needed_bytes(target, to)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,6 +55,7 @@ from flashd.memory.arena import HostArena, HugePages
 from flashd.memory.device import HostDevice, Tier, simulated_device
 from flashd.memory.residency import Memory, Residency
 from flashd.memory.transfers import Progress, Region, Residents
+from flashd.swap import swapper
 from flashd.swap.swapper import How, Policy, Swapper, SwapState
 from flashd.swap.weights import Supplier, Supply, Target
 
@@ -783,6 +785,51 @@ async def test_the_active_model_is_told_to_be_displaced_before_its_requests_are_
     world.ended()
 
 
+async def test_models_that_take_turns_often_get_an_engine_each_while_memory_is_free(
+    targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(swapper, "time", SimpleNamespace(monotonic=lambda: now))
+    world = World(room=10, gpus=1, policy=Policy(1, 2, per_architecture=2))
+
+    async def turns(*names: str, after_s: float) -> list[How]:
+        nonlocal now
+        hows = []
+        for name in names:
+            now += after_s
+            hows.append((await world.swapper.serve(targets[name])).how)
+            world.check()
+        return hows
+
+    assert await turns("a1", "a2", "a1", "a2", "a1", "a2", after_s=31) == [How.START] + 5 * [How.REBIND]
+    assert await turns("a1", "a2", "a1", after_s=2) == 3 * [How.REBIND], "the next one is the fifth in 30 s"
+    assert world.serving() == ("", {"a1"})
+    now += 2
+    assert await world.swapper.displaced_by(targets["a2"]) == []
+    assert await turns("a2", after_s=0) == [How.START]
+    assert world.serving() == ("", {"a1", "a2"})
+    assert await turns("a3", after_s=0) == [How.REBIND], "two engines are as many as may be"
+    await world.swapper.close()
+    world.ended()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "room", "limit", "first"),
+    [(0, 10, 2, "serve"), (1, 1, 2, "serve"), (1, 10, 1, "serve"), (1, 10, 2, "swap")],
+    ids=["its memory is unknown", "memory is not free", "one may be", "it replaces the active one"],
+)
+async def test_models_go_on_taking_turns_where(
+    gpus: int, room: int, limit: int, first: str, targets: dict[str, Target]
+) -> None:
+    world = World(room=room, gpus=gpus, policy=Policy(1, 2, per_architecture=limit))
+    for name in ("a1", "a2") * 4:
+        await (world.swap if first == "swap" else world.serve)(targets[name])
+        world.check()
+    assert len(world.factory.engines) == 1
+    await world.swapper.close()
+    world.ended()
+
+
 async def test_an_engine_beside_that_ends_is_told_of_and_its_swap_goes_on(targets: dict[str, Target]) -> None:
     world = World()
     await world.swapper.swap(targets["a1"])
@@ -812,6 +859,7 @@ async def test_engines_that_serve_beside_are_passed_on(targets: dict[str, Target
     room=st.sampled_from([1, 2, 3, 10]),
     gpus=st.integers(0, 2),
     most_cache_bytes=st.sampled_from([0, 4 * ARENA_BYTES, 1 << 30]),
+    per_architecture=st.integers(1, 3),
     steps=st.lists(
         st.tuples(
             st.sampled_from(["swap", "serve"]), st.sampled_from(["a1", "a2", "a3", "b", "c", "q"]),
@@ -824,11 +872,12 @@ def test_any_sequence_of_swaps_serves_and_faults(
     room: int,
     gpus: int,
     most_cache_bytes: int,
+    per_architecture: int,
     steps: list[tuple[str, str, Fault | None, int]],
     targets: dict[str, Target],
 ) -> None:
     async def run() -> None:
-        policy = Policy(0.0, 1, HANGS_S)
+        policy = Policy(0.0, 1, HANGS_S, per_architecture=per_architecture)
         world = World(room=room, policy=policy, gpus=gpus, cache_bytes=ARENA_BYTES, most_cache_bytes=most_cache_bytes)
         for step, name, fault, moment in steps:
             before = world.serving()
