@@ -20,7 +20,7 @@ from flashd.cli.installation import Finding, Verdict
 from flashd.cli.parameters import Context
 from flashd.cli.session import Json, session
 from flashd.client.client import connect
-from flashd.client.results import Status, WatchedFolder
+from flashd.client.results import Status, WatchedFolder, strays_of
 from flashd.config.paths import Scope, default_paths
 from flashd.errors import FlashdError
 from flashd.io import cuda, streamer
@@ -59,7 +59,11 @@ def examine(bus: str | None) -> Iterator[Finding]:
     yield daemon
     if status is not None:
         yield from (Finding("state", Verdict.BAD, problem.what, problem.remedy) for problem in status.problems)
-        yield from map(_inbox, status.inbox_watched)
+        # A folder that does not exist is a problem of the state already.
+        named = " ".join(problem.what for problem in status.problems)
+        yield from (_inbox(watched) for watched in status.inbox_watched if watched.folder not in named)
+        if strays := strays_of(status):
+            yield Finding("inbox", Verdict.GOOD, f"ignored, because they are no models: {strays}")
     yield from installation.examine(toml)
     yield _kernel()
     yield from _disk(store)

@@ -12,7 +12,7 @@ from flashd.cli.parameters import Argument, Context, Option
 from flashd.cli.session import Json, Session, session
 from flashd.client import launch
 from flashd.client.client import Client, Job, connect
-from flashd.client.results import Engine, Event, Status
+from flashd.client.results import Engine, Event, Status, strays_of
 from flashd.config import loading
 from flashd.config.environment import given_bus_address
 from flashd.errors import FlashdError
@@ -97,6 +97,8 @@ def status(context: Context, as_json: Json = False) -> None:
     free = format_bytes(found.store_free_bytes)
     rows.append(["store", f"{format_bytes(found.store_bytes)} in {found.store_path}, {free} free{quota}"])
     rows.append(["inbox", ", ".join(found.models_directories) or "none"])
+    if strays := strays_of(found):
+        rows.append(["ignored", strays])
     rows += [["problem", f"{problem.what}; {problem.remedy}"] for problem in found.problems]
     rows += [[f"engine {engine.pid}", f"{engine.state}, {engine.model}, {_memory_of(engine)}"] for engine in engines]
     output.print_table(["", ""], rows)

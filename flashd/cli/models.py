@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from flashd.cli import output
 from flashd.cli.parameters import Argument, Context, Option
 from flashd.cli.session import Json, ModelName, session
+from flashd.client.results import strays_of
 from flashd.errors import Cancelled, InvalidArgument
 from flashd.units import format_bytes, format_seconds
 
@@ -36,6 +37,8 @@ def list_(context: Context, as_json: Json = False) -> None:
         output.print_table(["", "model", "size", "tier", "dtype", "architecture", "used", "aliases"], rows)
     elif not status.inbox_items:
         output.say(f"No models yet. Drop one into {_folders(status)}, or: flash import PATH NAME")
+        if strays := strays_of(status):
+            output.say(f"Ignored in there: {strays}")
     for item in status.inbox_items:
         detail = f": {item.detail}" if item.detail else ""
         colour = "red" if item.state == "failed" else "yellow"
@@ -87,6 +90,11 @@ def import_(
     ] = None,
 ) -> None:
     """Makes a model from files outside the models folder. You, not the daemon, need permission to read them."""
+    from flashd.checkpoint.source.reader import has_name_of_all
+
+    if not name and path.is_file() and has_name_of_all(path.name):
+        hint = f"import its whole folder: flash import {path.resolve().parent}, or give the model a name"
+        raise InvalidArgument(f"many models have a file named {path.name}", hint=hint)
     wanted = name or (path.resolve().name if path.is_dir() else path.stem)
     client = session(context).client
     started = time.monotonic()

@@ -103,7 +103,9 @@ def _names(client: Client) -> Iterator[str]:
     for model in client.models():
         yield from (model.name, *model.aliases)
     yield from (job.subject for job in client.jobs() if job.subject)
-    yield from (item.name for item in client.status().inbox_items)
+    status = client.status()
+    yield from (item.name for item in status.inbox_items)
+    yield from (name for stray in status.inbox_strays for name in (stray.path, Path(stray.path).name))
 
 
 def _versions() -> str:
@@ -161,6 +163,7 @@ def _daemon(client: Client) -> str:
         ("engine", client.engines()),
         ("device", client.devices()),
         ("inbox item", status.inbox_items),
+        ("inbox stray", status.inbox_strays),
     ):
         facts += [f"{title}: {_shown(thing, hidden)}" for thing in things]
     for job in client.jobs():

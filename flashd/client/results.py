@@ -103,6 +103,14 @@ class InboxItem:
 
 
 @dataclass(frozen=True, slots=True)
+class Stray:
+    """An entry of a models folder that is no source, and why: for example a folder without weights."""
+
+    path: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class WatchedFolder:
     """The way the daemon notices changes in a models folder: `how` is "events", or "every 30 s" without events.
 
@@ -146,6 +154,7 @@ class Status:
     problems: tuple[Problem, ...] = ()
     resting_model: str = ""
     inbox_watched: tuple[WatchedFolder, ...] = ()
+    inbox_strays: tuple[Stray, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +189,15 @@ def name_of(path: str) -> str:
     return wire.unescape(path.rsplit("/", 1)[-1]) if path != "/" else ""
 
 
+def strays_of(found: Status) -> str:
+    """Describes the entries of the models folders that are no models, in one line; empty if there are none."""
+    has_one_folder = len(found.models_directories) == 1
+    return ", ".join(
+        f"{stray.path.rsplit('/', 1)[-1] if has_one_folder else stray.path} ({stray.why})"
+        for stray in found.inbox_strays
+    )
+
+
 def model_from(path: str, found: Properties) -> Model:
     return _made(Model, found, path=path)
 
@@ -197,10 +215,11 @@ def status_from(found: Properties) -> Status:
     values = {
         **found,
         "ActiveModel": name_of(found["ActiveModel"]),
-        "RestingModel": name_of(found.get("RestingModel", "/")),  # an older daemon has none of these three
+        "RestingModel": name_of(found.get("RestingModel", "/")),  # an older daemon has none of these four
         "InboxItems": [InboxItem(*each) for each in found["InboxItems"]],
         "Problems": [Problem(*each) for each in found.get("Problems", ())],
         "InboxWatched": [WatchedFolder(*each) for each in found.get("InboxWatched", ())],
+        "InboxStrays": [Stray(*each) for each in found.get("InboxStrays", ())],
     }
     return _made(Status, values)
 

@@ -166,7 +166,6 @@ class Service:
             self._catalog, self._authority, own_uid=os.getuid(), private_group=group_id(config.store.private_group)
         )
         self._jobs = Jobs(self._events, check_room=functools.partial(self._limits.check, Scarce.JOBS))
-        self._problems = Problems(self._catalog, self._settings.paths.state, self._events)
 
     def _build_memory(self) -> None:
         config, events = self._settings.current, self._events
@@ -300,6 +299,7 @@ class Service:
             is_there=self._source_is_there,
         )
         self._inbox = Inbox(inbox.folders, self._inbox_conversions, settle_s=inbox.settle_s, rescan_s=inbox.rescan_s)
+        self._problems = Problems(catalog, settings.paths.state, events, missing_folders=self._inbox.missing)
 
     def _build_library(self) -> None:
         self._store_room = StoreRoom(self._catalog, self._background, self._events)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import functools
 import hashlib
 import logging
@@ -31,13 +30,14 @@ from typing import Protocol
 from flashd.checkpoint.source import trainers
 from flashd.checkpoint.source.debris import is_debris
 from flashd.checkpoint.source.downloads import is_unfinished, unfinished_twin
-from flashd.checkpoint.source.reader import has_weights, is_foreign, is_one_thing, missing_shards
+from flashd.checkpoint.source.reader import has_name_of_all, has_weights, is_foreign, is_one_thing, missing_shards
 from flashd.checkpoint.source.shards import is_one_of_several
 from flashd.errors import FlashdError
 from flashd.legible import legible
 from flashd.store.claims import Item, ItemState, claimed
 from flashd.store.folder_watch import Changes
 from flashd.store.looks import At, Look
+from flashd.store.strays import Stray, stray
 
 __all__ = ["Inbox", "Item", "ItemState"]
 
@@ -48,17 +48,20 @@ _EVENT_DELAY_S = 0.05  # a burst of events costs one scan
 _PATIENCE_S = 5.0  # a place that takes longer counts as not answering
 _MOST_STUCK = 16  # hanging threads; beyond that, scans pause until one returns
 _SILENT = "its file system does not answer"
-_UNWATCHED = "it does not exist"
-# Errors of a folder that is missing or unreadable, which the following scan reports.
-_NOT_NOW = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP}
+_MISSING = "it does not exist"
+_NAMELESS = (
+    "many models have a file of this name\n"
+    "put it into a folder with the model's name, together with its config.json and tokenizer"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """The result of one scan: the sources, and the folders that exist."""
+    """The result of one scan: the sources, the folders that exist, and what is in them besides sources."""
 
     items: list[Item]
     folders: frozenset[Path]
+    strays: Sequence[Stray] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,11 @@ class Handler(Protocol):
 
 
 class Inbox:
-    """Watches folders until `close`. Missing folders are created at first; if they vanish later, it waits for them."""
+    """Watches folders until `close`.
+
+    Missing folders are created at first. If they vanish later, it waits for them: their disk may have been unmounted,
+    or another folder may be about to take their place.
+    """
 
     def __init__(self, folders: Sequence[Path], handler: Handler, *, settle_s: float, rescan_s: float) -> None:
         self._folders = folders
@@ -109,6 +116,7 @@ class Inbox:
         self._why_unwatched = dict.fromkeys(folders, "")
         self._warned: dict[Path, set[str]] = {folder: set() for folder in folders}
         self._looked_at = dict.fromkeys(folders, 0.0)
+        self._strays: Sequence[Stray] = ()
         self._stuck: dict[Path, Look[_Seen]] = {}  # places that do not answer, and the scans that hang there
         self._arming: dict[Path, Look[str]] = {}  # the same for folders that were to be watched
         self._task: asyncio.Task[None] | None = None
@@ -139,6 +147,14 @@ class Inbox:
             for folder, why_not in self._why_unwatched.items()
         ]
 
+    def missing(self) -> list[Path]:
+        """Returns the folders that the last scan did not find."""
+        return [folder for folder, why_not in self._why_unwatched.items() if why_not == _MISSING]
+
+    def strays(self) -> Sequence[Stray]:
+        """Returns the entries that the last scan found besides sources."""
+        return self._strays
+
     def look(self) -> None:
         """Begins a scan of the folders now."""
         self._wake.set()
@@ -153,7 +169,7 @@ class Inbox:
                 log.warning("cannot scan the inbox: %s", error)
             except Exception:  # the boundary of a scan: a bug in one must not end them all
                 log.exception("bug while scanning the inbox")
-            is_soon = self._is_settling() or _UNWATCHED in self._why_unwatched.values()
+            is_soon = self._is_settling() or _MISSING in self._why_unwatched.values()
             waits = self._settle_s / 2 if is_soon else self._rescan_s
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), waits)
@@ -171,6 +187,7 @@ class Inbox:
                 self._stuck[look.place] = look
             else:
                 self._looked_at |= dict.fromkeys(seen.folders, time.time())
+                self._strays = seen.strays
                 return replace(seen, items=[*seen.items, *self._silent()])
         return _Seen(list(self._items.values()), frozenset())
 
@@ -190,10 +207,12 @@ class Inbox:
     def _note_watched(self, folder: Path, why_not: str) -> None:
         """Logs once for each reason that a folder is not watched by events, and when it is watched again."""
         before, self._why_unwatched[folder] = self._why_unwatched[folder], why_not
-        if why_not not in {"", _UNWATCHED, *self._warned[folder]}:
+        if why_not == _MISSING and before != _MISSING:
+            log.warning("%s does not exist: no model can be dropped there until it is made again", folder)
+        elif why_not not in {"", _MISSING, *self._warned[folder]}:
             self._warned[folder].add(why_not)
             log.warning("%s is only scanned every %g s: %s", folder, self._rescan_s, why_not)
-        elif not why_not and before in self._warned[folder]:
+        elif not why_not and before in {_MISSING, *self._warned[folder]}:
             log.info("%s is watched again", folder)
 
     def _silent(self) -> Iterator[Item]:
@@ -219,8 +238,10 @@ class Inbox:
             _make(folder)
         try:
             self._changes.watch(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return _MISSING
         except OSError as error:
-            return _UNWATCHED if error.errno in _NOT_NOW else str(error.strerror)
+            return str(error.strerror)
         return ""
 
     async def _compare(self, found: _Seen) -> None:
@@ -276,6 +297,7 @@ def _make(folder: Path) -> None:
 
 def _scan(folders: Sequence[Path], at: At) -> _Seen:
     items: list[Item] = []
+    strays: list[Stray] = []
     there = []
     for folder in folders:
         if not at(folder):
@@ -285,8 +307,15 @@ def _scan(folders: Sequence[Path], at: At) -> _Seen:
             there.append(folder)
             for entry in entries:
                 if at(Path(entry.path)):
-                    items += _items(folder, entry, _unfinished(entries))
-    return _Seen(items, frozenset(there))
+                    found = _items(folder, entry, _unfinished(entries))
+                    items += found
+                    strays += [] if found else _strays(entry)
+    return _Seen(items, frozenset(there), strays)
+
+
+def _strays(entry: os.DirEntry[str]) -> Iterator[Stray]:
+    with contextlib.suppress(OSError):  # removed during the scan
+        yield stray(entry)
 
 
 def _items(folder: Path, entry: os.DirEntry[str], unfinished: Sequence[str]) -> list[Item]:
@@ -376,6 +405,8 @@ def _examined(folder: Path, named: Path, path: Path, beside: Sequence[str]) -> I
         state, detail = ItemState.INCOMPLETE, f"{legible(unfinished)} is still being downloaded"
     elif not is_folder and is_one_of_several(path.name):
         state, detail = ItemState.REFUSED, "it is only one of several files of a model\nput all of them into one folder"
+    elif not is_folder and has_name_of_all(path.name):
+        state, detail = ItemState.REFUSED, _NAMELESS
     elif missing := _missing(path):
         state = ItemState.INCOMPLETE
         detail = f"{len(missing)} files are missing, the first is {legible(missing[0])}"

@@ -64,6 +64,28 @@ def source(folder: Path, seed: int = 0, rows: int = 64) -> Path:
     return folder
 
 
+def test_entries_that_are_no_models_and_a_folder_that_is_gone_are_told(run: Flash, daemon: Daemon) -> None:
+    (daemon.models / "empty").mkdir()
+    until(lambda: "ignored\tempty (an empty folder)\n" in run("status").stdout)
+    assert "Ignored in there: empty (an empty folder)\n" in run("list").stderr
+    assert "ignored, because they are no models: empty (an empty folder)\n" in run("doctor").stdout
+    shutil.rmtree(daemon.models)
+    until(lambda: f"problem\t{daemon.models} does not exist" in run("status").stdout)
+    doctor = run("doctor")
+    assert doctor.returncode == 1 and f"bad state: {daemon.models} does not exist" in doctor.stdout
+    assert f"mkdir -p {daemon.models}" in doctor.stdout and "inbox" not in doctor.stdout
+    daemon.models.mkdir()
+    until(lambda: "problem" not in run("status").stdout)
+
+
+def test_a_file_that_many_models_have_needs_a_name(run: Flash, tmp_path: Path) -> None:
+    file = source(tmp_path / "tune") / "model.safetensors"
+    refused = run("import", file)
+    assert refused.returncode == errors.InvalidArgument.exit_status
+    assert f"import its whole folder: flash import {tmp_path}/tune, or" in refused.stderr
+    assert run("import", file, "tune").returncode == 0
+
+
 def test_import_list_show_pin_alias_verify_scrub_and_rm(run: Flash, tmp_path: Path) -> None:
     assert "No models yet. Drop one into" in run("list").stderr
     assert json.loads(run("list", "--json").stdout) == []
@@ -475,12 +497,23 @@ def test_a_report_helps_and_tells_nothing_that_is_not_for_strangers(
         shutil.copytree(broken, daemon.models / name)
     with flashd.connect(bus) as client:
         until(lambda: sum(item.state == "failed" for item in client.status().inbox_items) == 3)
+        (daemon.models / "lawsuit notes").mkdir()
+        until(lambda: client.status().inbox_strays)
     done = flash("report", str(written), bus=bus, **hide)
     assert done.returncode == 0, done.stderr
     assert written.stat().st_mode & 0o777 == 0o600
     text = written.read_text()
     secrets = ["falcon", "merger", "takeover", "swordfish", "pirate", "halibut", str(tmp_path), hide["HF_TOKEN"]]
-    secrets += ["acquisition", "initech", "whale", r"me\u202eger", str(daemon.root), socket.gethostname(), "hf_"]
+    secrets += [
+        "acquisition",
+        "initech",
+        "whale",
+        "lawsuit",
+        r"me\u202eger",
+        str(daemon.root),
+        socket.gethostname(),
+        "hf_",
+    ]
     assert [secret for secret in secrets if secret in text] == []
     for helps in ("== versions ==", "== doctor ==", "Linux", "io_uring", "import failed", "Error.InvalidSource",
                   "state=failed", "engines.max_parked = 2", "dtype=F32", "engines.vllm.arguments = [set]"):  # fmt: skip

@@ -205,6 +205,55 @@ async def test_the_folder_deleted_and_made_again(recorder: Recorder, folder: Pat
     await eventually(lambda: "three" in recorder.names)
 
 
+async def test_a_folder_that_vanishes_is_missing_until_it_is_made_again(folder: Path) -> None:
+    inbox = Inbox([folder], Recorder(), settle_s=SETTLE_S, rescan_s=30)
+    inbox.start()
+    await eventually(folder.exists)
+    assert inbox.missing() == []
+    folder.rmdir()
+    await eventually(lambda: inbox.missing() == [folder])
+    await quiet()
+    assert not folder.exists(), "its disk may have been unmounted"
+    folder.mkdir()
+    await eventually(lambda: inbox.missing() == [])
+    await inbox.close()
+
+
+async def test_entries_that_are_no_sources_are_named_with_the_reason(folder: Path, tmp_path: Path) -> None:
+    made(folder / "tune")
+    made(folder / "owner" / "tune")
+    made(folder / ".hidden")
+    for name in ("empty", "notes/more"):
+        (folder / name).mkdir(parents=True)
+    for name in ("todo.txt", "config.json", "model.safetensors.index.json", "other.safetensors.part"):
+        (folder / name).touch()
+    (folder / "nowhere").symlink_to(tmp_path / "nothing")
+    inbox = Inbox([folder], Recorder(), settle_s=SETTLE_S, rescan_s=30)
+    inbox.start()
+    await eventually(inbox.strays)
+    assert {stray.path.name: stray.why for stray in inbox.strays()} == {
+        "empty": "an empty folder",
+        "notes": "a folder without weights",
+        "todo.txt": "not a file of weights",
+        "config.json": "a file that belongs into the folder of its model",
+        "model.safetensors.index.json": "a file that belongs into the folder of its model",
+        "other.safetensors.part": "a download that has not finished",
+        "nowhere": "a link that leads nowhere",
+    }
+    shutil.rmtree(folder)
+    await eventually(lambda: not inbox.strays())
+    await inbox.close()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.pt"])
+async def test_a_file_named_as_in_every_model_is_refused_in_words(recorder: Recorder, folder: Path, name: str) -> None:
+    forge(folder / name, HEADER, b"data")
+    forge(folder / "tune.safetensors", HEADER, b"data")
+    await eventually(lambda: recorder.names == ["tune"])
+    ((shown, (state, detail)),) = recorder.shown().items()
+    assert (shown, state) == (name, "failed") and "many models" in detail and "into a folder" in detail
+
+
 ENDS: dict[str, Callable[[BaseObserver], None]] = {
     "the observer": lambda observer: observer.stop(),
     "its emitter": lambda observer: next(emitter.stop() for emitter in observer.emitters),

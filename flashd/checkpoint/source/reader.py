@@ -315,6 +315,16 @@ def has_weights(path: Path) -> bool:
     return are_weights or trainers.are_shards(names)
 
 
+def has_name_of_all(name: str) -> bool:
+    """Tells whether a file of weights is named as those of all models are, such as `model.safetensors`."""
+    return Path(name).stem in {Path(convention.single).stem for convention in CONVENTIONS}
+
+
+def is_part_of_a_model(name: str) -> bool:
+    """Tells by its name whether a file belongs to a model whose other files are beside it."""
+    return matches(name, (*SIDE_FILES, ADAPTER, *WEIGHTS, "*.index.json"))
+
+
 def is_one_thing(path: Path) -> bool:
     """Tells whether a folder is refused as a whole, so that no part of it is a separate model."""
     return path.is_dir() and recognised.is_one_thing(_listing(path))

@@ -35,6 +35,7 @@ from flashd.daemon.serving.swaps import Swaps
 from flashd.dbus import wire
 from flashd.dbus.object_tree import EVERYBODY, Caller, Exported, Fd
 from flashd.errors import InvalidArgument, NotFound, Unavailable, from_bus
+from flashd.legible import legible
 from flashd.memory.device import HOST, Kind, Tier
 from flashd.memory.lease import Lease
 from flashd.memory.residency import Residency
@@ -44,6 +45,8 @@ from flashd.store.inbox import Inbox
 from flashd.swap.swapper import EngineSlot, Swapper
 
 NONE = "/"  # means "no object" in D-Bus APIs
+
+_MOST_STRAYS = 50  # more than a person would read
 
 
 class Finder:
@@ -383,6 +386,7 @@ class ManagerProperties:
             "StoreQuotaBytes": config.store.quota_bytes,
             "StoreFreeBytes": room.free_bytes,
             "InboxItems": self._inbox_conversions.shown() if self._inbox_conversions.audience == EVERYBODY else [],
+            "InboxStrays": self._strays() if self._inbox_conversions.audience == EVERYBODY else [],
             "InboxWatched": [[str(w.folder), w.how, w.why_not, w.looked_at] for w in self._inbox.watched()],
             "Problems": self._problems.all(with_names=False),
         }
@@ -400,9 +404,16 @@ class ManagerProperties:
             seen |= self._active(active)
         if self._inbox_conversions.audience != EVERYBODY and self._inbox_conversions.audience.includes(viewer):
             seen["InboxItems"] = self._inbox_conversions.shown()
+            seen["InboxStrays"] = self._strays()
         if viewer.uid in {0, os.getuid()}:
             seen["Problems"] = self._problems.all(with_names=True)
         return seen
+
+    def _strays(self) -> list[list[str]]:
+        strays = self._inbox.strays()
+        shown = [[legible(str(each.path)), each.why] for each in strays[:_MOST_STRAYS]]
+        more = len(strays) - len(shown)
+        return [*shown, [f"{more} more", f"only the first {_MOST_STRAYS} are listed"]] if more else shown
 
     @staticmethod
     def _active(active: EngineSlot | None) -> Mapping[str, str]:

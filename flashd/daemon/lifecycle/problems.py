@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flashd.daemon.events import Events
@@ -21,23 +23,36 @@ _REMEDY = "repair the file and restore its old name, or remove it; then restart 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """The last result. `store` is the store's problem with its remedy, or empty."""
+    """The last result. `store` is the store's problem with its remedy, or empty; `missing` are the models folders that
+    were missing then.
+    """
 
     store: tuple[str, ...]
     damaged: tuple[Path, ...]
+    missing: tuple[Path, ...] = ()
 
 
 class Problems(Routine):
     """Checks the disk every few seconds, in a thread, so that reading the result never waits for a hanging file system.
 
-    Problems disappear once they are solved.
+    Problems disappear once they are solved. `missing_folders` tells, without asking the disk, which models folders do
+    not exist.
     """
 
-    def __init__(self, catalog: Catalog, state: Path, events: Events, *, look_s: float = _LOOK_S) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        state: Path,
+        events: Events,
+        *,
+        missing_folders: Callable[[], Sequence[Path]] = tuple,
+        look_s: float = _LOOK_S,
+    ) -> None:
         super().__init__("looking for problems", self._round)
         self._catalog = catalog
         self._state = state
         self._events = events
+        self._missing_folders = missing_folders
         self._look_s = look_s
         self._seen = self._look()
 
@@ -46,11 +61,12 @@ class Problems(Routine):
         of a model, which may be private.
         """
         of_the_store = [list(self._seen.store)] if self._seen.store else []
-        return [*of_the_store, *self._of_files(with_names=with_names)]
+        return [*of_the_store, *map(_of_missing, self._missing_folders()), *self._of_files(with_names=with_names)]
 
     async def _round(self) -> None:
         await asyncio.sleep(self._look_s)
-        before, self._seen = self._seen, await in_thread(self._look)
+        before, found = self._seen, await in_thread(self._look)
+        self._seen = replace(found, missing=tuple(self._missing_folders()))
         if self._seen != before:
             self._events.problems_changed()
 
@@ -72,3 +88,9 @@ class Problems(Routine):
             where = legible(str(self._state))
             found.append([f"{more} damaged files were set aside below {where}; the log lists them", _REMEDY])
         return found
+
+
+def _of_missing(folder: Path) -> list[str]:
+    shown = legible(str(folder))
+    remedy = f"make it again (mkdir -p {shlex.quote(shown)}, or flash restart), or mount the disk that it is on"
+    return [f"{shown} does not exist, so no model can be dropped there", remedy]
