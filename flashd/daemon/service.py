@@ -255,7 +255,7 @@ class Service:
             self._runtime.shared_mode,
             lambda is_question: self._swaps.woken(is_question=is_question),
             events,
-            is_for_active=self._swapper.leads_to_endpoint,
+            is_for_active=self._swapper.slots.leads_to_endpoint,
         )
         self._engine_stats = EngineStatsBook(
             self._swapper,
@@ -434,7 +434,7 @@ class Service:
 
     def summary(self) -> str:
         """Returns one line for `systemctl status`."""
-        active = self._swapper.active
+        active = self._swapper.slots.active
         is_public = active is not None and self._ownership.is_public(active.target)
         name = active.target.model_name if active and is_public else "a private one"
         answering = f"{name} answers" if active else "none is active"

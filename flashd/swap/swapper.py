@@ -25,24 +25,22 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from flashd.engines.engine import Binding, BindingRecord, Engine, EngineFactory, EngineImage, EngineState
 from flashd.errors import Busy, EngineFailed, EngineOutOfMemory, FlashdError, NotFound, OutOfMemory, Unsupported
 from flashd.memory.device import Tier
 from flashd.memory.transfers import Progress
+from flashd.swap.candidates import Candidates
+from flashd.swap.slots import Endpoint, EngineSlot, Slots
 from flashd.swap.weights import Recipient, Supplier, Supply, Target
 from flashd.tasks import run_to_end
 
 log = logging.getLogger(__name__)
-
-_STATS_S = 2.0  # for an engine to say whether it is busy
-_TURNS, _TURNS_S = 4, 30.0  # models that change so often in so short a time are worth another engine
 
 
 class SwapState(StrEnum):
@@ -113,55 +111,6 @@ async def _as_it_was(target: Target) -> Target:
     return target
 
 
-class Endpoint(Protocol):
-    """The one address of whichever model is active, and the engines' own."""
-
-    def point_to(self, socket_path: Path | None, *, is_private: bool = False) -> None: ...
-
-    def open(self, socket_path: Path, *, is_private: bool) -> None:
-        """Lets clients connect to an engine that serves beside the active one."""
-
-    def shut(self, socket_path: Path) -> None:
-        """Notes that it does not serve there any more. Raises nothing."""
-
-
-@dataclass(slots=True, eq=False)
-class EngineSlot:
-    """An engine, the model it has or had last, and what it was given for it: nothing while it is parked.
-
-    It `is_shut` from drain until it takes weights or resumes, and while it is parked: requests are held back, or passed
-    on if it `is_leaving`, that is, about to be parked or ended.
-    """
-
-    engine: Engine
-    target: Target
-    supply: Supply | None
-    is_shut: bool = False
-    is_leaving: bool = False
-    was_active: bool = False  # the endpoint led to it when it served last
-    used_at: float = 0.0  # when a request was last seen, or it began to serve; of time.monotonic()
-    turns: deque[float] = field(default_factory=lambda: deque(maxlen=_TURNS))  # times of its last rebinds
-
-    @property
-    def answers(self) -> bool:
-        """True if a request that comes now is answered, even if it must wait for the end of a rebind."""
-        return self.engine.state is EngineState.SERVING and not self.is_leaving
-
-    @property
-    def is_contended(self) -> bool:
-        """True if models take turns in it at short intervals."""
-        return len(self.turns) == _TURNS and time.monotonic() - self.turns[0] < _TURNS_S
-
-    def takes(self, target: Target, supply: Supply) -> None:
-        self.supply, self.target, self.is_shut, self.is_leaving = supply, target, False, False
-
-    @property
-    def takes_others(self) -> bool:
-        """False on a GPU whose weights could not be saved as an image: the engine may hold state from those weights
-        that a rebind would not replace."""
-        return self.supply is None or self.supply.plan is None or self.supply.is_image
-
-
 @dataclass(frozen=True, slots=True)
 class _Served:
     """What an engine served before a swap began."""
@@ -200,11 +149,9 @@ class Swapper:
         self._policy = policy
         self._on_change = on_change
         self._on_lost = on_lost
-        self._on_displaced = on_displaced
+        self.slots = Slots(endpoint, on_change, on_displaced)
+        self._candidates = Candidates(self.slots, supplier, factories, per_architecture=policy.per_architecture)
         self._turn = asyncio.Lock()  # fair: waiters get it in the order they asked
-        self._active: EngineSlot | None = None
-        self._beside: list[EngineSlot] = []  # serving too; the one that began longest ago first
-        self._parked: list[EngineSlot] = []  # parked, or about to be; longest ago first
         self._lost: Target | None = None  # the active model whose engine ended during the swap under way
         self._closed = False
         self._state = SwapState.IDLE
@@ -214,28 +161,6 @@ class Swapper:
     @property
     def state(self) -> SwapState:
         return self._state
-
-    @property
-    def active(self) -> EngineSlot | None:
-        return self._active
-
-    @property
-    def slots(self) -> list[EngineSlot]:
-        """Lists the engines, the active one first, then others that serve, then those that are parked."""
-        return [*self.serving, *reversed(self._parked)]
-
-    @property
-    def serving(self) -> list[EngineSlot]:
-        """Lists the engines that answer requests, the active one first, then the one that began last."""
-        return ([self._active] if self._active else []) + list(reversed(self._beside))
-
-    def leads_to_endpoint(self, number: int) -> bool:
-        """Tells whether connections to an engine are for whichever model is active: it served as the active one."""
-        return any(slot.engine.number == number and slot.was_active for slot in self.slots)
-
-    def slot_of(self, model_name: str) -> EngineSlot | None:
-        """The engine in which a model serves."""
-        return next((slot for slot in self.serving if slot.target.model_name == model_name), None)
 
     async def swap(
         self, target: Target, on_progress: Progress = lambda done, total: None, *, renew: Renew = _as_it_was
@@ -259,25 +184,26 @@ class Swapper:
 
         Where there is no room for all, others make way: idle ones first, and of these the one used longest ago. A model
         of the same architecture gives up its engine, and `on_displaced` is told if that was the active one; unless they
-        take turns often, and the GPUs have free memory for another engine. If
-        `becomes_active` says so when its turn has come, it is swapped to. Raises what a swap raises, and then what
-        served before serves again.
+        take turns often, and the GPUs have free memory for another engine. If `becomes_active` says so when its turn
+        has come, it is swapped to. Raises what a swap raises, and then what served before serves again.
         """
         return await self._bring(target, on_progress, renew, becomes_active)
 
     async def displaced_by(self, target: Target) -> list[Target]:
         """The models that would cease to serve if this one came to serve now. Others may change that any time."""
-        if any(slot.target.is_same(target) and slot.answers for slot in self.serving):
+        if any(slot.target.is_same(target) and slot.answers for slot in self.slots.serving):
             return []
-        await self._read_key(target)
-        if await self._is_worth_another(target, is_active=False):
+        await self._candidates.read_key(target)
+        if await self._candidates.is_worth_another(target, is_active=False):
             return []
         makes_way = []
-        takers = await self._takers(target, is_active=False)
+        takers = await self._candidates.takers(target, is_active=False)
         if takers and takers[0].engine.state is EngineState.SERVING:
             makes_way.append(takers[0])
-        if not await self._supplier.fits_without(target, [], to=self._recipient(target, is_active=False)):
-            makes_way += [slot for slot in await self._way_for(target, is_active=False) if slot not in makes_way]
+        if not await self._supplier.fits_without(target, [], to=self._candidates.recipient(target, is_active=False)):
+            makes_way += [
+                slot for slot in await self._candidates.way_for(target, is_active=False) if slot not in makes_way
+            ]
         return [slot.target for slot in makes_way]
 
     async def _bring(
@@ -287,10 +213,10 @@ class Swapper:
             if self._closed:
                 raise Busy("the daemon is stopping", hint="start it again: flash start")
             target, is_active = await renew(target), becomes_active()
-            slot = next((slot for slot in self.serving if slot.answers and slot.target.is_same(target)), None)
+            slot = next((slot for slot in self.slots.serving if slot.answers and slot.target.is_same(target)), None)
             if slot is not None:
-                if is_active and slot is not self._active:
-                    self._activate(slot)
+                if is_active and slot is not self.slots.active:
+                    self.slots.activate(slot)
                     await run_to_end(self._tidy())
                 slot.used_at = time.monotonic()
                 return Outcome(target.model_name, slot.engine.number, How.ALREADY_ACTIVE, Tier.HOST, 0.0)
@@ -315,8 +241,8 @@ class Swapper:
         """
         async with self._turn:
             target = await renew(target)
-            await self._read_key(target)
-            sleeping = [slot for slot in self._sharing(target) if slot.engine.state is EngineState.PARKED]
+            await self._candidates.read_key(target)
+            sleeping = [slot for slot in self._candidates.sharing(target) if slot.engine.state is EngineState.PARKED]
             if self._closed or not sleeping:
                 return False
             slot = sleeping[0]
@@ -346,24 +272,24 @@ class Swapper:
         If it is the active one, the endpoint is gone then, unless `move_endpoint` makes it lead elsewhere.
         """
         async with self._turn:
-            slot = self.slot_of(name) if name else self._active
+            slot = self.slots.of(name) if name else self.slots.active
             if target is not None:
-                slot = next((slot for slot in self.serving if slot.target.is_same(target)), None)
+                slot = next((slot for slot in self.slots.serving if slot.target.is_same(target)), None)
             if slot is None and (name or target is not None):
                 name = name or (target.model_name if target is not None else "")
                 raise NotFound(f"{name} does not serve", hint="flash status shows which models do")
             if slot is None:
                 raise NotFound("no model is active", hint="there is nothing to park")
-            if was_active := slot is self._active:
-                self._activate(None, move_endpoint)
+            if was_active := slot is self.slots.active:
+                self.slots.activate(None, move_endpoint)
             else:
-                self._retire(slot)
+                self.slots.retire(slot)
             await run_to_end(self._tidy())
             return was_active
 
     @property
     def has_parked(self) -> bool:
-        return any(slot.engine.state is EngineState.PARKED for slot in self._parked)
+        return any(slot.engine.state is EngineState.PARKED for slot in self.slots.parked)
 
     async def stop_parked(self, *, at_most: int) -> int:
         """Ends parked engines, those parked longest ago first. Returns the number ended."""
@@ -403,17 +329,17 @@ class Swapper:
             finally:
                 for unfinished in rejoining:
                     unfinished.cancel()
-            if self._active is None and active is not None:
+            if self.slots.active is None and active is not None:
                 self._endpoint.point_to(None)
             await run_to_end(self._tidy())
 
     async def _take_up(self, slot: EngineSlot, *, is_active: bool, serves: bool) -> None:
-        self._parked.append(slot)
+        self.slots.parked.append(slot)
         if not serves or slot.engine.state is not EngineState.SERVING:
             self._endpoint.shut(slot.engine.socket_path)
             self._on_change()
         elif await self._resumed(slot):
-            self._place(slot, is_active=is_active)
+            self.slots.place(slot, is_active=is_active)
 
     async def _rejoined(self, engine: Engine, recall: Recall) -> EngineSlot | None:
         engine.on_exit = lambda last_words: self._report_exit(engine, last_words)
@@ -448,8 +374,8 @@ class Swapper:
         slot = next((slot for slot in self.slots if slot.engine is engine), None)
         if slot is None:
             return
-        was_active, served = slot is self._active, slot in self.serving
-        self._forget(slot)
+        was_active, served = slot is self.slots.active, slot in self.slots.serving
+        self.slots.forget(slot)
         if was_active and self._state not in {SwapState.IDLE, SwapState.SERVING}:
             self._lost = slot.target  # the swap under way may replace it
         elif served:
@@ -458,13 +384,13 @@ class Swapper:
     async def _take_over(self, target: Target, on_progress: Progress, *, is_active: bool) -> Outcome:
         """The swap itself; on any error, what served before serves again."""
         started = time.monotonic()
-        before = [_Served(slot, slot.target, slot is self._active) for slot in self.serving]
+        before = [_Served(slot, slot.target, slot is self.slots.active) for slot in self.slots.serving]
         # A new version of the active model takes its place.
         is_active = is_active or any(one.is_active and one.target.model_name == target.model_name for one in before)
         supply, self._lost = None, None
         try:
-            await self._read_key(target)
-            if await self._is_worth_another(target, is_active=is_active):
+            await self._candidates.read_key(target)
+            if await self._candidates.is_worth_another(target, is_active=is_active):
                 with contextlib.suppress(OutOfMemory):
                     supply = await self._supplier.provide(target, on_progress, to=Recipient(starts=True))
             in_another = supply is not None
@@ -476,7 +402,7 @@ class Swapper:
             self._enter(SwapState.ROLLING_BACK)
             await run_to_end(self._roll_back(before, supply))
             raise
-        self._retire_other_versions(target, engine)
+        self.slots.retire_other_versions(target, engine)
         if self._lost is not None and not is_active:
             self._on_lost(self._lost, True)
         outcome = Outcome(target.model_name, engine.number, how, supply.from_tier, time.monotonic() - started)
@@ -488,22 +414,22 @@ class Swapper:
         """The new weights, beside all others if they fit, else in place of some."""
         await self._end_too_large(target, is_active=is_active)
         try:
-            recipient = self._recipient(target, is_active=is_active)
+            recipient = self._candidates.recipient(target, is_active=is_active)
             return await self._supplier.provide(target, on_progress, to=recipient)
         except OutOfMemory:
-            if not (making_way := await self._way_for(target, is_active=is_active)):
+            if not (making_way := await self._candidates.way_for(target, is_active=is_active)):
                 raise
             self._enter(SwapState.MAKING_WAY)
             for slot in making_way:
-                if slot in self._beside:
-                    self._retire(slot)
-                elif slot is not self._active:
+                if slot in self.slots.beside:
+                    self.slots.retire(slot)
+                elif slot is not self.slots.active:
                     continue  # it ended while another was put away
                 elif not is_active:
-                    self._displace_active()
+                    self.slots.displace_active()
                 await self._put_away(slot)
             self._enter(SwapState.LOADING)
-            recipient = self._recipient(target, is_active=is_active)
+            recipient = self._candidates.recipient(target, is_active=is_active)
             return await self._supplier.provide(target, on_progress, to=recipient)
 
     async def _end_too_large(self, target: Target, *, is_active: bool) -> None:
@@ -511,8 +437,8 @@ class Swapper:
 
         It took what was free at its start. A new engine takes less.
         """
-        replaced = [self._active.supply] if is_active and self._active and self._active.supply else []
-        while (slot := self._sleeper(target, is_active=is_active)) is not None:
+        replaced = [self.slots.active.supply] if is_active and self.slots.active and self.slots.active.supply else []
+        while (slot := self._candidates.sleeper(target, is_active=is_active)) is not None:
             engine = Recipient(cache_bytes=slot.engine.cache_bytes)
             if not await self._supplier.is_grown(target, engine) or await self._supplier.fits_without(
                 target, replaced, to=engine
@@ -523,57 +449,6 @@ class Swapper:
             )
             await run_to_end(self._discard(slot))
 
-    async def _way_for(self, target: Target, *, is_active: bool) -> list[EngineSlot]:
-        """The engines that have to be put away to make room for a model: as few as will do; none if nothing will.
-
-        One that is replaced anyway, or whose engine the model takes, comes first.
-        """
-        recipient, sharing = self._recipient(target, is_active=is_active), self._sharing(target)
-        candidates = [slot for slot in await self._in_order(self.serving) if slot.supply is not None]
-        if is_active:
-            first = self._active
-        elif any(slot.engine.state is EngineState.PARKED for slot in sharing):
-            first = None  # the model takes the engine of none that serves
-        else:
-            first = next((slot for slot in candidates if slot in sharing), None)
-        candidates.sort(key=lambda slot: slot is not first)
-
-        async def suffices(chosen: Sequence[EngineSlot]) -> bool:
-            supplies = [slot.supply for slot in chosen if slot.supply is not None]
-            return await self._supplier.fits_without(target, supplies, to=recipient)
-
-        chosen: list[EngineSlot] = []
-        for slot in candidates:
-            chosen.append(slot)
-            if await suffices(chosen):
-                break
-        else:
-            return []
-        for slot in list(chosen):
-            if len(chosen) > 1 and await suffices(rest := [other for other in chosen if other is not slot]):
-                chosen = rest
-        return chosen
-
-    async def _in_order(self, slots: Sequence[EngineSlot]) -> list[EngineSlot]:
-        """The order in which engines make way: parked ones, idle ones, and those that answer requests. Within each, the
-        active one last, and of the others the one used longest ago first."""
-        serving = [slot for slot in slots if slot.engine.state is EngineState.SERVING]
-        others = [slot for slot in slots if slot not in serving]
-        if len(serving) > 1:  # else the question would only delay a swap
-            busy = await asyncio.gather(*[self._is_busy(slot) for slot in serving])
-            ranks = {
-                slot: (is_busy, slot is self._active, slot.used_at) for slot, is_busy in zip(serving, busy, strict=True)
-            }
-            serving.sort(key=ranks.__getitem__)
-        return sorted(others, key=lambda slot: slot.engine.state is not EngineState.PARKED) + serving
-
-    async def _is_busy(self, slot: EngineSlot) -> bool:
-        try:
-            async with asyncio.timeout(_STATS_S):
-                return (await slot.engine.stats()).active_requests > 0
-        except (FlashdError, TimeoutError):
-            return False  # it hangs or is about to end: if any is to make way, this one
-
     async def _switch(
         self, target: Target, supply: Supply, *, is_active: bool, in_another: bool = False
     ) -> tuple[How, Engine]:
@@ -582,12 +457,12 @@ class Swapper:
         `in_another`: only to a new one.
         """
         binding = await self._supplier.binding(target, supply)
-        for slot in [] if in_another else await self._takers(target, is_active=is_active):
+        for slot in [] if in_another else await self._candidates.takers(target, is_active=is_active):
             if slot.engine.state is EngineState.SERVING:
                 # Connections that lead to the active model are not for the one that takes over its engine.
-                is_displaced = slot is self._active and not is_active
+                is_displaced = slot is self.slots.active and not is_active
                 if is_displaced:
-                    self._displace_active()
+                    self.slots.displace_active()
                 if await self._drained(slot, leaving=is_displaced):
                     await run_to_end(self._rebind(slot, target, supply, binding, is_active=is_active))
                     return How.REBIND, slot.engine
@@ -600,7 +475,7 @@ class Swapper:
             return How.START, await self._started(target, supply, binding, is_active=is_active)
         except EngineOutOfMemory as error:
             # No pool counts the memory of parked engines besides weights.
-            if not await self._stop_parked(len(self._parked)):
+            if not await self._stop_parked(len(self.slots.parked)):
                 raise
             log.warning("parked engines were stopped, for %s", error.message)
             return How.START, await self._started(target, supply, binding, is_active=is_active)
@@ -615,59 +490,11 @@ class Swapper:
         try:
             await self._given(engine, target, supply, engine.start(binding))
             supply.has_started()
-            self._place(EngineSlot(engine, target, supply), is_active=is_active)
+            self.slots.place(EngineSlot(engine, target, supply), is_active=is_active)
         except BaseException:
             await run_to_end(engine.stop())
             raise
         return engine
-
-    async def _is_worth_another(self, target: Target, *, is_active: bool) -> bool:
-        """Tells whether another engine starts for a model whose key was read, since those that could take it are passed
-        on too often, and free memory suffices."""
-        sharing = self._sharing(target)
-        return (
-            not is_active
-            and 0 < len(sharing) < self._policy.per_architecture
-            and all(slot.engine.state is EngineState.SERVING and slot.is_contended for slot in sharing)
-            and await self._supplier.fits_another(target)
-        )
-
-    def _recipient(self, target: Target, *, is_active: bool) -> Recipient:
-        """The engine that would take a model now, whose key was read."""
-        if (sleeper := self._sleeper(target, is_active=is_active)) is not None:
-            return Recipient(cache_bytes=sleeper.engine.cache_bytes)
-        return Recipient(starts=all(slot.engine.state is not EngineState.SERVING for slot in self._sharing(target)))
-
-    def _sleeper(self, target: Target, *, is_active: bool) -> EngineSlot | None:
-        """The parked engine that would take a model now, whose key was read."""
-        sharing = self._sharing(target)
-        if is_active and self._active in sharing:
-            return None  # it gives up its engine
-        return next((slot for slot in sharing if slot.engine.state is EngineState.PARKED), None)
-
-    async def _read_key(self, target: Target) -> None:
-        """Computes the key in a thread, because the first time it reads files, whose contents factories cache."""
-        await asyncio.to_thread(self._key, target)
-
-    async def _takers(self, target: Target, *, is_active: bool) -> list[EngineSlot]:
-        """The engines that can take a model, in the order in which they are to.
-
-        A swap takes that of the model which it replaces; one that serves beside gives up its own only if no other can.
-        """
-        sharing = self._sharing(target)
-        replaced = [slot for slot in sharing if is_active and slot is self._active]
-        return replaced + await self._in_order([slot for slot in sharing if slot not in replaced])
-
-    def _sharing(self, target: Target) -> list[EngineSlot]:
-        """The engines that can take a model whose key was read."""
-        key = self._key(target)
-        return [slot for slot in self.slots if key and slot.takes_others and self._key(slot.target) == key]
-
-    def _key(self, target: Target) -> tuple[object, ...]:
-        """Returns a key, which is equal for models that one engine can hold in turn; empty if no engine can."""
-        factory = self._factories[target.engine_kind]
-        key = factory.rebind_key(target.checkpoint, target.options)
-        return (factory.kind, target.private_to, key) if key else ()
 
     async def _rebind(
         self, slot: EngineSlot, target: Target, supply: Supply, binding: Binding, *, is_active: bool
@@ -675,11 +502,11 @@ class Swapper:
         await self._order(slot.engine, self._given(slot.engine, target, supply, slot.engine.rebind(binding)))
         old = slot.supply
         slot.takes(target, supply)
-        slot.turns.append(time.monotonic())
+        slot.note_turn()
         if old is not None:
             supply.keeps_cache_of(old)
             old.release()
-        self._place(slot, is_active=is_active)
+        self.slots.place(slot, is_active=is_active)
 
     async def _woken(
         self, slot: EngineSlot, target: Target, supply: Supply, binding: Binding, *, is_active: bool
@@ -697,10 +524,10 @@ class Swapper:
     async def _wake(
         self, slot: EngineSlot, target: Target, supply: Supply, binding: Binding, *, is_active: bool
     ) -> None:
-        self._release(slot)
+        slot.release()
         await self._order(slot.engine, self._given(slot.engine, target, supply, slot.engine.wake(binding)))
         slot.takes(target, supply)
-        self._place(slot, is_active=is_active)
+        self.slots.place(slot, is_active=is_active)
 
     async def _given(
         self, engine: Engine, target: Target, supply: Supply, order: Awaitable[EngineImage | None]
@@ -723,11 +550,11 @@ class Swapper:
         for one in reversed(before):  # the one that began longest ago first, as they were
             try:
                 if one.slot.target is one.target and await self._resumed(one.slot):
-                    if one.slot not in self.serving:
-                        self._place(one.slot, is_active=one.is_active)
+                    if one.slot not in self.slots.serving:
+                        self.slots.place(one.slot, is_active=one.is_active)
                     continue
                 await self._end_too_large(one.target, is_active=one.is_active)
-                recipient = self._recipient(one.target, is_active=one.is_active)
+                recipient = self._candidates.recipient(one.target, is_active=one.is_active)
                 with contextlib.ExitStack() as on_error:
                     again = await self._supplier.provide(one.target, to=recipient)
                     on_error.callback(again.release)
@@ -735,8 +562,8 @@ class Swapper:
                     on_error.pop_all()
             except (FlashdError, OSError) as error:
                 log.error("%s could not be put back: %s", one.target.model_name, error)
-                if one.is_active and self._active is not None:  # else it rests, if it may
-                    self._activate(None)
+                if one.is_active and self.slots.active is not None:  # else it rests, if it may
+                    self.slots.activate(None)
         await self._tidy()
 
     async def _resumed(self, slot: EngineSlot) -> bool:
@@ -751,79 +578,24 @@ class Swapper:
             return False
         return True
 
-    def _place(self, slot: EngineSlot, *, is_active: bool) -> None:
-        """Notes that an engine serves, as the active one or beside it."""
-        if is_active:
-            self._activate(slot)
-            return
-        self._endpoint.open(slot.engine.socket_path, is_private=slot.target.private_to is not None)
-        slot.was_active, slot.used_at = False, time.monotonic()
-        if slot in self._parked:
-            self._parked.remove(slot)
-        if slot not in self._beside:
-            self._beside.append(slot)
-        self._on_change()
-
-    def _displace_active(self) -> None:
-        """Makes no model the active one, since its engine is needed for another that serves beside."""
-        if self._active is not None:
-            slot, self._active = self._active, None
-            self._parked.append(slot)
-            if not self._on_displaced(slot.target):
-                self._endpoint.point_to(None)
-            self._on_change()
-
-    def _retire_other_versions(self, target: Target, engine: Engine) -> None:
-        """Has what serves beside under the name of a model that was just brought make way for it."""
-        for slot in list(self._beside):
-            if slot.target.model_name == target.model_name and slot.engine is not engine:
-                self._retire(slot)
-
-    def _retire(self, slot: EngineSlot) -> None:
-        """Has an engine that serves beside the active one join the parked ones; it soon is parked."""
-        self._beside.remove(slot)
-        self._parked.append(slot)
-        self._endpoint.shut(slot.engine.socket_path)
-        self._on_change()
-
-    def _activate(self, slot: EngineSlot | None, move_endpoint: Callable[[], None] | None = None) -> None:
-        """Moves the endpoint. The previous engine joins the parked ones, and is parked soon."""
-        if move_endpoint is not None:
-            move_endpoint()
-        elif slot is None:
-            self._endpoint.point_to(None)
-        else:
-            self._endpoint.point_to(slot.engine.socket_path, is_private=slot.target.private_to is not None)
-        old, self._active = self._active, slot
-        if slot is not None:
-            slot.was_active, slot.used_at = True, time.monotonic()
-            self._endpoint.shut(slot.engine.socket_path)
-        if slot in self._parked:
-            self._parked.remove(slot)
-        if slot is not None and slot in self._beside:
-            self._beside.remove(slot)
-        if old is not None and old is not slot:
-            self._parked.append(old)
-        self._on_change()
-
     async def _tidy(self) -> None:
         """Parks engines that are no longer active, and stops those beyond the limit."""
-        for slot in list(self._parked):
+        for slot in list(self.slots.parked):
             await self._put_away(slot)
-        await self._stop_parked(len(self._parked) - self._policy.max_parked)
+        await self._stop_parked(len(self.slots.parked) - self._policy.max_parked)
 
     async def _put_away(self, slot: EngineSlot) -> None:
         """Drains an engine, then parks it, or stops it if it cannot be parked or would never be woken."""
         try:
             if slot.engine.state is EngineState.SERVING:
-                await (self._park(slot) if self._key(slot.target) else self._drain(slot, leaving=True))
+                await (self._park(slot) if self._candidates.key(slot.target) else self._drain(slot, leaving=True))
         except EngineFailed as error:
             log.warning("engine %d could not be parked: %s", slot.engine.number, error)
         if slot.engine.state is not EngineState.PARKED:
             await run_to_end(self._discard(slot))
 
     async def _stop_parked(self, at_most: int) -> int:
-        doomed = [slot for slot in self._parked if slot.engine.state is EngineState.PARKED][: max(0, at_most)]
+        doomed = [slot for slot in self.slots.parked if slot.engine.state is EngineState.PARKED][: max(0, at_most)]
         for slot in doomed:
             await run_to_end(self._discard(slot))
         return len(doomed)
@@ -834,7 +606,7 @@ class Swapper:
             await self._order(slot.engine, slot.engine.park())
         finally:
             if slot.engine.state is not EngineState.SERVING:
-                self._release(slot)  # even if we are cancelled, because the engine has given up the memory
+                slot.release()  # even if we are cancelled, because the engine has given up the memory
             self._on_change()
 
     async def _drain(self, slot: EngineSlot, *, leaving: bool = False) -> None:
@@ -876,23 +648,7 @@ class Swapper:
 
     async def _discard(self, slot: EngineSlot) -> None:
         await slot.engine.stop()
-        self._forget(slot)
-
-    def _forget(self, slot: EngineSlot) -> None:
-        self._release(slot)
-        for others in (self._parked, self._beside):
-            if slot in others:
-                others.remove(slot)
-        self._endpoint.shut(slot.engine.socket_path)
-        if slot is self._active:
-            self._active = None
-            self._endpoint.point_to(None)
-        self._on_change()
-
-    def _release(self, slot: EngineSlot) -> None:
-        if slot.supply is not None:
-            slot.supply.release()
-            slot.supply = None
+        self.slots.forget(slot)
 
     def _report_exit(self, engine: Engine, last_words: str) -> None:
         log.error("engine %d ended unexpectedly: %s", engine.number, last_words)

@@ -11,13 +11,16 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 
 from flashd.daemon.events import Events
 from flashd.daemon.serving import engine_stats
 from flashd.daemon.serving.engine_stats import EngineStatsBook
+from flashd.engines import engine
 from flashd.engines.engine import EngineState, EngineStats
+from flashd.swap.slots import EngineSlot, Slots
 from flashd.swap.swapper import Swapper
 
 
@@ -31,18 +34,12 @@ class Engine:
         return EngineStats(0, 5, 0)
 
 
-@dataclass
-class EngineSlot:
-    engine: Engine
-
-
 class Engines:
     """What a swapper says of its engines."""
 
-    serving = ()
-
     def __init__(self, pid: int) -> None:
-        self.slots = [EngineSlot(Engine(pid))]
+        self.slots = Slots(MagicMock(), lambda: None, lambda target: False)
+        self.slots.parked.append(EngineSlot(cast(engine.Engine, Engine(pid)), MagicMock(), None))
 
 
 def book(pid: int, device_bytes: Any, told: asyncio.Event) -> EngineStatsBook:

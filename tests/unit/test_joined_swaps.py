@@ -17,6 +17,7 @@ from flashd.daemon.jobs import Jobs
 from flashd.daemon.serving.swaps import Swaps
 from flashd.dbus.object_tree import EVERYBODY
 from flashd.memory.device import Tier
+from flashd.swap.slots import Slots
 from flashd.swap.swapper import How, Outcome
 
 ALICE, BOB = Owner(":1.1", 1000), Owner(":1.2", 1001)
@@ -26,12 +27,9 @@ class Slow:
     """A swapper whose swaps heed a cancel only when what is under way has ended."""
 
     def __init__(self) -> None:
-        self.active: Any = None
+        self.slots = Slots(MagicMock(), lambda: None, lambda target: False)
         self.goes_on = asyncio.Event()
         self.begun = 0
-
-    def slot_of(self, model_name: str) -> Any:
-        return self.active if self.active is not None and self.active.target.model_name == model_name else None
 
     async def swap(self, target: Any, *_: Any, **__: Any) -> Outcome:
         self.begun += 1
@@ -40,11 +38,11 @@ class Slow:
         except asyncio.CancelledError:
             await self.goes_on.wait()
             raise
-        self.active = MagicMock(target=target)
+        self.slots.active = MagicMock(target=target)
         return Outcome("ada", 1, How.WAKE, Tier.HOST, 0.01)
 
     async def park(self, target: Any) -> None:
-        self.active = None
+        self.slots.active = None
 
 
 class Setup:
@@ -102,4 +100,4 @@ async def test_a_version_that_becomes_private_during_the_swap_is_parked(becomes_
     for each in made.jobs:
         await each.wait()
     assert job.state is JobState.DONE
-    assert (made.swapper.active is None) is becomes_private
+    assert (made.swapper.slots.active is None) is becomes_private

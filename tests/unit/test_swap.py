@@ -55,7 +55,7 @@ from flashd.memory.arena import HostArena, HugePages
 from flashd.memory.device import HostDevice, Tier, simulated_device
 from flashd.memory.residency import Memory, Residency
 from flashd.memory.transfers import Progress, Region, Residents
-from flashd.swap import swapper
+from flashd.swap import slots
 from flashd.swap.swapper import How, Policy, Swapper, SwapState
 from flashd.swap.weights import Supplier, Supply, Target
 
@@ -376,6 +376,7 @@ class World:
         self.resting: list[str] = []  # displaced models
         self.lost: list[str] = []
         self.loads = True
+        self.changed: Callable[[], None] = lambda: None
         budget_bytes = (room + 1) * ARENA_BYTES + room * WORKING_BYTES
         cards = [Memory(replace(simulated_device(1 << 30, DEVICE), name=name), budget_bytes) for name in self.gpus]
         self.residency = Residency([Memory(DEVICE, max(1, gpus) * room * ARENA_BYTES), *cards], self)
@@ -389,6 +390,7 @@ class World:
             {"fake": self.factory},
             self,
             self.policy,
+            on_change=lambda: self.changed(),  # noqa: PLW0108 -- tests replace it
             on_lost=lambda target, was_active: self.lost.append(target.model_name),
             on_displaced=self._rest,
         )
@@ -445,9 +447,9 @@ class World:
     async def _bring(
         self, swap: Coroutine[object, None, object]
     ) -> FlashdError | OSError | asyncio.CancelledError | None:
-        active = self.swapper.active
+        active = self.swapper.slots.active
         self.script.old = active.engine if active else None  # type: ignore[assignment]
-        beside = [slot.engine for slot in self.swapper.serving if slot is not active]
+        beside = [slot.engine for slot in self.swapper.slots.serving if slot is not active]
         self.script.beside = beside[0] if beside else None  # type: ignore[assignment]
         self.script.swap = asyncio.ensure_future(swap)
         try:
@@ -489,7 +491,7 @@ class World:
 
     def check(self) -> None:
         """What must hold whenever no swap is under way."""
-        active, serving_slots = self.swapper.active, self.swapper.serving
+        active, serving_slots = self.swapper.slots.active, self.swapper.slots.serving
         assert self.swapper.state is SwapState.IDLE
         names = [slot.target.model_name for slot in serving_slots]
         assert self.serving() == (active.target.model_name if active else "", set(names[1:] if active else names))
@@ -778,7 +780,7 @@ async def test_the_active_model_is_told_to_be_displaced_before_its_requests_are_
     world = World()
     await world.swapper.swap(targets["a1"])
     seen: list[tuple[str, object]] = []
-    world.swapper._on_change = lambda: seen.append((world.script.names[-1], world.swapper.slot_of("a1")))
+    world.changed = lambda: seen.append((world.script.names[-1], world.swapper.slots.of("a1")))
     await world.swapper.serve(targets["a2"])
     assert ("point", None) in seen and "drain" in world.script.names[world.script.names.index("point", 3) :]
     await world.swapper.close()
@@ -789,7 +791,7 @@ async def test_models_that_take_turns_often_get_an_engine_each_while_memory_is_f
     targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(swapper, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(slots, "time", SimpleNamespace(monotonic=lambda: now))
     world = World(room=10, gpus=1, policy=Policy(1, 2, per_architecture=2))
 
     async def turns(*names: str, after_s: float) -> list[How]:
@@ -1137,7 +1139,7 @@ async def test_an_image_that_makes_no_sense_is_not_kept(targets: dict[str, Targe
             await world.swapper.swap(targets["a1" if wrong == "not an arena" else "b"])
         file.close()
         assert world.images.known == {} and world.answering()
-        active = world.swapper.active
+        active = world.swapper.slots.active
         assert active and active.supply and not active.supply.is_image
     await world.swapper.close()
     world.ended()
@@ -1179,12 +1181,12 @@ async def test_a_cancel_while_an_image_is_taken_in_leaves_no_memory_that_nobody_
 async def test_an_image_of_two_ranks_is_on_two_devices_and_whole_or_not_at_all(targets: dict[str, Target]) -> None:
     world = World(gpus=2)
     await world.swapper.swap(targets["a1"])
-    active = world.swapper.active
+    active = world.swapper.slots.active
     assert active and active.engine.binding and active.supply
     assert active.engine.binding.devices == ("sim:0", "sim:1")
     await world.swapper.swap(targets["b"])
     await world.swapper.swap(targets["a1"])
-    again = world.swapper.active
+    again = world.swapper.slots.active
     assert again and again.supply and again.engine.binding
     held = [hold.arena.fd for hold in again.supply.holds]
     assert len(held) == 2 and [rank.fd for rank in again.engine.binding.weights.ranks] == held
@@ -1203,7 +1205,7 @@ async def test_an_image_of_two_ranks_is_on_two_devices_and_whole_or_not_at_all(t
 
     with unittest.mock.patch.object(FakeEngine, "_made", half):
         await world.swapper.swap(targets["c"])
-    active = world.swapper.active
+    active = world.swapper.slots.active
     assert active and active.supply and not active.supply.is_image, "one rank's part is no image"
     await world.swapper.close()
     world.ended()
@@ -1283,7 +1285,7 @@ async def test_one_whose_model_or_memory_is_gone_is_ended(targets: dict[str, Tar
 
     async def closed_and_lost() -> bool:
         left = await close()
-        world.swapper.active.supply.release()  # type: ignore[union-attr]
+        world.swapper.slots.active.supply.release()  # type: ignore[union-attr]
         await world.residency.evict(a1)
         return left
 
@@ -1346,7 +1348,7 @@ async def test_swaps_that_wait_when_the_daemon_ends_start_nothing(targets: dict[
     late = asyncio.ensure_future(world.swapper.swap(targets["c"]))
     results = await asyncio.gather(*swaps, closed, late, return_exceptions=True)
     assert isinstance(results[1], Busy) and isinstance(results[3], Busy)
-    assert world.swapper.slots == [] and len(world.factory.engines) == 1
+    assert len(world.swapper.slots) == 0 and len(world.factory.engines) == 1
 
 
 async def test_swaps_to_one_model_asked_at_once_are_one_load_and_one_start(targets: dict[str, Target]) -> None:
@@ -1479,7 +1481,7 @@ async def test_a_dead_active_engine_is_told_of_once(targets: dict[str, Target]) 
     world = World()
     await world.swapper.swap(targets["a1"])
     world.factory.engines[0].die()
-    assert world.lost == ["a1"] and world.swapper.active is None and world.endpoint is None
+    assert world.lost == ["a1"] and world.swapper.slots.active is None and world.endpoint is None
     world.check()
     assert (await world.swapper.swap(targets["a1"])).how is How.START
 

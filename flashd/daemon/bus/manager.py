@@ -42,7 +42,8 @@ from flashd.memory.residency import Residency
 from flashd.service_manager import ServiceManager
 from flashd.store.catalog import Catalog, Model
 from flashd.store.inbox import Inbox
-from flashd.swap.swapper import EngineSlot, Swapper
+from flashd.swap.slots import EngineSlot
+from flashd.swap.swapper import Swapper
 
 NONE = "/"  # means "no object" in D-Bus APIs
 
@@ -276,7 +277,7 @@ class ServingCalls:
         }
 
     async def open_endpoint(self, caller: Caller) -> Fd:
-        active = self._swapper.active
+        active = self._swapper.slots.active
         if self._swaps.is_resting:
             return Fd((await connected(self._endpoint)).detach())
         if active is None or not self._ownership.audience_of_target(active.target).includes(caller):
@@ -373,7 +374,7 @@ class ManagerProperties:
         self._endpoint = endpoint
 
     def for_all(self) -> Mapping[str, object]:
-        config, active, room = self._settings.current, self._swapper.active, self._store_room.known
+        config, active, room = self._settings.current, self._swapper.slots.active, self._store_room.known
         return {
             "Version": __version__,
             "State": "stopping" if self._ending.is_asked else "ready",
@@ -397,7 +398,7 @@ class ManagerProperties:
             await self._store_room.refresh()
 
     def only_for(self, viewer: Caller) -> Mapping[str, object]:
-        active = self._swapper.active
+        active = self._swapper.slots.active
         seen: dict[str, object] = {}
         audience = self._ownership.audience_of_target(active.target) if active else EVERYBODY
         if audience != EVERYBODY and audience.includes(viewer):

@@ -30,7 +30,8 @@ from flashd.memory.device_cache import DeviceCache
 from flashd.memory.lease import Lease, LeaseBook
 from flashd.memory.residency import Residency
 from flashd.store.catalog import Catalog, Model
-from flashd.swap.swapper import EngineSlot, Swapper
+from flashd.swap.slots import EngineSlot
+from flashd.swap.swapper import Swapper
 
 
 class ModelObject(Exported):
@@ -69,8 +70,8 @@ class ModelObject(Exported):
     def properties(self) -> Mapping[str, object]:
         # While it is being removed, in a thread, it is no longer in the catalog, but still on the bus.
         self._last_known = self._catalog.get(self._name) or self._last_known
-        model, active = self._last_known, self._swapper.active
-        slot = self._swapper.slot_of(model.name)
+        model, active = self._last_known, self._swapper.slots.active
+        slot = self._swapper.slots.of(model.name)
         forms = self._catalog.forms(model.checkpoint_id)
         return {
             "Name": model.name,
@@ -112,7 +113,7 @@ class ModelObject(Exported):
 
     def _slot(self, caller: Caller) -> EngineSlot:
         """Where the model serves. Raises Unavailable if it does not."""
-        slot = self._swapper.slot_of(self._name)
+        slot = self._swapper.slots.of(self._name)
         if slot is None or not self._ownership.audience_of_target(slot.target).includes(caller):
             raise Unavailable(f"{self._name} does not serve", hint=f"serve it first: flash serve {self._name}")
         return slot

@@ -15,7 +15,8 @@ from flashd.dbus.object_tree import ObjectTree
 from flashd.memory.lease import Lease, LeaseBook
 from flashd.memory.residency import Residency
 from flashd.store.catalog import Catalog, Model
-from flashd.swap.swapper import EngineSlot, Swapper
+from flashd.swap.slots import EngineSlot
+from flashd.swap.swapper import Swapper
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +164,9 @@ class Publisher:
         for number in slots.keys() & self._engines:
             self._engine_changed(number)
         self._engines = set(slots)
-        active = self._swapper.active
+        active = self._swapper.slots.active
         name = active.target.model_name if active else ""
-        serving = {slot.target.model_name for slot in self._swapper.serving}
+        serving = {slot.target.model_name for slot in self._swapper.slots.serving}
         for changed in ({name, self._active} - {""}) | (serving ^ self._serving):
             self._model_changed(changed)
         self._active, self._serving = name, serving

@@ -13,7 +13,8 @@ from flashd.daemon.events import Events
 from flashd.engines.engine import EngineState, EngineStats
 from flashd.engines.process_info import family
 from flashd.errors import FlashdError
-from flashd.swap.swapper import EngineSlot, Swapper, SwapState
+from flashd.swap.slots import EngineSlot
+from flashd.swap.swapper import Swapper, SwapState
 from flashd.swap.weights import Target
 from flashd.tasks import Routine, end
 
@@ -60,7 +61,7 @@ class EngineStatsBook(Routine):
     def note_activity(self) -> None:
         """Counts from now on for what has just come to serve."""
         now, before = time.monotonic(), self._busy_at
-        keys = [(slot.engine.number, slot.target.model_name) for slot in self._swapper.serving]
+        keys = [(slot.engine.number, slot.target.model_name) for slot in self._swapper.slots.serving]
         self._busy_at = {key: before.get(key, now) for key in keys}
         self._limits_s = {key: limit_s for key, limit_s in self._limits_s.items() if key in self._busy_at}
 
@@ -75,13 +76,13 @@ class EngineStatsBook(Routine):
             async with asyncio.timeout(_ASK_EVERY_S):
                 await self._is_due.wait()
         self._is_due.clear()
-        before = {slot.engine.number: self.of(slot.engine.number).seen_requests for slot in self._swapper.serving}
+        before = {slot.engine.number: self.of(slot.engine.number).seen_requests for slot in self._swapper.slots.serving}
         await self._ask_all()
         if self._swapper.state is not SwapState.IDLE:
             self.note_activity()
             return
         now = time.monotonic()
-        for slot in self._swapper.serving:
+        for slot in self._swapper.slots.serving:
             number = slot.engine.number
             stats = self.of(number)
             key = (number, slot.target.model_name)

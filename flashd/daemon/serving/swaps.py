@@ -85,11 +85,11 @@ class Swaps:
 
     @property
     def has_active(self) -> bool:
-        return self._swapper.active is not None
+        return self._swapper.slots.active is not None
 
     def is_wanted(self, name: str) -> bool:
         """Tells whether a model serves, or a swap to it waits or is under way."""
-        return self._swapper.slot_of(name) is not None or any(job.subject == name for job in self._line)
+        return self._swapper.slots.of(name) is not None or any(job.subject == name for job in self._line)
 
     def swap(
         self, model: Model, owner: Owner, engine_kind: str = "", *, sees: Callable[[Model], bool] = lambda model: True
@@ -114,7 +114,7 @@ class Swaps:
         return await self._swapper.displaced_by(self._target(model, engine_kind))
 
     def _target(self, model: Model, engine_kind: str) -> Target:
-        serving = self._swapper.slot_of(model.name)
+        serving = self._swapper.slots.of(model.name)
         if not engine_kind and serving is not None:
             engine_kind = serving.target.engine_kind
         return self._targets.of(model, engine_kind)
@@ -144,8 +144,8 @@ class Swaps:
             _begin(job)
             self._park_if_private(model.name, Owner("", owner.uid))  # a new version may have become so meanwhile
             self._uses.note(model.name, swapped=True)
-            slot = self._swapper.slot_of(outcome.model_name)
-            is_active = slot is None or slot is self._swapper.active
+            slot = self._swapper.slots.of(outcome.model_name)
+            is_active = slot is None or slot is self._swapper.slots.active
             endpoint = self._endpoint if slot is None or is_active else slot.engine.socket_path
             return {
                 "model": Variant("o", wire.model_path(outcome.model_name)),
@@ -174,7 +174,7 @@ class Swaps:
 
         if model is not None:
             return self._enqueue("park", model.name, owner, work)
-        active = self._swapper.active
+        active = self._swapper.slots.active
         # A user who cannot see the private active model may park it, but is not told which it is.
         is_named = active is not None and active.target.private_to in {None, owner.uid}
         return self._enqueue("park", active.target.model_name if active and is_named else "", owner, work)
@@ -184,7 +184,7 @@ class Swaps:
 
         async def work(job: Job) -> Result:
             # No user can open a private model's socket, so no request can wake it.
-            slot = self._swapper.slot_of(target.model_name)
+            slot = self._swapper.slots.of(target.model_name)
             if slot is not None and (await slot.engine.stats()).active_requests:
                 return {}  # it was asked meanwhile
             rests = functools.partial(self._let_rest, target) if self._ownership.is_public(target) else None
@@ -224,7 +224,7 @@ class Swaps:
     @property
     def resting(self) -> Target | None:
         """The model that a request to the endpoint would wake; never a private one."""
-        return self._resting if self._swapper.active is None else None
+        return self._resting if self._swapper.slots.active is None else None
 
     @property
     def is_resting(self) -> bool:
@@ -238,7 +238,7 @@ class Swaps:
         """
         await self._soon_answering()
         resting = self._resting
-        if self._swapper.active is None and resting is not None:
+        if self._swapper.slots.active is None and resting is not None:
             if not is_question:
                 raise Unavailable("the model is parked", hint="a POST request wakes it")
             await self._changes.settled(resting.model_name)
@@ -248,14 +248,14 @@ class Swaps:
                 await job.wait()
                 if job.error is not None:
                     raise job.error
-        active = self._swapper.active
+        active = self._swapper.slots.active
         if active is None or not self._ownership.is_public(active.target):
             raise NotFound("no model is active", hint="swap to a model first: flash swap MODEL")
         return active.engine.socket_path
 
     async def _soon_answering(self) -> None:
         """Waits for the end of a running swap while no model answers."""
-        while (active := self._swapper.active) is None or not active.answers:
+        while (active := self._swapper.slots.active) is None or not active.answers:
             if self._swapper.state is SwapState.IDLE or not self._line:
                 return
             await self._line[0].wait()
@@ -270,13 +270,13 @@ class Swaps:
         model = self._catalog.get(name)
         if self._resting is not None and self._resting.model_name == name and (model is None or model.private):
             self._resting = None
-            if self._swapper.active is None:
+            if self._swapper.slots.active is None:
                 self._events.rest_ended()
         self._park_if_private(name, self._ourselves)
 
     def _park_if_private(self, name: str, owner: Owner) -> None:
         """Parks a model if it became private since its engine was given it, for that engine is everybody's."""
-        slot, model = self._swapper.slot_of(name), self._catalog.get(name)
+        slot, model = self._swapper.slots.of(name), self._catalog.get(name)
         if slot is None or model is None or not model.private:
             return
         if (target := slot.target).private_to != model.owner_uid:

@@ -108,7 +108,7 @@ def warmup(
         return await loads.warm_up(model, ourselves, tier) if model else None
 
     def is_idle() -> bool:
-        is_asked = any(engine_stats.of(slot.engine.number).active_requests for slot in swapper.serving)
+        is_asked = any(engine_stats.of(slot.engine.number).active_requests for slot in swapper.slots.serving)
         return not is_asked and not any(
             job.state in {JobState.QUEUED, JobState.RUNNING} and job.kind in _NEED_THE_MACHINE for job in jobs
         )

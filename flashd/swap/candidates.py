@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which engine takes a model, and which engines make way for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+from flashd.engines.engine import EngineFactory, EngineState
+from flashd.errors import FlashdError
+from flashd.swap.slots import EngineSlot, Slots
+from flashd.swap.weights import Recipient, Supplier, Target
+
+_STATS_S = 2.0  # for an engine to say whether it is busy
+
+
+class Candidates:
+    """Chooses among the engines. Nothing here changes any."""
+
+    def __init__(
+        self, slots: Slots, supplier: Supplier, factories: Mapping[str, EngineFactory], *, per_architecture: int
+    ) -> None:
+        self._slots = slots
+        self._supplier = supplier
+        self._factories = factories
+        self._per_architecture = per_architecture
+
+    async def read_key(self, target: Target) -> None:
+        """Computes the key in a thread, because the first time it reads files, whose contents factories cache."""
+        await asyncio.to_thread(self.key, target)
+
+    def key(self, target: Target) -> tuple[object, ...]:
+        """Returns a key, which is equal for models that one engine can hold in turn; empty if no engine can."""
+        factory = self._factories[target.engine_kind]
+        key = factory.rebind_key(target.checkpoint, target.options)
+        return (factory.kind, target.private_to, key) if key else ()
+
+    def sharing(self, target: Target) -> list[EngineSlot]:
+        """The engines that can take a model whose key was read."""
+        key = self.key(target)
+        return [slot for slot in self._slots if key and slot.takes_others and self.key(slot.target) == key]
+
+    async def takers(self, target: Target, *, is_active: bool) -> list[EngineSlot]:
+        """The engines that can take a model, in the order in which they are to.
+
+        A swap takes that of the model which it replaces; one that serves beside gives up its own only if no other can.
+        """
+        sharing = self.sharing(target)
+        replaced = [slot for slot in sharing if is_active and slot is self._slots.active]
+        return replaced + await self._in_order([slot for slot in sharing if slot not in replaced])
+
+    def recipient(self, target: Target, *, is_active: bool) -> Recipient:
+        """The engine that would take a model now, whose key was read."""
+        if (sleeper := self.sleeper(target, is_active=is_active)) is not None:
+            return Recipient(cache_bytes=sleeper.engine.cache_bytes)
+        return Recipient(starts=all(slot.engine.state is not EngineState.SERVING for slot in self.sharing(target)))
+
+    def sleeper(self, target: Target, *, is_active: bool) -> EngineSlot | None:
+        """The parked engine that would take a model now, whose key was read."""
+        sharing = self.sharing(target)
+        if is_active and self._slots.active in sharing:
+            return None  # it gives up its engine
+        return next((slot for slot in sharing if slot.engine.state is EngineState.PARKED), None)
+
+    async def is_worth_another(self, target: Target, *, is_active: bool) -> bool:
+        """Tells whether another engine starts for a model whose key was read, since those that could take it are passed
+        on too often, and free memory suffices."""
+        sharing = self.sharing(target)
+        return (
+            not is_active
+            and 0 < len(sharing) < self._per_architecture
+            and all(slot.engine.state is EngineState.SERVING and slot.is_contended for slot in sharing)
+            and await self._supplier.fits_another(target)
+        )
+
+    async def way_for(self, target: Target, *, is_active: bool) -> list[EngineSlot]:
+        """The engines that have to be put away to make room for a model: as few as will do; none if nothing will.
+
+        One that is replaced anyway, or whose engine the model takes, comes first.
+        """
+        recipient, sharing = self.recipient(target, is_active=is_active), self.sharing(target)
+        candidates = [slot for slot in await self._in_order(self._slots.serving) if slot.supply is not None]
+        if is_active:
+            first = self._slots.active
+        elif any(slot.engine.state is EngineState.PARKED for slot in sharing):
+            first = None  # the model takes the engine of none that serves
+        else:
+            first = next((slot for slot in candidates if slot in sharing), None)
+        candidates.sort(key=lambda slot: slot is not first)
+
+        async def suffices(chosen: Sequence[EngineSlot]) -> bool:
+            supplies = [slot.supply for slot in chosen if slot.supply is not None]
+            return await self._supplier.fits_without(target, supplies, to=recipient)
+
+        chosen: list[EngineSlot] = []
+        for slot in candidates:
+            chosen.append(slot)
+            if await suffices(chosen):
+                break
+        else:
+            return []
+        for slot in list(chosen):
+            if len(chosen) > 1 and await suffices(rest := [other for other in chosen if other is not slot]):
+                chosen = rest
+        return chosen
+
+    async def _in_order(self, slots: Sequence[EngineSlot]) -> list[EngineSlot]:
+        """The order in which engines make way: parked ones, idle ones, and those that answer requests. Within each, the
+        active one last, and of the others the one used longest ago first."""
+        serving = [slot for slot in slots if slot.engine.state is EngineState.SERVING]
+        others = [slot for slot in slots if slot not in serving]
+        if len(serving) > 1:  # else the question would only delay a swap
+            busy = await asyncio.gather(*[self._is_busy(slot) for slot in serving])
+            ranks = {
+                slot: (is_busy, slot is self._slots.active, slot.used_at)
+                for slot, is_busy in zip(serving, busy, strict=True)
+            }
+            serving.sort(key=ranks.__getitem__)
+        return sorted(others, key=lambda slot: slot.engine.state is not EngineState.PARKED) + serving
+
+    async def _is_busy(self, slot: EngineSlot) -> bool:
+        try:
+            async with asyncio.timeout(_STATS_S):
+                return (await slot.engine.stats()).active_requests > 0
+        except (FlashdError, TimeoutError):
+            return False  # it hangs or is about to end: if any is to make way, this one
