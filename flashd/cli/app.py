@@ -7,6 +7,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Iterator, MutableMapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ import typer.main
 
 from flashd._version import __version__
 from flashd.cli.commands import HOMES, found
+from flashd.cli.near_paths import exists, why_missing
 from flashd.cli.parameters import Argument, Context, Group, Option
 from flashd.cli.session import Session
 
@@ -79,7 +81,17 @@ def _hint(hint: Any) -> Any:
         return hint
     kind, described = typing.get_args(hint)
     makers = {Option: typer.Option, Argument: typer.Argument}
-    return Annotated[kind, makers[type(described)](*described.names, **described.settings)]
+    settings = dict(described.settings)
+    if settings.pop("exists", False):
+        settings["callback"] = _existing
+    return Annotated[kind, makers[type(described)](*described.names, **settings)]
+
+
+def _existing(path: Path | None) -> Path | None:
+    """In place of typer's own check, which does not say what is there."""
+    if path is not None and not exists(path):
+        raise typer.BadParameter(why_missing(path))
+    return path
 
 
 class _Group(typer.core.TyperGroup):

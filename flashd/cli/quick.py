@@ -8,6 +8,7 @@ typer: help, completion, spellings such as `--no-explain`, and all errors. Both 
 
 from __future__ import annotations
 
+import os
 import re
 import types
 import typing
@@ -167,7 +168,8 @@ def _value(parameter: _Parameter, text: str) -> object:
         value = float(text)
     elif parameter.kind is Path and text:
         value = Path(text)
-        if settings.get("exists") and not (value.is_dir() if settings.get("file_okay") is False else value.exists()):
+        is_unfit = not os.access(value, os.F_OK) or (settings.get("file_okay") is False and not value.is_dir())
+        if settings.get("exists") and is_unfit:
             raise _NotPlain
     elif isinstance(parameter.kind, type) and issubclass(parameter.kind, StrEnum) and text in set(parameter.kind):
         value = parameter.kind(text)

@@ -6,9 +6,11 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,3 +156,26 @@ def test_a_quick_command_imports_little(line: str, needed: set[str], most: int) 
     assert needed <= ours and len(ours) <= most
     others = {name for name in ours if name.startswith("flashd.cli.")} - {"flashd.cli.models"}
     assert not others & {f"flashd.cli.{home.module}" for home in commands.HOMES.values()}
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("modle", "did you mean model?"),
+        ("Notes", "did you mean notes?"),
+        ("modle/inner", "did you mean model/inner?"),
+        ("model/iner", "did you mean model/inner?"),
+        ("modle/other", ""),
+        ("zzz", ""),
+        ("n" * 300, ""),
+    ],
+)
+def test_a_path_with_a_slip_is_answered_with_the_nearest(tmp_path: Path, asked: str, meant: str) -> None:
+    (tmp_path / "model" / "inner").mkdir(parents=True)
+    (tmp_path / "notes").mkdir()
+    done = subprocess.run(
+        [Path(sys.executable).with_name("flash"), "import", asked],
+        cwd=tmp_path, env={**os.environ, "COLUMNS": "500"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and f"{asked} does not exist" in done.stderr
+    assert meant in done.stderr and ("did you mean" in done.stderr) == bool(meant)
