@@ -155,7 +155,7 @@ def config(
         print(_value(session(context), key))
     else:
         restart_needed = session(context).client.set_config(key, value)
-        output.say(f"{key} = {value}" + ("; takes effect after flash restart" if restart_needed else ""))
+        output.say(f"{key} = {value}" + ("; takes effect after flash restart" if restart_needed else ", in force now"))
 
 
 def _value(current: Session, key: str) -> str:

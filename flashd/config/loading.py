@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import json
+import shlex
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -61,6 +63,8 @@ def set_value(paths: Paths, key: str, text: str) -> Setting:
         value = toml.parse(f"value = {text}")["value"]
     except ValueError:
         value = text
+    if isinstance(setting.default, list) and not isinstance(value, list):
+        raise InvalidArgument(f"{key} is a list", hint=f"write it like this: {_as_command(key, text)}")
     target = paths.drop_ins / DROP_IN
     document = _read(target)
     _insert(document, _parts(key), value)
@@ -82,6 +86,12 @@ class Setting:
 def settings() -> Iterator[Setting]:
     """Yields all settings, in the order of settings.py."""
     yield from _settings(Config(), "")
+
+
+def _as_command(key: str, text: str) -> str:
+    """Returns the command that was meant by a text that is not a list: [a,b] is what a shell leaves of ["a","b"]."""
+    words = [word.strip(" \t\"'") for word in text[:_LONGEST_SHOWN].strip(" []").split(",")]
+    return f"flash config {key} {shlex.quote(json.dumps([word for word in words if word], ensure_ascii=False))}"
 
 
 def find(key: str) -> Setting:

@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -76,6 +78,22 @@ def test_entries_that_are_no_models_and_a_folder_that_is_gone_are_told(run: Flas
     assert f"mkdir -p {daemon.models}" in doctor.stdout and "inbox" not in doctor.stdout
     daemon.models.mkdir()
     until(lambda: "problem" not in run("status").stdout)
+
+
+def test_config_says_when_a_setting_is_in_force_and_how_a_list_is_written(run: Flash, daemon: Daemon) -> None:
+    assert run("config", "engines.idle_timeout_s", "60").stderr == "engines.idle_timeout_s = 60, in force now\n"
+    assert run("config", "engines.idle_timeout_s").stdout == "60.0\n"
+    later = run("config", "engines.max_parked", "3")
+    assert later.stderr == "engines.max_parked = 3; takes effect after flash restart\n"
+    for written, meant in ({"127.0.0.1:1": ["127.0.0.1:1"], "['127.0.0.1:1', \"[::1]:2\"": ["127.0.0.1:1", "[::1]:2"],
+                            "[a b,c]": ["a b", "c"], "": []}).items():  # fmt: skip
+        wrong = run("config", "gateway.addresses", written)
+        assert wrong.returncode == errors.InvalidArgument.exit_status
+        command = wrong.stderr.partition("write it like this: flash ")[2]
+        right = run(*shlex.split(command))
+        assert right.returncode == 0, right.stderr
+        settings = tomllib.loads((daemon.config.with_suffix(".toml.d") / "zz-flash-config.toml").read_text())
+        assert settings["gateway"]["addresses"] == meant
 
 
 def test_a_file_that_many_models_have_needs_a_name(run: Flash, tmp_path: Path) -> None:
