@@ -267,9 +267,13 @@ class Engine(Protocol):
 
 
 class EngineFactory(Protocol):
-    """Makes engines of one kind."""
+    """Makes engines of one kind.
+
+    If an engine `copies_checkpoints`, it has copied one when it serves, and does not need its arena any longer.
+    """
 
     kind: str
+    copies_checkpoints: bool
 
     def begin(self) -> None:
         """Starts preparations for the first engine in the background."""

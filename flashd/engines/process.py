@@ -417,6 +417,8 @@ def _image(answer: Parcel[Taken]) -> EngineImage | None:
 class ZygoteFactory:
     """Makes engines whose processes are forked from one zygote."""
 
+    copies_checkpoints = False
+
     def __init__(self, kind: str, module: str, settings: Settings, *, remedy: str) -> None:
         """`remedy` is the hint for an interpreter that lacks the modules which the zygote imports."""
         self.kind = kind

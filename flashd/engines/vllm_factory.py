@@ -65,6 +65,8 @@ def environment(caches: Path) -> Mapping[str, str]:
 class VllmFactory(ZygoteFactory):
     """Makes vLLM engines."""
 
+    copies_checkpoints = True
+
     def __init__(self, settings: Settings, gpus: Sequence[Gpu]) -> None:
         """`gpus`: the GPUs that a CUDA build of vLLM may use, in order of preference."""
         super().__init__("vllm", "flashd.workers.vllm.main", settings, remedy=REMEDY)

@@ -539,6 +539,8 @@ class Swapper:
                 engine.has_become(supply.arena_ids)
             if is_cancelled:
                 raise asyncio.CancelledError
+        if not supply.is_image and self._factories[target.engine_kind].copies_checkpoints:
+            supply.was_copied()
 
     async def _roll_back(self, before: Sequence[_Served], supply: Supply | None) -> None:
         """Undoes a swap. What served is put back where it was, or into whichever engine can take it."""

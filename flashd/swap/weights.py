@@ -96,9 +96,9 @@ class Images(Protocol):
 class Supply:
     """The memory given to one engine, held until `release`.
 
-    `holds` are those of the checkpoint, or of its image's parts, one for each rank. The other fields are reservations
-    with one entry for each rank: `claims` for its needs besides weights, `rooms` for its weights until they are an
-    image that we own, and `starts` for additional needs until it has started.
+    `holds` are those of the checkpoint, until the engine has copied it, or of its image's parts, one for each rank. The
+    other fields are reservations with one entry for each rank: `claims` for its needs besides weights, `rooms` for its
+    weights until they are an image that we own, and `starts` for additional needs until it has started.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Supply:
         self.plan = plan
         self.holds = list(holds)
         self.layouts = list(layouts)
-        self.from_tier = min((hold.from_tier for hold in holds), key=list(Tier).index)
+        self.from_tier = min((hold.from_tier for hold in holds), key=list(Tier).index, default=Tier.STORED)
         self.rooms = list(rooms)
         self.cache_bytes = cache_bytes
         self._claims = list(claims)
@@ -136,6 +136,12 @@ class Supply:
         for hold in self.holds:
             hold.release()
         self.holds, self.layouts = list(holds), list(layouts)
+
+    def was_copied(self) -> None:
+        """Notes that the engine has copied the checkpoint: its arena may be evicted from now on."""
+        for hold in self.holds:
+            hold.release()
+        self.holds.clear()
 
     def let_cache_grow(self) -> None:
         """Adds the memory that is free to the KV cache of an engine that is about to start, except room for one more
@@ -257,6 +263,8 @@ class Supplier:
         engine = Recipient(cache_bytes=cache_bytes)
         plan = await self._plan(target, engine)
         is_image = plan is not None and list(arena_ids) != [target.checkpoint.id]
+        if not is_image and self._factories[target.engine_kind].copies_checkpoints:
+            return await self._of_copy(plan)
         devices = [rank.device for rank in plan.ranks] if plan is not None and is_image else [HOST]
         if len(devices) != len(arena_ids) or any(
             arena_id not in self._residency.cache(device) for arena_id, device in zip(arena_ids, devices, strict=True)
@@ -267,6 +275,18 @@ class Supplier:
             supply.release()
             raise NotFound(f"its weights of {target.model_name} are not those that it would be given now")
         return supply
+
+    async def _of_copy(self, plan: GpuPlan | None) -> Supply:
+        """Reserves the memory of an engine that has copied its checkpoint. Raises OutOfMemory."""
+        with ExitStack() as on_error:
+            claims: list[Reservation] = []
+            rooms: list[Reservation] = []
+            for rank in plan.ranks if plan else ():
+                for reserved, size_bytes in ((claims, rank.working_bytes), (rooms, rank.weights_bytes)):
+                    reserved.append(await self._residency.cache(rank.device).claim(size_bytes))
+                    on_error.callback(reserved[-1].release)
+            on_error.pop_all()
+        return Supply(plan, (), (), claims, rooms, (), plan.ranks[0].cache_bytes if plan else 0)
 
     async def forms(self, target: Target, device: str) -> Sequence[tuple[Checkpoint, str]]:
         """Returns what to load now for a later swap, with the device for each part.

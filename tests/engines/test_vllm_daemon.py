@@ -134,6 +134,17 @@ def test_swaps_between_models_and_kinds_of_engine(client: Client) -> None:
     assert {engine.kind: engine.state for engine in client.engines()} == {"vllm": "serving", "torch": "parked"}
 
 
+def test_the_memory_of_what_an_engine_has_copied_can_be_freed(client: Client) -> None:
+    """No process of the engine keeps it: tests/engines/test_vllm_engine.py."""
+    for name, persona in (("ada", ADA), ("bob", BOB)):  # started or rebound
+        client.swap(name, engine="vllm")
+        client.evict(name)
+        assert client.model(name).residency == "stored"
+        assert client.chat(name, ASK, temperature=0) == persona.introduction
+    assert client.swap("ada", engine="vllm").how == "rebind"
+    assert client.chat("ada", ASK, temperature=0) == ADA.introduction
+
+
 def test_a_model_that_is_swapped_to_again_finds_what_it_has_read(client: Client) -> None:
     def found_tokens(name: str) -> int:
         client.swap(name)
