@@ -50,29 +50,40 @@ def stop(context: Context) -> None:
 def restart(context: Context) -> None:
     """Restarts the daemon with the current settings. Models stay in memory, and engines go on answering.
 
-    The gateway is restarted too if its version or its addresses have changed; then its streams are cut after 10 s.
+    The gateway is restarted too if its version or its addresses have changed, or if it was refused an address; then its
+    streams are cut after 10 s.
     """
     asked = session(context).bus
     with connect(asked) as client:
         again = launch.restart(client, asked)
     with again as client:
         output.say(f"flashd is running: {_summary(client)}")
-        _start_gateway(client)
+        _start_gateway(client, retries_refused=True)
 
 
-def _start_gateway(client: Client) -> None:
+def _start_gateway(client: Client, *, retries_refused: bool = False) -> None:
     """Starts the gateway of a user's daemon. A failure, such as a port that is taken, is only a warning, because the
     daemon is of use without a gateway.
     """
     try:
-        addresses = launch.start_gateway(client, output.say)
+        gateway = launch.start_gateway(client, output.say, retries_refused=retries_refused)
     except FlashdError as error:
-        said = "requests to this address are answered by another program" if "in use" in error.message else ""
-        hints = "\n".join(filter(None, [said, error.hint]))
-        output.say(error.message + (f"\n{hints}" if hints else ""), label="warning:", style="yellow")
+        _warn_of_address(error.message, error.hint)
         return
-    if addresses:
-        output.say("programs use it at " + " or ".join(f"http://{address}/v1" for address in addresses))
+    for refused in gateway.refused:
+        _warn_of_address(refused.why, f"{refused.remedy}; then: flash restart")
+    if gateway.addresses:
+        output.say("programs use it at " + _urls(gateway))
+
+
+def _warn_of_address(why: str, remedy: str) -> None:
+    said = "requests to this address are answered by another program" if "in use" in why else ""
+    hints = "".join(f"\n{hint}" for hint in (said, remedy) if hint)
+    output.say(why + hints, label="warning:", style="yellow")
+
+
+def _urls(gateway: launch.Gateway) -> str:
+    return " or ".join(f"http://{address}/v1" for address in gateway.addresses)
 
 
 def status(context: Context, as_json: Json = False) -> None:
@@ -85,9 +96,9 @@ def status(context: Context, as_json: Json = False) -> None:
     rows = [["version", found.version], ["active", _active(found) or "none: flash swap MODEL"]]
     if found.active_model or found.resting_model:
         rows.append(["endpoint", found.endpoint])
-    if (addresses := launch.gateway_addresses(client)) is not None:
-        urls = ", ".join(f"http://{address}/v1" for address in addresses)
-        rows.append(["programs", urls or "no gateway runs: flash start"])
+    if (gateway := launch.gateway(client)) is not None:
+        rows.append(["programs", _urls(gateway) or "no gateway runs: flash start"])
+        rows += [["not served", f"{refused.why}; {refused.remedy}"] for refused in gateway.refused]
     serving = [engine for engine in engines if engine.state == "serving" and engine.model != found.active_model]
     rows += [["beside", f"{engine.model}, at {engine.endpoint}"] for engine in serving]
     for device in devices:

@@ -56,6 +56,35 @@ class Started:
     log: Path
 
 
+@dataclass(frozen=True, slots=True)
+class RefusedAddress:
+    """An address at which a gateway was to listen and does not."""
+
+    address: str
+    why: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """A user's gateway: where it listens, nowhere if it does not run, and where it could not."""
+
+    version: str = ""
+    addresses: Sequence[str] = ()
+    refused: Sequence[RefusedAddress] = ()
+
+    def is_at(self, wanted: Sequence[str], *, with_refused: bool) -> bool:
+        """Tells whether a new one would listen at no other addresses; port 0 means any. With those that were refused,
+        they count as if they still were.
+        """
+        refused = [each.address for each in self.refused]
+        if with_refused:
+            wanted = [address for address in wanted if address not in refused]
+        pairs = zip(self.addresses, wanted, strict=False)
+        is_same = all(asked in {found, found.rpartition(":")[0] + ":0"} for found, asked in pairs)
+        return is_same and len(self.addresses) == len(wanted)
+
+
 def start(asked: str | None = None) -> Started:
     """Starts the daemon on the bus `asked`, by default the session bus, or a private bus if there is none.
 
@@ -76,32 +105,34 @@ def start(asked: str | None = None) -> Started:
     return Started(found, log)
 
 
-def start_gateway(client: Client, explain: Callable[[str], None] = lambda why: None) -> Sequence[str]:
+def start_gateway(
+    client: Client, explain: Callable[[str], None] = lambda why: None, *, retries_refused: bool = False
+) -> Gateway:
     """Starts the gateway of this user's daemon, to which `client` is connected, unless it runs as the settings say.
 
-    Returns the addresses where it listens: none if the settings have none, or if the daemon is on another bus than
-    `start` chooses. `explain` is called with what a long wait for an earlier gateway is for. Raises Unavailable, with
-    the end of the log, if it does not start.
+    It listens nowhere if the settings have no address, or if the daemon is on another bus than `start` chooses.
+    `retries_refused` starts it again if it was refused an address. `explain` is called with what a long wait for an
+    earlier gateway is for. Raises Unavailable, with the end of the log, if it does not start.
     """
     paths = default_paths(Scope.USER)
     if not _is_own(client):
-        return []
+        return Gateway()
     addresses: list[str] = loading.value_in(tomllib.loads(client.config()), "gateway.addresses")
     if (found := _running_gateway()) is not None:
-        if found.version == __version__ and found.is_at(addresses):
-            return found.addresses
+        if found.version == __version__ and found.is_at(addresses, with_refused=not retries_refused):
+            return found
         stop_gateway(explain)
     if not addresses:
-        return []
+        return Gateway()
     if importlib.util.find_spec("uvicorn") is None or importlib.util.find_spec("aiohttp") is None:
         raise Unavailable("the gateway is not installed", hint="install it: pip install 'flashd[gateway]'")
     command = [sys.executable, "-m", "flashd.gateway.main", "--bus", client.bus, "--socket", str(_gateway_socket())]
     command += [word for address in addresses for word in ("--address", address)] + ["--linger", str(_LINGER_S)]
 
-    def answering() -> Sequence[str]:
+    def answering() -> Gateway:
         if (running := _running_gateway()) is None:
             raise Unavailable("the gateway does not answer")
-        return running.addresses
+        return running
 
     if user_unit.is_possible():
         user_unit.stop("flashd-gateway.service")  # one that lingers, whose socket went with the daemon's folder
@@ -109,32 +140,16 @@ def start_gateway(client: Client, explain: Callable[[str], None] = lambda why: N
     return _managed("flashd-gateway", user_unit.GATEWAY, command, log, answering, bus=client.bus)
 
 
-def gateway_addresses(client: Client) -> Sequence[str] | None:
-    """Returns where the gateway of this user's daemon listens: nowhere if it does not run. None for other daemons."""
-    if not _is_own(client):
-        return None
-    return found.addresses if (found := _running_gateway()) is not None else []
-
-
-@dataclass(frozen=True, slots=True)
-class _Gateway:
-    """A gateway that runs, and where it listens."""
-
-    version: str
-    addresses: Sequence[str]
-
-    def is_at(self, wanted: Sequence[str]) -> bool:
-        """True if these addresses would be the same; port 0 means any."""
-        pairs = zip(self.addresses, wanted, strict=False)
-        is_same = all(asked in {found, found.rpartition(":")[0] + ":0"} for found, asked in pairs)
-        return is_same and len(self.addresses) == len(wanted)
+def gateway(client: Client) -> Gateway | None:
+    """Returns the gateway of this user's daemon. None for other daemons."""
+    return (_running_gateway() or Gateway()) if _is_own(client) else None
 
 
 def _gateway_socket() -> Path:
     return default_paths(Scope.USER).runtime / "gateway.sock"
 
 
-def _running_gateway() -> _Gateway | None:
+def _running_gateway() -> Gateway | None:
     """Asks the gateway of this user; None if there is none, or if it does not answer."""
     if listener(_gateway_socket()) is None:
         return None
@@ -147,7 +162,11 @@ def _running_gateway() -> _Gateway | None:
             connection.sock.connect(str(_gateway_socket()))
             connection.request("GET", "/health")
             said = json.loads(connection.getresponse().read())
-            return _Gateway(str(said["version"]), list(said.get("addresses", [])))
+            refused = [
+                RefusedAddress(str(each["address"]), str(each["why"]), str(each["remedy"]))
+                for each in said.get("refused", [])
+            ]
+            return Gateway(str(said["version"]), list(said.get("addresses", [])), refused)
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
             return None
 

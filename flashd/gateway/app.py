@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -23,6 +23,7 @@ from flashd.gateway.directory import Connect
 from flashd.gateway.dispatch import Dispatcher
 from flashd.gateway.exchange import BodyBudget, Message, Receive, Send
 from flashd.gateway.guard import Application
+from flashd.gateway.listening import Opened
 from flashd.gateway.metrics.daemon_news import DaemonNews
 from flashd.gateway.metrics.measures import Measures
 from flashd.gateway.metrics.page import MetricsPage
@@ -45,9 +46,9 @@ def paths(application: Starlette) -> list[str]:
 
 
 def application(
-    dispatcher: Dispatcher, connect: Connect, measures: Measures, news: DaemonNews, addresses: Sequence[str]
+    dispatcher: Dispatcher, connect: Connect, measures: Measures, news: DaemonNews, opened: Opened
 ) -> Starlette:
-    """`addresses` are those at which it is reached, HOST:PORT."""
+    """`opened` is where it is reached."""
     ollama = OllamaEndpoints(dispatcher, connect)
     messages = AnthropicEndpoints(dispatcher)
     passed = Passed(dispatcher)
@@ -81,7 +82,8 @@ def application(
             "active": known.active or None,
             "resting": known.resting or None,
             "models": len(known.models),
-            "addresses": list(addresses),
+            "addresses": opened.addresses,
+            "refused": [dataclasses.asdict(each) for each in opened.refused],
         }
         return JSONResponse(said, status_code=200 if known.is_connected else 503)
 

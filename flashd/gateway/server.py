@@ -20,6 +20,7 @@ from flashd.config.environment import notify_socket, trace_service_name, traces_
 from flashd.gateway.app import OnceSettled, application, paths
 from flashd.gateway.dispatch import Dispatcher
 from flashd.gateway.guard import Guard
+from flashd.gateway.listening import Opened
 from flashd.gateway.metrics.daemon_news import DaemonNews
 from flashd.gateway.metrics.measures import Measures
 from flashd.gateway.metrics.observing import Observing
@@ -37,8 +38,8 @@ _KEEP_ALIVE_S = 75
 _FINISH_S = 10
 
 
-async def serve(options: argparse.Namespace, sockets: list[socket.socket], tokens: TokenFile) -> None:
-    """Answers at these sockets until SIGTERM or SIGINT; then requests in progress may finish for a few seconds.
+async def serve(options: argparse.Namespace, opened: Opened, tokens: TokenFile) -> None:
+    """Answers at the opened sockets until SIGTERM or SIGINT; then requests in progress may finish for a few seconds.
 
     `options` are those of `main.parser`.
     """
@@ -49,9 +50,7 @@ async def serve(options: argparse.Namespace, sockets: list[socket.socket], token
     measures = Measures()
     news = DaemonNews(measures)
     dispatcher = Dispatcher(connect, measures, news)
-    bound = [listening.getsockname() for listening in sockets if listening.family != socket.AF_UNIX]
-    addresses = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port, *_ in bound]
-    inside = application(dispatcher, connect, measures, news, addresses)
+    inside = application(dispatcher, connect, measures, news, opened)
     guarded = Guard(inside, tokens, lambda: dispatcher.settings, socket_is_ours=options.bus != "system")
     tracing = _tracing(news)
     begin_trace = tracing.begin if tracing is not None else None
@@ -75,7 +74,7 @@ async def serve(options: argparse.Namespace, sockets: list[socket.socket], token
     watchdog.start()
     lingering = asyncio.create_task(_end_when_alone(dispatcher, options.linger, server))
     try:
-        await server.serve(sockets)
+        await server.serve(list(opened.sockets))
     finally:
         server.manager.tell("STOPPING=1")
         await end(lingering)

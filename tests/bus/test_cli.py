@@ -436,6 +436,39 @@ def test_two_starts_at_once_start_one_daemon(home: dict[str, str]) -> None:
     until(lambda: not processes_of(home))
 
 
+def test_of_several_addresses_those_that_can_be_are_served(home: dict[str, str]) -> None:
+    def refused_ones() -> list[str]:
+        rows = [line.split("\t") for line in flash("status", **home).stdout.splitlines()]
+        return [why for name, why in rows if name == "not served"]
+
+    other = socket.socket()
+    other.bind(("127.0.0.1", 0))
+    other.listen()
+    taken = f"127.0.0.1:{other.getsockname()[1]}"
+    settings_of(home["HOME"]).write_text(f'[gateway]\naddresses = ["127.0.0.1:0", "{taken}", "0.0.0.0:0"]\n')
+    started = flash("start", **home)
+    try:
+        assert started.returncode == 0 and started.stderr.count("warning:") == 2, started.stderr
+        (url,) = re.findall(r"http://127\.0\.0\.1:[1-9]\d+", started.stderr)
+        refused = httpx.get(url + "/health").json()["refused"]
+        assert [each["address"] for each in refused] == [taken, "0.0.0.0:0"]
+        of_port, of_network = refused_ones()
+        assert f"cannot listen at {taken}" in of_port and "0.0.0.0:0 can be reached" in of_network
+        assert "flash token new" in of_network
+        log = Path(home["HOME"]) / ".local/state/flashd/flashd-gateway.log"
+        assert log.read_text().count("not served: ") == 2
+        before = gateways_of(home)
+        assert flash("start", **home).stderr.count("warning:") == 2 and gateways_of(home) == before
+        other.close()
+        again = flash("restart", **home)
+        assert f"http://{taken}/v1" in again.stderr and again.stderr.count("warning:") == 1
+        assert len(refused_ones()) == 1
+    finally:
+        other.close()
+        assert flash("stop", **home).returncode == 0
+    until(lambda: not processes_of(home))
+
+
 def test_a_port_that_is_taken_is_said_and_the_daemon_runs(home: dict[str, str]) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

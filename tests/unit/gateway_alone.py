@@ -23,6 +23,7 @@ from flashd.errors import Unavailable
 from flashd.gateway.app import application, paths
 from flashd.gateway.directory import Directory
 from flashd.gateway.dispatch import Dispatcher
+from flashd.gateway.listening import Opened
 from flashd.gateway.metrics.daemon_news import DaemonNews
 from flashd.gateway.metrics.measures import Measures
 from flashd.gateway.metrics.observing import BeginTrace, Observing
@@ -90,7 +91,7 @@ async def gateway(
     engine = Engine(kind, "serving", "whisper", "Whisper", str(socket_path), 1, 0, 0, 0, "", 0, "/e/1")
     known = Directory(models={"whisper": _WHISPER}, active="whisper", engines={engine.path: engine})
     dispatcher._note(replace(known, is_connected=True, is_settled=True))
-    inside = application(dispatcher, connect, measures, news, [])
+    inside = application(dispatcher, connect, measures, news, Opened([]))
     inside = Observing(inside, measures, paths=paths(inside), begin_trace=begin_trace)
     transport = httpx.ASGITransport(app=inside)  # type: ignore[arg-type]
     try:

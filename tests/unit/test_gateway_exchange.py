@@ -14,7 +14,7 @@ import pytest
 from flashd.client.results import Engine, Model
 from flashd.config.settings import GatewayConfig
 from flashd.errors import AlreadyExists, InvalidArgument, LimitExceeded, NotFound, Unavailable
-from flashd.gateway import main as gateway_main
+from flashd.gateway import listening
 from flashd.gateway import server as gateway_server
 from flashd.gateway.access import ACCESS, Access
 from flashd.gateway.directory import Directory
@@ -192,9 +192,9 @@ async def test_first_tokens_wait_for_no_delayed_acknowledgement() -> None:
         found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
         writer.close()
 
-    with gateway_main._bound("127.0.0.1:0", has_tokens=False) as listening:
-        async with await asyncio.start_server(accepted, sock=listening):
-            _, writer = await asyncio.open_connection(*listening.getsockname())
+    with listening.bound("127.0.0.1:0", has_tokens=False) as bound:
+        async with await asyncio.start_server(accepted, sock=bound):
+            _, writer = await asyncio.open_connection(*bound.getsockname())
             assert await found
             writer.close()
 
