@@ -101,9 +101,10 @@ def tell_apart(arguments: argparse.Namespace, model: str) -> None:
     """Adds `model` to the hash by which vLLM finds compiled code.
 
     The path in that hash is the same for all our models, and configs may be equal although different layers are
-    quantised.
+    quantised. Code for adapters that was compiled without `keep_adapters_apart` is not used either.
     """
-    arguments.additional_config = {**(arguments.additional_config or {}), "flashd_model": model}
+    changes = {"flashd_adapters": "apart"} if is_cpu() and arguments.enable_lora else {}
+    arguments.additional_config = {**(arguments.additional_config or {}), "flashd_model": model, **changes}
 
 
 def take_likeliest(arguments: argparse.Namespace) -> None:
@@ -274,6 +275,33 @@ async def offer_adapters(app: Starlette, folders: Mapping[str, str]) -> Mapping[
         if not isinstance(answer, str):
             refused[name] = str(getattr(getattr(answer, "error", answer), "message", answer))
     return refused
+
+
+def keep_adapters_apart(config: VllmConfig) -> None:
+    """Makes vLLM apply adapters on a CPU only to the requests that name them, also where a step computes others too.
+
+    Tokens of the others have the index -1, with which vLLM's PyTorch operations take the last adapter instead of none
+    (https://github.com/vllm-project/vllm/pull/48421). Zeros in their place add nothing.
+    """
+    if config.lora_config is None or not is_cpu():
+        return
+    names = ("vllm.lora.ops.torch_ops.lora_ops", "vllm.lora.ops.torch_ops", "vllm.lora.punica_wrapper.punica_cpu")
+    modules: list[Any] = [importlib.import_module(name) for name in names]
+    for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice"):
+        if not hasattr(operation := getattr(modules[0], name), "__wrapped__"):
+            for module in modules:
+                setattr(module, name, _only_where_named(operation))
+
+
+def _only_where_named(operation: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(operation)
+    def applied(
+        inputs: torch.Tensor, weights: torch.Tensor, output: torch.Tensor, indices: torch.Tensor,
+        *more: object, **named: object,
+    ) -> None:  # fmt: skip
+        operation(torch.where((indices < 0).unsqueeze(1), 0, inputs), weights, output, indices, *more, **named)
+
+    return applied
 
 
 def before_each_request(client: EngineClient, change: Callable[[Any], None]) -> None:

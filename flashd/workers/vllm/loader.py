@@ -65,6 +65,7 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
         draft model for speculative decoding is loaded from its own folder, or, if it is a part of this checkpoint, from
         the same weights.
         """
+        compat.keep_adapters_apart(vllm_config)
         if compat.is_draft(model_config):
             is_part = compat.is_part_of_target(model_config, vllm_config)
             load = super().load_model if is_part else compat.own_loader(self.load_config).load_model
