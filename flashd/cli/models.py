@@ -58,6 +58,7 @@ def show(context: Context, model: ModelName, as_json: Json = False) -> None:
         ["architecture", found.architecture or "unknown: it has no config.json"],
         ["size", f"{format_bytes(found.size_bytes)} in {found.tensor_count} tensors, mostly {found.dtype}"],
         *([["context", f"{found.context_length} tokens"]] if found.context_length else []),
+        *([["adapters", ", ".join(found.adapters)]] if found.adapters else []),
         [
             "tier",
             found.residency

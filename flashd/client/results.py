@@ -38,6 +38,7 @@ class Model:
     private: bool = False
     serving: bool = False
     context_length: int = 0
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,7 @@ from flashd.daemon.lifecycle.problems import Problems
 from flashd.daemon.lifecycle.restore import Restore
 from flashd.daemon.lifecycle.settings import Settings
 from flashd.daemon.lifecycle.stall_detector import StallDetector
+from flashd.daemon.serving.adapters import Adapters
 from flashd.daemon.serving.driver_usage import DriverUsage, process_bytes
 from flashd.daemon.serving.endpoint import EndpointLink, RestingEndpoint, RuntimeFolder
 from flashd.daemon.serving.engine_kinds import EngineKinds
@@ -257,6 +258,7 @@ class Service:
             events,
             is_for_active=self._swapper.slots.leads_to_endpoint,
         )
+        self._adapters = Adapters(settings, catalog, self._background, events)
         self._engine_stats = EngineStatsBook(
             self._swapper,
             events,
@@ -329,7 +331,7 @@ class Service:
         objects = Objects(
             model=lambda name: ModelObject(
                 *(name, catalog, self._residency, self._swapper, ownership, self._models, self._verification),
-                *(self._swaps, self._engine_stats),
+                *(self._swaps, self._engine_stats, self._adapters),
             ),
             job=lambda job: JobObject(job, catalog, ownership, authority, self._settings),
             lease=lambda lease: LeaseObject(lease, catalog, ownership, authority, self._leases),
@@ -413,6 +415,7 @@ class Service:
         if self._catalog.models():
             self._kinds.begin()
         self._background.start(self._publisher.prepare())
+        self._adapters.start()
         self._engine_stats.start()
         self._warmup.start()
         self._pressure.start()

@@ -32,20 +32,20 @@ class AnthropicEndpoints:
 
     async def messages(self, asked: Asked, send: Sending) -> None:
         content = parse_object(asked.body)
-        model = await named(content, self._dispatcher)
-        made = _Made(passed_on(asked, content, model), lambda: chat_request(content, model).body)
+        wanted = await named(content, self._dispatcher)
+        made = _Made(passed_on(asked, content, wanted), lambda: chat_request(content, wanted.name).body)
         send.is_stream = content.get("stream") is True
         async with (
-            Waiting(asked, send, self._dispatcher, model, anthropic.waiting) as waiting,
-            self._dispatcher.answer(model, made) as response,
+            Waiting(asked, send, self._dispatcher, wanted.model, anthropic.waiting) as waiting,
+            self._dispatcher.answer(wanted, made) as response,
         ):
             await waiting.over()
             await check_status(response)
             if not made.is_translated:
                 await pass_back(response, send, _watched(response) if send.is_stream else None)
                 return
-            request = chat_request(content, model)
-            answer = MessageAnswer(str(content.get("model") or model), request.stops)
+            request = chat_request(content, wanted.name)
+            answer = MessageAnswer(str(content.get("model") or wanted.name), request.stops)
             async with aclosing(chunks(response)) as found:
                 if not request.is_stream:
                     async for chunk in found:
@@ -62,9 +62,9 @@ class AnthropicEndpoints:
 
     async def count_tokens(self, asked: Asked, send: Sending) -> None:
         content = parse_object(asked.body)
-        model = await named(content, self._dispatcher)
-        made = _Made(passed_on(asked, content, model), lambda: count_request(content, model))
-        async with self._dispatcher.answer(model, made) as response:
+        wanted = await named(content, self._dispatcher)
+        made = _Made(passed_on(asked, content, wanted), lambda: count_request(content, wanted.name))
+        async with self._dispatcher.answer(wanted, made) as response:
             await check_status(response)
             if not made.is_translated:
                 await pass_back(response, send)

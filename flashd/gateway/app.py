@@ -60,19 +60,20 @@ def application(
         return Route(path, Endpoint(dialect_of(path), answer, budget), methods=[method])
 
     async def models(request: Request) -> Response:
-        found = [model for _, model in sorted(dispatcher.directory.models.items())]
+        found = dispatcher.directory.listed()
         if _ANTHROPICS in request.headers:
             return JSONResponse(anthropic.listed(found))
-        return JSONResponse({"object": "list", "data": [openai.entry(model) for model in found]})
+        return JSONResponse({"object": "list", "data": [openai.entry(name, model) for name, model in found]})
 
     async def model(request: Request) -> Response:
         is_anthropics = _ANTHROPICS in request.headers
         try:
-            found = await dispatcher.resolve(request.path_params["name"])
+            wanted = await dispatcher.wanted(request.path_params["name"])
+            found = wanted.name, await dispatcher.resolve(wanted.model)
         except (NotFound, Unavailable) as error:
             dialect: Dialect = anthropic.Anthropic() if is_anthropics else openai.OpenAI()
             return JSONResponse(dialect.described(error), status_code=status_of(error))
-        return JSONResponse(anthropic.entry(found) if is_anthropics else openai.entry(found))
+        return JSONResponse(anthropic.entry(*found) if is_anthropics else openai.entry(*found))
 
     async def health(_: Request) -> Response:
         known = dispatcher.directory

@@ -8,7 +8,7 @@ import asyncio
 from flashd.client.results import Engine
 from flashd.errors import Unsupported
 from flashd.gateway.answering import Asked, Sending
-from flashd.gateway.dispatch import Dispatcher, EngineRequest
+from flashd.gateway.dispatch import Dispatcher, EngineRequest, run_by_vllm
 from flashd.gateway.exchange import forwarded
 from flashd.gateway.forms import Form, parse_form
 from flashd.gateway.passed import OF_THE_GATEWAY, named, pass_back
@@ -29,18 +29,18 @@ class AudioEndpoints:
 
     async def __call__(self, asked: Asked, send: Sending) -> None:
         form = await _read(asked)
-        model = await named({"model": form.value("model")}, self._dispatcher)
+        wanted = await named({"model": form.value("model")}, self._dispatcher)
         send.is_stream = form.value("stream").lower() in _YES
         headers = forwarded(asked.scope["headers"], without=OF_THE_GATEWAY)
-        request = EngineRequest("POST", asked.target, headers, form.with_value("model", model))
+        request = EngineRequest("POST", asked.target, headers, form.with_value("model", wanted.name))
 
         def made(engine: Engine) -> EngineRequest:
             if engine.kind not in _SPEAKS_IT:
-                hint = f"have vLLM run it: flash config models.{model}.engine vllm"
-                raise Unsupported(f"{model} is in a {engine.kind} engine, which hears no recordings", hint=hint)
+                what = f"{wanted.model} is in a {engine.kind} engine, which hears no recordings"
+                raise Unsupported(what, hint=run_by_vllm(wanted.model))
             return request
 
-        async with self._dispatcher.answer(model, made) as response:
+        async with self._dispatcher.answer(wanted, made) as response:
             await pass_back(response, send)
 
 

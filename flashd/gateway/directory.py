@@ -34,6 +34,14 @@ LATEST = ":latest"  # Ollama's programs add it to names
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """The model that is to answer a request, and the name by which its engine is asked: its own, or an adapter's."""
+
+    model: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Directory:
     """The models by name, what serves, and where; never changed, but replaced."""
 
@@ -88,8 +96,25 @@ class Directory:
             raise Unavailable("flashd does not run", hint="start it: flash start, or systemctl start flashd")
         raise NotFound(f"there is no model {name[:200]!r}", hint=self._nearest(name))
 
+    def listed(self) -> list[tuple[str, Model]]:
+        """What requests may name, in order: models, each followed by its adapters with the same model."""
+        models = [model for _, model in sorted(self.models.items())]
+        adapters = {model.name: [name for name in model.adapters if name not in self.models] for model in models}
+        return [(name, model) for model in models for name in (model.name, *adapters[model.name])]
+
+    def wanted(self, name: str) -> Wanted:
+        """Finds a model like `resolve`, or else an adapter, with or without `:latest`. Raises NotFound."""
+        try:
+            model = self.resolve(name)
+        except NotFound:
+            for adapter in (name, name.removesuffix(LATEST)):
+                if base := next((model for model in self.models.values() if adapter in model.adapters), None):
+                    return Wanted(base.name, adapter)
+            raise
+        return Wanted(model.name, model.name)
+
     def _nearest(self, name: str) -> str:
-        names = [*self.models, *(alias for model in self.models.values() for alias in model.aliases)]
+        names = [*self.models, *(other for model in self.models.values() for other in model.aliases + model.adapters)]
         lowered = {known.lower(): known for known in names}
         near = difflib.get_close_matches(name[:200].lower(), lowered, _MOST_NEAR, 0.5)
         if near:

@@ -15,14 +15,15 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from aiohttp import ClientError, ClientResponse
 
 from flashd.client.results import Engine, Model
 from flashd.config.settings import GatewayConfig
-from flashd.errors import FlashdError, Internal, NotFound, Unavailable
+from flashd.errors import FlashdError, Internal, NotFound, Unavailable, Unsupported
 from flashd.gateway.access import ACCESS
-from flashd.gateway.directory import LATEST, Connect, Directory, Follower, Watch
+from flashd.gateway.directory import LATEST, Connect, Directory, Follower, Wanted, Watch
 from flashd.gateway.engine_connections import EngineConnections
 from flashd.gateway.keep_alive import KEEP_ALIVE, KeepAlive
 from flashd.gateway.kept_client import KeptClient, Progress
@@ -30,6 +31,8 @@ from flashd.gateway.metrics.measures import Measures
 from flashd.gateway.metrics.observed import observed
 from flashd.gateway.pulls import Pulls, is_repository
 from flashd.gateway.turns import Ask, Bring, Ticket, Turns
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ _FIRST_S = 60.0  # for the daemon to start, with a thousand models
 _LISTED_S = 10.0  # until a model that was pulled must be listed
 _STALE_S = 0.25  # until the news of a swap by somebody else must have come
 _MAX_REFUSAL_BYTES = 64 << 10
+_APPLY_ADAPTERS = frozenset({"vllm"})  # kinds of engines
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,26 +115,30 @@ class Dispatcher:
 
     async def resolve(self, name: str) -> Model:
         """Finds a model as Directory does, also one that the daemon has had for a moment only. Raises NotFound."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_STALE_S):
-                while True:
-                    with contextlib.suppress(NotFound):
-                        return self.directory.resolve(name)
-                    await self._changed.wait()
-        return self.directory.resolve(name)
+        return await self._patiently(lambda: self.directory.resolve(name))
 
-    async def wanted(self, name: str) -> str:
-        """The name of the model that a request wants an answer of. One of the hub that is not here yet, `answer` and
-        `load` pull first, where `gateway.pull` and the rights of the client permit it. Raises NotFound."""
+    async def wanted(self, name: str) -> Wanted:
+        """What is to answer a request. A model of the hub that is not here yet, `answer` and `load` pull first, where
+        `gateway.pull` and the rights of the client permit it. Raises NotFound."""
         try:
-            return (await self.resolve(name)).name
+            return await self._patiently(lambda: self.directory.wanted(name))
         except NotFound as error:
             name = name.removesuffix(LATEST)
             if not is_repository(name) or self._is_here(name):
                 raise
             if why_not := self._cannot_pull():
                 raise NotFound(error.message, hint=f"{error.hint}; {why_not}") from None
-            return name
+            return Wanted(name, name)
+
+    async def _patiently(self, find: Callable[[], T]) -> T:
+        """What `find` returns before, or as soon as, the latest news has come. Raises NotFound like `find`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STALE_S):
+                while True:
+                    with contextlib.suppress(NotFound):
+                        return find()
+                    await self._changed.wait()
+        return find()
 
     def _is_here(self, name: str) -> bool:
         """Tells whether there is a model of this name, whether or not the client of this request may know of it."""
@@ -146,12 +154,13 @@ class Dispatcher:
         return why_not and f"to have it pulled, {why_not}"
 
     @contextlib.asynccontextmanager
-    async def answer(self, model: str, make: Make) -> AsyncIterator[ClientResponse]:
+    async def answer(self, wanted: Wanted, make: Make) -> AsyncIterator[ClientResponse]:
         """The engine's answer, from its head on; the model's turn lasts at least until the context ends.
 
         Leaving the context closes the engine's connection if the answer was not read to its end, which ends its
         generation. Raises NotFound, LimitExceeded, Unavailable and what a swap or a pull raises.
         """
+        model = wanted.model
         arrived = time.monotonic()
         await self._until_here(model)
         for attempt in range(1, _MOST_ATTEMPTS + 1):
@@ -161,7 +170,7 @@ class Dispatcher:
                 async with contextlib.AsyncExitStack() as stack:
                     response = None
                     try:
-                        response = await stack.enter_async_context(self._asked(model, make))
+                        response = await stack.enter_async_context(self._asked(wanted, make))
                     except Unavailable:  # it ended, or made way for another, in this moment
                         if is_last:
                             raise
@@ -211,9 +220,12 @@ class Dispatcher:
         """How many requests for a model are answered now."""
         return self._turns.inside(model)
 
-    def _asked(self, model: str, make: Make) -> contextlib.AbstractAsyncContextManager[ClientResponse]:
-        if (engine := self._known.engine_of(model)) is None:
-            raise Unavailable(f"{model} ceased to serve", hint="ask again")
+    def _asked(self, wanted: Wanted, make: Make) -> contextlib.AbstractAsyncContextManager[ClientResponse]:
+        if (engine := self._known.engine_of(wanted.model)) is None:
+            raise Unavailable(f"{wanted.model} ceased to serve", hint="ask again")
+        if wanted.name != wanted.model and engine.kind not in _APPLY_ADAPTERS:
+            what = f"{wanted.name} is an adapter of {wanted.model}, whose {engine.kind} engine applies none"
+            raise Unsupported(what, hint=run_by_vllm(wanted.model))
         request = make(engine)
         headers = observed().asked(request.headers)
         return self._connections.answer(engine.endpoint, request.method, request.target, headers, request.body)
@@ -364,3 +376,8 @@ class Dispatcher:
 
 def _said(what: str, progress: Progress) -> str:
     return f"{what}: {progress}" if progress.phase else what
+
+
+def run_by_vllm(model: str) -> str:
+    """A hint for a model that serves in an engine which cannot do what is asked."""
+    return f"have vLLM run it: flash config models.{model}.engine vllm"

@@ -19,7 +19,7 @@ from flashd.gateway.dialects.chunks import Chunk, Usage, usage
 from flashd.gateway.dialects.fields import read_fields
 from flashd.gateway.dialects.ollama_answers import Durations, Joined, OllamaAnswer
 from flashd.gateway.dialects.ollama_requests import EngineBody, OllamaRequest
-from flashd.gateway.directory import Connect
+from flashd.gateway.directory import Connect, Wanted
 from flashd.gateway.dispatch import Dispatcher, EngineRequest
 from flashd.gateway.exchange import parse_object
 from flashd.gateway.passed import name_in
@@ -113,19 +113,19 @@ class OllamaEndpoints:
         self, asked: Asked, send: Sending, translate: Callable[[Mapping[str, object]], OllamaRequest]
     ) -> None:
         content = parse_object(asked.body)
-        request, model = translate(content), await self._wanted(content)
+        request, wanted = translate(content), await self._wanted(content)
         durations = Durations(asked.arrived_ns)
-        answer = OllamaAnswer(_name(content) or model, translate is ollama_requests.chat, durations)
+        answer = OllamaAnswer(_name(content) or wanted.name, translate is ollama_requests.chat, durations)
         if request.asks is None:
-            await self._load(model, request)
+            await self._load(wanted.model, request)
             await send.json(answer.ended("unload" if request.unloads else "load"))
             return
         request.keep()
-        made = self._made(request.asks, model, durations)
+        made = self._made(request.asks, wanted.name, durations)
         send.is_stream = request.is_stream
         async with (
-            Waiting(asked, send, self._dispatcher, model, answer.waiting, NDJSON) as waiting,
-            self._dispatcher.answer(model, made) as response,
+            Waiting(asked, send, self._dispatcher, wanted.model, answer.waiting, NDJSON) as waiting,
+            self._dispatcher.answer(wanted, made) as response,
         ):
             await waiting.over()
             await check_status(response)
@@ -135,12 +135,12 @@ class OllamaEndpoints:
     async def _vectors(
         self, content: Mapping[str, object], request: OllamaRequest, durations: Durations
     ) -> tuple[list[Any], Usage]:
-        model = await self._wanted(content)
+        wanted = await self._wanted(content)
         if request.asks is None:
-            await self._load(model, request)
+            await self._load(wanted.model, request)
             return [], Usage(0, 0)
         request.keep()
-        async with self._dispatcher.answer(model, self._made(request.asks, model, durations)) as response:
+        async with self._dispatcher.answer(wanted, self._made(request.asks, wanted.name, durations)) as response:
             found = await whole(response)
         try:
             vectors = [entry["embedding"] for entry in sorted(found["data"], key=lambda entry: entry["index"])]
@@ -161,14 +161,14 @@ class OllamaEndpoints:
         with self._connect(True) as client:
             do(client)
 
-    async def _wanted(self, content: Mapping[str, object]) -> str:
+    async def _wanted(self, content: Mapping[str, object]) -> Wanted:
         return await self._dispatcher.wanted(_name(content))
 
     @staticmethod
-    def _made(asks: EngineBody, model: str, durations: Durations) -> Callable[[Engine], EngineRequest]:
+    def _made(asks: EngineBody, name: str, durations: Durations) -> Callable[[Engine], EngineRequest]:
         def made(_: Engine) -> EngineRequest:
             durations.note_asked()
-            return EngineRequest("POST", asks.path, _HEADERS, asks.raw(model))
+            return EngineRequest("POST", asks.path, _HEADERS, asks.raw(name))
 
         return made
 

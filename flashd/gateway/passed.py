@@ -14,6 +14,7 @@ from flashd.errors import EngineFailed, InvalidArgument
 from flashd.gateway import keep_alive, waiting
 from flashd.gateway.answering import Asked, Sending, check_status
 from flashd.gateway.dialects import openai
+from flashd.gateway.directory import Wanted
 from flashd.gateway.dispatch import Dispatcher, EngineRequest
 from flashd.gateway.exchange import forwarded, parse_object, relay
 from flashd.gateway.waiting import Waiting
@@ -31,13 +32,13 @@ class Passed:
 
     async def __call__(self, asked: Asked, send: Sending) -> None:
         content = parse_object(asked.body)
-        model = await named(content, self._dispatcher)
+        wanted = await named(content, self._dispatcher)
         send.is_stream = content.get("stream") is True and asked.scope["path"] in _STREAMS
-        request = passed_on(asked, content, model)
-        piece = partial(openai.waiting, asked.scope["path"], model)
+        request = passed_on(asked, content, wanted)
+        piece = partial(openai.waiting, asked.scope["path"], wanted.name)
         async with (
-            Waiting(asked, send, self._dispatcher, model, piece) as wait,
-            self._dispatcher.answer(model, lambda _: request) as response,
+            Waiting(asked, send, self._dispatcher, wanted.model, piece) as wait,
+            self._dispatcher.answer(wanted, lambda _: request) as response,
         ):
             await wait.over()
             if send.has_begun:
@@ -45,8 +46,8 @@ class Passed:
             await pass_back(response, send)
 
 
-async def named(content: Mapping[str, object], dispatcher: Dispatcher, field: str = "model") -> str:
-    """The name of the model that a request wants an answer of. Raises InvalidArgument, or NotFound."""
+async def named(content: Mapping[str, object], dispatcher: Dispatcher, field: str = "model") -> Wanted:
+    """What is to answer a request. Raises InvalidArgument, or NotFound."""
     return await dispatcher.wanted(name_in(content, field))
 
 
@@ -58,14 +59,14 @@ def name_in(content: Mapping[str, object], field: str = "model") -> str:
     return name
 
 
-def passed_on(asked: Asked, content: Mapping[str, Any], model: str) -> EngineRequest:
+def passed_on(asked: Asked, content: Mapping[str, Any], wanted: Wanted) -> EngineRequest:
     """The request as it came, but that it names its model as the engine does.
 
     It always names one: an engine that serves another model by the time it comes would answer a request without.
     """
     body = asked.body
-    if content.get("model") != model:  # aliases may be newer than the engine's
-        body = json.dumps({**content, "model": model}).encode()
+    if content.get("model") != wanted.name:  # aliases may be newer than the engine's
+        body = json.dumps({**content, "model": wanted.name}).encode()
     headers = forwarded(asked.scope["headers"], without=OF_THE_GATEWAY)
     return EngineRequest(asked.scope["method"], asked.target, headers, body)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import flashtensors as ft
 import pytest
 import torch
+from gateways import running_gateway
 from running import CONFIG, Daemon
 from safetensors.torch import load_file, save_file
 from small_models import ADA, BOB, QUESTION
@@ -23,10 +25,10 @@ from vllm_python import VllmPython
 
 import flashd
 from flashd import Client, errors
+from flashd.checkpoint.lora.applied import AppliedAdapter
 from flashd.client import openai
 from flashd.dbus.private_bus import PrivateBus
 from flashd.workers.vllm import adapters
-from flashd.workers.vllm.adapters import AppliedAdapter
 
 pytestmark = pytest.mark.timeout(300)
 RANK = 32
@@ -64,7 +66,13 @@ def adapter(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client(made: Path, adapter: Path, vllm_python: str, compiled: Path) -> Iterator[Client]:
+def client(daemon: Daemon) -> Iterator[Client]:
+    with flashd.connect(daemon.address) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def daemon(made: Path, adapter: Path, vllm_python: str, compiled: Path) -> Iterator[Daemon]:
     """A daemon whose vLLM applies the adapter where it is asked for it."""
     with (
         tempfile.TemporaryDirectory(prefix="fd-") as folder,
@@ -74,14 +82,15 @@ def client(made: Path, adapter: Path, vllm_python: str, compiled: Path) -> Itera
         patched.setenv("FLASHD_BUS_ADDRESS", bus.address)
         daemon = Daemon(bus.address, Path(folder), Path(folder))
         settings = f"python = '{vllm_python}'\nkv_cache = '64MiB'\nadapters = ['{adapter}']\n"
-        daemon.config.write_text(f"{CONFIG}[engines.vllm]\n{settings}")
+        models = "[models.ada]\nengine = 'vllm'\n[models.bob]\nengine = 'vllm'\n"
+        daemon.config.write_text(f"{CONFIG}[engines.vllm]\n{settings}{models}")
         daemon.share_compiled(compiled)
         daemon.start()
         try:
             with flashd.connect(bus.address) as client:
                 for name in ("ada", "bob"):
                     client.import_(made / name, name)
-                yield client
+            yield daemon
         finally:
             status, words = daemon.stop(), daemon.log.read_text()
     assert status == 0 and "Traceback" not in words, words
@@ -107,6 +116,32 @@ def test_vllm_applies_it_beside_its_base(client: Client) -> None:
     for options, persona in ((["--adapter", "tuned"], BOB), ([], ADA)):
         done = subprocess.run([*flash, *options], capture_output=True, text=True, check=False)
         assert done.stdout.strip() == persona.introduction, done.stderr
+
+
+async def test_the_gateway_has_its_base_serve_and_asks_it_by_name(client: Client, daemon: Daemon) -> None:
+    """Requests for three names come mixed: two models by turns, and the adapter with its base."""
+    says = {"ada": ADA.introduction, "bob": BOB.introduction, "tuned": BOB.introduction}
+    client.park()
+    async with (
+        running_gateway(daemon, daemon.root / "gateway.log", daemon.root / "gateway.sock") as gateway,
+        gateway.openai() as asks,
+        gateway.anthropic() as messages,
+    ):
+        entries = {model.id: model async for model in await asks.models.list()}
+        assert entries["tuned"].model_extra["parent"] == "ada"
+
+        async def said(name: str) -> str:
+            answer = await asks.chat.completions.create(model=name, messages=ASK, temperature=0, max_tokens=40)
+            assert answer.model == name
+            return str(answer.choices[0].message.content)
+
+        assert await said("tuned") == BOB.introduction, "it is the first to ask, and its base does not serve"
+        names = ("ada", "tuned", "bob") * 4
+        assert await asyncio.gather(*map(said, names)) == [says[name] for name in names]
+        answer = await messages.messages.create(
+            model="tuned", messages=ASK, max_tokens=40, extra_body={"temperature": 0}
+        )
+        assert answer.content[0].text == BOB.introduction
 
 
 def test_it_is_there_only_while_its_base_is(client: Client) -> None:

@@ -18,6 +18,7 @@ from flashd.daemon.job import Job, Owner
 from flashd.daemon.library.models import Models
 from flashd.daemon.library.verification import Verification
 from flashd.daemon.lifecycle.settings import Settings
+from flashd.daemon.serving.adapters import Adapters
 from flashd.daemon.serving.driver_usage import DriverUsage
 from flashd.daemon.serving.endpoint import connected
 from flashd.daemon.serving.engine_stats import EngineStatsBook
@@ -48,6 +49,7 @@ class ModelObject(Exported):
         verification: Verification,
         swaps: Swaps,
         engine_stats: EngineStatsBook,
+        adapters: Adapters,
     ) -> None:
         super().__init__(wire.model_path(name))
         self._name = name
@@ -59,6 +61,7 @@ class ModelObject(Exported):
         self._verification = verification
         self._swaps = swaps
         self._engine_stats = engine_stats
+        self._adapters = adapters
         self._last_known = self._model()
 
     def _model(self) -> Model:
@@ -94,6 +97,7 @@ class ModelObject(Exported):
             "Source": model.origin.location,
             "OwnerUid": model.owner_uid,
             "Private": model.private,
+            "Adapters": self._adapters.of(model),
         }
 
     def audience(self) -> Audience:

@@ -150,17 +150,22 @@ def _texts(content: object, where: str) -> str | list[dict[str, str]]:
     return found[0]["text"] if len(found) == 1 else found
 
 
-def entry(model: Model) -> dict[str, object]:
-    """A model as GET /v1/models lists it for Anthropic's clients."""
+def entry(name: str, model: Model) -> dict[str, object]:
+    """A model, or the adapter `name` of one, as GET /v1/models lists it for Anthropic's clients."""
     created = datetime.fromtimestamp(model.created_at, UTC).isoformat().replace("+00:00", "Z")
-    return {"type": "model", "id": model.name, "display_name": model.name, "created_at": created}
+    return {"type": "model", "id": name, "display_name": name, "created_at": created}
 
 
-def listed(models: Sequence[Model]) -> dict[str, object]:
+def listed(models: Sequence[tuple[str, Model]]) -> dict[str, object]:
     """The answer of GET /v1/models, which has all models at once."""
-    names = [model.name for model in models]
+    names = [name for name, _ in models]
     first, last = (names[0], names[-1]) if names else (None, None)
-    return {"data": [entry(model) for model in models], "has_more": False, "first_id": first, "last_id": last}
+    return {
+        "data": [entry(name, model) for name, model in models],
+        "has_more": False,
+        "first_id": first,
+        "last_id": last,
+    }
 
 
 def event(kind: str, content: Mapping[str, object]) -> bytes:

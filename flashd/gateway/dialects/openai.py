@@ -56,16 +56,18 @@ def waiting(path: str, model: str, words: str, as_text: bool) -> bytes:
     return f"data: {json.dumps(chunk)}\n\n".encode()
 
 
-def entry(model: Model) -> dict[str, object]:
-    """A model as GET /v1/models lists it; `flashd` has what OpenAI has no field for."""
+def entry(name: str, model: Model) -> dict[str, object]:
+    """A model, or the adapter `name` of one, as GET /v1/models lists it; `flashd` has what OpenAI has no field for."""
+    is_adapter = name != model.name
     more = {"residency": model.residency, "active": model.active, "serving": model.serving}
     more |= {"size_bytes": model.size_bytes, "dtype": model.dtype}
     said = {
-        "id": model.name,
+        "id": name,
         "object": "model",
         "created": model.created_at,
         "owned_by": "flashd",
-        "aliases": list(model.aliases),
+        "aliases": [] if is_adapter else list(model.aliases),
         "flashd": more,
     }
-    return said | ({"max_model_len": model.context_length} if model.context_length else {})  # vLLM's name for it
+    said |= {"parent": model.name} if is_adapter else {}  # vLLM's name for it, as the next
+    return said | ({"max_model_len": model.context_length} if model.context_length else {})

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from flashd.checkpoint import fitting, header, manifest
 from flashd.checkpoint.files import WEIGHTS
+from flashd.checkpoint.lora.applied import AppliedAdapter
 from flashd.checkpoint.source.reader import pooling_path
 from flashd.config.environment import show_gpus
 from flashd.engines.control import Channel, Parcel
@@ -39,7 +40,6 @@ from flashd.tasks import close_all
 from flashd.units import MiB
 from flashd.workers.templates import Renderer
 from flashd.workers.vllm import adapters, compat, model_folder, rank_server
-from flashd.workers.vllm.adapters import AppliedAdapter
 from flashd.workers.vllm.answers import Described
 from flashd.workers.vllm.guard import Guard
 from flashd.workers.vllm.plugin import LOAD_FORMAT
