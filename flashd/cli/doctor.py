@@ -64,6 +64,8 @@ def examine(bus: str | None) -> Iterator[Finding]:
         yield from (_inbox(watched) for watched in status.inbox_watched if watched.folder not in named)
         if strays := strays_of(status):
             yield Finding("inbox", Verdict.GOOD, f"ignored, because they are no models: {strays}")
+        if status.default_engine:  # else the daemon is older
+            yield _default_engine(status)
     yield from installation.examine(toml)
     yield _kernel()
     yield from _disk(store)
@@ -72,6 +74,12 @@ def examine(bus: str | None) -> Iterator[Finding]:
     yield _memory()
     yield from _gpus()
     yield _programs()
+
+
+def _default_engine(status: Status) -> Finding:
+    why, _, remedy = status.default_engine_reason.partition(": ")
+    verdict = Verdict.SLOW if remedy else Verdict.GOOD
+    return Finding("default engine", verdict, f"{status.default_engine}: {why}", remedy)
 
 
 def _daemon(bus: str | None) -> tuple[Finding, Path, str, Status | None]:

@@ -114,9 +114,10 @@ def _group() -> Finding:
 
 def _engines(configured: Mapping[str, Any]) -> Iterator[Finding]:
     """Checks the default kind of engine, and the configured kinds."""
+    default = configured.get("default", "auto")
     for kind, needed in _NEEDED.items():
         python = configured.get(kind, {}).get("python", "")
-        if not python and configured.get("default", "torch") != kind:
+        if not python and kind != ("torch" if default == "auto" else default):
             continue
         yield _engine(kind, needed, python or sys.executable)
 

@@ -31,8 +31,11 @@ def start(context: Context) -> None:
         started = launch.start(asked)
         with started.client as client:
             output.say(f"flashd is running: {_summary(client)}")
-            folders = " or ".join(client.status().models_directories)
+            status = client.status()
+            folders = " or ".join(status.models_directories)
             output.say(f"drop a model into {folders}; the log is {started.log}")
+            if status.default_engine_reason.partition(": ")[2]:  # a command that would install a better one
+                output.say(f"models run on the processor: {status.default_engine_reason}")
             _start_gateway(client)
     else:
         with client:
@@ -104,6 +107,8 @@ def status(context: Context, as_json: Json = False) -> None:
     for device in devices:
         used = f"{format_bytes(device.used_bytes)} of {format_bytes(device.budget_bytes)}"
         rows.append([device.name, f"{used}, {format_bytes(device.leased_bytes)} of it leased or pinned"])
+    if found.default_engine:  # else the daemon is older
+        rows.append(["engines", f"{found.default_engine}: {found.default_engine_reason}"])
     quota = f", quota {format_bytes(found.store_quota_bytes)}" if found.store_quota_bytes else ""
     free = format_bytes(found.store_free_bytes)
     rows.append(["store", f"{format_bytes(found.store_bytes)} in {found.store_path}, {free} free{quota}"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,7 +49,8 @@ def list_(context: Context, as_json: Json = False) -> None:
 
 def show(context: Context, model: ModelName, as_json: Json = False) -> None:
     """Shows everything about one model."""
-    found = session(context).client.model(model)
+    client = session(context).client
+    found = client.model(model)
     if as_json:
         output.print_json(found)
         return
@@ -66,6 +68,7 @@ def show(context: Context, model: ModelName, as_json: Json = False) -> None:
             + (", active" if found.active else "")
             + (", pinned" if found.pinned else ""),
         ],
+        ["engine", _engine_of(found, client)],
         ["leases", str(found.leases)],
         ["made", output.ago(found.created_at)],
         ["used", f"{output.ago(found.last_used_at)}, {found.use_count} swaps"],
@@ -74,6 +77,17 @@ def show(context: Context, model: ModelName, as_json: Json = False) -> None:
         ["checkpoint", found.checkpoint],
     ]
     output.print_table(["", ""], rows)
+
+
+def _engine_of(model: Model, client: Client) -> str:
+    """The kind of engine for swaps that choose none, and why."""
+    settings = tomllib.loads(client.config()).get("models", {})
+    name = next((name for name in (model.name, *model.aliases) if name in settings), "")
+    kind = settings[name]["engine"] if name else "default"
+    if kind != "default":
+        return f"{kind}: by the setting models.{name}.engine"
+    status = client.status()
+    return f"{status.default_engine}: {status.default_engine_reason}" if status.default_engine else "unknown"
 
 
 def import_(

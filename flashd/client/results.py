@@ -156,6 +156,8 @@ class Status:
     resting_model: str = ""
     inbox_watched: tuple[WatchedFolder, ...] = ()
     inbox_strays: tuple[Stray, ...] = ()
+    default_engine: str = ""
+    default_engine_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,10 @@ class VllmConfig:
 class EnginesConfig:
     """[engines]: the inference processes."""
 
-    default: Literal["torch", "vllm"] = _setting("torch", "Kind of engine for a swap that names none.")
+    default: Literal["auto", "torch", "vllm"] = _setting(
+        "auto",
+        "Kind of engine for a swap that names none. auto: vllm if there is a GPU and vLLM is installed, else torch.",
+    )
     warm_up: bool = _setting(True, "Import the framework before the first swap; costs its memory from then on.")
     warm_new: bool = _setting(
         True, "Load a new model and make its image while flashd is idle, if there is free memory for it.", live=True

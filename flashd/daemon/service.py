@@ -223,7 +223,7 @@ class Service:
 
     def _build_serving(self) -> None:
         settings, catalog, events = self._settings, self._catalog, self._events
-        targets = Targets(catalog, settings, self._changes)
+        targets = Targets(catalog, settings, self._changes, lambda: self._kinds.default.kind)
         uses = Uses(catalog, self._background, events)
         self._swaps = Swaps(
             catalog,
@@ -372,6 +372,7 @@ class Service:
                 ownership,
                 self._swapper,
                 self._swaps,
+                self._kinds,
                 endpoint=endpoint,
             ),
             ModelCalls(finder, ownership, self._models, self._verification, listed),

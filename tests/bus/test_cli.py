@@ -114,7 +114,8 @@ def test_import_list_show_pin_alias_verify_scrub_and_rm(run: Flash, tmp_path: Pa
     (listed,) = json.loads(run("list", "--json").stdout)
     assert listed["aliases"] == ["tune"] and listed["residency"] == "stored"
     assert json.loads(run("show", "tune", "--json").stdout)["name"] == "Me/Tune"
-    assert "NoSuchForCausalLM" in run("show", "me/tune").stdout
+    shown = " ".join(run("show", "me/tune").stdout.split())
+    assert "NoSuchForCausalLM" in shown and "engine torch: there is no GPU" in shown
     for command in (("pin", "tune"), ("alias", "tune", "x", "y"), ("verify", "x"), ("scrub",), ("unpin", "y")):
         done = run(*command)
         assert done.returncode == 0, done.stderr

@@ -28,7 +28,8 @@ import flashd
 from flashd.cli import doctor, installation
 from flashd.cli.installation import Finding, Verdict
 from flashd.client.client import Client
-from flashd.client.results import Problem, WatchedFolder
+from flashd.client.results import Problem, Status, WatchedFolder
+from flashd.daemon.serving.default_engine import default_engine
 from flashd.dbus.private_bus import PrivateBus
 from flashd.io import cuda
 from flashd.memory.arena import probe_huge_pages
@@ -236,6 +237,20 @@ def engine_lacks(machine: Machine) -> None:
     machine.replace(sys, "executable", str(machine.folder / "bin" / "python"))
 
 
+def without_vllm(machine: Machine) -> None:
+    """On a machine with a GPU, of which the daemon of these tests knows nothing."""
+    ask = doctor._daemon
+
+    def told(bus: str | None) -> Any:
+        *found, status = ask(bus)
+        assert isinstance(status, Status)
+        return *found, dataclasses.replace(
+            status, default_engine_reason=default_engine("auto", has_gpu=True, has_vllm=False).why
+        )
+
+    machine.replace(doctor, "_daemon", told)
+
+
 def remove(name: str) -> Callable[[Machine], None]:
     return lambda machine: (machine.folder / "bin" / name).unlink()
 
@@ -269,6 +284,7 @@ BROKEN: list[tuple[Callable[[Machine], Any], str, Verdict, str]] = [
     (lambda m: m.gpu(registers_memory=False, **APART), "GPU", Verdict.SLOW, "copies"),
     (damaged_state, "state", Verdict.BAD, "repair the file"),
     (without_inotify, "inbox", Verdict.SLOW, "raise fs.inotify.max_user_watches"),
+    (without_vllm, "default engine", Verdict.SLOW, "flash engine install vllm"),
     (page_cache_full, "page cache", Verdict.SLOW, "map their files"),
     (remove("dbus-daemon"), "dbus-daemon", Verdict.SLOW, "apt install"),
 ]  # fmt: skip

@@ -27,6 +27,7 @@ from flashd.daemon.lifecycle.ending import Ending, How, restart
 from flashd.daemon.lifecycle.problems import Problems
 from flashd.daemon.lifecycle.settings import Settings
 from flashd.daemon.serving.endpoint import connected
+from flashd.daemon.serving.engine_kinds import EngineKinds
 from flashd.daemon.serving.installations import Installations
 from flashd.daemon.serving.leasing import Leasing
 from flashd.daemon.serving.loads import Loads
@@ -358,10 +359,12 @@ class ManagerProperties:
         ownership: Ownership,
         swapper: Swapper,
         swaps: Swaps,
+        kinds: EngineKinds,
         *,
         endpoint: Path,
     ) -> None:
         self._settings = settings
+        self._kinds = kinds
         self._ending = ending
         self._catalog = catalog
         self._store_room = store_room
@@ -381,6 +384,8 @@ class ManagerProperties:
             **self._active(active if active and self._ownership.is_public(active.target) else None),
             "RestingModel": wire.model_path(resting.model_name) if (resting := self._swaps.resting) else NONE,
             "Endpoint": str(self._endpoint),
+            "DefaultEngine": self._kinds.default.kind,
+            "DefaultEngineReason": self._kinds.default.why,
             "ModelsDirectories": [str(folder) for folder in config.inbox.folders],
             "StorePath": str(config.store.path),
             "StoreBytes": self._catalog.size_bytes() + self._catalog.images.stored_bytes() + room.leftover_bytes,

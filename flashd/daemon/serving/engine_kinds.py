@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 from flashd.config.environment import for_engines
 from flashd.config.paths import ENGINE_SOCKET, ENGINE_STATE
@@ -13,6 +13,7 @@ from flashd.daemon.events import Events
 from flashd.daemon.job import Job
 from flashd.daemon.lifecycle.restore import Restore
 from flashd.daemon.lifecycle.settings import Settings
+from flashd.daemon.serving.default_engine import DefaultEngine, default_engine, has_vllm
 from flashd.daemon.serving.endpoint import RuntimeFolder
 from flashd.engines import process
 from flashd.engines.engine import EngineFactory
@@ -37,7 +38,7 @@ class EngineKinds:
         environments: Environments,
         runtime: RuntimeFolder,
         restore: Restore,
-        gpus: Iterable[Gpu],
+        gpus: Sequence[Gpu],
         events: Events,
         *,
         is_shared: bool,
@@ -75,7 +76,11 @@ class EngineKinds:
                 "kv_cache_bytes": AUTO if engines.vllm.kv_cache_bytes == "auto" else engines.vllm.kv_cache_bytes,
             },
         )
-        factories: list[EngineFactory] = [process.torch_factory(torch), VllmFactory(vllm, list(gpus))]
+        self._configured = engines.default  # fixed until a restart, like engines' settings
+        self._has_gpu = bool(gpus)
+        self._events = events
+        self.default = self._chosen()
+        factories: list[EngineFactory] = [process.torch_factory(torch), VllmFactory(vllm, gpus)]
         self.factories: Mapping[str, EngineFactory] = {factory.kind: factory for factory in factories}
         events.job_changed.subscribe(self._job_changed)
         events.inbox_changed.subscribe(self._inbox_changed)
@@ -89,12 +94,14 @@ class EngineKinds:
         engines = self._settings.current.engines
         if engines.warm_up and not self._has_begun:
             self._has_begun = True
-            self.factories[engines.default].begin()
+            self.factories[self.default.kind].begin()
 
     async def environment_changed(self, kind: str) -> None:
         """Uses the new environment for new engines. Running engines stay as they are."""
         await self.factories[kind].run_in(self.python(kind))
-        if self._has_begun and kind == self._settings.current.engines.default:
+        self.default = self._chosen()
+        self._events.manager_changed()
+        if self._has_begun and kind == self.default.kind:
             self.factories[kind].begin()
 
     async def close(self, *, leaving: bool) -> None:
@@ -108,6 +115,10 @@ class EngineKinds:
     def _inbox_changed(self, has_any: bool) -> None:
         if has_any:
             self.begin()
+
+    def _chosen(self) -> DefaultEngine:
+        found = has_vllm(self._settings.current, self._environments.interpreter("vllm"))
+        return default_engine(self._configured, has_gpu=self._has_gpu, has_vllm=found)
 
     def python(self, kind: str) -> str:
         """Returns the interpreter for a kind of engine."""

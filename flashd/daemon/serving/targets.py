@@ -23,11 +23,11 @@ LISTED = "flash list shows the models there are"
 class Targets:
     """Makes targets from the current catalog and configuration."""
 
-    def __init__(self, catalog: Catalog, settings: Settings, changes: Changes) -> None:
+    def __init__(self, catalog: Catalog, settings: Settings, changes: Changes, default_kind: Callable[[], str]) -> None:
         self._catalog = catalog
         self._settings = settings
         self._changes = changes
-        self._default_kind = settings.current.engines.default  # fixed until a restart, like engines' settings
+        self._default_kind = default_kind
 
     def of(self, model: Model, engine_kind: str = "") -> Target:
         """Returns the target of a model. `engine_kind` overrides the configured one."""
@@ -37,7 +37,7 @@ class Targets:
             model.name,
             names,
             self._catalog.checkpoint(model.checkpoint_id),
-            engine_kind or (self._default_kind if chosen.engine == "default" else chosen.engine),
+            engine_kind or (self._default_kind() if chosen.engine == "default" else chosen.engine),
             model.owner_uid if model.private else None,
             EngineOptions(chosen.arguments, _kv_cache_bytes(chosen)),
         )
