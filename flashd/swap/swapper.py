@@ -474,10 +474,11 @@ class Swapper:
         try:
             return How.START, await self._started(target, supply, binding, is_active=is_active)
         except EngineOutOfMemory as error:
-            # No pool counts the memory of parked engines besides weights.
-            if not await self._stop_parked(len(self.slots.parked)):
+            # No pool counts the memory of parked engines besides weights, nor that of other programs.
+            is_smaller = await self._supplier.shrink_cache(target, supply)
+            if not await self._stop_parked(len(self.slots.parked)) and not is_smaller:
                 raise
-            log.warning("parked engines were stopped, for %s", error.message)
+            log.warning("parked engines were stopped, or its KV cache is smaller, for %s", error.message)
             return How.START, await self._started(target, supply, binding, is_active=is_active)
 
     async def _started(self, target: Target, supply: Supply, binding: Binding, *, is_active: bool) -> Engine:
@@ -511,11 +512,14 @@ class Swapper:
     async def _woken(
         self, slot: EngineSlot, target: Target, supply: Supply, binding: Binding, *, is_active: bool
     ) -> bool:
-        """False if the engine turns out to have died in its sleep: another one can take its place."""
+        """False if the engine has died in its sleep, or its KV cache has become too large: another one can take its
+        place.
+        """
         try:
             await run_to_end(self._wake(slot, target, supply, binding, is_active=is_active))
-        except EngineFailed:
-            if slot.engine.state is not EngineState.FAILED:
+        except EngineFailed as error:
+            is_short = isinstance(error, EngineOutOfMemory) and await self._supplier.shrink_cache(target, supply)
+            if slot.engine.state is not EngineState.FAILED and not is_short:
                 raise
             await run_to_end(self._discard(slot))
             return False

@@ -118,6 +118,7 @@ class Supply:
         self.from_tier = min((hold.from_tier for hold in holds), key=list(Tier).index, default=Tier.STORED)
         self.rooms = list(rooms)
         self.cache_bytes = cache_bytes
+        self._cache_grows = plan is not None and plan.cache_grows
         self._claims = list(claims)
         self._starts = list(starts)
 
@@ -147,7 +148,7 @@ class Supply:
         """Adds the memory that is free to the KV cache of an engine that is about to start, except room for one more
         such model. All ranks get the same.
         """
-        if self.plan is None or not self.plan.cache_grows:
+        if self.plan is None or not self._cache_grows:
             return
         spare_bytes = min(
             claim.pool.free_bytes - rank.weights_bytes - rank.working_bytes - rank.starting_bytes
@@ -162,6 +163,17 @@ class Supply:
                 start.resize(max(0, start.size_bytes - added_bytes))
             for claim in self._claims:
                 claim.resize(claim.size_bytes + added_bytes)
+
+    def shrink_cache(self, least_bytes: int) -> bool:
+        """Gives up what the KV cache has in addition to `least_bytes`, for good. Returns False if it has nothing."""
+        spare_bytes = self.cache_bytes - least_bytes
+        if not self._cache_grows or spare_bytes <= 0:
+            return False
+        self._cache_grows = False
+        self.cache_bytes = least_bytes
+        for claim in self._claims:
+            claim.resize(claim.size_bytes - spare_bytes)
+        return True
 
     def keeps_cache_of(self, former: Supply) -> None:
         """Notes that the engine keeps the KV cache that it has had for other weights, and so exchanges the claims."""
@@ -314,6 +326,14 @@ class Supplier:
         """Tells whether a new engine would do with a smaller KV cache than this one, which took what was free."""
         least = await self._plan(target)
         return least is not None and least.cache_grows and engine.cache_bytes > least.ranks[0].cache_bytes
+
+    async def shrink_cache(self, target: Target, supply: Supply) -> bool:
+        """Leaves only the KV cache that the model needs, because GPUs have less memory free than their pools say.
+
+        Returns False if it was no larger.
+        """
+        least = await self._plan(target)
+        return least is not None and supply.shrink_cache(least.ranks[0].cache_bytes)
 
     async def fits_another(self, target: Target) -> bool:
         """Tells whether free memory suffices for one more engine on GPUs. False for one in host memory, whose needs are
