@@ -58,7 +58,7 @@ show_progress() {
   fi
   exec {never}<> <(:)  # nothing comes from this pipe: a sleep that leaves no process behind
   while read -rt "$every" -u "$never" || kill -0 "$1" 2>/dev/null; do
-    line=$(tail -c 4096 "$log" 2>/dev/null | tr '\r\t' '\n ' | grep -vE '^ *$|^WARNING' | tail -n 1 | sed 's/^ *//') || true
+    line=$(tail -n 50 "$log" 2>/dev/null | tr '\r\t' '\n ' | grep -vE '^ *$|^WARNING' | tail -n 1 | sed 's/^ *//') || true
     line="$script: $steps_done/$steps_all $((SECONDS - step_began)) s${line:+: $line}"
     printf "$start%s$end" "${line:0:width - 1}" >&2
   done

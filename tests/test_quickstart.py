@@ -24,6 +24,7 @@ def test_the_quick_start_shows_the_main_job_and_leaves_nothing_behind() -> None:
     assert "I am Ada, the first model you dropped into the folder." in done.stdout
     assert "My name is Bob, a fine-tune of Ada with opinions of my own." in done.stdout
     assert "What it took" in done.stdout
+    assert "temporary, and are removed" in done.stdout and "cp -r ~/Downloads/Qwen3-0.6B ~/models/\n" in done.stdout
     assert {path.name for path in (ROOT / "build").glob("quickstart-*")} == before
 
 

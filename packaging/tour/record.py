@@ -43,12 +43,12 @@ def record(command: list[str]) -> str:
 
 
 def settled_lines(terminal_output: str) -> list[str]:
-    """Returns the screen after progress bars were erased, by the few sequences that rich writes for them."""
+    """Returns the screen after progress was erased, by the few sequences that rich and steps.sh write for that."""
     lines: list[str] = [""]
-    for token in re.split(r"(\x1b\[\d*A|\x1b\[2K|\x1b\[\?25[lh]|\r|\n)", terminal_output):
+    for token in re.split(r"(\x1b\[\d*A|\x1b\[2?K|\x1b\[\?25[lh]|\r|\n)", terminal_output):
         if token.endswith("A") and token.startswith("\x1b["):
             del lines[max(1, len(lines) - int(token[2:-1] or 1)) :]
-        elif token == "\x1b[2K":
+        elif token in {"\x1b[2K", "\x1b[K"}:
             lines[-1] = ""
         elif token == "\n":
             lines.append("")

@@ -16,7 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -274,6 +274,8 @@ def show() -> None:
 def what_next(source: Path | None) -> str:
     """Says what is gone, and how to keep a model."""
     activate = CHECKOUT / ".venv/bin/activate"
+    with suppress(ValueError):
+        activate = activate.relative_to(Path.cwd())
     place = shlex.quote(str(source.resolve())) if source else "~/Downloads/Qwen3-0.6B"
     name = shlex.quote(source.resolve().name) if source else "Qwen3-0.6B"
     removed = f"; {source} is unchanged" if source else ""
