@@ -7,11 +7,16 @@ import json
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
+ASK_VLLM = "engines of vLLM can do it: flash engine install vllm, then flash config engines.default vllm"
 _MOST_SHOWN_VALUES = 8
 
 
 class WrongValue(Exception):
-    """Raised with a message about the values that a field accepts."""
+    """Raised with a message about the values that a field accepts, and perhaps a hint what to do instead."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 Read = Callable[[object], Any]  # returns the value to use; raises WrongValue
@@ -51,16 +56,21 @@ def text(value: object) -> str:
     return value
 
 
-def only(*values: object) -> Read:
+def only(*values: object, hint: str = "") -> Read:
     """Returns a reader that accepts only the values of an unsupported field that have no effect."""
     allowed = [json.dumps(value, sort_keys=True) for value in values]
     refusal = f"can only be {' or '.join(allowed[:_MOST_SHOWN_VALUES])} here" if allowed else "is not supported here"
 
     def read(value: object) -> None:
         if json.dumps(value, sort_keys=True) not in allowed:
-            raise WrongValue(refusal)
+            raise WrongValue(refusal, hint=hint)
 
     return read
+
+
+def vllm_only(*values: object) -> Read:
+    """Returns a reader like `only`, for a field that engines of vLLM support."""
+    return only(*values, hint=ASK_VLLM)
 
 
 def anything(value: object) -> None:

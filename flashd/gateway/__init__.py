@@ -17,8 +17,9 @@ turn, and the gateway asks the daemon to swap.
     answering.py  a request and its answer, with errors in the form of a dialect
     metrics/      counts and times, for Prometheus
     tracing.py    traces, for OpenTelemetry
-    passed.py, audio_endpoints.py, anthropic_endpoints.py, ollama_endpoints.py
+    passed.py, responses_endpoint.py, audio_endpoints.py, anthropic_endpoints.py, ollama_endpoints.py
                   what answers the requests of each dialect
+    translated.py what is translated for engines that lack a dialect
     forms.py      the fields of a form
     dialects/     errors and translations: OpenAI, Anthropic, Ollama
 """

@@ -16,7 +16,7 @@ from flashd.errors import NotFound, Unavailable
 from flashd.gateway import audio_endpoints
 from flashd.gateway.answering import Answer, Endpoint
 from flashd.gateway.anthropic_endpoints import AnthropicEndpoints
-from flashd.gateway.dialects import anthropic, openai
+from flashd.gateway.dialects import anthropic, openai, responses
 from flashd.gateway.dialects.by_path import dialect_of
 from flashd.gateway.dialects.dialect import Dialect, NoSuchRoute, status_of
 from flashd.gateway.directory import Connect
@@ -29,10 +29,11 @@ from flashd.gateway.metrics.measures import Measures
 from flashd.gateway.metrics.page import MetricsPage
 from flashd.gateway.ollama_endpoints import OllamaEndpoints
 from flashd.gateway.passed import Passed
+from flashd.gateway.responses_endpoint import ResponsesEndpoint
 
 # What names its model in the body, and is an engine's to answer.
 _PASSED = (
-    *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/rerank", "/rerank"),
+    *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/rerank", "/rerank"),
     *("/v1/score", "/score", "/pooling", "/classify", "/tokenize", "/detokenize"),
 )
 _ANTHROPICS = "anthropic-version"  # a header that Anthropic's clients send, and no others
@@ -100,6 +101,7 @@ def application(
             Route("/v1/models/{name:path}", model),
             *(route(path, passed) for path in _PASSED),
             *(route(path, audio) for path in audio_endpoints.PATHS),
+            route(responses.PATH, ResponsesEndpoint(dispatcher)),
             route("/v1/messages", messages.messages),
             route("/v1/messages/count_tokens", messages.count_tokens),
             route("/api/version", ollama.version, "GET"),

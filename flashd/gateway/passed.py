@@ -21,7 +21,7 @@ from flashd.gateway.waiting import Waiting
 
 OF_THE_GATEWAY = frozenset({b"authorization", b"x-api-key", keep_alive.HEADER, waiting.HEADER})  # are not for engines
 
-_STREAMS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
+_STREAMS = frozenset({"/v1/chat/completions", "/v1/completions"})
 
 
 class Passed:

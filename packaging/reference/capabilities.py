@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 YES, NO = "yes", "no"
+_TRANSLATED = "text, translated by the gateway"
 _EMBEDS = "models for embeddings"
 _TOOLS = "if told [how](vllm.md#tools) the model calls them"
 
@@ -35,8 +36,8 @@ _TABLE = (
     Capability("repeatable sampling", "`seed`", YES, YES),
     Capability("texts that end the answer", "`stop`", YES, YES),
     Capability("biased tokens", "`logit_bias`", YES, YES),
-    Capability("Anthropic's messages", "`/v1/messages`", "text, translated by the gateway", YES),
-    Capability("OpenAI's responses", "`/v1/responses`", NO, YES),
+    Capability("Anthropic's messages", "`/v1/messages`", _TRANSLATED, YES),
+    Capability("OpenAI's responses", "`/v1/responses`", _TRANSLATED, YES),
     Capability("tools", "`tools`", NO, _TOOLS),
     Capability("a tool that must be called", "`tool_choice`", NO, _TOOLS),
     Capability("structured output", "`response_format`, `format`", NO, YES),

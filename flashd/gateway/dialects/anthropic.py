@@ -15,8 +15,10 @@ from flashd.client.results import Model
 from flashd.errors import EngineFailed, FlashdError, InvalidArgument
 from flashd.gateway.dialects import fields
 from flashd.gateway.dialects.chunks import MOST_EVENT_BYTES, Chunk, Usage, stream_error
+from flashd.gateway.dialects.contents import texts
 from flashd.gateway.dialects.dialect import status_of
 from flashd.gateway.dialects.fields import Field
+from flashd.json_values import vllm_only
 from flashd.units import format_bytes
 
 _TYPES = {
@@ -32,19 +34,20 @@ _TYPES = {
 _NOT_DONE = "not translated: engines of vLLM can do it"
 _HARMLESS = "for the bookkeeping of services; no effect here"
 _SHOWN = 80
+_PARTS = ("text",), ("cache_control",)  # the kinds that are read, and fields without effect
 
 # What is translated for engines without Anthropic's interface; to others requests go as they are.
 _COMMON = (
     Field("model", json_values.text),
     Field("messages", fields.objects),
     Field("system", lambda value: value, does="becomes the first message"),
-    Field("tools", json_values.only([]), does=_NOT_DONE),
+    Field("tools", vllm_only([]), does=_NOT_DONE),
     Field(
         "tool_choice", json_values.only({"type": "auto"}, {"type": "none"}), does="there are no tools to choose from"
     ),
-    Field("thinking", json_values.only({"type": "disabled"}), does=_NOT_DONE),
+    Field("thinking", vllm_only({"type": "disabled"}), does=_NOT_DONE),
     Field("cache_control", json_values.anything, does="prefixes are cached without it"),
-    Field("output_config", json_values.only({}), does=_NOT_DONE),
+    Field("output_config", vllm_only({}), does=_NOT_DONE),
     Field("speed", json_values.only("standard"), does="engines here have one speed"),
     *(Field(name, json_values.anything, does=_HARMLESS) for name in ("metadata", "service_tier", "inference_geo")),
 )
@@ -117,7 +120,7 @@ def _conversation(read: Mapping[str, Any]) -> list[dict[str, Any]]:
     if said[-1]["role"] == "assistant":
         hint = "end with a message of the user, or use an engine of vLLM"
         raise InvalidArgument("the last message is the assistant's, and this engine cannot continue it", hint=hint)
-    system = _texts(read["system"], "system") if read.get("system") else ""
+    system = texts(read["system"], "system", *_PARTS) if read.get("system") else ""
     return [{"role": "system", "content": system}, *said] if system else said
 
 
@@ -128,26 +131,7 @@ def _message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
         raise InvalidArgument(f"{where} has a role that is none of user, assistant and system")
     if unknown := [name for name in message if name not in ("role", "content")]:
         raise InvalidArgument(f"{where} has {unknown[0][:_SHOWN]!r}, which is not known")
-    return {"role": role, "content": _texts(message.get("content"), where)}
-
-
-def _texts(content: object, where: str) -> str | list[dict[str, str]]:
-    """A text, or a list of blocks of text, as OpenAI's content."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
-        raise InvalidArgument(f"{where} has no text and no list of blocks as its content")
-    found = []
-    for block in content:
-        kind, text = block.get("type"), block.get("text")
-        if kind != "text" or not isinstance(text, str):
-            shown = kind[:_SHOWN] if isinstance(kind, str) else "no type"
-            hint = "engines of vLLM read more kinds"
-            raise InvalidArgument(f"{where} has a block of {shown!r}; this engine reads only text", hint=hint)
-        if unknown := [name for name in block if block[name] and name not in ("type", "text", "cache_control")]:
-            raise InvalidArgument(f"{where} has a block with {unknown[0][:_SHOWN]!r}, which this engine cannot read")
-        found.append({"type": "text", "text": text})
-    return found[0]["text"] if len(found) == 1 else found
+    return {"role": role, "content": texts(message.get("content"), where, *_PARTS)}
 
 
 def entry(name: str, model: Model) -> dict[str, object]:

@@ -48,7 +48,7 @@ def read_fields(content: Mapping[str, object], known: Mapping[str, Field], where
         try:
             found[name] = field.read(value)
         except WrongValue as error:
-            raise InvalidArgument(f"{name} {error}") from None
+            raise InvalidArgument(f"{name} {error}", hint=error.hint) from None
     return found
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from flashd.json_values import Read, WrongValue, anything, flag, is_whole, number, only, text, whole
+from flashd.json_values import Read, WrongValue, anything, flag, is_whole, number, only, text, vllm_only, whole
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1000
@@ -122,26 +122,26 @@ _TABLE = (
     Field("chat_template_kwargs", frozenset({CHAT}), options, "variables of the chat template"),
     Field("encoding_format", frozenset({EMBEDDING}), raw, "float, or base64 of little-endian float32"),
     Field("dimensions", frozenset({EMBEDDING}), whole(1, MAX_TOKENS), "length of the vectors, if the model allows it"),
-    Field("n", _GENERATION, only(1), _NOT_DONE),
+    Field("n", _GENERATION, vllm_only(1), _NOT_DONE),
     Field("best_of", _GENERATION, only(1), _NOT_DONE),
-    Field("use_beam_search", _GENERATION, only(False), _NOT_DONE),
-    Field("echo", _GENERATION, only(False), _NOT_DONE),
-    Field("suffix", frozenset({COMPLETION}), only(""), _NOT_DONE),
-    Field("logprobs", _GENERATION, only(False), _NOT_DONE),
-    Field("top_logprobs", frozenset({CHAT}), only(0), _NOT_DONE),
-    Field("prompt_logprobs", _GENERATION, only(), _NOT_DONE),
-    Field("response_format", _GENERATION, only({"type": "text"}), _NOT_DONE),
-    Field("tools", frozenset({CHAT}), only([]), _NOT_DONE),
+    Field("use_beam_search", _GENERATION, vllm_only(False), _NOT_DONE),
+    Field("echo", _GENERATION, vllm_only(False), _NOT_DONE),
+    Field("suffix", frozenset({COMPLETION}), vllm_only(""), _NOT_DONE),
+    Field("logprobs", _GENERATION, vllm_only(False), _NOT_DONE),
+    Field("top_logprobs", frozenset({CHAT}), vllm_only(0), _NOT_DONE),
+    Field("prompt_logprobs", _GENERATION, vllm_only(), _NOT_DONE),
+    Field("response_format", _GENERATION, vllm_only({"type": "text"}), _NOT_DONE),
+    Field("tools", frozenset({CHAT}), vllm_only([]), _NOT_DONE),
     Field("tool_choice", frozenset({CHAT}), only("none", "auto"), "there are no tools to choose from"),
     Field("parallel_tool_calls", frozenset({CHAT}), flag, "there are no tools to call"),
     Field("functions", frozenset({CHAT}), only([]), _NOT_DONE),
     Field("function_call", frozenset({CHAT}), only("none", "auto"), "there are no functions to call"),
-    Field("modalities", frozenset({CHAT}), only(["text"]), _NOT_DONE),
-    Field("bad_words", _GENERATION, only([]), _NOT_DONE),
-    Field("include_stop_str_in_output", _GENERATION, only(False), _NOT_DONE),
-    Field("spaces_between_special_tokens", _GENERATION, only(True), _NOT_DONE),
-    Field("add_generation_prompt", frozenset({CHAT}), only(True), _NOT_DONE),
-    Field("continue_final_message", frozenset({CHAT}), only(False), _NOT_DONE),
+    Field("modalities", frozenset({CHAT}), vllm_only(["text"]), _NOT_DONE),
+    Field("bad_words", _GENERATION, vllm_only([]), _NOT_DONE),
+    Field("include_stop_str_in_output", _GENERATION, vllm_only(False), _NOT_DONE),
+    Field("spaces_between_special_tokens", _GENERATION, vllm_only(True), _NOT_DONE),
+    Field("add_generation_prompt", frozenset({CHAT}), vllm_only(True), _NOT_DONE),
+    Field("continue_final_message", frozenset({CHAT}), vllm_only(False), _NOT_DONE),
     *(
         Field(name, _ALL, anything, _HARMLESS)
         for name in ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",

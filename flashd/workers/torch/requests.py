@@ -142,7 +142,7 @@ def _read(body: dict[str, object], path: str) -> dict[str, Any]:
         try:
             found[name] = field.read(value)
         except WrongValue as error:
-            raise BadRequest(f"{name} {error}", param=name) from None
+            raise BadRequest(f"{name} {error}" + (error.hint and f": {error.hint}"), param=name) from None
     return found
 
 
