@@ -48,7 +48,7 @@ _EVENT_DELAY_S = 0.05  # a burst of events costs one scan
 _PATIENCE_S = 5.0  # a place that takes longer counts as not answering
 _MOST_STUCK = 16  # hanging threads; beyond that, scans pause until one returns
 _SILENT = "its file system does not answer"
-_MISSING = "it does not exist"
+_MISSING, _NO_FOLDER = "it does not exist", "it is not a folder"
 _NAMELESS = (
     "many models have a file of this name\n"
     "put it into a folder with the model's name, together with its config.json and tokenizer"
@@ -147,9 +147,9 @@ class Inbox:
             for folder, why_not in self._why_unwatched.items()
         ]
 
-    def missing(self) -> list[Path]:
-        """Returns the folders that the last scan did not find."""
-        return [folder for folder, why_not in self._why_unwatched.items() if why_not == _MISSING]
+    def missing(self) -> dict[Path, str]:
+        """Returns the folders that the last scan did not find, each with the reason."""
+        return {folder: why for folder, why in self._why_unwatched.items() if why in {_MISSING, _NO_FOLDER}}
 
     def strays(self) -> Sequence[Stray]:
         """Returns the entries that the last scan found besides sources."""
@@ -169,7 +169,7 @@ class Inbox:
                 log.warning("cannot scan the inbox: %s", error)
             except Exception:  # the boundary of a scan: a bug in one must not end them all
                 log.exception("bug while scanning the inbox")
-            is_soon = self._is_settling() or _MISSING in self._why_unwatched.values()
+            is_soon = self._is_settling() or bool(self.missing())
             waits = self._settle_s / 2 if is_soon else self._rescan_s
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), waits)
@@ -207,12 +207,13 @@ class Inbox:
     def _note_watched(self, folder: Path, why_not: str) -> None:
         """Logs once for each reason that a folder is not watched by events, and when it is watched again."""
         before, self._why_unwatched[folder] = self._why_unwatched[folder], why_not
-        if why_not == _MISSING and before != _MISSING:
-            log.warning("%s does not exist: no model can be dropped there until it is made again", folder)
-        elif why_not not in {"", _MISSING, *self._warned[folder]}:
+        if why_not in {_MISSING, _NO_FOLDER}:
+            if why_not != before:
+                log.warning("%s: %s, so no model can be dropped there", folder, why_not)
+        elif why_not and why_not not in self._warned[folder]:
             self._warned[folder].add(why_not)
             log.warning("%s is only scanned every %g s: %s", folder, self._rescan_s, why_not)
-        elif not why_not and before in {_MISSING, *self._warned[folder]}:
+        elif not why_not and before in {_MISSING, _NO_FOLDER, *self._warned[folder]}:
             log.info("%s is watched again", folder)
 
     def _silent(self) -> Iterator[Item]:
@@ -238,8 +239,10 @@ class Inbox:
             _make(folder)
         try:
             self._changes.watch(folder)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return _MISSING
+        except NotADirectoryError:
+            return _NO_FOLDER
         except OSError as error:
             return str(error.strerror)
         return ""

@@ -72,9 +72,9 @@ def test_entries_that_are_no_models_and_a_folder_that_is_gone_are_told(run: Flas
     assert "Ignored in there: empty (an empty folder)\n" in run("list").stderr
     assert "ignored, because they are no models: empty (an empty folder)\n" in run("doctor").stdout
     shutil.rmtree(daemon.models)
-    until(lambda: f"problem\t{daemon.models} does not exist" in run("status").stdout)
+    until(lambda: f"problem\t{daemon.models}: it does not exist" in run("status").stdout)
     doctor = run("doctor")
-    assert doctor.returncode == 1 and f"bad state: {daemon.models} does not exist" in doctor.stdout
+    assert doctor.returncode == 1 and f"bad state: {daemon.models}: it does not exist" in doctor.stdout
     assert f"mkdir -p {daemon.models}" in doctor.stdout and "inbox" not in doctor.stdout
     daemon.models.mkdir()
     until(lambda: "problem" not in run("status").stdout)

@@ -209,13 +209,16 @@ async def test_a_folder_that_vanishes_is_missing_until_it_is_made_again(folder: 
     inbox = Inbox([folder], Recorder(), settle_s=SETTLE_S, rescan_s=30)
     inbox.start()
     await eventually(folder.exists)
-    assert inbox.missing() == []
+    assert not inbox.missing()
     folder.rmdir()
-    await eventually(lambda: inbox.missing() == [folder])
+    await eventually(lambda: inbox.missing() == {folder: "it does not exist"})
     await quiet()
     assert not folder.exists(), "its disk may have been unmounted"
+    folder.touch()  # as by: cp model.safetensors ~/models
+    await eventually(lambda: inbox.missing() == {folder: "it is not a folder"})
+    folder.unlink()
     folder.mkdir()
-    await eventually(lambda: inbox.missing() == [])
+    await eventually(lambda: not inbox.missing())
     await inbox.close()
 
 

@@ -40,12 +40,12 @@ async def test_what_is_set_aside_later_is_found_and_told(catalog: Catalog, tmp_p
 
 
 async def test_a_models_folder_that_is_missing_is_a_problem_while_it_is(catalog: Catalog, tmp_path: Path) -> None:
-    missing = [tmp_path / "my models"]
+    missing = {tmp_path / "my models": "it does not exist"}
     problems = Problems(catalog, tmp_path, Events(), missing_folders=lambda: missing, look_s=0.01)
     problems.start()
     await eventually(lambda: problems.all(with_names=False))
     ((what, remedy),) = problems.all(with_names=False)
-    assert what.startswith(f"{tmp_path}/my models does not exist") and f"mkdir -p '{tmp_path}/my models'" in remedy
+    assert what.startswith(f"{tmp_path}/my models: it does not exist") and f"mkdir -p '{tmp_path}/my models'" in remedy
     missing.clear()
     await eventually(lambda: not problems.all(with_names=False))
     await problems.close()

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import starmap
 from pathlib import Path
 
 from flashd.daemon.events import Events
@@ -24,19 +25,19 @@ _REMEDY = "repair the file and restore its old name, or remove it; then restart 
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """The last result. `store` is the store's problem with its remedy, or empty; `missing` are the models folders that
-    were missing then.
+    were missing then, with the reason.
     """
 
     store: tuple[str, ...]
     damaged: tuple[Path, ...]
-    missing: tuple[Path, ...] = ()
+    missing: tuple[tuple[Path, str], ...] = ()
 
 
 class Problems(Routine):
     """Checks the disk every few seconds, in a thread, so that reading the result never waits for a hanging file system.
 
     Problems disappear once they are solved. `missing_folders` tells, without asking the disk, which models folders do
-    not exist.
+    not exist, and why.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Problems(Routine):
         state: Path,
         events: Events,
         *,
-        missing_folders: Callable[[], Sequence[Path]] = tuple,
+        missing_folders: Callable[[], Mapping[Path, str]] = dict,
         look_s: float = _LOOK_S,
     ) -> None:
         super().__init__("looking for problems", self._round)
@@ -61,12 +62,16 @@ class Problems(Routine):
         of a model, which may be private.
         """
         of_the_store = [list(self._seen.store)] if self._seen.store else []
-        return [*of_the_store, *map(_of_missing, self._missing_folders()), *self._of_files(with_names=with_names)]
+        return [
+            *of_the_store,
+            *starmap(_of_missing, self._missing_folders().items()),
+            *self._of_files(with_names=with_names),
+        ]
 
     async def _round(self) -> None:
         await asyncio.sleep(self._look_s)
         before, found = self._seen, await in_thread(self._look)
-        self._seen = replace(found, missing=tuple(self._missing_folders()))
+        self._seen = replace(found, missing=tuple(self._missing_folders().items()))
         if self._seen != before:
             self._events.problems_changed()
 
@@ -90,7 +95,7 @@ class Problems(Routine):
         return found
 
 
-def _of_missing(folder: Path) -> list[str]:
+def _of_missing(folder: Path, why: str) -> list[str]:
     shown = legible(str(folder))
-    remedy = f"make it again (mkdir -p {shlex.quote(shown)}, or flash restart), or mount the disk that it is on"
-    return [f"{shown} does not exist, so no model can be dropped there", remedy]
+    remedy = f"make the folder (mkdir -p {shlex.quote(shown)}, or flash restart), or mount the disk that it is on"
+    return [f"{shown}: {why}, so no model can be dropped there", remedy]
