@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import imported
 import parallel
 import pytest
 
@@ -42,6 +43,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if parallel.is_one_of_several(config):
         items[:] = parallel.ordered(items)
         parallel.be_patient(items, float(config.getini("timeout")))
+
+
+@pytest.fixture(scope="session")
+def imported_torch() -> Iterator[Path]:
+    """A Python that imports torch once for all tests; running daemons run engines by it."""
+    with imported.python() as program, pytest.MonkeyPatch.context() as patched:
+        patched.setenv(imported.TORCH_PYTHON, str(program))
+        yield program
 
 
 def pytest_report_header() -> list[str]:

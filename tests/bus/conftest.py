@@ -16,6 +16,7 @@ import made_models
 import numpy as np
 import pytest
 from dbus_next import Variant
+from imported import TORCH_PYTHON
 from running import Daemon
 from safetensors.numpy import save_file
 from waiting import eventually
@@ -38,6 +39,20 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
     made_models.put(folder, "ada", "bob", "carl")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torch_python(imported_torch: Path) -> Path:
+    """For all daemons of these tests."""
+    return imported_torch
+
+
+@pytest.fixture(scope="module")
+def own_python(imported_torch: Path) -> Iterator[None]:
+    """Has the daemons of a module run engines by the interpreter that they find themselves."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv(TORCH_PYTHON)
+        yield
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ class Keeper:
 
     def start(self, daemon: Daemon) -> None:
         """Returns when a daemon is ready: the first one, or that which it starts for the one that has ended."""
-        daemon.models.mkdir(parents=True, exist_ok=True)
+        daemon.prepare()
         if self.process is None:
             with daemon.log.open("ab") as output:
                 command = [launch.keeper(), self.path, *daemon.command()]
@@ -178,7 +178,7 @@ def start(daemon: Daemon, manager: Manager | Keeper) -> None:
         return
     with manager.lock:
         kept = [(fd, name) for name, fds in manager.store.items() for fd in fds]
-    daemon.models.mkdir(parents=True, exist_ok=True)
+    daemon.prepare()
     manager.ready.clear()
     numbers, names = ",".join(str(fd) for fd, _ in kept), ":".join(name for _, name in kept)
     with daemon.log.open("ab") as output:

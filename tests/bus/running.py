@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from imported import TORCH_PYTHON
 from waiting import PATIENCE_S
 
 # Settling is quick, new models stay where they are, and tests without engines do not pay for importing torch. Engines
@@ -57,9 +59,7 @@ class Daemon:
 
     def start(self) -> None:
         """Returns when it says that it is ready."""
-        self.models.mkdir(parents=True, exist_ok=True)
-        if not self.config.exists():
-            self.config.write_text(CONFIG)
+        self.prepare()
         address = self.runtime / "notify"
         address.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify, self.log.open("ab") as output:
@@ -74,6 +74,18 @@ class Daemon:
                 self.process.kill()
                 self.process.wait()
                 raise AssertionError(f"not ready:\n{self.log.read_text()}") from None
+
+    def prepare(self) -> None:
+        """Makes its folder and its settings."""
+        self.models.mkdir(parents=True, exist_ok=True)
+        if not self.config.exists():
+            self.config.write_text(CONFIG)
+        own = tomllib.loads(self.config.read_text()).get("engines", {}).get("torch", {})
+        further = self.config.with_name(self.config.name + ".d") / "torch.toml"
+        further.unlink(missing_ok=True)
+        if "python" not in own and (python := os.environ.get(TORCH_PYTHON)):
+            further.parent.mkdir(exist_ok=True)
+            further.write_text(f"engines.torch.python = '{python}'\n")
 
     def command(self) -> list[str | Path]:
         return [

@@ -35,6 +35,7 @@ from flashd.io import cuda
 from flashd.memory.arena import probe_huge_pages
 from flashd.units import GiB, MiB
 
+pytestmark = pytest.mark.usefixtures("own_python")
 GPU = cuda.Gpu(
     ordinal=0, model="GB10", uuid="GPU-1", total_bytes=128 * GiB, is_integrated=True, reads_host_pages=True,
     maps_memory=True, exports_memory=True, registers_memory=True,

@@ -26,6 +26,7 @@ from waiting import until
 from flashd.client.client import Client, connect
 from flashd.errors import Busy, Cancelled, EngineFailed, InvalidSource, StoreFull
 
+pytestmark = pytest.mark.usefixtures("own_python")
 TORCH = ("torch", "transformers", "starlette", "uvicorn")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import httpx
 import pytest
 from conftest import SAYS, Daemon, Remote, import_model
 from gateways import WHO, Gateway, running_gateway
+from imported import TORCH_PYTHON
 from waiting import PATIENCE_S, eventually
 
 GREEDY = {"temperature": 0, "max_tokens": 40}
@@ -24,7 +25,7 @@ async def gateway(
 ) -> AsyncIterator[Gateway]:
     """Of a daemon that has no engine yet, and takes three seconds at least to start one."""
     slow = tmp_path / "python"
-    slow.write_text(f'#!/bin/sh\nsleep 3\nexec "{sys.executable}" "$@"\n')
+    slow.write_text(f'#!/bin/sh\nsleep 3\nexec "{os.environ[TORCH_PYTHON]}" "$@"\n')
     slow.chmod(0o755)
     daemon.stop()
     daemon.config.write_text(daemon.config.read_text() + f'torch.python = "{slow}"\n')

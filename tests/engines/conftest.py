@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import imported
 import kept
 import made_models
-import parallel
 import pytest
 import pytest_asyncio
 from vllm_python import VllmPython
 from vllm_python import running as vllm_python_running
+from vllm_python import version as vllm_version
 
 sys.path.append(str(Path(__file__).parents[1] / "bus"))  # for a running daemon
 
@@ -174,6 +175,12 @@ async def factory(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Zyg
     await made.close()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def torch_python(imported_torch: Path) -> Path:
+    """For all daemons of these tests."""
+    return imported_torch
+
+
 @pytest.fixture(scope="session")
 def vllm_python() -> str:
     """The interpreter that has vLLM for the processor; tests/run makes it."""
@@ -187,12 +194,17 @@ def vllm_python() -> str:
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
-    """What vLLM's processes keep between starts, under their own keys. All processes of a run share it."""
-    own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if parallel.is_one_of_several(pytestconfig) else own) / "compiled"
-    folder.mkdir(exist_ok=True)
-    return folder
+def compiled(vllm_python: str) -> Path:
+    """What vLLM's processes compile, and find under keys of their own. Runs with the same code for vLLM share it."""
+    code = sorted((Path(__file__).parents[2] / "flashd" / "workers" / "vllm").glob("*.py"))
+    return kept.folder("compiled", vllm_version(vllm_python), processor(), *code, make=lambda partial: None)
+
+
+@pytest.fixture(scope="session")
+def imported_vllm(vllm_python: str, compiled: Path) -> Iterator[str]:
+    """The program for `engines.vllm.python` by which engines of several daemons and factories import vLLM once."""
+    with imported.python(vllm_python, imported.VLLM, environment(compiled)) as program:
+        yield str(program)
 
 
 @pytest.fixture(scope="session")
@@ -230,11 +242,11 @@ def plain(vllm: VllmPython, made: Path) -> dict[str, list[list[int]]]:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def vllm_factory(vllm_python: str, compiled: Path) -> AsyncIterator[VllmFactory]:
+async def vllm_factory(imported_vllm: str, compiled: Path) -> AsyncIterator[VllmFactory]:
     with tempfile.TemporaryDirectory(prefix="fd-") as short:  # for sockets, whose paths are short
         root = Path(short)
         settings = Settings(
-            vllm_python,
+            imported_vllm,
             root,
             root / "logs",
             1,

@@ -72,7 +72,7 @@ def client(daemon: Daemon) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def daemon(made: Path, adapter: Path, vllm_python: str, compiled: Path) -> Iterator[Daemon]:
+def daemon(made: Path, adapter: Path, imported_vllm: str, compiled: Path) -> Iterator[Daemon]:
     """A daemon whose vLLM applies the adapter where it is asked for it."""
     with (
         tempfile.TemporaryDirectory(prefix="fd-") as folder,
@@ -81,7 +81,7 @@ def daemon(made: Path, adapter: Path, vllm_python: str, compiled: Path) -> Itera
     ):
         patched.setenv("FLASHD_BUS_ADDRESS", bus.address)
         daemon = Daemon(bus.address, Path(folder), Path(folder))
-        settings = f"python = '{vllm_python}'\nkv_cache = '64MiB'\nadapters = ['{adapter}']\n"
+        settings = f"python = '{imported_vllm}'\nkv_cache = '64MiB'\nadapters = ['{adapter}']\n"
         models = "[models.ada]\nengine = 'vllm'\n[models.bob]\nengine = 'vllm'\n"
         daemon.config.write_text(f"{CONFIG}[engines.vllm]\n{settings}{models}")
         daemon.share_compiled(compiled)

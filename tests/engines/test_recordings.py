@@ -28,7 +28,9 @@ HEARD = {"file": ("a.wav", recording(), "audio/wav")}
 
 
 @pytest.fixture(scope="module")
-def daemon(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def daemon(
+    vllm_python: str, imported_vllm: str, compiled: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Daemon]:
     if subprocess.run([vllm_python, "-c", "import soundfile"], capture_output=True, check=False).returncode != 0:
         pytest.skip("the environment with vLLM reads no sound: packaging/vllm-environment adds soundfile")
     whisper = tmp_path_factory.mktemp("models") / "whisper"
@@ -39,9 +41,10 @@ def daemon(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         running = Daemon(bus.address, Path(folder), Path(folder))
         running.config.write_text(
             "[engines]\nwarm_up = false\nwarm_new = false\ndefault = 'vllm'\n"
-            f"[engines.vllm]\npython = '{vllm_python}'\nkv_cache = '64MiB'\n"
+            f"[engines.vllm]\npython = '{imported_vllm}'\nkv_cache = '64MiB'\n"
             "arguments = ['--seed', '0', '--max-num-batched-tokens', '4096', '--max-num-seqs', '2']\n"
         )
+        running.share_compiled(compiled)
         start(running, manager)
         try:
             with flashd.connect(bus.address) as client:

@@ -42,7 +42,9 @@ FUNCTION: Any = {"type": "function", "function": TOOL}
 
 
 @pytest.fixture(scope="module")
-def daemon(made: Path, vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+def daemon(
+    made: Path, imported_vllm: str, compiled: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Daemon]:
     """One with tess, whose engine is told how she calls tools, a model for embeddings, and dora, who does not end."""
     models = tmp_path_factory.mktemp("models")
     tess, dora = models / "tess", models / "dora"
@@ -54,10 +56,11 @@ def daemon(made: Path, vllm_python: str, tmp_path_factory: pytest.TempPathFactor
         running = Daemon(bus.address, Path(folder), Path(folder))
         running.config.write_text(
             "[engines]\nwarm_up = false\nwarm_new = false\ndefault = 'vllm'\n"
-            f"[engines.vllm]\npython = '{vllm_python}'\nkv_cache = '64MiB'\narguments = ['--seed', '0']\n"
+            f"[engines.vllm]\npython = '{imported_vllm}'\nkv_cache = '64MiB'\narguments = ['--seed', '0']\n"
             f"[models.tess]\narguments = {json.dumps(tool_model.ARGUMENTS)}\n"
             "[models.dora]\narguments = ['--max-model-len', '8000']\n"
         )
+        running.share_compiled(compiled)
         running.start()
         try:
             with flashd.connect(bus.address) as client:

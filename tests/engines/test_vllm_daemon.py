@@ -45,13 +45,13 @@ def manager() -> Iterator[Manager]:
 
 
 @pytest.fixture(scope="module")
-def daemon(manager: Manager, made: Path, vllm_python: str, compiled: Path) -> Iterator[Daemon]:
+def daemon(manager: Manager, made: Path, imported_vllm: str, compiled: Path) -> Iterator[Daemon]:
     """One whose inbox is empty, with some models, below a service manager."""
     with tempfile.TemporaryDirectory(prefix="fd-") as folder, PrivateBus(Path(folder)) as bus:
         running = Daemon(bus.address, Path(folder), Path(folder))
         running.config.write_text(
             "[engines]\nwarm_up = false\nwarm_new = false\ndefault = 'vllm'\n"
-            f"[engines.vllm]\npython = '{vllm_python}'\nkv_cache = 'auto'\n"
+            f"[engines.vllm]\npython = '{imported_vllm}'\nkv_cache = 'auto'\n"
             "arguments = ['--seed', '0', '--max-model-len', '512', '--enable-prompt-tokens-details']\n"
         )
         running.share_compiled(compiled)

@@ -16,12 +16,18 @@ from flashd.engines.vllm_factory import environment
 _FORKS = Path(__file__).with_name("vllm_forks.py")
 
 
+def version(python: str) -> str:
+    """Returns the version and build of vLLM there, without importing it."""
+    ask = "import importlib.metadata; print(importlib.metadata.version('vllm'))"
+    return subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+
+
 class VllmPython:
     """Runs each program in a fork of one process, which is started for the first."""
 
     def __init__(self, python: str, compiled: Path, folder: Path, variables: Mapping[str, str]) -> None:
         """`compiled` is vLLM's cache; programs run in `folder`, with these variables added to ours."""
-        self._command = [python, _FORKS]
+        self._python = python
         self._environment = child_environment({**environment(compiled), **variables})
         self._folder = folder
         self._process: subprocess.Popen[str] | None = None
@@ -45,15 +51,13 @@ class VllmPython:
         return found
 
     def version(self) -> str:
-        """Returns vLLM's version and build, without importing it."""
-        ask = "import importlib.metadata; print(importlib.metadata.version('vllm'))"
-        return subprocess.run([self._command[0], "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+        return version(self._python)
 
     def _asked(self, line: str) -> str:
         if self._process is None:
             with (self._folder / "log").open("w") as log:
                 self._process = subprocess.Popen(
-                    self._command, cwd=self._folder, env=self._environment, text=True,
+                    [self._python, _FORKS], cwd=self._folder, env=self._environment, text=True,
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                 )  # fmt: skip
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 import struct
-import sys
 from pathlib import Path
 from typing import Any
+
+import imported
 
 from flashd.checkpoint.convert import convert
 from flashd.checkpoint.files import Checkpoint
@@ -28,5 +29,5 @@ def entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, Any]:
 def converted(source: Path, directory: Path, **options: Any) -> Checkpoint:
     directory.mkdir(parents=True)
     with SourceFiles.from_path(source) as files:
-        convert(files, directory, python=sys.executable, **options)
+        convert(files, directory, python=imported.interpreter(), **options)
     return Checkpoint.open(directory)

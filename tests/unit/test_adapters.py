@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import imported
 import numpy as np
 import pytest
 import safetensors.torch
@@ -26,7 +26,10 @@ from flashd.checkpoint.source.reader import SourceFiles
 from flashd.errors import CorruptCheckpoint, InvalidSource
 
 # peft and transformers take ten seconds to import: only who runs these tests does.
-pytestmark = pytest.mark.filterwarnings("default")  # peft and transformers warn of each other
+pytestmark = [
+    pytest.mark.usefixtures("imported_torch"),
+    pytest.mark.filterwarnings("default"),  # peft and transformers warn of each other
+]
 
 TOKENS = torch.arange(1, 13).reshape(1, -1)
 
@@ -69,7 +72,7 @@ def merged(base: Path, adapter_folder: Path, out: Path) -> Checkpoint:
         converted(base, out.with_name("base"))
     out.mkdir()
     with SourceFiles.from_path(adapter_folder) as files:
-        convert(files, out, python=sys.executable, base=Checkpoint.open(out.with_name("base")))
+        convert(files, out, python=imported.interpreter(), base=Checkpoint.open(out.with_name("base")))
     checkpoint = Checkpoint.open(out)
     verify(checkpoint)
     assert {path.name for path in out.iterdir()} == {

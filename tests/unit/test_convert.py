@@ -28,6 +28,8 @@ from flashd.errors import Cancelled, CorruptCheckpoint, InvalidSource
 from flashd.io.streamer import ALIGNMENT
 from flashd.units import MiB
 
+pytestmark = pytest.mark.usefixtures("imported_torch")
+
 
 def bits(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor in C order, whatever its dtype and strides."""
@@ -456,7 +458,7 @@ def test_transformers_opens_the_folder_itself(tmp_path: Path) -> None:
         "config = Qwen3Config(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,"
         " num_key_value_heads=1, vocab_size=64)\n"
         "Qwen3ForCausalLM(config).save_pretrained(sys.argv[1])\n"
-        "sys.path.insert(0, sys.argv[3])\n"
+        "sys.path += sys.argv[3:]\n"
         "from sources import converted\n"
         "out = pathlib.Path(sys.argv[2])\n"
         "converted(pathlib.Path(sys.argv[1]), out)\n"
@@ -464,7 +466,8 @@ def test_transformers_opens_the_folder_itself(tmp_path: Path) -> None:
         "b = Qwen3ForCausalLM.from_pretrained(out).state_dict()\n"
         "assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)\n"
     )
-    command = [sys.executable, "-c", code, tmp_path / "source", tmp_path / "out", Path(__file__).parent]
+    modules = Path(__file__).parents[:2]
+    command = [sys.executable, "-c", code, tmp_path / "source", tmp_path / "out", *modules]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

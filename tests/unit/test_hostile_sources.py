@@ -31,6 +31,8 @@ from flashd.checkpoint.source.reader import SourceFiles, missing_shards, parse_i
 from flashd.errors import CorruptCheckpoint, FlashdError, InvalidSource, TransferFailed, Unavailable
 from flashd.units import MiB
 
+pytestmark = pytest.mark.usefixtures("imported_torch")
+
 F32 = entry("F32", [2], 0, 8)
 
 BAD_HEADERS: dict[str, tuple[Any, bytes]] = {

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Mapping
+
+from flashd.workers import zygote
 
 
-def main() -> None:
+def prepare() -> tuple[zygote.Work, Mapping[str, str]]:
+    """Imports what engines need. Returns their work, and the framework with its version."""
     gc.disable()  # until the forks: imports free nothing, and collections would take a fifth of their time
     import torch
     import transformers
@@ -25,12 +29,15 @@ def main() -> None:
         TextStreamer,
     )
 
-    from flashd.workers import zygote
     from flashd.workers.torch import worker
 
     torch.set_grad_enabled(False)
     transformers.utils.logging.disable_progress_bar()
-    zygote.serve(sys.argv, worker.main, {"torch": torch.__version__})
+    return worker.main, {"torch": torch.__version__}
+
+
+def main() -> None:
+    zygote.serve(sys.argv, *prepare())
 
 
 if __name__ == "__main__":

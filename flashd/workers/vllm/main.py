@@ -10,15 +10,22 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Mapping
+
+from flashd.workers import zygote
 
 
-def main() -> None:
+def prepare() -> tuple[zygote.Work, Mapping[str, str]]:
+    """Imports what engines need. Returns their work, and the modules whose versions matter to them."""
     gc.disable()  # until the forks: imports free nothing, and collections would take a fifth of their time
-    from flashd.workers import zygote
     from flashd.workers.vllm import compat, worker
 
     compat.preload()
-    zygote.serve(sys.argv, worker.main, compat.build())
+    return worker.main, compat.build()
+
+
+def main() -> None:
+    zygote.serve(sys.argv, *prepare())
 
 
 if __name__ == "__main__":
