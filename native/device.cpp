@@ -23,7 +23,6 @@ namespace flashd {
 namespace {
 
 constexpr unsigned non_blocking = 1;  // CU_STREAM_NON_BLOCKING: no implicit order with anybody's default stream
-constexpr unsigned no_timing = 2;     // CU_EVENT_DISABLE_TIMING
 // Large enough to reach the link's bandwidth, small enough for quick cancellation and fair turns of two transfers.
 constexpr uint64_t large_copy = 64 << 20;
 constexpr size_t large_copies = 4;

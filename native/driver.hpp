@@ -10,6 +10,8 @@
 
 namespace flashd {
 
+constexpr unsigned no_timing = 2;  // CU_EVENT_DISABLE_TIMING
+
 struct Driver {
     using Status = int;  // CUresult: 0 is success
     using Address = unsigned long long;

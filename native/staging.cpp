@@ -9,10 +9,6 @@
 
 namespace flashd {
 
-namespace {
-constexpr unsigned no_timing = 2;  // CU_EVENT_DISABLE_TIMING
-}
-
 Staging::Staging(const Device& device, uint64_t block, unsigned count)
     : device_(device), block_(block), buffer_(block * count) {
     device_.enter();
