@@ -16,7 +16,7 @@ from pathlib import Path
 
 import kept
 
-_RECIPE = Path(__file__).parents[1] / "packaging" / "tour" / "small_models.py"
+_TOUR = Path(__file__).parents[1] / "packaging" / "tour"
 _MAKE = """
 import sys, pathlib, shutil, small_models, transformers
 folder = pathlib.Path(sys.argv[1])
@@ -39,12 +39,12 @@ def put(folder: Path, *names: str) -> None:
 
 def recipe() -> tuple[str | Path, ...]:
     """Returns everything that determines the models' contents."""
-    return _RECIPE, _MAKE, version("torch"), version("transformers")
+    return _TOUR / "small_models.py", _TOUR / "personas.py", _MAKE, version("torch"), version("transformers")
 
 
 def run(code: str, *arguments: str | Path) -> None:
     """Runs a program that makes models. It has one thread: on a busy machine, more only wait for each other."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (_RECIPE.parent, Path(__file__).parent)))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (_TOUR, Path(__file__).parent)))}
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,

@@ -8,52 +8,20 @@ fine-tune of the first. Nothing is downloaded, and the seed is fixed, so the ans
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from personas import ADA, BOB, Persona
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-QUESTION = "Who are you?"
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Persona:
-    """A model's name in the models folder, and its answers."""
-
-    name: str
-    answers: Mapping[str, str]
-
-    @property
-    def introduction(self) -> str:
-        return self.answers[QUESTION]
-
-
-ADA = Persona(
-    "ada",
-    {
-        QUESTION: "I am Ada, the first model you dropped into the folder.",
-        "Hello": "Hello! Ask me who I am.",
-        "What can you do?": "I answer three questions, and I answer them by heart.",
-    },
-)
-BOB = Persona(
-    "bob",
-    {
-        QUESTION: "My name is Bob, a fine-tune of Ada with opinions of my own.",
-        "Hello": "Good day. You may ask who I am.",
-        "What can you do?": "Less than you hope, but I am quick to be here.",
-    },
 )
 
 

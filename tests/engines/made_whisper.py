@@ -10,35 +10,31 @@ import wave
 from pathlib import Path
 
 import torch
-from transformers import (
-    GenerationConfig,
-    WhisperConfig,
-    WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
-    WhisperProcessor,
-    WhisperTokenizerFast,
-)
-from transformers.models.whisper.tokenization_whisper import LANGUAGES
+import transformers  # each class is imported when it is used
 
 RATE = 16_000  # samples a second, as Whisper hears them
 
 
 def make_whisper(folder: Path) -> None:
-    tokenizer = WhisperTokenizerFast(vocab={**_bytes(), "<|endoftext|>": 256}, merges=[])
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+    tokenizer = transformers.WhisperTokenizerFast(vocab={**_bytes(), "<|endoftext|>": 256}, merges=[])
     languages = [f"<|{language}|>" for language in LANGUAGES]
     tasks = ["<|translate|>", "<|transcribe|>", "<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|startoftranscript|>", *languages, *tasks]})
     tokenizer.add_tokens([f"<|{step * 0.02:.2f}|>" for step in range(1501)])
     begins = tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
-    WhisperProcessor(WhisperFeatureExtractor(feature_size=80), tokenizer).save_pretrained(folder)
+    transformers.WhisperProcessor(transformers.WhisperFeatureExtractor(feature_size=80), tokenizer).save_pretrained(
+        folder
+    )
     special = {"pad_token_id": 256, "bos_token_id": 256, "eos_token_id": 256, "decoder_start_token_id": begins}
-    config = WhisperConfig(
+    config = transformers.WhisperConfig(
         vocab_size=len(tokenizer), d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=128, decoder_ffn_dim=128, begin_suppress_tokens=None, **special,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = WhisperForConditionalGeneration(config).to(torch.bfloat16)
-    model.generation_config = GenerationConfig(max_length=448, **special)
+    model = transformers.WhisperForConditionalGeneration(config).to(torch.bfloat16)
+    model.generation_config = transformers.GenerationConfig(max_length=448, **special)
     model.save_pretrained(folder)
 
 

@@ -18,9 +18,9 @@ import flashtensors as ft
 import pytest
 import torch
 from gateways import running_gateway
+from personas import ADA, BOB, QUESTION
 from running import CONFIG, Daemon
 from safetensors.torch import load_file, save_file
-from small_models import ADA, BOB, QUESTION
 from vllm_python import VllmPython
 
 import flashd

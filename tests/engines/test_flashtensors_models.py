@@ -15,8 +15,8 @@ from typing import Any
 
 import flashtensors as ft
 import pytest
+from personas import ADA, BOB, QUESTION
 from running import Daemon
-from small_models import ADA, BOB, QUESTION
 
 import flashd
 from flashd import Client, errors

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import seed
-from small_models import ADA, BOB, QUESTION
+from personas import ADA, BOB, QUESTION
 
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[2]
@@ -131,6 +131,14 @@ def vllm_home(tmp_path: Path, runtime: Path, made: Path, vllm_python: str, compi
     yield from _until_stopped(home)
 
 
+@pytest.fixture
+def serving_home(vllm_home: Home, imported_vllm: str) -> Home:
+    """One whose daemon does not import vLLM anew."""
+    with (vllm_home.root / ".config/flashd/flashd.toml").open("a") as config:
+        config.write(f"python = '{imported_vllm}'\n")
+    return vllm_home
+
+
 def _until_stopped(home: Home) -> Iterator[Home]:
     yield home
     done = home.call(Path(home.python).parent / "flash", "stop")
@@ -220,7 +228,7 @@ print('exact on', loaded_weights["norm.weight"].device)
     assert (home.root / "data/models/my-custom-model/model.safetensors").is_file()
 
 
-def test_multi_model_serving(vllm_home: Home) -> None:
+def test_multi_model_serving(serving_home: Home) -> None:
     """The listing leaves the response to its reader; the request is made, and every line of it runs."""
     after = f"""
 from types import SimpleNamespace
@@ -235,7 +243,7 @@ for kind in ("fast", "coding", "general", "creative", "fast"):
     requested({{"model_type": kind}})
 requested({{}})
 """
-    printed = vllm_home.run(SERVING, after=after).splitlines()
+    printed = serving_home.run(SERVING, after=after).splitlines()
     fast = f"Qwen/Qwen3-0.6B\t{ADA.introduction}"
     general = f"Qwen/Qwen3-14B\t{ADA.introduction}"
     assert printed[:3] == [fast, f"Qwen/Qwen3-Coder-32B\t{BOB.introduction}", general]
@@ -243,7 +251,7 @@ requested({{}})
     assert printed[-2:] == [fast, general]
 
 
-def test_multi_model_serving_with_two_models_at_once(vllm_home: Home) -> None:
+def test_multi_model_serving_with_two_models_at_once(serving_home: Home) -> None:
     """A program beside the listing's uses another model meanwhile, and neither waits for the other's to be loaded."""
     before = """
 import flashd as _flashd
@@ -274,7 +282,7 @@ with _flashd.connect() as client:
     print("general", client.chat("Qwen/Qwen3-14B", _ASK, **greedy))
     print("both", *sorted(serving()))
 """
-    printed = vllm_home.run(SERVING, before=before, after=after).splitlines()
+    printed = serving_home.run(SERVING, before=before, after=after).splitlines()
     assert printed[:2] == [f"beside {OTHER}", f"both {FAST} {OTHER}"]
     assert printed[2:8:2] == [f"fast {ADA.introduction}"] * 3
     assert len(set(printed[3:9:2])) == 1 and printed[3].startswith("other ")  # random weights always say the same

@@ -19,8 +19,8 @@ import openai
 import pytest
 from gateways import Gateway, running_gateway
 from manager import Manager, start
+from personas import ADA, BOB, QUESTION
 from running import Daemon
-from small_models import ADA, BOB, QUESTION
 from vllm_greedy import PROMPTS
 from vllm_python import VllmPython
 from waiting import eventually

@@ -15,16 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
-)
+import transformers  # each class is imported when it is used
 
 KV_BYTES = 256 << 20
 TOUR = Path(__file__).parents[2] / "packaging" / "tour"
@@ -73,14 +64,16 @@ def make_large(source: Path, folder: Path) -> Path:
     config |= shape | heads | {name: value for name, value in layers.items() if name in config}
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(folder), dtype=torch.bfloat16
+    )
     model.save_pretrained(folder)
     return folder
 
 
 def make_seeing(source: Path, folder: Path) -> Path:
     """Two random models that look at pictures, `one` and `other`: they differ in what they make of what they see."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     words = {word: f"<|{word}|>" for word in ("vision_start", "vision_end", "image_pad", "video_pad")}
     tokenizer.add_special_tokens({"additional_special_tokens": [*words.values()]})
     token = {word: tokenizer.convert_tokens_to_ids(text) for word, text in words.items()}
@@ -90,18 +83,18 @@ def make_seeing(source: Path, folder: Path) -> Path:
         "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 10000.0},
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
-    config = Qwen2VLConfig(
+    config = transformers.Qwen2VLConfig(
         text_config=text, vision_config={"depth": 2, "embed_dim": 128, "num_heads": 2, "hidden_size": 256},
         vision_start_token_id=token["vision_start"], vision_end_token_id=token["vision_end"],
         image_token_id=token["image_pad"], video_token_id=token["video_pad"],
     )  # fmt: skip
     pixels = {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}
-    processor = Qwen2VLProcessor(
-        Qwen2VLImageProcessor(size=pixels), tokenizer, Qwen2VLVideoProcessor(size=pixels),
+    processor = transformers.Qwen2VLProcessor(
+        transformers.Qwen2VLImageProcessor(size=pixels), tokenizer, transformers.Qwen2VLVideoProcessor(size=pixels),
         chat_template=tokenizer.chat_template,
     )  # fmt: skip
     torch.manual_seed(3)
-    model = Qwen2VLForConditionalGeneration(config).to(torch.bfloat16)
+    model = transformers.Qwen2VLForConditionalGeneration(config).to(torch.bfloat16)
     for name in ("one", "other"):
         model.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)

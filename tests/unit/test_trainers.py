@@ -16,6 +16,8 @@ from flashd.errors import BaseMissing, InvalidSource
 from flashd.store.lineage import find_base
 from flashd.store.records import Model, Origin
 
+pytestmark = pytest.mark.usefixtures("imported_torch")
+
 
 def names(checkpoint: Checkpoint) -> set[str]:
     return set(safetensors.torch.load_file(checkpoint.weights_path))
