@@ -13,7 +13,7 @@ from statistics import median
 
 import pytest
 from native.contents import BACKENDS, Memory, digests_of, open_descriptors, some_bytes
-from waiting import until
+from waiting import PATIENCE_S, until
 
 from flashd.errors import Cancelled, CorruptCheckpoint, InvalidArgument, TransferFailed
 from flashd.io.streamer import (
@@ -109,7 +109,7 @@ def test_a_changed_byte_is_found_on_the_way_and_the_staging_memory_is_whole_agai
         ):
             transfer.wait()
     with load_device(file, extent, target=device.address, staging=staging) as transfer:
-        transfer.wait(10)
+        transfer.wait(PATIENCE_S)
 
 
 def test_where_all_blocks_fail_those_threads_end_too_that_wait_for_staging_memory(
@@ -126,7 +126,7 @@ def test_where_all_blocks_fail_those_threads_end_too_that_wait_for_staging_memor
             ) as transfer,
             pytest.raises(CorruptCheckpoint),
         ):
-            transfer.wait(10)
+            transfer.wait(PATIENCE_S)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -144,15 +144,15 @@ def test_a_truncated_file_and_a_cancel_leave_the_staging_memory_whole(
             ) as transfer,
             pytest.raises(TransferFailed, match="truncated"),
         ):
-            transfer.wait(10)
+            transfer.wait(PATIENCE_S)
         with load_device(
             file, Extent(0, len(contents)), target=device.address, staging=staging, options=options
         ) as transfer:
             transfer.cancel()
             with contextlib.suppress(Cancelled):
-                transfer.wait(10)
+                transfer.wait(PATIENCE_S)
     with load_device(file, Extent(0, len(contents)), target=device.address, staging=staging) as transfer:
-        transfer.wait(10)
+        transfer.wait(PATIENCE_S)
     del transfer
     assert device[: len(contents)] == contents
     assert open_descriptors() == before

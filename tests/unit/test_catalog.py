@@ -23,6 +23,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from sources import entry, forge
+from waiting import PATIENCE_S
 
 from flashd import durable
 from flashd.checkpoint.convert import convert
@@ -121,7 +122,7 @@ def test_a_collection_leaves_a_record_that_is_being_written(
 
     def remove(path: Path) -> bool:
         changing.start()
-        assert written.wait(10)
+        assert written.wait(PATIENCE_S)
         return discard(path)
 
     changing = threading.Thread(target=change)
@@ -201,19 +202,19 @@ def test_reading_never_waits_for_the_disk(store: Catalog, tmp_path: Path, monkey
 
     def slow_fsync(fd: int) -> None:
         in_fsync.set()
-        assert may_go_on.wait(10)
+        assert may_go_on.wait(PATIENCE_S)
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", slow_fsync)
     writer = threading.Thread(target=store.set_pinned, args=("a", True))
     writer.start()
-    assert in_fsync.wait(10)
+    assert in_fsync.wait(PATIENCE_S)
     started = time.monotonic()
     assert store.models() == [model] == [store.resolve("A")]
     assert (
         store.size_bytes() > 0 and store.free_bytes() > 0 and store.check_free("b", replace=False, owner_uid=0) == "b"
     )
-    assert time.monotonic() - started < 5, "it waited for the disk"
+    assert time.monotonic() - started < 30, "it waited for the disk"
     may_go_on.set()
     writer.join()
     assert store.models()[0].pinned

@@ -7,6 +7,8 @@ import asyncio
 import threading
 from typing import Any, cast
 
+from waiting import PATIENCE_S
+
 from flashd.daemon.events import Events
 from flashd.daemon.serving.driver_usage import DriverUsage
 from flashd.memory.device import Device, Kind
@@ -25,7 +27,7 @@ class Slow:
 
     def used_bytes(self) -> int:
         self.asked += 1
-        assert self.may_answer.wait(10)
+        assert self.may_answer.wait(PATIENCE_S)
         return 7
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 from unittest.mock import MagicMock
 
 import pytest
+from waiting import PATIENCE_S
 
 from flashd.daemon.events import Events
 from flashd.daemon.serving import engine_stats
@@ -60,7 +61,7 @@ async def test_all_processes_of_an_engine_count_and_no_others() -> None:
     told = asyncio.Event()
     stats = book(os.getpid(), lambda: {os.getpid(): 100, child.pid: 20, 1: 3}, told)
     stats.start()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while stats.device_bytes(1) != 120:
             await asyncio.sleep(0.01)
     assert told.is_set() and stats.of(1).memory_bytes == 5
@@ -72,7 +73,7 @@ async def test_a_driver_that_hangs_keeps_nobody_waiting() -> None:
     may_answer, told = threading.Event(), asyncio.Event()
 
     def hang() -> Mapping[int, int]:
-        assert may_answer.wait(10)
+        assert may_answer.wait(PATIENCE_S)
         return {}
 
     stats = book(os.getpid(), hang, told)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from waiting import PATIENCE_S
 
 from flashd.client.results import Engine, Model
 from flashd.config.settings import GatewayConfig
@@ -211,7 +212,7 @@ async def test_a_signal_between_two_looks_for_the_daemon_is_not_undone() -> None
     await asyncio.sleep(0.15)
     assert not server.should_exit, "the daemon is there"
     server.should_exit = True  # as uvicorn's handler does
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await looking
     assert server.should_exit
 
@@ -224,6 +225,6 @@ async def test_the_gateway_ends_when_its_daemon_stays_away() -> None:
             pass
 
     server = SimpleNamespace(should_exit=False)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await gateway_server._end_when_alone(Away(), 0.1, server)  # type: ignore[arg-type]
     assert server.should_exit

@@ -347,7 +347,7 @@ async def test_a_thousand_entries_are_looked_at_quickly(folder: Path) -> None:
     recorder = Recorder()
     inbox = Inbox([folder], recorder, settle_s=SETTLE_S, rescan_s=30)
     inbox.start()
-    await eventually(lambda: len(recorder.names) == 300, 20)
+    await eventually(lambda: len(recorder.names) == 300)
     await inbox.close()
 
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule
 from sources import converted
 from test_memory import FakeMover, PoolMachine, checkpoint, host_of, open_descriptors, sealed_arena, tiers
-from waiting import eventually
+from waiting import PATIENCE_S, eventually
 
 from flashd import tensors
 from flashd.checkpoint.files import Checkpoint
@@ -294,7 +294,7 @@ async def test_what_is_read_but_not_quite_there_is_not_read_again(monkeypatch: p
     can_be_sealed = threading.Event()
 
     def slow(arena: HostArena, seal: Callable[[HostArena], None] = HostArena.seal) -> None:
-        can_be_sealed.wait(10)
+        can_be_sealed.wait(PATIENCE_S)
         seal(arena)
 
     monkeypatch.setattr(HostArena, "seal", slow)

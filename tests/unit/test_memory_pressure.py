@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+from waiting import PATIENCE_S
+
 from flashd.daemon.serving.memory_pressure import MemoryPressure
 from flashd.units import GiB
 
@@ -37,7 +39,7 @@ class Machine:
         pressure = MemoryPressure(self, spare_bytes=lambda: spare_bytes, memory=self.memory, look_s=0.001)  # type: ignore[arg-type]
         pressure.start()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 while self.parked and self.looks < 10:
                     await asyncio.sleep(0.001)
         await pressure.close()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE_S
 
 from flashd.client import openai
 from flashd.errors import Busy, EngineFailed, FlashdError, InvalidArgument, NotFound, Unavailable
@@ -130,7 +131,7 @@ def test_leaving_early_ends_the_generation(engine: Engine) -> None:
     assert next(answer) == "I am "
     assert not engine.left.is_set()
     answer.close()  # type: ignore[attr-defined]
-    assert engine.left.wait(10)
+    assert engine.left.wait(PATIENCE_S)
 
 
 @pytest.mark.parametrize(

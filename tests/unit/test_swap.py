@@ -22,6 +22,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sources import converted
+from waiting import PATIENCE_S
 
 from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.manifest import Manifest
@@ -917,7 +918,7 @@ async def test_a_swap_away_from_an_engine_that_is_stuck_ends_it_after_the_drain_
     await world.swapper.swap(targets["a1"])
     (stuck,) = world.factory.engines
     world.script.arm(fault, 1 if wanted == "a2" else 3)  # load, drain; load, start, point, drain
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         outcome = await world.swapper.swap(targets[wanted])
     assert world.script.struck and world.script.names[world.script.at] == "drain"
     assert outcome.how is How.START and world.answering() == wanted
@@ -1197,7 +1198,7 @@ async def test_a_cancel_while_an_image_is_taken_in_leaves_no_memory_that_nobody_
 
     def slowly(device: HostDevice, fd: int, size_bytes: int) -> HostArena:
         begun.set()
-        assert may_go_on.wait(10)
+        assert may_go_on.wait(PATIENCE_S)
         adopted.append(adopt(device, fd, size_bytes))
         return adopted[0]
 
@@ -1418,7 +1419,7 @@ async def test_two_clients_back_and_forth_never_deadlock_and_keep_their_order(ta
                 await world.swapper.swap(targets[name])
                 order.append(name)
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         await asyncio.gather(client(["a1", "b"]), client(["a2", "c"]))
     # Each asks for its next when its last is done: strictly in turn.
     assert order == ["a1", "a2", "b", "c"] * 25

@@ -8,6 +8,7 @@ import os
 import threading
 
 import pytest
+from waiting import PATIENCE_S
 
 from flashd import tasks
 from flashd.dbus import messages
@@ -32,7 +33,7 @@ async def test_a_routine_goes_on_after_a_defect_and_tells_it(
     routine = Routine("looking around", one_round)
     await routine.close()  # before it was started
     routine.start()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await enough.wait()
     await routine.close()
     assert rounds == 3
@@ -65,7 +66,7 @@ async def test_a_routine_ends_though_its_round_must_come_to_an_end_first() -> No
 
     routine = Routine("a round", one_round)
     routine.start()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await begun.wait()
         await routine.close()
 
@@ -85,7 +86,7 @@ async def test_a_thread_that_hangs_is_left_and_told_of_when_it_returns(monkeypat
     task = asyncio.create_task(in_thread(work, ended.set))
     await asyncio.sleep(0)
     task.cancel()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(asyncio.CancelledError):
             await task
         assert not ended.is_set()
@@ -106,7 +107,7 @@ async def test_what_has_begun_to_be_published_is_no_longer_cancelled(monkeypatch
         return "done"
 
     task = asyncio.create_task(in_thread(work))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await committed.wait()
         task.cancel()
         await asyncio.sleep(0.1)
@@ -127,7 +128,7 @@ async def test_a_thread_that_heeds_the_cancel_ends_as_cancelled_and_its_errors_a
     task = asyncio.create_task(in_thread(heeds))
     await asyncio.sleep(0.05)
     task.cancel()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(asyncio.CancelledError):
             await task
         with pytest.raises(KeyError):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from waiting import PATIENCE_S
 
 from flashd.daemon.ingest import turns
 from flashd.daemon.ingest.turns import AT_ONCE, MOST_STALLED, Turn, Turns
@@ -76,7 +77,7 @@ async def test_who_stalls_gives_the_turn_away_and_may_go_on(monkeypatch: pytest.
     await asyncio.sleep(0.05)
     assert takers.got == [] and asked == 0
     monkeypatch.setattr(turns, "STILL_S", 0.0)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await takers.tasks["next"]
         while asked < 2:
             await asyncio.sleep(0.01)
@@ -91,16 +92,16 @@ async def test_one_owner_keeps_no_more_than_some_threads_that_hang(monkeypatch: 
     takers = Takers(Turns())
     for number in range(MOST_STALLED + 1):
         await takers.ask(f"ann{number}", ANN)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while len(takers.got) < MOST_STALLED:
             await asyncio.sleep(0.01)
     await asyncio.sleep(0.1)
     assert len(takers.got) == MOST_STALLED
     await takers.ask("ben", BEN)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await takers.tasks["ben"]
     await takers.end("ann0")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await takers.tasks[f"ann{MOST_STALLED}"]
 
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE_S
 
 from flashd.daemon.events import Events
 from flashd.daemon.serving.endpoint import EndpointLink, RuntimeFolder
@@ -90,7 +91,7 @@ async def test_a_connection_that_is_passed_on_is_answered_from_what_was_read_alr
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         writer.write(QUESTION[cut:])
         writer.write_eof()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             answered = await reader.read()
         assert answered.startswith(b"asked: POST ") and answered.endswith(QUESTION[-4:])
         writer.close()
@@ -121,7 +122,7 @@ async def test_closing_ends_those_who_wait(served: Served) -> None:
     reader, writer = await asyncio.open_unix_connection(served.proxy.path)
     writer.write(b"POST")
     await writer.drain()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not served.proxy._visits:
             await asyncio.sleep(0.01)
         await served.proxy.close()

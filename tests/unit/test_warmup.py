@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from unittest.mock import MagicMock
 
 import pytest
+from waiting import PATIENCE_S
 
 from flashd.daemon.events import Events
 from flashd.daemon.job import Job, JobState, Owner, Result
@@ -45,7 +46,7 @@ class House:
         return self.jobs.run("warm-up", name, Owner("", 0), work) if self.room else None
 
     async def until_begun(self, *names: str) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while self.begun != list(names):
                 await asyncio.sleep(0.01)
 
