@@ -17,6 +17,7 @@ from typing import Any
 
 import conformance
 import httpx
+import kept
 import made_models
 import programs
 import pytest
@@ -47,11 +48,15 @@ def daemon(
 ) -> Iterator[Daemon]:
     """One with tess, whose engine is told how she calls tools, a model for embeddings, and dora, who does not end."""
     models = tmp_path_factory.mktemp("models")
-    tess, dora = models / "tess", models / "dora"
+    dora = models / "dora"
     made_models.put(models, "ada", "carl")
     make_endless(models, dora)
-    script = Path(tool_model.__file__)
-    subprocess.run([sys.executable, script, made / "ada", tess], check=True, capture_output=True)
+
+    def make_tess(folder: Path) -> None:
+        command = [sys.executable, tool_model.__file__, made / "ada", folder / "tess"]
+        subprocess.run(command, check=True, capture_output=True)
+
+    tess = kept.folder("tool-model", *made_models.recipe(), Path(tool_model.__file__), make=make_tess) / "tess"
     with tempfile.TemporaryDirectory(prefix="fd-") as folder, PrivateBus(Path(folder)) as bus:
         running = Daemon(bus.address, Path(folder), Path(folder))
         running.config.write_text(
