@@ -39,6 +39,7 @@ class Model:
     serving: bool = False
     context_length: int = 0
     adapters: tuple[str, ...] = ()
+    capabilities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

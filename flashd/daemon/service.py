@@ -47,6 +47,7 @@ from flashd.daemon.lifecycle.restore import Restore
 from flashd.daemon.lifecycle.settings import Settings
 from flashd.daemon.lifecycle.stall_detector import StallDetector
 from flashd.daemon.serving.adapters import Adapters
+from flashd.daemon.serving.capabilities import Capabilities
 from flashd.daemon.serving.driver_usage import DriverUsage, process_bytes
 from flashd.daemon.serving.endpoint import EndpointLink, RestingEndpoint, RuntimeFolder
 from flashd.daemon.serving.engine_kinds import EngineKinds
@@ -259,6 +260,12 @@ class Service:
             is_for_active=self._swapper.slots.leads_to_endpoint,
         )
         self._adapters = Adapters(settings, catalog, self._background, events)
+
+        def kind_of(model: Model) -> str:
+            slot = self._swapper.slots.of(model.name)
+            return slot.target.engine_kind if slot is not None else targets.kind_of(model)
+
+        self._capabilities = Capabilities(settings, catalog, kind_of, self._background, events)
         self._engine_stats = EngineStatsBook(
             self._swapper,
             events,
@@ -331,7 +338,7 @@ class Service:
         objects = Objects(
             model=lambda name: ModelObject(
                 *(name, catalog, self._residency, self._swapper, ownership, self._models, self._verification),
-                *(self._swaps, self._engine_stats, self._adapters),
+                *(self._swaps, self._engine_stats, self._adapters, self._capabilities),
             ),
             job=lambda job: JobObject(job, catalog, ownership, authority, self._settings),
             lease=lambda lease: LeaseObject(lease, catalog, ownership, authority, self._leases),
@@ -417,6 +424,7 @@ class Service:
             self._kinds.begin()
         self._background.start(self._publisher.prepare())
         self._adapters.start()
+        self._capabilities.start()
         self._engine_stats.start()
         self._warmup.start()
         self._pressure.start()

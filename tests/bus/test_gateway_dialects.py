@@ -84,7 +84,7 @@ async def test_ollama_lists_and_shows(two: Remote, gateway: Gateway, client: oll
     assert [model.model for model in listed] == ["ada:latest", "bob:latest"]
     assert listed[0].digest and listed[0].size and listed[0].modified_at and listed[0].details.family == "qwen3"
     shown = await client.show("ada:latest")
-    assert shown.capabilities == ["completion"] and shown.modelinfo["general.architecture"] == "qwen3"
+    assert shown.capabilities == ["completion", "embedding"] and shown.modelinfo["general.architecture"] == "qwen3"
     async with httpx.AsyncClient(base_url=gateway.url) as web:
         assert (await web.get("/")).text == "Ollama is running"
         assert (await web.head("/")).status_code == 200

@@ -116,6 +116,12 @@ async def test_what_a_program_leaves_is_not_generated(
                 assert time.monotonic() - left < 10, "6,000 tokens take longer"
 
 
+async def test_models_say_beforehand_what_they_do(gateway: Gateway) -> None:
+    async with gateway.ollama() as client:
+        found = {name: (await client.show(name)).capabilities for name in ("tess", "bert")}
+        assert found == {"tess": ["completion", "tools"], "bert": ["embedding"]}
+
+
 async def test_openais_client_has_the_model_call_a_tool(gateway: Gateway) -> None:
     async with gateway.openai() as client:
         ask: dict[str, Any] = {"model": "tess", "temperature": 0, "tools": [FUNCTION], "max_tokens": 120}

@@ -19,6 +19,7 @@ from flashd.daemon.library.models import Models
 from flashd.daemon.library.verification import Verification
 from flashd.daemon.lifecycle.settings import Settings
 from flashd.daemon.serving.adapters import Adapters
+from flashd.daemon.serving.capabilities import Capabilities
 from flashd.daemon.serving.driver_usage import DriverUsage
 from flashd.daemon.serving.endpoint import connected
 from flashd.daemon.serving.engine_stats import EngineStatsBook
@@ -50,6 +51,7 @@ class ModelObject(Exported):
         swaps: Swaps,
         engine_stats: EngineStatsBook,
         adapters: Adapters,
+        capabilities: Capabilities,
     ) -> None:
         super().__init__(wire.model_path(name))
         self._name = name
@@ -62,6 +64,7 @@ class ModelObject(Exported):
         self._swaps = swaps
         self._engine_stats = engine_stats
         self._adapters = adapters
+        self._capabilities = capabilities
         self._last_known = self._model()
 
     def _model(self) -> Model:
@@ -98,6 +101,7 @@ class ModelObject(Exported):
             "OwnerUid": model.owner_uid,
             "Private": model.private,
             "Adapters": self._adapters.of(model),
+            "Capabilities": self._capabilities.of(model),
         }
 
     def audience(self) -> Audience:

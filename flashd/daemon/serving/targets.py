@@ -37,10 +37,15 @@ class Targets:
             model.name,
             names,
             self._catalog.checkpoint(model.checkpoint_id),
-            engine_kind or (self._default_kind() if chosen.engine == "default" else chosen.engine),
+            engine_kind or self.kind_of(model),
             model.owner_uid if model.private else None,
             EngineOptions(chosen.arguments, _kv_cache_bytes(chosen)),
         )
+
+    def kind_of(self, model: Model) -> str:
+        """The kind of engine that is configured for a model."""
+        chosen = self._settings.current.model(model.name, *model.aliases)
+        return self._default_kind() if chosen.engine == "default" else chosen.engine
 
     async def renewed(self, target: Target, seen_by: Sequence[Callable[[Model], bool]]) -> Target:
         """Updates a target to the model's current version, if one of the requesters still sees it. Raises NotFound."""

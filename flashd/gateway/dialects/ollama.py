@@ -91,7 +91,7 @@ def shown(model: Model) -> dict[str, object]:
         "template": "",
         "details": _details(model),
         "model_info": information,
-        "capabilities": ["completion" if _generates(model) else "embedding"],
+        "capabilities": list(model.capabilities),
         "modified_at": timestamp(model.created_at),
     }
 
@@ -115,10 +115,6 @@ def _details(model: Model) -> dict[str, object]:
 def _family(model: Model) -> str:
     """`Qwen3ForCausalLM` → `qwen3`."""
     return model.architecture.partition("For")[0].removesuffix("Model").lower()
-
-
-def _generates(model: Model) -> bool:
-    return model.architecture.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel"))
 
 
 def _parameter_count(model: Model) -> int:
