@@ -74,7 +74,7 @@ def _start_gateway(client: Client, *, retries_refused: bool = False) -> None:
         _warn_of_address(error.message, error.hint)
         return
     for refused in gateway.refused:
-        _warn_of_address(refused.why, f"{refused.remedy}; then: flash restart")
+        _warn_of_address(f"not served: {refused.why}", f"{refused.remedy}; then: flash restart")
     if gateway.addresses:
         output.say("programs use it at " + _urls(gateway))
 
