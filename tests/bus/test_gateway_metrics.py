@@ -64,6 +64,11 @@ async def test_what_engines_answer_is_counted(two: Remote, gateway: Gateway) -> 
             return found.get(("flashd_requests_total", CHAT, "ada", "400"), 0) == 1
 
         await eventually(are_counted)
+
+        async def are_measured() -> bool:  # by the daemon, every few seconds
+            return (await read(client)).get(("flashd_engine_bytes", "ada", "host"), 0) > 0
+
+        await eventually(are_measured)
         found = await read(client)
     assert whole.usage is not None and last is not None
     prompts, completions = 2 * last.prompt_tokens, 2 * last.completion_tokens
@@ -81,6 +86,8 @@ async def test_what_engines_answer_is_counted(two: Remote, gateway: Gateway) -> 
     assert found["flashd_jobs_total", "serve", "done"] >= 2
     assert found["flashd_model_serving", "ada"] == 1 and found["flashd_engines", "torch", "serving"] == 1
     assert found["flashd_model_bytes", "bob", "host"] == found["flashd_model_bytes", "bob", "stored"] > 0
+    assert ("flashd_engine_bytes", "bob", "host") not in found, "the engine holds ada again"
+    assert found["flashd_engine_bytes", "ada", "device"] == found["flashd_kv_cache_bytes", "ada"] == 0
     assert found["flashd_device_used_bytes", "host"] >= found["flashd_model_bytes", "bob", "host"]
     assert found["flashd_store_bytes",] > 0 and found["flashd_request_bodies_bytes",] == 0
     assert not [labels for labels in found if "nobody has it" in labels]

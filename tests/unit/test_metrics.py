@@ -239,7 +239,13 @@ def changed(path: str, interface: str, **properties: object) -> Event:
     return Event("changed", path, interface, properties)
 
 
-async def test_swaps_evictions_and_devices_come_from_signals() -> None:
+ENGINE: Mapping[str, object] = {
+    **{"Kind": "torch", "State": "serving", "Architecture": "", "Endpoint": "", "Pid": 1, "ActiveRequests": 0},
+    **{"StartedAt": 0, "DeviceBytes": 0, "KvCacheBytes": 0},
+}
+
+
+async def test_swaps_evictions_engines_and_devices_come_from_signals() -> None:
     measures = Measures()
     news = DaemonNews(measures)
     news._devices = {"/d": Device("host", "host", "", "", 9, 8, 7, 6, 0, "none", False, False, True, True, "/d")}
@@ -258,9 +264,24 @@ async def test_swaps_evictions_and_devices_come_from_signals() -> None:
         changed("/m/ada", wire.MODEL, Devices=["host"]),
         changed("/m/ada", wire.MODEL, Devices=[], Checkpoint="new"),
         changed("/d", wire.DEVICE, UsedBytes=5),
+        Event("added", "/e/1", wire.ENGINE, {**ENGINE, "Model": wire.model_path("ada"), "MemoryBytes": 1}),
+        Event("added", "/e/2", wire.ENGINE, {**ENGINE, "Model": wire.model_path("bob"), "MemoryBytes": 2}),
+        Event("added", "/e/3", wire.ENGINE, {**ENGINE, "Model": wire.model_path("ada"), "MemoryBytes": 4}),
+        changed("/e/1", wire.ENGINE, MemoryBytes=8, DeviceBytes=16, KvCacheBytes=32),
+        changed("/e/2", wire.ENGINE, Model=wire.model_path("ada")),
+        changed("/e/4", wire.ENGINE, MemoryBytes=64),  # of which nothing is known
+        Event("removed", "/e/3", wire.ENGINE, {}),
+        Event("added", "/e/5", wire.ENGINE, {**ENGINE, "Model": wire.model_path("hidden"), "MemoryBytes": 128}),
     ):
         news.happened(event)
-    found = await read(measures, Directory(), news)
+    found = await read(measures, Directory(models=listed(model("ada"))), news)
+    assert {
+        key: value for key, value in found.items() if key[0] in ("flashd_engine_bytes", "flashd_kv_cache_bytes")
+    } == {
+        ("flashd_engine_bytes", "ada", "host"): 10,
+        ("flashd_engine_bytes", "ada", "device"): 16,
+        ("flashd_kv_cache_bytes", "ada"): 32,
+    }
     assert found["flashd_jobs_total", "serve", "done"] == 1 and found["flashd_jobs_total", "import", "failed"] == 1
     assert found["flashd_swap_duration_seconds_count", "rebind", "host"] == 1
     assert found["flashd_swap_duration_seconds_bucket", "rebind", "0.03", "host"] == 1

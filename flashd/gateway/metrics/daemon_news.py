@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Swaps, evictions, memory and the store, from the daemon's signals: nothing is asked of it for a reader of metrics.
+"""Swaps, evictions, engines, memory and the store, from the daemon's signals: no reader of metrics asks it anything.
 
 What happens while the gateway is not connected is not counted.
 """
@@ -8,9 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from flashd.client.client import Client
-from flashd.client.results import PROPERTY_NAMES, Device, Event, Model, Properties, Status
+from flashd.client.results import (
+    PROPERTY_NAMES,
+    Device,
+    Engine,
+    Event,
+    Model,
+    Properties,
+    Status,
+    engine_from,
+    name_of,
+)
 from flashd.dbus import wire
 from flashd.gateway.metrics.measures import Measures
 
@@ -48,6 +59,7 @@ class DaemonNews:
         self._jobs: dict[str, _Job] = {}  # by path
         self._tiers: dict[str, frozenset[str]] = {}  # that hold a model, by its path
         self._devices: dict[str, Device] = {}  # by path
+        self._engines: dict[str, Engine] = {}  # by path
         self._brought: dict[str, Brought] = {}  # the last time, by model
         self.status: Status | None = None  # as it was last asked
 
@@ -55,12 +67,18 @@ class DaemonNews:
     def devices(self) -> list[Device]:
         return list(self._devices.values())
 
+    @property
+    def engines(self) -> list[Engine]:
+        """The engines, with the memory that each took when the daemon measured it last."""
+        return list(self._engines.values())
+
     def last_brought(self, model: str) -> Brought | None:
         return self._brought.get(model)
 
     def began(self, client: Client) -> None:
         self._jobs.clear()
         self._devices = {device.path: device for device in client.devices()}
+        self._engines = {engine.path: engine for engine in client.engines()}
         self._tiers = {model.path: tiers_of(model.devices) for model in client.models()}
 
     def listed(self, models: Mapping[str, Model], status: Status) -> None:
@@ -76,11 +94,22 @@ class DaemonNews:
                 self._model(event)
             case wire.DEVICE if event.path in self._devices:
                 self._device(event)
+            case wire.ENGINE:
+                self._engine(event)
 
     def _device(self, event: Event) -> None:
-        said = event.properties
-        values = {field: said[name] for field, name in PROPERTY_NAMES[Device].items() if name in said}
-        self._devices[event.path] = replace(self._devices[event.path], **values)
+        self._devices[event.path] = replace(self._devices[event.path], **_said(Device, event))
+
+    def _engine(self, event: Event) -> None:
+        if event.kind == "added":
+            self._engines[event.path] = engine_from(event.path, event.properties)
+        elif event.kind == "removed":
+            self._engines.pop(event.path, None)
+        elif (known := self._engines.get(event.path)) is not None:
+            values = _said(Engine, event)
+            if "model" in values:
+                values["model"] = name_of(values["model"])
+            self._engines[event.path] = replace(known, **values)
 
     def _model(self, event: Event) -> None:
         said, before = event.properties, self._tiers.get(event.path, frozenset())
@@ -109,6 +138,11 @@ class DaemonNews:
             self._measures.swapped(how, tier, seconds)
             brought = Brought(job.kind, how, tier, job.created_at, said["FinishedAt"], result["phases"])
             self._brought[job.subject] = brought
+
+
+def _said(kind: type, event: Event) -> dict[str, Any]:
+    """The fields of a result that a signal says anew."""
+    return {field: event.properties[name] for field, name in PROPERTY_NAMES[kind].items() if name in event.properties}
 
 
 def tiers_of(devices: Iterable[str]) -> frozenset[str]:

@@ -85,6 +85,20 @@ MODEL_BYTES = Metric(
     "Size of the weights of a model, for each tier that holds them. Fine-tunes may share some of it in the store.",
     ("model", "tier"),
 )
+ENGINE_BYTES = Metric(
+    "flashd_engine_bytes",
+    "gauge",
+    "Memory of the engines that hold a model, or held it when they were parked: of the host, without weights in its "
+    "tier, and of GPUs, where mapped weights count.",
+    ("model", "tier"),
+)
+KV_CACHE = Metric(
+    "flashd_kv_cache_bytes",
+    "gauge",
+    "KV cache of the engines that hold a model, on each GPU if one uses several; 0 for an engine that has none or has "
+    "chosen the size itself.",
+    ("model",),
+)
 SERVING = Metric("flashd_model_serving", "gauge", "1 if the model serves, else 0.", ("model",))
 ENGINES = Metric("flashd_engines", "gauge", "Engines.", ("engine", "state"))
 DEVICE_TOTAL = Metric("flashd_device_total_bytes", "gauge", "Memory of the host or a GPU.", ("device",))
@@ -103,7 +117,7 @@ BUILD = Metric("flashd_build_info", "gauge", "Always 1.", ("version",))
 
 METRICS: tuple[Metric, ...] = (
     *(REQUESTS, REFUSALS, DURATION, FIRST_BYTE, WAIT, WAITING, IN_PROGRESS, TOKENS),
-    *(SWAPS, JOBS, EVICTIONS, MODEL_BYTES, SERVING, ENGINES),
+    *(SWAPS, JOBS, EVICTIONS, MODEL_BYTES, ENGINE_BYTES, KV_CACHE, SERVING, ENGINES),
     *(DEVICE_TOTAL, DEVICE_BUDGET, DEVICE_USED, DEVICE_LEASED, STORE, STORE_QUOTA, STORE_FREE),
     *(BODIES_HELD, BODIES_MOST, CONNECTED, BUILD),
 )

@@ -24,11 +24,11 @@ from flashd.gateway.directory import Directory
 from flashd.gateway.dispatch import Dispatcher
 from flashd.gateway.exchange import BodyBudget
 from flashd.gateway.metrics import names
-from flashd.gateway.metrics.daemon_news import DaemonNews, tiers_of
+from flashd.gateway.metrics.daemon_news import HOST, DaemonNews, tiers_of
 from flashd.gateway.metrics.measures import Measures
 from flashd.gateway.metrics.names import Metric
 
-_STORED = "stored"
+_STORED, _DEVICE = "stored", "device"
 _AT_ONCE = 32  # samples: a third of a millisecond
 _PAUSE_S = 1e-6  # as long as it takes to hand over the interpreter
 
@@ -79,6 +79,14 @@ class MetricsPage:
             (name, tier): model.size_bytes for name, model in models for tier in (_STORED, *tiers_of(model.devices))
         }
         yield _gauge(names.MODEL_BYTES, tiers)
+        memory, caches = Counter[tuple[str, str]](), Counter[tuple[str]]()
+        for engine in self._news.engines:
+            if engine.model in known.models:
+                memory[engine.model, HOST] += engine.memory_bytes
+                memory[engine.model, _DEVICE] += engine.device_bytes
+                caches[engine.model,] += engine.kv_cache_bytes
+        yield _gauge(names.ENGINE_BYTES, memory)
+        yield _gauge(names.KV_CACHE, caches)
         yield _gauge(names.ENGINES, Counter((engine.kind, engine.state) for engine in known.engines.values()))
         devices = self._news.devices
         yield _gauge(names.DEVICE_TOTAL, {(device.name,): device.total_bytes for device in devices})
