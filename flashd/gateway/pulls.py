@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from flashd.errors import LimitExceeded
 from flashd.gateway.kept_client import KeptClient, Progress
 
+_MOST_AT_ONCE = 8  # each has a process that downloads, and a thread that waits for it
 _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 
@@ -67,6 +68,8 @@ class Pulls:
         while (pull := self._pulls.get(repository)) is not None and pull.is_cancelled:
             await asyncio.wait({pull.work})
         if pull is None:
+            if len(self._pulls) >= _MOST_AT_ONCE:
+                raise LimitExceeded(f"{len(self._pulls)} pulls are in progress already", hint="try again later")
             pull = self._pulls[repository] = Pull(self._client, repository)
             pull.work.add_done_callback(lambda work: self._ended(repository, work))
         elif pull.waiting >= self._max_waiting():
