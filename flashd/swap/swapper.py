@@ -467,8 +467,10 @@ class Swapper:
                     await run_to_end(self._rebind(slot, target, supply, binding, is_active=is_active))
                     return How.REBIND, slot.engine
                 continue
-            if slot.engine.state is EngineState.PARKED and await self._woken(
-                slot, target, supply, binding, is_active=is_active
+            if (
+                slot.engine.state is EngineState.PARKED
+                and supply.claim_cache(slot.engine.cache_bytes)
+                and await self._woken(slot, target, supply, binding, is_active=is_active)
             ):
                 return How.WAKE, slot.engine
         try:

@@ -173,6 +173,23 @@ class Supply:
         self.cache_bytes = least_bytes
         for claim in self._claims:
             claim.resize(claim.size_bytes - spare_bytes)
+        if self.plan is not None and self._starts:  # a part of which had become cache
+            for start, rank in zip(self._starts, self.plan.ranks, strict=True):
+                start.resize(rank.starting_bytes)
+        return True
+
+    def claim_cache(self, size_bytes: int) -> bool:
+        """Claims the KV cache of the parked engine that is about to be woken, which may not be the one that the weights
+        were meant for. Returns False, without any change, if free memory does not suffice.
+        """
+        if self.plan is None or not self.plan.cache_grows:
+            return True
+        added_bytes = size_bytes - self.cache_bytes
+        if added_bytes > min(claim.pool.free_bytes if self._cache_grows else 0 for claim in self._claims):
+            return False
+        self.cache_bytes = size_bytes
+        for claim in self._claims:
+            claim.resize(claim.size_bytes + added_bytes)
         return True
 
     def keeps_cache_of(self, former: Supply) -> None:
@@ -182,7 +199,7 @@ class Supply:
             self.cache_bytes, former.cache_bytes = former.cache_bytes, self.cache_bytes
 
     def has_started(self) -> None:
-        """Releases the reservations for the start, because the engine serves now."""
+        """Releases the reservations for the start, which is over."""
         for start in self._starts:
             start.release()
         self._starts.clear()
@@ -275,7 +292,7 @@ class Supplier:
         engine = Recipient(cache_bytes=cache_bytes)
         plan = await self._plan(target, engine)
         is_image = plan is not None and list(arena_ids) != [target.checkpoint.id]
-        if not is_image and self._factories[target.engine_kind].copies_checkpoints:
+        if list(arena_ids) == [target.checkpoint.id] and self._factories[target.engine_kind].copies_checkpoints:
             return await self._of_copy(plan)
         devices = [rank.device for rank in plan.ranks] if plan is not None and is_image else [HOST]
         if len(devices) != len(arena_ids) or any(

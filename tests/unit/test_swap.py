@@ -1130,6 +1130,64 @@ async def test_a_cache_for_which_a_gpu_has_less_memory_than_its_pool_says_is_the
     world.ended()
 
 
+async def test_the_memory_for_a_start_is_reserved_again_if_its_cache_has_to_be_smaller(
+    targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of it had become cache."""
+    building_bytes = 12 * ARENA_BYTES
+    world = World(room=6, gpus=1, starting_bytes=building_bytes, cache_bytes=ARENA_BYTES, most_cache_bytes=1 << 30)
+    pool, start = world.residency.cache("sim:0").pool, FakeEngine.start
+    used_bytes = []
+
+    async def watched(engine: FakeEngine, binding: Binding) -> EngineImage | None:
+        used_bytes.append(pool.used_bytes)
+        return await start(engine, binding)
+
+    monkeypatch.setattr(FakeEngine, "start", watched)
+    world.script.arm(Fault.NO_MEMORY, 1)  # after the load
+    await world.swapper.swap(targets["a1"])
+    besides_bytes, weights_bytes = WORKING_BYTES - ARENA_BYTES, 2 * ARENA_BYTES
+    assert len(used_bytes) == 2 and used_bytes[1] == besides_bytes + weights_bytes + building_bytes
+    world.check()
+    await world.swapper.close()
+    world.ended()
+
+
+@pytest.mark.parametrize(("room", "how"), [(20, How.WAKE), (10, How.START)], ids=["there is room", "there is none"])
+async def test_another_parked_engine_than_the_dead_one_is_woken_if_its_own_cache_has_room(
+    room: int, how: How, targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots.EngineSlot, "is_contended", True)
+    most_bytes = 20 * ARENA_BYTES
+    policy = Policy(1, 2, per_architecture=2)
+    world = World(room=room, gpus=1, policy=policy, cache_bytes=ARENA_BYTES, most_cache_bytes=most_bytes)
+    await world.swapper.serve(targets["a1"])
+    monkeypatch.setattr(world.factory, "_most_cache_bytes", 2 * ARENA_BYTES)
+    await world.swapper.serve(targets["a2"])
+    large, small = world.factory.engines
+    assert large.cache_bytes == most_bytes and small.cache_bytes == 2 * ARENA_BYTES
+    await world.swapper.park(targets["a1"])
+    await world.swapper.park(targets["a2"])
+    if how is How.START:
+        await world.swapper.serve(targets["b"])
+        monkeypatch.setattr(world.factory, "_most_cache_bytes", most_bytes)
+        await world.swapper.serve(targets["c"])
+    world.script.arm(Fault.DIES, 1)  # after the load; the small one was parked last
+    outcome = await world.swapper.serve(targets["a3"])
+    assert small.state is EngineState.FAILED and outcome.how is how
+    world.check()
+    await world.swapper.close()
+    world.ended()
+
+
+async def test_an_engine_with_an_image_is_not_taken_over_where_its_gpu_is_gone(targets: dict[str, Target]) -> None:
+    world = World(gpus=1, copies=True)
+    await world.swapper.swap(targets["a1"])
+    world.factory._gpus = []
+    await world.pass_on(targets)
+    assert world.factory.engines[0].state is EngineState.FAILED and not world.swapper.slots
+
+
 async def test_memory_for_a_start_becomes_cache_when_it_is_over(targets: dict[str, Target]) -> None:
     building_bytes = 12 * ARENA_BYTES
     world = World(room=6, gpus=1, starting_bytes=building_bytes, cache_bytes=ARENA_BYTES, most_cache_bytes=1 << 30)
