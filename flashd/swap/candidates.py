@@ -73,6 +73,11 @@ class Candidates:
             and await self._supplier.fits_another(target)
         )
 
+    def note_no_other(self, target: Target) -> None:
+        """Notes that no other engine could be started for models that share these, lest each turn try it again."""
+        for slot in self.sharing(target):
+            slot.stays_shared = True
+
     async def way_for(self, target: Target, *, is_active: bool) -> list[EngineSlot]:
         """The engines that have to be put away to make room for a model: as few as will do; none if nothing will.
 

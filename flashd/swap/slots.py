@@ -43,6 +43,7 @@ class EngineSlot:
     is_leaving: bool = False
     was_active: bool = False  # the endpoint led to it when it served last
     used_at: float = 0.0  # when a request was last seen, or it began to serve; of time.monotonic()
+    stays_shared: bool = False  # no other engine could be started beside it
     _turns: deque[float] = field(default_factory=lambda: deque(maxlen=_TURNS))  # times of its last rebinds
 
     @property
@@ -52,8 +53,8 @@ class EngineSlot:
 
     @property
     def is_contended(self) -> bool:
-        """True if models take turns in it at short intervals."""
-        return len(self._turns) == _TURNS and time.monotonic() - self._turns[0] < _TURNS_S
+        """True if models take turns in it at short intervals, and another engine may help."""
+        return not self.stays_shared and len(self._turns) == _TURNS and time.monotonic() - self._turns[0] < _TURNS_S
 
     def note_turn(self) -> None:
         """Notes that the engine serves another model from now on."""

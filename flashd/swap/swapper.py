@@ -454,10 +454,17 @@ class Swapper:
     ) -> tuple[How, Engine]:
         """Gives the weights to an engine and has it serve: a parked one, one that serves, or a new one.
 
-        `in_another`: only to a new one.
+        `in_another`: to a new one if it starts.
         """
         binding = await self._supplier.binding(target, supply)
-        for slot in [] if in_another else await self._candidates.takers(target, is_active=is_active):
+        if in_another:
+            try:
+                return How.START, await self._started(target, supply, binding, is_active=is_active)
+            except EngineFailed as error:
+                log.warning("%s goes on sharing an engine, since no other starts: %s", target.model_name, error)
+                supply.has_started()
+                self._candidates.note_no_other(target)
+        for slot in await self._candidates.takers(target, is_active=is_active):
             if slot.engine.state is EngineState.SERVING:
                 # Connections that lead to the active model are not for the one that takes over its engine.
                 is_displaced = slot is self.slots.active and not is_active

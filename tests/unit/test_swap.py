@@ -838,6 +838,22 @@ async def test_models_go_on_taking_turns_where(
     world.ended()
 
 
+async def test_models_go_on_taking_turns_where_no_other_engine_starts(targets: dict[str, Target]) -> None:
+    world = World(room=10, gpus=1, policy=Policy(1, 2, per_architecture=2), cache_bytes=ARENA_BYTES)
+    for name in ("a1", "a2", "a1", "a2", "a1"):
+        await world.swapper.serve(targets[name])
+    world.script.arm(Fault.NO_MEMORY, 0)
+    assert (await world.swapper.serve(targets["a2"])).how is How.REBIND
+    assert world.script.names[world.script.at] == "start"
+    assert world.serving() == ("", {"a2"})
+    world.check()
+    for name in ("a1", "a2", "a1", "a2", "a1", "a2"):
+        assert (await world.swapper.serve(targets[name])).how is How.REBIND, "and none is started again for each turn"
+        world.check()
+    await world.swapper.close()
+    world.ended()
+
+
 async def test_an_engine_beside_that_ends_is_told_of_and_its_swap_goes_on(targets: dict[str, Target]) -> None:
     world = World()
     await world.swapper.swap(targets["a1"])
