@@ -322,6 +322,7 @@ class Service:
             self._ending,
             self._events,
             is_wanted=self._swaps.is_wanted,
+            serving_checkpoints=lambda: {slot.target.checkpoint.id for slot in self._swapper.slots.serving},
             end_preparing=self._loads.end_preparing,
         )
 

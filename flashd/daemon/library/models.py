@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 
 from flashd.daemon.changing_models import Changes
 from flashd.daemon.events import Events
@@ -35,10 +35,13 @@ class Models:
         events: Events,
         *,
         is_wanted: Callable[[str], bool],
+        serving_checkpoints: Callable[[], Collection[str]],
         end_preparing: Callable[[str], Awaitable[None]],
     ) -> None:
         """`is_wanted` tells whether a model serves or is about to; `end_preparing` returns when no engine holds a
-        model to make it ready."""
+        model to make it ready. `serving_checkpoints` returns the ids of those that engines serve, which may be older
+        versions, and not in our memory if the engine has copied them.
+        """
         self._catalog = catalog
         self._residency = residency
         self._background = background
@@ -47,10 +50,13 @@ class Models:
         self._ending = ending
         self._events = events
         self._is_wanted = is_wanted
+        self._serving_checkpoints = serving_checkpoints
+        self._served: frozenset[str] = frozenset()  # checkpoints that served at the last change of an engine
         self._end_preparing = end_preparing
         events.model_published.subscribe(lambda model: self.collect_soon())
         events.source_removed.subscribe(self._source_removed)
         events.checkpoint_changed.subscribe(self._checkpoint_changed)
+        events.engines_changed.subscribe(self._engines_changed)
 
     async def set_pinned(self, name: str, pinned: bool) -> None:
         with _told(self._events.model_changed, name):
@@ -101,7 +107,7 @@ class Models:
 
     async def collect(self) -> Collected:
         """Deletes unused checkpoints from disk and memory. Raises TransferFailed after doing everything possible."""
-        in_use = set(map(self._catalog.checkpoint_of, self._residency.in_use()))
+        in_use = {*map(self._catalog.checkpoint_of, self._residency.in_use()), *self._serving_checkpoints()}
         collected = await asyncio.to_thread(self._catalog.collect, in_use)
         for checkpoint_id in collected.checkpoint_ids:
             with contextlib.suppress(Busy):
@@ -122,10 +128,16 @@ class Models:
         if self._settings.current.inbox.on_remove == "remove":
             self._background.start(self.remove(name))
 
+    def _engines_changed(self) -> None:
+        before, self._served = self._served, frozenset(self._serving_checkpoints())
+        for checkpoint_id in before - self._served:
+            self._checkpoint_changed(checkpoint_id)
+
     def _checkpoint_changed(self, form: str) -> None:
-        """Deletes a checkpoint that is no longer held and that no model points to."""
+        """Deletes a checkpoint that is neither held nor served any longer, and that no model points to."""
         checkpoint_id = self._catalog.checkpoint_of(form)
-        if self._ending.is_asked or self._residency.holds(checkpoint_id):
+        is_served = checkpoint_id in self._serving_checkpoints()
+        if self._ending.is_asked or is_served or self._residency.holds(checkpoint_id):
             return
         if not any(model.checkpoint_id == checkpoint_id for model in self._catalog.models()):
             self.collect_soon()
