@@ -124,10 +124,12 @@ class Dispatcher:
             return await self._patiently(lambda: self.directory.wanted(name))
         except NotFound as error:
             name = name.removesuffix(LATEST)
-            if not is_repository(name) or self._is_here(name):
+            if not is_repository(name):
                 raise
-            if why_not := self._cannot_pull():
+            if why_not := self._cannot_pull():  # the same words for a model that is here, but not for this client
                 raise NotFound(error.message, hint=f"{error.hint}; {why_not}") from None
+            if self._is_here(name):
+                raise
             return Wanted(name, name)
 
     async def _patiently(self, find: Callable[[], T]) -> T:

@@ -142,13 +142,19 @@ async def test_nothing_is_pulled_for_those_who_may_not(
     secret = TokenFile(gateway.tokens).new("laptop", [])
     assert "without a token" in await refusal(Authorization=f"Bearer {secret}")
     await import_model(remote, sources / "bob", "someone/bob")
-    await remote.call("SetPrivate", "b", True, path=wire.model_path("someone/bob"), interface=wire.MODEL)
+
+    async def is_shown() -> bool:
+        return "bob" in (await web.get("/v1/models")).text
 
     async def is_hidden() -> bool:
-        return "bob" not in (await web.get("/v1/models")).text
+        return not await is_shown()
 
+    await eventually(is_shown)  # else it would also be hidden as long as the gateway has not heard of it
+    await remote.call("SetPrivate", "b", True, path=wire.model_path("someone/bob"), interface=wire.MODEL)
     await eventually(is_hidden)
     assert "there is no model 'someone/bob'" in await refusal("someone/bob"), "another user's request replaced it"
+    hidden, absent = [await refusal(name, Authorization=f"Bearer {secret}") for name in ("someone/bob", "someone/eve")]
+    assert hidden.replace("bob", "eve") == absent, "no token finds out what is here"
     for settings, words in (("pull = true", "gateway.change_models"), ("change_models = true", "gateway.pull")):
         daemon.stop()
         daemon.config.write_text(f"{CONFIG}[gateway]\n{settings}\n")
