@@ -223,6 +223,7 @@ class Dispatcher:
         return self._turns.inside(model)
 
     def _asked(self, wanted: Wanted, make: Make) -> contextlib.AbstractAsyncContextManager[ClientResponse]:
+        self.directory.resolve(wanted.model)  # it may have become private, or been removed, while the request waited
         if (engine := self._known.engine_of(wanted.model)) is None:
             raise Unavailable(f"{wanted.model} ceased to serve", hint="ask again")
         if wanted.name != wanted.model and engine.kind not in _APPLY_ADAPTERS:

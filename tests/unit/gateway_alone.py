@@ -75,7 +75,7 @@ def connect(_: bool) -> Any:
     raise Unavailable("there is no daemon in this test")
 
 
-_WHISPER = Model(
+WHISPER = Model(
     "whisper", ("ears",), "c", "Whisper", "bf16", 1, 1, "host", (), False, False, 0, 0, 0, 0, "", "/m/w", serving=True
 )
 
@@ -89,7 +89,7 @@ async def gateway(
     news = DaemonNews(measures)
     dispatcher = Dispatcher(connect, measures, news)
     engine = Engine(kind, "serving", "whisper", "Whisper", str(socket_path), 1, 0, 0, 0, "", 0, "/e/1")
-    known = Directory(models={"whisper": _WHISPER}, active="whisper", engines={engine.path: engine})
+    known = Directory(models={"whisper": WHISPER}, active="whisper", engines={engine.path: engine})
     dispatcher._note(replace(known, is_connected=True, is_settled=True))
     inside = application(dispatcher, connect, measures, news, Opened([]))
     inside = Observing(inside, measures, paths=paths(inside), begin_trace=begin_trace)
