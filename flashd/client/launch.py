@@ -112,11 +112,16 @@ def start_gateway(
 
     It listens nowhere if the settings have no address, or if the daemon is on another bus than `start` chooses.
     `retries_refused` starts it again if it was refused an address. `explain` is called with what a long wait for an
-    earlier gateway is for. Raises Unavailable, with the end of the log, if it does not start.
+    earlier gateway is for. If another program starts it at the same time, that one is waited for. Raises Unavailable,
+    with the end of the log, if it does not start.
     """
-    paths = default_paths(Scope.USER)
     if not _is_own(client):
         return Gateway()
+    with _one_at_a_time():
+        return _gateway_as_set(client, explain, retries_refused)
+
+
+def _gateway_as_set(client: Client, explain: Callable[[str], None], retries_refused: bool) -> Gateway:
     addresses: list[str] = loading.value_in(tomllib.loads(client.config()), "gateway.addresses")
     if (found := _running_gateway()) is not None:
         if found.version == __version__ and found.is_at(addresses, with_refused=not retries_refused):
@@ -136,7 +141,7 @@ def start_gateway(
 
     if user_unit.is_possible():
         user_unit.stop("flashd-gateway.service")  # one that lingers, whose socket went with the daemon's folder
-    log = paths.state / "flashd-gateway.log"
+    log = default_paths(Scope.USER).state / "flashd-gateway.log"
     return _managed("flashd-gateway", user_unit.GATEWAY, command, log, answering, bus=client.bus)
 
 
