@@ -42,7 +42,7 @@ FLASH = Path(sys.executable).with_name("flash")
 
 def flash(*arguments: str | Path, bus: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [FLASH, *arguments], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=60,
+        [FLASH, *arguments], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=PATIENCE_S,
         env={**os.environ, "FLASHD_BUS_ADDRESS": bus, **environment},
     )  # fmt: skip
 
@@ -228,10 +228,7 @@ def test_a_hostile_source_changes_nothing(run: Flash, tmp_path: Path) -> None:
 def test_a_dropped_source_that_fails_is_shown(run: Flash, daemon: Daemon) -> None:
     folder = source(daemon.models / "bad")
     (folder / "model.safetensors").write_bytes(b"nonsense" * 4)
-    deadline = time.monotonic() + 10
-    while "failed bad" not in (shown := run("list").stderr):
-        assert time.monotonic() < deadline, shown
-        time.sleep(0.1)
+    until(lambda: "failed bad" in run("list").stderr)
     asked = run("swap", "bad")
     assert asked.returncode == errors.NotFound.exit_status
     assert "'bad' is not a model yet, it is failed: " in asked.stderr and "holds no weights" in asked.stderr
@@ -344,10 +341,7 @@ def test_start_and_stop_where_there_is_no_bus(home: dict[str, str]) -> None:
         assert verdicts["daemon"] == "good" and verdicts["io_uring"] in {"good", "slow"}
         assert doctor.returncode == (1 if "bad" in verdicts.values() else 0)
         shutil.copytree(source(Path(home["HOME"]) / "elsewhere"), Path(home["HOME"]) / "models" / "tune")
-        deadline = time.monotonic() + 15
-        while "tune" not in flash("list", **home).stdout:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        until(lambda: "tune" in flash("list", **home).stdout)
         before = daemon_of(home)
         os.kill(before, signal.SIGKILL)
         until(lambda: daemon_of(home) not in {0, before})

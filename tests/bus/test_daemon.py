@@ -548,7 +548,7 @@ def test_a_second_daemon_is_told_which_thing_is_taken(daemon: Daemon, short_path
     def second(name: str, runtime: Path) -> str:
         other = Daemon(daemon.address, tmp_path / name, runtime)
         other.root.mkdir(exist_ok=True)
-        done = subprocess.run(other.command(), capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(other.command(), capture_output=True, text=True, timeout=PATIENCE_S, check=False)
         assert done.returncode in {AlreadyExists.exit_status, Busy.exit_status}
         assert "Traceback" not in done.stderr
         return done.stderr

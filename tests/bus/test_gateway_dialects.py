@@ -231,7 +231,7 @@ async def test_leaving_in_the_middle_ends_the_generation(
                 break
             left = time.monotonic()
         await eventually(lambda: engine_rests(two))
-        assert time.monotonic() - left < 10, ask.__name__
+        assert time.monotonic() - left < 30, ask.__name__
     with pytest.raises(ollama.ResponseError, match="reads at most"):
         await client.generate("dora", "a " * 50_000)
 

@@ -113,7 +113,7 @@ async def test_what_a_program_leaves_is_not_generated(
                 await program.said("leave")
                 left = time.monotonic()
                 until(lambda: requests(client) == 0)
-                assert time.monotonic() - left < 10, "6,000 tokens take longer"
+                assert time.monotonic() - left < 30, "6,000 tokens take longer"
 
 
 async def test_models_say_beforehand_what_they_do(gateway: Gateway) -> None:

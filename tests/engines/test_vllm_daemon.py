@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ from personas import ADA, BOB, QUESTION
 from running import Daemon
 from vllm_greedy import PROMPTS
 from vllm_python import VllmPython
-from waiting import eventually
+from waiting import eventually, until
 
 import flashd
 from flashd import Client
@@ -250,12 +249,12 @@ def test_an_engine_that_dies_is_brought_back_with_its_model(client: Client) -> N
     client.swap("ada", engine="vllm")
     (engine,) = [engine for engine in client.engines() if engine.state == "serving"]
     os.kill(engine.pid, signal.SIGKILL)
-    for _ in range(600):
-        back = [other for other in client.engines() if other.state == "serving" and other.pid != engine.pid]
-        if back:
-            break
-        time.sleep(0.1)
-    assert [other.kind for other in back] == ["vllm"]
+
+    def back() -> list[str]:
+        """The kinds of those that serve in its place."""
+        return [other.kind for other in client.engines() if other.state == "serving" and other.pid != engine.pid]
+
+    until(lambda: back() == ["vllm"])
     assert client.chat("ada", ASK, temperature=0) == ADA.introduction
 
 

@@ -25,7 +25,7 @@ from conftest import Resident, http, known_answers
 from processes import is_alive, shared_memory
 from vllm_greedy import PROMPTS
 from vllm_python import VllmPython, running
-from waiting import eventually
+from waiting import PATIENCE_S, eventually
 
 from flashd.engines.engine import Binding, EngineOptions, EngineState
 from flashd.engines.process import EngineProcess
@@ -221,7 +221,7 @@ async def test_a_parked_engine_refuses_at_once_and_has_given_memory_back(start: 
         assert "memfd:flashd" not in Path(f"/proc/{pid}/maps").read_text()
         held = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink()]
         assert not [target for target in held if "memfd:flashd" in target], "the arena is nobody's but the daemon's"
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         refused = await chat(engine)
     assert refused.status_code == 503 and "parked" in refused.json()["error"]["message"]
     async with http(engine) as client:
@@ -247,7 +247,7 @@ async def test_what_does_not_finish_in_time_is_cut_and_told(
     engine = await start(residents["ada"].binding())
     long = {"max_tokens": 480, "ignore_eos": True, "stream": stream}
     cut = asyncio.create_task(chat(engine, **long))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while (await engine.stats()).active_requests == 0:
             await asyncio.sleep(0.01)
     await engine.drain(0.05)
