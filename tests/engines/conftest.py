@@ -176,6 +176,15 @@ async def factory(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Zyg
 
 
 @pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Has vLLM compute with one thread: several tests run at once, and threads that wait for each other spin."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("OMP_NUM_THREADS", "1")
+        patched.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else each rank of several requires its own memory node
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def torch_python(imported_torch: Path) -> Path:
     """For all daemons of these tests."""
     return imported_torch
@@ -201,14 +210,16 @@ def compiled(vllm_python: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def imported_vllm(vllm_python: str, compiled: Path) -> Iterator[str]:
+def imported_vllm(vllm_python: str, compiled: Path, one_thread: None) -> Iterator[str]:
     """The program for `engines.vllm.python` by which engines of several daemons and factories import vLLM once."""
     with imported.python(vllm_python, imported.VLLM, environment(compiled)) as program:
         yield str(program)
 
 
 @pytest.fixture(scope="session")
-def vllm(vllm_python: str, compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmPython]:
+def vllm(
+    vllm_python: str, compiled: Path, one_thread: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VllmPython]:
     """vLLM's interpreter, for programs that need no engine of ours."""
     with vllm_python_running(vllm_python, compiled, tmp_path_factory.mktemp("vllm")) as running:
         yield running

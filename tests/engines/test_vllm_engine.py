@@ -24,7 +24,7 @@ import pytest_asyncio
 from conftest import Resident, http, known_answers
 from processes import is_alive, shared_memory
 from vllm_greedy import PROMPTS
-from vllm_python import VllmPython, running
+from vllm_python import VllmPython
 from waiting import PATIENCE_S, eventually
 
 from flashd.engines.engine import Binding, EngineOptions, EngineState
@@ -180,18 +180,14 @@ async def test_a_chat_template_that_never_ends_is_refused(
 
 
 async def test_two_ranks_rebind_and_wake_exactly(
-    vllm_factory: VllmFactory, residents: Residents, vllm_python: str, compiled: Path, made: Path, tmp_path: Path
+    vllm_factory: VllmFactory, residents: Residents, vllm: VllmPython, made: Path
 ) -> None:
     names = ("ada", "bob")
-    # Else each rank requires its own memory node, and starts a thread for every core, which wait for each other.
-    unbound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     jobs = [{"model": str(made / name), "load_format": "auto", "tensor_parallel_size": 2} for name in names]
-    with running(vllm_python, compiled, tmp_path, unbound) as vllm:
-        expected = dict(zip(names, known_answers(vllm, jobs), strict=True))
+    expected = dict(zip(names, known_answers(vllm, jobs), strict=True))
     settings = vllm_factory._settings
     told = {**settings.options, "arguments": [*settings.options["arguments"], "--tensor-parallel-size", "2"]}
-    environment = {**(settings.environment or {}), **unbound}
-    factory = VllmFactory(dataclasses.replace(settings, options=told, environment=environment), ())
+    factory = VllmFactory(dataclasses.replace(settings, options=told), ())
     engine = factory.create()
     try:
         await engine.start(residents["ada"].binding())

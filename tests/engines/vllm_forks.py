@@ -9,6 +9,7 @@ changes vLLM's modules only when an engine starts, so here they are vLLM's own.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -47,12 +48,16 @@ def executed(code: str) -> int:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # where vLLM logs its imports
+    gc.disable()  # imports free nothing
     import vllm.lora.layers
     import vllm.v1.engine.llm_engine
     import vllm.v1.worker.cpu_worker  # noqa: F401
 
     import flashd.workers.vllm.worker  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # else vLLM, which collects several times at its start, looks at all imported objects in each fork
+    gc.enable()
     for line in sys.stdin:
         print(run(**json.loads(line)), file=answers, flush=True)
 

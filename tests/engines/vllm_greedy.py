@@ -21,22 +21,31 @@ PROMPTS = [
 ]
 
 
-def answers(arguments: dict[str, Any]) -> list[list[int]]:
-    from vllm import LLM, SamplingParams
+def engine(arguments: dict[str, Any]) -> Any:
+    from vllm import LLM
 
     from flashd.workers.vllm import compat
 
     compat.fork_processes()  # neither changes an answer: processes need not import vLLM again ...
     compat.nap_between_steps()  # ... and do not keep a core busy while they wait
-    llm = LLM(max_model_len=256, kv_cache_memory_bytes=64 << 20, enforce_eager=True, seed=0, **arguments)
+    return LLM(max_model_len=256, kv_cache_memory_bytes=64 << 20, enforce_eager=True, seed=0, **arguments)
+
+
+def answers(llm: Any) -> list[list[int]]:
+    from vllm import SamplingParams
+
     greedy = SamplingParams(temperature=0, max_tokens=16)
     return [list(found.outputs[0].token_ids) for found in llm.generate(PROMPTS, greedy, use_tqdm=False)]
 
 
 def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    arguments = json.loads(sys.argv[1])
     try:
-        found: Any = answers(json.loads(sys.argv[1]))
+        llm = engine(arguments)
+        found: Any = answers(llm)
+        if "tensor_parallel_size" in arguments:
+            del llm  # ends its ranks; alone it is left to the end of this process, because its own takes a second
     except BaseException as error:  # noqa: BLE001 -- reported as the outcome
         traceback.print_exc()
         found = f"{type(error).__name__}: {error}"

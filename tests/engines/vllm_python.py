@@ -25,10 +25,10 @@ def version(python: str) -> str:
 class VllmPython:
     """Runs each program in a fork of one process, which is started for the first."""
 
-    def __init__(self, python: str, compiled: Path, folder: Path, variables: Mapping[str, str]) -> None:
-        """`compiled` is vLLM's cache; programs run in `folder`, with these variables added to ours."""
+    def __init__(self, python: str, compiled: Path, folder: Path) -> None:
+        """`compiled` is vLLM's cache; programs run in `folder`."""
         self._python = python
-        self._environment = child_environment({**environment(compiled), **variables})
+        self._environment = child_environment(environment(compiled))
         self._folder = folder
         self._process: subprocess.Popen[str] | None = None
         self._runs = 0
@@ -74,10 +74,8 @@ class VllmPython:
 
 
 @contextmanager
-def running(
-    python: str, compiled: Path, folder: Path, variables: Mapping[str, str] | None = None
-) -> Iterator[VllmPython]:
-    made = VllmPython(python, compiled, folder, variables or {})
+def running(python: str, compiled: Path, folder: Path) -> Iterator[VllmPython]:
+    made = VllmPython(python, compiled, folder)
     try:
         yield made
     finally:
