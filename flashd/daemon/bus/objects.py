@@ -26,6 +26,7 @@ from flashd.daemon.serving.engine_stats import EngineStatsBook
 from flashd.daemon.serving.swaps import Swaps
 from flashd.dbus import wire
 from flashd.dbus.object_tree import EVERYBODY, Audience, Caller, Exported, Fd
+from flashd.engines.engine import EngineState
 from flashd.errors import NotFound, Unavailable
 from flashd.memory.device import HOST
 from flashd.memory.device_cache import DeviceCache
@@ -279,7 +280,7 @@ class EngineObject(Exported):
             "Pid": engine.pid,
             "ActiveRequests": stats.active_requests,
             "MemoryBytes": stats.memory_bytes,
-            "KvCacheBytes": engine.cache_bytes,
+            "KvCacheBytes": 0 if engine.state is EngineState.PARKED else engine.cache_bytes,
             "DeviceBytes": self._engine_stats.device_bytes(engine.number),
             "Weights": "" if supply is None else "image" if supply.is_image else "checkpoint",
             "StartedAt": int(engine.started_at),
