@@ -64,7 +64,7 @@ class Dispatcher:
 
     def __init__(self, connect: Connect, measures: Measures, watch: Watch) -> None:
         self._client = KeptClient(connect)
-        self.pulls = Pulls(self._client, lambda: self.settings.max_waiting)
+        self.pulls = Pulls(self._client, lambda: self.settings.max_waiting, self._until_listed)
         self._measures = measures
         self._turns = Turns()
         self._connections = EngineConnections()
@@ -343,11 +343,13 @@ class Dispatcher:
             async with self.pulls.joined(model) as pull:
                 async for _ in pull.steps():
                     pass
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LISTED_S):
-                    while model not in self._known.models:
-                        await self._changed.wait()
         self.directory.resolve(model)
+
+    async def _until_listed(self, model: str) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LISTED_S):
+                while model not in self._known.models:
+                    await self._changed.wait()
 
     def _keep(self, model: str, keep_s: float) -> None:
         """Runs in a thread."""

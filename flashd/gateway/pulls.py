@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 from flashd.errors import LimitExceeded
 from flashd.gateway.kept_client import KeptClient, Progress
@@ -22,13 +22,13 @@ def is_repository(name: str) -> bool:
 
 
 class Pull:
-    """A pull in progress. `waiting` is how many wait for it."""
+    """A pull in progress, until its model is listed. `waiting` is how many wait for it."""
 
-    def __init__(self, client: KeptClient, repository: str) -> None:
+    def __init__(self, client: KeptClient, repository: str, until_listed: Callable[[str], Awaitable[None]]) -> None:
         self.progress = Progress()
         self.waiting = 0
         self._changed = asyncio.Event()  # set and replaced whenever there is progress
-        self.work = asyncio.ensure_future(client.run_job(lambda lent: lent.begin_hub_pull(repository), self._note))
+        self.work = asyncio.ensure_future(self._done(client, repository, until_listed))
         self.work.add_done_callback(lambda _: self._changed.set())
 
     @property
@@ -43,6 +43,10 @@ class Pull:
             await changed.wait()
         self.work.result()
 
+    async def _done(self, client: KeptClient, repository: str, until_listed: Callable[[str], Awaitable[None]]) -> None:
+        await client.run_job(lambda lent: lent.begin_hub_pull(repository), self._note)
+        await until_listed(repository)
+
     def _note(self, progress: Progress) -> None:
         self.progress = progress
         self._changed.set()
@@ -52,9 +56,12 @@ class Pull:
 class Pulls:
     """The pulls in progress, by repository. On one event loop."""
 
-    def __init__(self, client: KeptClient, max_waiting: Callable[[], int]) -> None:
-        """`max_waiting` returns how many may wait for one pull."""
+    def __init__(
+        self, client: KeptClient, max_waiting: Callable[[], int], until_listed: Callable[[str], Awaitable[None]]
+    ) -> None:
+        """`max_waiting` returns how many may wait for one pull; `until_listed` waits for the news of its model."""
         self._client = client
+        self._until_listed = until_listed
         self._max_waiting = max_waiting
         self._pulls: dict[str, Pull] = {}
 
@@ -70,7 +77,7 @@ class Pulls:
         if pull is None:
             if len(self._pulls) >= _MOST_AT_ONCE:
                 raise LimitExceeded(f"{len(self._pulls)} pulls are in progress already", hint="try again later")
-            pull = self._pulls[repository] = Pull(self._client, repository)
+            pull = self._pulls[repository] = Pull(self._client, repository, self._until_listed)
             pull.work.add_done_callback(lambda work: self._ended(repository, work))
         elif pull.waiting >= self._max_waiting():
             raise LimitExceeded(f"{pull.waiting} requests wait for {repository} already", hint="try again in a moment")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -40,8 +40,12 @@ class Daemon:
             self.running -= 1
 
 
-def made(daemon: Any, *, max_waiting: int = 9) -> Pulls:
-    return Pulls(daemon, lambda: max_waiting)
+async def at_once(_: str) -> None:
+    pass
+
+
+def made(daemon: Any, *, max_waiting: int = 9, until_listed: Callable[[str], Awaitable[None]] = at_once) -> Pulls:
+    return Pulls(daemon, lambda: max_waiting, until_listed)
 
 
 async def wait_for(pulls: Pulls, repository: str) -> list[Progress]:
@@ -90,6 +94,25 @@ async def test_it_is_cancelled_with_the_last_and_another_begins_after_its_end() 
     assert daemon.most_at_once == 1, "two would download the same files"
     daemon.jobs[1].set_result(None)
     await another
+
+
+async def test_nothing_is_pulled_again_before_the_news_of_the_model_has_come() -> None:
+    is_listed = asyncio.Event()
+
+    async def until_listed(_: str) -> None:
+        await is_listed.wait()
+
+    daemon = Daemon()
+    pulls = made(daemon, until_listed=until_listed)
+    first = asyncio.create_task(wait_for(pulls, "a/b"))
+    await settled()
+    daemon.jobs[0].set_result(None)
+    await settled()
+    late = asyncio.create_task(wait_for(pulls, "a/b"))
+    await settled()
+    assert len(daemon.jobs) == 1 and not first.done() and not late.done()
+    is_listed.set()
+    await asyncio.gather(first, late)
 
 
 async def test_neither_pulls_nor_those_who_wait_are_without_number() -> None:
