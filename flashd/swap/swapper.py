@@ -480,6 +480,7 @@ class Swapper:
                 and await self._woken(slot, target, supply, binding, is_active=is_active)
             ):
                 return How.WAKE, slot.engine
+        await self._supplier.claim_start(target, supply)
         try:
             return How.START, await self._started(target, supply, binding, is_active=is_active)
         except EngineOutOfMemory as error:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,7 @@ from flashd.engines.engine import (
     StoredFile,
 )
 from flashd.engines.kv_cache import LEAST_BYTES
-from flashd.errors import Busy, CorruptCheckpoint, FlashdError, NotFound
+from flashd.errors import Busy, CorruptCheckpoint, FlashdError, NotFound, OutOfMemory
 from flashd.memory.arena import Arena
 from flashd.memory.device import HOST, Tier
 from flashd.memory.device_cache import DeviceCache, Hold
@@ -173,9 +173,9 @@ class Supply:
         self.cache_bytes = least_bytes
         for claim in self._claims:
             claim.resize(claim.size_bytes - spare_bytes)
-        if self.plan is not None and self._starts:  # a part of which had become cache
-            for start, rank in zip(self._starts, self.plan.ranks, strict=True):
-                start.resize(rank.starting_bytes)
+        if self._starts:  # a part of which had become cache
+            for start, size_bytes in zip(self._starts, self._start_bytes(), strict=True):
+                start.resize(size_bytes)
         return True
 
     def claim_cache(self, size_bytes: int) -> bool:
@@ -197,6 +197,26 @@ class Supply:
         if self.plan is not None and self.plan.cache_grows:
             self._claims, former._claims = former._claims, self._claims
             self.cache_bytes, former.cache_bytes = former.cache_bytes, self.cache_bytes
+
+    async def claim_start(self, claim: Callable[[str, int], Awaitable[Reservation]]) -> None:
+        """Claims the additional needs of an engine's start, unless they are claimed: the weights may have been meant
+        for an engine that served or was parked.
+
+        `claim` reserves bytes on a device. Raises OutOfMemory, without any change.
+        """
+        if self.plan is None or self._starts:
+            return
+        with ExitStack() as on_error:
+            starts = []
+            for rank, size_bytes in zip(self.plan.ranks, self._start_bytes(), strict=True):
+                starts.append(await claim(rank.device, size_bytes))
+                on_error.callback(starts[-1].release)
+            on_error.pop_all()
+        self._starts = starts
+
+    def _start_bytes(self) -> list[int]:
+        """The additional needs of a start on each rank, whose KV cache does not exist before its end."""
+        return [max(0, rank.building_bytes - self.cache_bytes) for rank in self.plan.ranks] if self.plan else []
 
     def has_started(self) -> None:
         """Releases the reservations for the start, which is over."""
@@ -351,6 +371,22 @@ class Supplier:
         """
         least = await self._plan(target)
         return least is not None and supply.shrink_cache(least.ranks[0].cache_bytes)
+
+    async def claim_start(self, target: Target, supply: Supply) -> None:
+        """Claims what the start of an engine needs in addition; with a smaller KV cache if there is no room otherwise.
+
+        Raises OutOfMemory.
+        """
+
+        async def claim(device: str, size_bytes: int) -> Reservation:
+            return await self._residency.cache(device).claim(size_bytes)
+
+        try:
+            await supply.claim_start(claim)
+        except OutOfMemory:
+            if not await self.shrink_cache(target, supply):
+                raise
+            await supply.claim_start(claim)
 
     async def fits_another(self, target: Target) -> bool:
         """Tells whether free memory suffices for one more engine on GPUs. False for one in host memory, whose needs are

@@ -1169,6 +1169,31 @@ async def test_the_memory_for_a_start_is_reserved_again_if_its_cache_has_to_be_s
     world.ended()
 
 
+async def test_a_start_in_place_of_an_engine_that_died_in_its_sleep_has_its_memory(
+    targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(room=6, gpus=1, starting_bytes=12 * ARENA_BYTES)
+    pool, start = world.residency.cache("sim:0").pool, FakeEngine.start
+    used_bytes = []
+
+    async def watched(engine: FakeEngine, binding: Binding) -> EngineImage | None:
+        used_bytes.append(pool.used_bytes)
+        return await start(engine, binding)
+
+    monkeypatch.setattr(FakeEngine, "start", watched)
+    await world.swapper.swap(targets["a1"])
+    await world.swapper.park()
+    world.script.arm(Fault.DIES, 0)
+    assert (await world.swapper.swap(targets["a1"])).how is How.START
+    assert world.script.names[world.script.at] == "wake"
+    assert used_bytes[1] == ARENA_BYTES + WORKING_BYTES + 12 * ARENA_BYTES, (
+        "of its image, while serving, and until then"
+    )
+    world.check()
+    await world.swapper.close()
+    world.ended()
+
+
 @pytest.mark.parametrize(("room", "how"), [(20, How.WAKE), (10, How.START)], ids=["there is room", "there is none"])
 async def test_another_parked_engine_than_the_dead_one_is_woken_if_its_own_cache_has_room(
     room: int, how: How, targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch
