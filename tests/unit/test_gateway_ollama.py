@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import itertools
 import json
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from typing import Any
 
 import ollama
 import pytest
+from gateway_alone import WHISPER
 from hypothesis import given
 from hypothesis import strategies as st
 from streams import DELTAS, REASONS, call, events, splits
@@ -19,7 +21,7 @@ from flashd.errors import EngineFailed, FlashdError, InvalidArgument, NotFound
 from flashd.gateway.dialects import ollama_requests
 from flashd.gateway.dialects.chunks import ChunkReader
 from flashd.gateway.dialects.dialect import Refused
-from flashd.gateway.dialects.ollama import Ollama, line, repository, tagged
+from flashd.gateway.dialects.ollama import Ollama, line, repository, shown, tagged
 from flashd.gateway.dialects.ollama_answers import Durations, Joined, OllamaAnswer
 
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(16)).decode()
@@ -283,6 +285,12 @@ def test_nothing_to_answer_loads_or_unloads(keep_alive: object) -> None:
 def test_names() -> None:
     assert (tagged("ada"), tagged("ada:7b")) == ("ada:latest", "ada:7b")
     assert repository("hf.co/someone/ada:latest") == repository("https://huggingface.co/someone/ada") == "someone/ada"
+
+
+def test_a_model_of_an_older_daemon_is_asked_for_completions() -> None:
+    """Programs offer none of a model without capabilities."""
+    assert shown(WHISPER)["capabilities"] == ["completion"]
+    assert shown(dataclasses.replace(WHISPER, capabilities=("embedding",)))["capabilities"] == ["embedding"]
 
 
 def test_errors_name_ollamas_parameters() -> None:

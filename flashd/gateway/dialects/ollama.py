@@ -91,7 +91,7 @@ def shown(model: Model) -> dict[str, object]:
         "template": "",
         "details": _details(model),
         "model_info": information,
-        "capabilities": list(model.capabilities),
+        "capabilities": list(model.capabilities) or ["completion"],  # an older daemon does not say
         "modified_at": timestamp(model.created_at),
     }
 
