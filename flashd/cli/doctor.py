@@ -60,8 +60,11 @@ def examine(bus: str | None) -> Iterator[Finding]:
     if status is not None:
         yield from (Finding("state", Verdict.BAD, problem.what, problem.remedy) for problem in status.problems)
         # A folder that does not exist is a problem of the state already.
-        named = " ".join(problem.what for problem in status.problems)
-        yield from (_inbox(watched) for watched in status.inbox_watched if watched.folder not in named)
+        named = [problem.what for problem in status.problems]
+        watched = [
+            each for each in status.inbox_watched if not any(what.startswith(f"{each.folder}:") for what in named)
+        ]
+        yield from map(_inbox, watched)
         if strays := strays_of(status):
             yield Finding("inbox", Verdict.GOOD, f"ignored, because they are no models: {strays}")
         if status.default_engine:  # else the daemon is older

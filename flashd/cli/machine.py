@@ -35,7 +35,7 @@ def start(context: Context) -> None:
             folders = " or ".join(status.models_directories)
             output.say(f"drop a model into {folders}; the log is {started.log}")
             if status.default_engine_reason.partition(": ")[2]:  # a command that would install a better one
-                output.say(f"models run on the processor: {status.default_engine_reason}")
+                output.say(status.default_engine_reason)
             _start_gateway(client)
     else:
         with client:

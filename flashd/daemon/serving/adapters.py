@@ -24,6 +24,8 @@ class Adapters:
         self._background = background
         self._events = events
         self._known: list[AppliedAdapter] = []
+        events.model_published.subscribe(lambda model: self._tell())  # it may be meant in place of another
+        events.model_removed.subscribe(lambda model: self._tell())
 
     def start(self) -> None:
         """Begins to read them, which takes as long as their file system does."""
@@ -32,12 +34,23 @@ class Adapters:
 
     def of(self, model: Model) -> list[str]:
         """The names of a model's adapters."""
-        return [adapter.name for adapter in self._known if adapter.is_of((model.name, *model.aliases))]
+        return [adapter.name for adapter in self._known if _names(adapter, model) and self._is_base(model, adapter)]
+
+    def _is_base(self, model: Model, adapter: AppliedAdapter) -> bool:
+        """Tells whether an adapter means this model of all that are called so: one with exactly the recorded name, or
+        else the only one. An ambiguous adapter has no base.
+        """
+        meant = [other for other in self._catalog.models() if _names(adapter, other)]
+        meant = [other for other in meant if adapter.base in {other.name, *other.aliases}] or meant
+        return [other.name for other in meant] == [model.name]
 
     async def _read(self) -> None:
         self._known = await in_thread(self._found)
-        for model in self._catalog.models():
-            if self.of(model):
+        self._tell()
+
+    def _tell(self) -> None:
+        for model in self._catalog.models() if self._known else ():
+            if any(_names(adapter, model) for adapter in self._known):
                 self._events.model_changed(model.name)
 
     def _found(self, _: Stop) -> list[AppliedAdapter]:
@@ -48,3 +61,8 @@ class Adapters:
             except EngineFailed as error:
                 log.warning("%s", error)
         return found
+
+
+def _names(adapter: AppliedAdapter, model: Model) -> bool:
+    """Tells whether the base that an adapter records may be this model."""
+    return adapter.is_of((model.name, *model.aliases))

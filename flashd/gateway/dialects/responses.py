@@ -79,10 +79,6 @@ class ResponseRequest:
     body: Mapping[str, Any]
     read: Mapping[str, Any]
 
-    @property
-    def is_stream(self) -> bool:
-        return bool(self.read.get("stream"))
-
 
 def chat_request(content: Mapping[str, object], model: str) -> ResponseRequest:
     """Translates a request. Raises InvalidArgument for what cannot be translated."""
