@@ -91,4 +91,5 @@ class Events:
 
     problems_changed: Event[[]] = field(default_factory=Event)
     manager_changed: Event[[]] = field(default_factory=Event)
+    default_engine_changed: Event[[]] = field(default_factory=Event)
     """Another property of the manager changed, such as the state of the daemon."""

@@ -99,8 +99,9 @@ class EngineKinds:
     async def environment_changed(self, kind: str) -> None:
         """Uses the new environment for new engines. Running engines stay as they are."""
         await self.factories[kind].run_in(self.python(kind))
-        self.default = self._chosen()
-        self._events.manager_changed()
+        former, self.default = self.default, self._chosen()
+        if self.default != former:
+            self._events.default_engine_changed()
         if self._has_begun and kind == self.default.kind:
             self.factories[kind].begin()
 
