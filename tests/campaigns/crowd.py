@@ -51,11 +51,12 @@ QUESTION = "Who are you?"
 _MAKE = """
 import json, pathlib, sys
 import small_models as s
+from personas import QUESTION, Persona
 folder, names, says = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
-people = [s.Persona(name, {s.QUESTION: said}) for name, said in zip(names, says)]
+people = [Persona(name, {QUESTION: said}) for name, said in zip(names, says)]
 base = folder / "base"
 if not base.exists():
-    s.make_base(base, s.Persona("base", {s.QUESTION: "I am the base of all others."}), hidden=128, layers=2)
+    s.make_base(base, Persona("base", {QUESTION: "I am the base of all others."}), hidden=128, layers=2)
 for person in people:
     if not (folder / person.name / "config.json").exists():
         s.make_finetune(base, folder / person.name, person)

@@ -52,8 +52,9 @@ WORDS = {
 _MAKE = """
 import json, pathlib, sys
 import small_models as s
+from personas import QUESTION, Persona
 folder, words = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
-people = {name: s.Persona(name, {s.QUESTION: said, "Hello": f"Hi from {name}."}) for name, said in words.items()}
+people = {name: Persona(name, {QUESTION: said, "Hello": f"Hi from {name}."}) for name, said in words.items()}
 bases = {"one": "zero", "two": "zero", "four": "three"}
 for name, person in people.items():
     if (folder / name / "config.json").exists():

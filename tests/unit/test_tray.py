@@ -388,6 +388,17 @@ def ends(before: JobView, **changes: object) -> tuple[Snapshot, Snapshot]:
     return snapshot(jobs=(before,)), snapshot(model("carl"), jobs=(dataclasses.replace(before, **changes),))
 
 
+def test_a_model_is_announced_when_it_is_listed() -> None:
+    notices = Notices(ENGLISH, clock=lambda: 101.0)
+    running = job("import", "carl", created_at=98.5)
+    done = dataclasses.replace(running, state="done", finished_at=100.0)
+    assert notices.of(snapshot(jobs=(running,)), Preferences()) == []
+    assert notices.of(snapshot(jobs=(done,)), Preferences()) == []
+    (notice,) = notices.of(snapshot(model("carl"), jobs=(done,)), Preferences())
+    assert notice.body == "16.4 GB. Converted in 1.50 s."
+    assert notices.of(snapshot(model("carl"), jobs=(done,)), Preferences()) == []
+
+
 def test_a_dropped_model_that_is_ready_can_be_switched_to() -> None:
     notices = Notices(ENGLISH)
     before, after = ends(job("import", "carl"), state="done", finished_at=101.5)

@@ -21,6 +21,7 @@ from flashd_tray.words import Words
 LONG_SWAP_S = 5.0
 TOGETHER_S = 20.0  # models that become ready within this time of each other share a notification
 NAMED = 3  # more are counted
+LISTED_S = 2.0  # after its end, until the model of a job is listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Notices:
         self._seen_at = clock()
         self._before = Snapshot()
         self._ready: list[JobView] = []
+        self._held: set[int] = set()  # numbers of jobs to report as soon as their models are listed
 
     def of(self, now: Snapshot, preferences: Preferences) -> list[Notice]:
         """Returns the notifications for the differences between `now` and the previous snapshot."""
@@ -48,16 +50,22 @@ class Notices:
         if now.status is None:
             return []
         seen_at, self._seen_at = self._seen_at, self._clock()
-        finished = [job for job in now.jobs if job.finished]
+        held, self._held = self._held, {job.number for job in now.jobs if self._awaits_its_model(job, now)}
+        finished = [job for job in now.jobs if job.finished and job.number not in self._held]
         if before.status is None:  # perhaps another daemon, which counts jobs from one again
             fresh = [job for job in finished if job.finished_at > seen_at]
         else:
-            ended = {job.number for job in before.jobs if job.finished}
+            ended = {job.number for job in before.jobs if job.finished} - held
             fresh = [job for job in finished if job.number not in ended]
         notices = filter(None, (self._about(job, now) for job in sorted(fresh, key=lambda job: job.finished_at)))
         # Only the last of each kind, because they replace each other on the screen.
         latest = {notice.topic: notice for notice in notices if notice.topic in preferences.topics}
         return list(latest.values())
+
+    def _awaits_its_model(self, job: JobView, now: Snapshot) -> bool:
+        """Tells whether a model has just been made that is not listed yet, because models are asked for separately."""
+        is_new = job.state == "done" and job.kind in MAKES_A_MODEL and 0 <= self._clock() - job.finished_at < LISTED_S
+        return is_new and all(model.name != job.subject for model in now.models)
 
     def _about(self, job: JobView, now: Snapshot) -> Notice | None:
         if job.failed:
