@@ -72,6 +72,7 @@ class VllmFactory(ZygoteFactory):
         super().__init__("vllm", "flashd.workers.vllm.main", settings, remedy=REMEDY)
         self._gpus = gpus
         self._keys: dict[str, str] = {}
+        self._contexts: dict[tuple[object, ...], int] = {}
 
     def rebind_key(self, checkpoint: Checkpoint, options: EngineOptions = NO_OPTIONS) -> str:
         """Returns a digest over everything that vLLM reads of a model, or is told about it, only at its start."""
@@ -134,7 +135,7 @@ class VllmFactory(ZygoteFactory):
         besides_bytes = _ACTIVATION_BYTES + (_COMMUNICATION_BYTES if ranks.count > 1 else 0)
         cache_bytes, most_cache_bytes = tuning.kv_cache_bytes, 0
         if cache_bytes == AUTO:
-            cache_bytes = await asyncio.to_thread(_context_bytes, checkpoint, tuning.arguments, ranks.tensor)
+            cache_bytes = await self._context_bytes(checkpoint, tuning.arguments, ranks.tensor)
             cache_bytes = max(LEAST_BYTES, cache_bytes)
             most_cache_bytes = MOST_SEQUENCES * cache_bytes
         return GpuPlan(
@@ -154,6 +155,13 @@ class VllmFactory(ZygoteFactory):
             )
         )
 
+    async def _context_bytes(self, checkpoint: Checkpoint, arguments: tuple[str, ...], ranks: int) -> int:
+        """Reads the configuration once: a swap plans several times."""
+        key = (checkpoint.id, arguments, ranks)
+        if key not in self._contexts:
+            self._contexts[key] = await asyncio.to_thread(_context_bytes, checkpoint, arguments, ranks)
+        return self._contexts[key]
+
 
 def _context_bytes(checkpoint: Checkpoint, arguments: Sequence[str], ranks: int) -> int:
     """Returns the KV cache that each rank needs for the model's whole context, or what the arguments allow of it.
@@ -161,20 +169,10 @@ def _context_bytes(checkpoint: Checkpoint, arguments: Sequence[str], ranks: int)
     If its configuration does not say, that is as much as engines have by default.
     """
     config = read_config(checkpoint.side_files()["config.json"].read_bytes())
-    context, cache_dtype = _last(arguments, "--max-model-len"), _last(arguments, "--kv-cache-dtype")
-    tokens = _as_tokens(context) or context_length_of(config)
-    item_bytes = 1 if cache_dtype.startswith("fp8") else 2
+    told = _parsed(arguments)
+    tokens = _as_tokens(told.max_model_len) or context_length_of(config)
+    item_bytes = 1 if told.kv_cache_dtype.startswith("fp8") else 2
     return bytes_for_context(config, tokens, ranks=ranks, item_bytes=item_bytes) or _USUAL_CACHE_BYTES
-
-
-def _last(arguments: Sequence[str], name: str) -> str:
-    """Returns the last value given to an argument; empty if there is none."""
-    found = ""
-    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
-        said, _, value = argument.partition("=")
-        if said.replace("_", "-") == name:
-            found = value or following
-    return found
 
 
 def _as_tokens(text: str) -> int:
@@ -222,14 +220,19 @@ class Ranks:
 
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Ranks:
-        """Parses the parallelism arguments like `vllm serve`. Falls back to one rank if they are invalid: vLLM
-        reports the error itself."""
-        try:
-            found, _ = _parser().parse_known_args(list(arguments))
-        except argparse.ArgumentError:
-            return cls(1, 1)
+        """Parses the parallelism arguments like `vllm serve`; one rank if they are invalid."""
+        found = _parsed(arguments)
         sizes = (max(1, found.tensor), max(1, found.pipeline), max(1, found.data))
         return cls(sizes[0], math.prod(sizes))
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parses the arguments that plans depend on. Invalid ones count as none: vLLM reports the error itself."""
+    try:
+        found, _ = _parser().parse_known_args(list(arguments))
+    except argparse.ArgumentError:
+        found = _parser().parse_args([])
+    return found
 
 
 @functools.cache  # for every swap, and it is slow to make
@@ -238,6 +241,8 @@ def _parser() -> argparse.ArgumentParser:
     for short, name in (("-tp", "tensor"), ("-pp", "pipeline"), ("-dp", "data")):
         long = f"--{name}-parallel-size"
         parser.add_argument(short, long, long.replace("-", "_").replace("__", "--"), dest=name, type=int, default=1)
+    for name in ("max-model-len", "kv-cache-dtype"):
+        parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", default="")
     return parser
 
 

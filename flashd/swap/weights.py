@@ -216,7 +216,8 @@ class Supply:
 
     def _start_bytes(self) -> list[int]:
         """The additional needs of a start on each rank, whose KV cache does not exist before its end."""
-        return [max(0, rank.building_bytes - self.cache_bytes) for rank in self.plan.ranks] if self.plan else []
+        ranks = self.plan.ranks if self.plan else ()
+        return [replace(rank, cache_bytes=self.cache_bytes).starting_bytes for rank in ranks]
 
     def has_started(self) -> None:
         """Releases the reservations for the start, which is over."""

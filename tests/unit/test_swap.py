@@ -1146,20 +1146,26 @@ async def test_a_cache_for_which_a_gpu_has_less_memory_than_its_pool_says_is_the
     world.ended()
 
 
-async def test_the_memory_for_a_start_is_reserved_again_if_its_cache_has_to_be_smaller(
-    targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A part of it had become cache."""
-    building_bytes = 12 * ARENA_BYTES
-    world = World(room=6, gpus=1, starting_bytes=building_bytes, cache_bytes=ARENA_BYTES, most_cache_bytes=1 << 30)
+def used_at_starts(world: World, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns a list, to which every start of an engine adds the bytes of the first GPU's pool that are in use."""
     pool, start = world.residency.cache("sim:0").pool, FakeEngine.start
-    used_bytes = []
+    used_bytes: list[int] = []
 
     async def watched(engine: FakeEngine, binding: Binding) -> EngineImage | None:
         used_bytes.append(pool.used_bytes)
         return await start(engine, binding)
 
     monkeypatch.setattr(FakeEngine, "start", watched)
+    return used_bytes
+
+
+async def test_the_memory_for_a_start_is_reserved_again_if_its_cache_has_to_be_smaller(
+    targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of it had become cache."""
+    building_bytes = 12 * ARENA_BYTES
+    world = World(room=6, gpus=1, starting_bytes=building_bytes, cache_bytes=ARENA_BYTES, most_cache_bytes=1 << 30)
+    used_bytes = used_at_starts(world, monkeypatch)
     world.script.arm(Fault.NO_MEMORY, 1)  # after the load
     await world.swapper.swap(targets["a1"])
     besides_bytes, weights_bytes = WORKING_BYTES - ARENA_BYTES, 2 * ARENA_BYTES
@@ -1173,14 +1179,7 @@ async def test_a_start_in_place_of_an_engine_that_died_in_its_sleep_has_its_memo
     targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = World(room=6, gpus=1, starting_bytes=12 * ARENA_BYTES)
-    pool, start = world.residency.cache("sim:0").pool, FakeEngine.start
-    used_bytes = []
-
-    async def watched(engine: FakeEngine, binding: Binding) -> EngineImage | None:
-        used_bytes.append(pool.used_bytes)
-        return await start(engine, binding)
-
-    monkeypatch.setattr(FakeEngine, "start", watched)
+    used_bytes = used_at_starts(world, monkeypatch)
     await world.swapper.swap(targets["a1"])
     await world.swapper.park()
     world.script.arm(Fault.DIES, 0)
