@@ -89,6 +89,8 @@ class Events:
     """A connection of a client came to an engine that no longer serves; with the bytes read of its request, and the
     number of the engine, or None if it is known to have come for the active model."""
 
+    settings_changed: Event[[]] = field(default_factory=Event)
+    """A setting was changed that takes effect at once."""
     problems_changed: Event[[]] = field(default_factory=Event)
     manager_changed: Event[[]] = field(default_factory=Event)
     default_engine_changed: Event[[]] = field(default_factory=Event)

@@ -148,6 +148,7 @@ class Service:
         self._is_shared = address == "system"
         self._ourselves = Owner(peer="", uid=os.getuid())
         self._events = Events()
+        settings.on_change = self._events.settings_changed
         self._background = Background()
         self._stalls = StallDetector(lambda: settings.current.streamer.stall_timeout_s)
         self._options = streamer_options(settings.current, self._stalls)

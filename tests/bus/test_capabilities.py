@@ -78,6 +78,10 @@ async def test_what_a_model_does_depends_on_its_engine_template_and_configuratio
     (made / "config.json").write_text(json.dumps(config | {"vision_config": {"hidden_size": 8}}))
     await add("vllm-sees", "completion", "vision")
     await eventually(is_so)
+    for setting, value in (("plain.engine", "vllm"), ("vllm.arguments", CALLS)):
+        await remote.call("SetConfig", "ss", f"models.{setting}", value)
+    expected |= {"plain": ["completion"], "vllm": ["completion", "tools"]}
+    await eventually(is_so)  # the gateway asks nothing, and so was told
     daemon.stop()
     daemon.start()
     await eventually(is_so)

@@ -73,7 +73,8 @@ class Publisher:
         events.engine_changed.subscribe(self._engine_changed)
         events.rest_began.subscribe(lambda target: self._manager_changed())
         events.inbox_changed.subscribe(lambda has_any: self._manager_changed())
-        events.default_engine_changed.subscribe(self._default_engine_changed)
+        events.default_engine_changed.subscribe(self._abilities_changed)
+        events.settings_changed.subscribe(self._abilities_changed)
         for event in (events.rest_ended, events.problems_changed, events.manager_changed):
             event.subscribe(self._manager_changed)
 
@@ -95,8 +96,8 @@ class Publisher:
     def _manager_changed(self) -> None:
         self._tree.changed(wire.ROOT_PATH)
 
-    def _default_engine_changed(self) -> None:
-        """What models can do depends on the kind of engine."""
+    def _abilities_changed(self) -> None:
+        """Handles that other kinds of engine may be meant, or other arguments: what models can do depends on them."""
         self._manager_changed()
         for model in self._catalog.models():
             self._tree.changed(wire.model_path(model.name))

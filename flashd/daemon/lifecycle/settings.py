@@ -22,6 +22,7 @@ class Settings:
         self._overrides = overrides
         clear(paths.drop_ins)
         self.current: Config = loading.load(paths, overrides)
+        self.on_change: Callable[[], None] = lambda: None  # called when a setting was changed that takes effect at once
 
     def to_toml(self, sees: Callable[[str], bool] | None = None) -> str:
         """Formats the configuration as TOML: all of it, or what may be shown to a user who `sees` models with these
@@ -53,4 +54,5 @@ class Settings:
             return False
         if setting.live:
             self.current = loading.with_value(self.current, key, value)
+            self.on_change()
         return not setting.live
