@@ -97,6 +97,7 @@ class Turns:
             ticket.is_inside = False
             self._inside[ticket.model] -= 1
             if not self._inside[ticket.model]:
+                del self._inside[ticket.model]
                 self._ask_anew(ticket.model)
         elif ticket in (line := self._waiting.get(ticket.model, [])):
             line.remove(ticket)

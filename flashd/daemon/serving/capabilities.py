@@ -56,7 +56,7 @@ class Capabilities:
         self._background = background
         self._events = events
         self._traits: dict[str, _Traits] = {}  # by checkpoint
-        events.model_published.subscribe(lambda model: background.start(self._read([model])))
+        events.model_published.subscribe(self._published)
         events.model_removed.subscribe(lambda _: self._forget())
 
     def start(self) -> None:
@@ -80,12 +80,17 @@ class Capabilities:
         chosen = settings.model(model.name, *model.aliases).arguments
         return _CALLS in {argument.replace("_", "-") for argument in (*settings.engines.vllm.arguments, *chosen)}
 
+    def _published(self, model: Model) -> None:
+        self._forget()  # what it was before
+        self._background.start(self._read([model]))
+
     async def _read(self, models: Sequence[Model]) -> None:
         for model in models:
             if model.checkpoint_id not in self._traits:
                 self._traits[model.checkpoint_id] = found = await in_thread(functools.partial(self._found, model))
                 if found != _Traits():
                     self._events.model_changed(model.name)
+        self._forget()  # what was removed meanwhile
 
     def _found(self, model: Model, _: Stop) -> _Traits:
         try:
