@@ -16,6 +16,7 @@ import made_models
 import numpy as np
 import pytest
 from dbus_next import Variant
+from gateways import Gateway, running_gateway
 from imported import TORCH_PYTHON
 from running import Daemon
 from safetensors.numpy import save_file
@@ -78,6 +79,12 @@ async def connection(bus: PrivateBus) -> AsyncIterator[Connection]:
 @pytest.fixture
 def daemon(bus: PrivateBus, short_path: Path, tmp_path: Path) -> Iterator[Daemon]:
     with running_daemon(Daemon(bus.address, tmp_path, short_path)) as running:
+        yield running
+
+
+@pytest.fixture
+async def gateway(daemon: Daemon, tmp_path: Path, short_path: Path) -> AsyncIterator[Gateway]:
+    async with running_gateway(daemon, tmp_path / "gateway.log", short_path / "gateway.sock") as running:
         yield running
 
 

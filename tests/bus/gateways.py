@@ -12,14 +12,17 @@ import sys
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import anthropic
 import httpx
-import ollama
-import openai
 from listening import free_port
 from running import Daemon
 from waiting import PATIENCE_S, eventually
+
+if TYPE_CHECKING:  # each takes a second to import, which only the tests that use it pay
+    import anthropic
+    import ollama
+    import openai
 
 WHO = [{"role": "user", "content": "Who are you?"}]
 
@@ -39,12 +42,18 @@ class Gateway:
         return f"http://127.0.0.1:{self.port}"
 
     def openai(self, api_key: str = "none") -> openai.AsyncOpenAI:
+        import openai
+
         return openai.AsyncOpenAI(base_url=self.url + "/v1", api_key=api_key, max_retries=0, timeout=PATIENCE_S)
 
     def anthropic(self) -> anthropic.AsyncAnthropic:
+        import anthropic
+
         return anthropic.AsyncAnthropic(base_url=self.url, api_key="none", max_retries=0, timeout=PATIENCE_S)
 
     def ollama(self) -> ollama.AsyncClient:
+        import ollama
+
         return ollama.AsyncClient(host=self.url, timeout=PATIENCE_S)
 
 

@@ -11,14 +11,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import made_models
 import pytest
 from conftest import SAYS, Daemon, Remote, import_model
-from gateways import Gateway, free_port, running_gateway
+from gateways import Gateway, free_port
 from safetensors.torch import load_file, save_file
 from waiting import eventually
 
@@ -133,12 +133,6 @@ def example(name: str, daemon: Daemon, *arguments: str, gateway: Gateway | None 
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-@pytest.fixture
-async def gateway(daemon: Daemon, tmp_path: Path, short_path: Path) -> AsyncIterator[Gateway]:
-    async with running_gateway(daemon, tmp_path / "gateway.log", short_path / "gateway.sock") as running:
-        yield running
 
 
 async def test_easy_questions_go_to_the_small_model(

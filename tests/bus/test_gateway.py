@@ -6,14 +6,13 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 from conftest import SAYS, Daemon, Remote
-from gateways import WHO, Gateway, free_port, running_gateway
+from gateways import WHO, Gateway, free_port
 from waiting import PATIENCE_S, eventually
 
 from flashd.dbus import wire
@@ -24,12 +23,6 @@ from flashd.gateway.tokens import TokenFile
 @pytest.fixture
 def daemon(shared: Daemon) -> Daemon:
     return shared
-
-
-@pytest.fixture
-async def gateway(daemon: Daemon, tmp_path: Path, short_path: Path) -> AsyncIterator[Gateway]:
-    async with running_gateway(daemon, tmp_path / "gateway.log", short_path / "gateway.sock") as running:
-        yield running
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -12,7 +12,7 @@ import ollama
 import openai
 import pytest
 from conftest import Daemon, Remote, import_model, running_daemon
-from gateways import WHO, Gateway, running_gateway
+from gateways import WHO, Gateway
 from running import CONFIG
 from waiting import PATIENCE_S, eventually
 
@@ -29,12 +29,6 @@ def daemon(bus: PrivateBus, tmp_path: Path, short_path: Path) -> Iterator[Daemon
     adapters = json.dumps([f"tuned={folder}", f"lost={tmp_path / 'nowhere'}"])
     daemon.config.write_text(f"{CONFIG}[engines.vllm]\nadapters = {adapters}\n")
     with running_daemon(daemon) as running:
-        yield running
-
-
-@pytest.fixture
-async def gateway(daemon: Daemon, tmp_path: Path, short_path: Path) -> AsyncIterator[Gateway]:
-    async with running_gateway(daemon, tmp_path / "gateway.log", short_path / "gateway.sock") as running:
         yield running
 
 

@@ -32,12 +32,6 @@ def daemon(sources: Path) -> Iterator[Daemon]:
 
 
 @pytest.fixture
-async def gateway(daemon: Daemon, tmp_path: Path, short_path: Path) -> AsyncIterator[Gateway]:
-    async with running_gateway(daemon, tmp_path / "gateway.log", short_path / "gateway.sock") as running:
-        yield running
-
-
-@pytest.fixture
 async def client(gateway: Gateway) -> AsyncIterator[ollama.AsyncClient]:
     async with gateway.ollama() as made:
         yield made

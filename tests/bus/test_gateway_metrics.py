@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from conftest import SAYS, Daemon, Remote, import_model
-from gateways import WHO, Gateway, running_gateway
+from conftest import SAYS, Remote, import_model
+from gateways import WHO, Gateway
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import PATIENCE_S, eventually
 
@@ -19,12 +18,6 @@ from flashd.gateway.tokens import PREFIX, TokenFile
 
 CHAT = "/v1/chat/completions"
 Samples = dict[tuple[str, ...], float]
-
-
-@pytest.fixture
-async def gateway(daemon: Daemon, tmp_path: Path, short_path: Path) -> AsyncIterator[Gateway]:
-    async with running_gateway(daemon, tmp_path / "gateway.log", short_path / "gateway.sock") as running:
-        yield running
 
 
 @pytest.fixture

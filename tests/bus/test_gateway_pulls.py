@@ -13,7 +13,7 @@ import httpx
 import hub as fake_hub
 import pytest
 from conftest import SAYS, Daemon, Remote, import_model, running_daemon
-from gateways import WHO, Gateway, running_gateway
+from gateways import WHO, Gateway
 from hub import Hub
 from running import CONFIG
 from waiting import PATIENCE_S, eventually
@@ -46,12 +46,6 @@ def daemon(
     daemon = Daemon(bus.address, tmp_path, short_path)
     daemon.config.write_text(CONFIG + PULLS)
     with running_daemon(daemon) as running:
-        yield running
-
-
-@pytest.fixture
-async def gateway(daemon: Daemon, tmp_path: Path, short_path: Path) -> AsyncIterator[Gateway]:
-    async with running_gateway(daemon, tmp_path / "gateway.log", short_path / "gateway.sock") as running:
         yield running
 
 
