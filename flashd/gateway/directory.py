@@ -35,10 +35,14 @@ LATEST = ":latest"  # Ollama's programs add it to names
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The model that is to answer a request, and the name by which its engine is asked: its own, or an adapter's."""
+    """The model that is to answer a request, and the name by which its engine is asked: its own, or an adapter's.
+
+    One that is not here `is_to_be_pulled` from the hub first.
+    """
 
     model: str
     name: str
+    is_to_be_pulled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

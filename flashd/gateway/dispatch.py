@@ -130,7 +130,7 @@ class Dispatcher:
                 raise NotFound(error.message, hint=f"{error.hint}; {why_not}") from None
             if self._is_here(name):
                 raise
-            return Wanted(name, name)
+            return Wanted(name, name, is_to_be_pulled=True)
 
     async def _patiently(self, find: Callable[[], T]) -> T:
         """What `find` returns before, or as soon as, the latest news has come. Raises NotFound like `find`."""
@@ -164,7 +164,7 @@ class Dispatcher:
         """
         model = wanted.model
         arrived = time.monotonic()
-        await self._until_here(model)
+        await self._until_here(wanted)
         for attempt in range(1, _MOST_ATTEMPTS + 1):
             async with self._turn(model, arrived):
                 changed = self._changed
@@ -183,11 +183,11 @@ class Dispatcher:
                 await asyncio.wait_for(changed.wait(), _STALE_S)
             self._known.resolve(model)  # it may be gone
 
-    async def load(self, model: str) -> None:
+    async def load(self, wanted: Wanted) -> None:
         """Returns when a model serves, after its turn has come. Raises like `answer`."""
         arrived = time.monotonic()
-        await self._until_here(model)
-        async with self._turn(model, arrived):
+        await self._until_here(wanted)
+        async with self._turn(wanted.model, arrived):
             pass
 
     async def unload(self, model: str) -> None:
@@ -334,12 +334,12 @@ class Dispatcher:
     def _note_progress(self, progress: Progress) -> None:
         self._progress = progress
 
-    async def _until_here(self, model: str) -> None:
+    async def _until_here(self, wanted: Wanted) -> None:
         """Pulls a model that `wanted` found to be on the hub only. Raises NotFound, also for one that has come to be
-        here meanwhile and that the client of this request may not know of."""
-        if model in self.directory.models:
-            return
-        if is_repository(model) and not self._is_here(model) and not self._cannot_pull():
+        here meanwhile and that the client of this request may not know of, and for one that was removed."""
+        model = wanted.model
+        is_missing = wanted.is_to_be_pulled and not self._is_here(model)
+        if is_missing and not self._cannot_pull():
             async with self.pulls.joined(model) as pull:
                 async for _ in pull.steps():
                     pass

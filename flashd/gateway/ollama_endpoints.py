@@ -117,7 +117,7 @@ class OllamaEndpoints:
         durations = Durations(asked.arrived_ns)
         answer = OllamaAnswer(_name(content) or wanted.name, translate is ollama_requests.chat, durations)
         if request.asks is None:
-            await self._load(wanted.model, request)
+            await self._load(wanted, request)
             await send.json(answer.ended("unload" if request.unloads else "load"))
             return
         request.keep()
@@ -137,7 +137,7 @@ class OllamaEndpoints:
     ) -> tuple[list[Any], Usage]:
         wanted = await self._wanted(content)
         if request.asks is None:
-            await self._load(wanted.model, request)
+            await self._load(wanted, request)
             return [], Usage(0, 0)
         request.keep()
         async with self._dispatcher.answer(wanted, self._made(request.asks, wanted.name, durations)) as response:
@@ -148,13 +148,13 @@ class OllamaEndpoints:
             raise EngineFailed("the engine's answer has no embeddings", hint="see the engine's log") from None
         return vectors, usage(found) or Usage(0, 0)
 
-    async def _load(self, model: str, request: OllamaRequest) -> None:
+    async def _load(self, wanted: Wanted, request: OllamaRequest) -> None:
         """Has the model serve, or cease to."""
         if request.unloads:
-            await self._dispatcher.unload(model)
+            await self._dispatcher.unload(wanted.model)
         else:
             request.keep()
-            await self._dispatcher.load(model)
+            await self._dispatcher.load(wanted)
 
     def _with_client(self, do: Callable[[Client], None]) -> None:
         """Runs in a thread, on a connection of its own."""

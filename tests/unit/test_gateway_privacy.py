@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request that waits for its model may lose the right to it meanwhile."""
+"""A request that waits for its model may lose it, or the right to it, meanwhile."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gateway_alone import WHISPER
 from waiting import PATIENCE_S
 
 from flashd.client.results import Engine
+from flashd.config.settings import Config, GatewayConfig
 from flashd.errors import NotFound, Unavailable
 from flashd.gateway.access import ACCESS, Access
 from flashd.gateway.directory import Directory, Wanted
@@ -53,4 +54,27 @@ async def test_a_model_that_became_private_while_a_request_waited_does_not_answe
         assert not asked
     finally:
         may_end.set()
+        await dispatcher.close()
+
+
+async def test_a_model_that_was_removed_before_its_request_is_not_pulled_again() -> None:
+    """By its name, it might be on the hub."""
+    asks = threading.Event()
+
+    def connect(_: bool) -> Any:
+        asks.set()
+        raise Unavailable("there is no daemon in this test")
+
+    measures, name = Measures(), "someone/whisper"
+    dispatcher = Dispatcher(connect, measures, DaemonNews(measures))
+    may_pull = Config(gateway=GatewayConfig(pull=True, change_models=True))
+    empty = Directory(config=may_pull, is_connected=True, is_settled=True)
+    dispatcher._note(replace(empty, models={name: replace(WHISPER, name=name)}))
+    wanted = await dispatcher.wanted(name)
+    dispatcher._note(empty)
+    try:
+        with pytest.raises(NotFound):
+            await dispatcher.load(wanted)
+        assert not asks.is_set()
+    finally:
         await dispatcher.close()
