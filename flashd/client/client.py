@@ -523,7 +523,7 @@ class Client(Closing):
         return Lease(self, path, fd, self._last_layout[1], details)
 
     def chat(self, name: str, messages: Sequence[openai.Message], **parameters: object) -> str:
-        """Asks the model `name`, which is made to serve first if it does not, and returns its whole answer.
+        """Asks the model or adapter `name`, which is made to serve first if it does not, and returns its whole answer.
 
         `messages` and `parameters` are those of OpenAI's chat completions. Raises NotFound, what a swap raises,
         InvalidArgument for a request that the engine refuses, or EngineFailed.
@@ -569,13 +569,17 @@ class Client(Closing):
         return path if os.access(path, os.W_OK) else self.open_endpoint
 
     def endpoint_of(self, name: str) -> openai.Endpoint:
-        """Returns the address of a model, for `flashd.client.openai`, once it serves; it is made to if it does not."""
+        """Returns the address of a model, for `flashd.client.openai`, once it serves; it is made to if it does not.
+
+        For an adapter (engines.vllm.adapters), that is the address of its base.
+        """
         try:
             outcome = self.serve(name)
         except NotFound:
-            if self._is_adapter(name):
-                return self.endpoint()
-            raise
+            base = next((model.name for model in self.models() if name in model.adapters), None)
+            if base is None:
+                raise
+            outcome = self.serve(base, engine="vllm")  # no other kind applies adapters
         if os.access(outcome.endpoint, os.W_OK):
             return outcome.endpoint
         path = wire.model_path(outcome.model)
@@ -585,14 +589,6 @@ class Client(Closing):
             return socket.socket(fileno=fd)
 
         return opened
-
-    def _is_adapter(self, name: str) -> bool:
-        """Tells whether the active model's engine offers an adapter of this name (engines.vllm.adapters)."""
-        from flashd.client import openai
-
-        with contextlib.suppress(FlashdError):
-            return any(each.get("id") == name for each in openai.models(self.endpoint()))
-        return False
 
     def open_endpoint(self) -> socket.socket:
         """Returns a connection to the active model, opened by the daemon. Raises Unavailable if no model is active."""

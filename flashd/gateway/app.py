@@ -69,8 +69,7 @@ def application(
     async def model(request: Request) -> Response:
         is_anthropics = _ANTHROPICS in request.headers
         try:
-            wanted = await dispatcher.wanted(request.path_params["name"])
-            found = wanted.name, await dispatcher.resolve(wanted.model)
+            found = await dispatcher.described(request.path_params["name"])
         except (NotFound, Unavailable) as error:
             dialect: Dialect = anthropic.Anthropic() if is_anthropics else openai.OpenAI()
             return JSONResponse(dialect.described(error), status_code=status_of(error))

@@ -117,6 +117,11 @@ class Dispatcher:
         """Finds a model as Directory does, also one that the daemon has had for a moment only. Raises NotFound."""
         return await self._patiently(lambda: self.directory.resolve(name))
 
+    async def described(self, name: str) -> tuple[str, Model]:
+        """Finds a model like `resolve`, or else the base of an adapter, and the name of what was found."""
+        wanted = await self._patiently(lambda: self.directory.wanted(name))
+        return wanted.name, self.directory.resolve(wanted.model)
+
     async def wanted(self, name: str) -> Wanted:
         """What is to answer a request. A model of the hub that is not here yet, `answer` and `load` pull first, where
         `gateway.pull` and the rights of the client permit it. Raises NotFound."""

@@ -40,8 +40,7 @@ class OllamaEndpoints:
         await send.json({"version": ollama.SPEAKS, "flashd": __version__})
 
     async def tags(self, _: Asked, send: Sending) -> None:
-        models = sorted(self._dispatcher.directory.models.items())
-        await send.json({"models": [ollama.tag(model) for _, model in models]})
+        await send.json({"models": [ollama.tag(*each) for each in self._dispatcher.directory.listed()]})
 
     async def ps(self, _: Asked, send: Sending) -> None:
         known = self._dispatcher.directory
@@ -52,7 +51,7 @@ class OllamaEndpoints:
     async def show(self, asked: Asked, send: Sending) -> None:
         content = parse_object(asked.body)
         read_fields(content, ollama_requests.SHOW, "/api/show")
-        await send.json(ollama.shown(await self._dispatcher.resolve(_name(content))))
+        await send.json(ollama.shown(*await self._dispatcher.described(_name(content))))
 
     async def chat(self, asked: Asked, send: Sending) -> None:
         await self._generate(asked, send, ollama_requests.chat)

@@ -51,6 +51,12 @@ async def test_an_adapter_belongs_to_its_base(daemon: Daemon, remote: Remote, ga
         assert (await web.get("/v1/models/tuned")).json()["parent"] == "someone/ada"
         anthropics = (await web.get("/v1/models", headers={"anthropic-version": "2023-06-01"})).json()["data"]
         assert [model["id"] for model in anthropics] == ["bob", "someone/ada", "tuned"]
+        parents = {"bob:latest": "", "someone/ada:latest": "", "tuned:latest": "someone/ada"}
+        tags = (await web.get("/api/tags")).json()["models"]
+        assert {model["name"]: model["details"]["parent_model"] for model in tags} == parents
+        for name, parent in parents.items():  # programs ask this of all that are listed
+            shown = (await web.post("/api/show", json={"model": name})).json()
+            assert shown["details"]["parent_model"] == parent and shown["modelfile"] == f"FROM {parent or name[:-7]}\n"
     await eventually(lambda: "the adapter lost=" in daemon.log.read_text())
     daemon.stop()
     daemon.start()
@@ -79,5 +85,4 @@ async def test_an_engine_that_applies_none_does_not_answer_as_its_base(
     async with gateway.ollama() as client:
         with pytest.raises(ollama.ResponseError, match="tuned is an adapter of ada"):
             await client.chat("tuned:latest", WHO)
-        with pytest.raises(ollama.ResponseError, match="there is no model 'tuned'"):
-            await client.show("tuned")
+        assert (await client.show("tuned")).details.parent_model == "ada"  # type: ignore[union-attr]

@@ -144,6 +144,14 @@ async def test_the_gateway_has_its_base_serve_and_asks_it_by_name(client: Client
         assert answer.content[0].text == BOB.introduction
 
 
+def test_it_serves_by_itself_in_python(client: Client) -> None:
+    client.swap("bob")
+    client.stop_engine(client.engines()[0])
+    assert client.chat("tuned", ASK, temperature=0) == BOB.introduction
+    with pytest.raises(errors.NotFound):
+        client.chat("tune", ASK)
+
+
 def test_it_is_there_only_while_its_base_is(client: Client) -> None:
     """One engine serves both models, and would apply it to either."""
     tuned = LoRARequest("tuned", 1, "")

@@ -289,8 +289,9 @@ def test_names() -> None:
 
 def test_a_model_of_an_older_daemon_is_asked_for_completions() -> None:
     """Programs offer none of a model without capabilities."""
-    assert shown(WHISPER)["capabilities"] == ["completion"]
-    assert shown(dataclasses.replace(WHISPER, capabilities=("embedding",)))["capabilities"] == ["embedding"]
+    assert shown("whisper", WHISPER)["capabilities"] == ["completion"]
+    embeds = dataclasses.replace(WHISPER, capabilities=("embedding",))
+    assert shown("whisper", embeds)["capabilities"] == ["embedding"]
 
 
 def test_errors_name_ollamas_parameters() -> None:

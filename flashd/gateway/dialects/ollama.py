@@ -59,27 +59,30 @@ def pulled(repository: str, done_bytes: int, total_bytes: int) -> dict[str, obje
     return said | ({"total": total_bytes, "completed": done_bytes} if total_bytes else {})
 
 
-def tag(model: Model) -> dict[str, object]:
-    """A model as /api/tags lists it."""
+def tag(name: str, model: Model) -> dict[str, object]:
+    """A model as /api/tags lists it, by its own name or that of one of its adapters."""
     return {
-        "name": tagged(model.name),
-        "model": tagged(model.name),
+        "name": tagged(name),
+        "model": tagged(name),
         "modified_at": timestamp(model.created_at),
         "size": model.size_bytes,
         "digest": model.checkpoint,
-        "details": _details(model),
+        "details": _details(name, model),
     }
 
 
 def running(model: Model, engine: Engine) -> dict[str, object]:
     """A model that serves, as /api/ps lists it."""
-    entry = tag(model)
+    entry = tag(model.name, model)
     del entry["modified_at"]
     return entry | {"expires_at": _FOREVER, "size_vram": engine.device_bytes}
 
 
-def shown(model: Model) -> dict[str, object]:
-    """A model as /api/show describes it. What only its engine knows is left out: template and parameters."""
+def shown(name: str, model: Model) -> dict[str, object]:
+    """A model, or an adapter by its base, as /api/show describes it.
+
+    What only its engine knows is left out: template and parameters.
+    """
     information: dict[str, object] = {"general.architecture": _family(model)}
     if count := _parameter_count(model):
         information["general.parameter_count"] = count
@@ -89,7 +92,7 @@ def shown(model: Model) -> dict[str, object]:
         "modelfile": f"FROM {model.name}\n",
         "parameters": "",
         "template": "",
-        "details": _details(model),
+        "details": _details(name, model),
         "model_info": information,
         "capabilities": list(model.capabilities) or ["completion"],  # an older daemon does not say
         "modified_at": timestamp(model.created_at),
@@ -100,10 +103,10 @@ def timestamp(at_s: float) -> str:
     return datetime.fromtimestamp(at_s, UTC).isoformat().replace("+00:00", "Z")
 
 
-def _details(model: Model) -> dict[str, object]:
+def _details(name: str, model: Model) -> dict[str, object]:
     family, count = _family(model), _parameter_count(model)
     return {
-        "parent_model": "",
+        "parent_model": "" if name == model.name else model.name,
         "format": "safetensors",
         "family": family,
         "families": [family],
