@@ -29,7 +29,7 @@ from flashd.gateway.keep_alive import KEEP_ALIVE, KeepAlive
 from flashd.gateway.kept_client import KeptClient, Progress
 from flashd.gateway.metrics.measures import Measures
 from flashd.gateway.metrics.observed import observed
-from flashd.gateway.pulls import Pulls, is_repository
+from flashd.gateway.pulls import Pulls, is_repository, stopping
 from flashd.gateway.turns import Ask, Bring, Ticket, Turns
 
 T = TypeVar("T")
@@ -76,6 +76,7 @@ class Dispatcher:
         self._work: asyncio.Task[None] | None = None
         self._waiters: dict[Ticket, asyncio.Future[None]] = {}
         self._known = self._public = Directory()
+        self._is_stopping = False
 
     @property
     def directory(self) -> Directory:
@@ -96,6 +97,15 @@ class Dispatcher:
     def start(self) -> None:
         self._follower.start()
 
+    def stop_waiting(self) -> None:
+        """Refuses the requests that wait, and those that come from now on. Those that are answered go on."""
+        self._is_stopping = True
+        for waiter in self._waiters.values():
+            if not waiter.done():
+                waiter.set_exception(stopping())
+        self.pulls.stop()
+        self._news()
+
     async def close(self) -> None:
         self._follower.stop()
         if self._work is not None:
@@ -110,7 +120,7 @@ class Dispatcher:
         """Returns when the daemon was asked what there is, whether or not it answered."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FIRST_S):
-                while not self._known.is_settled:
+                while not self._known.is_settled and not self._is_stopping:
                     await self._changed.wait()
 
     async def resolve(self, name: str) -> Model:
@@ -258,6 +268,8 @@ class Dispatcher:
             if not admitted.done():
                 admitted.set_result(None)
 
+        if self._is_stopping:
+            raise stopping()
         request = observed()
         request.queued(model)
         ticket = self._turns.ask(model, time.monotonic(), admit, arrived=arrived)
@@ -376,12 +388,15 @@ class Dispatcher:
         if not directory.is_connected:
             self._client.close()
         self._measures.models_are(directory.models)
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._news()
         self._turns.turn_s, self._turns.max_waiting = directory.config.engines.turn_s, self.settings.max_waiting
         self._turns.serving(directory.serving, time.monotonic())
         self._keep_alive.serving(directory.serving)
         self._step()
+
+    def _news(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
 
 def _said(what: str, progress: Progress) -> str:

@@ -9,7 +9,7 @@ import contextlib
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
-from flashd.errors import LimitExceeded
+from flashd.errors import LimitExceeded, Unavailable
 from flashd.gateway.kept_client import KeptClient, Progress
 
 _MOST_AT_ONCE = 8  # each has a process that downloads, and a thread that waits for it
@@ -19,6 +19,11 @@ _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 def is_repository(name: str) -> bool:
     """Tells whether a name looks like that of a repository of the hub, OWNER/NAME."""
     return _REPOSITORY.fullmatch(name) is not None
+
+
+def stopping() -> Unavailable:
+    """The error of what waits when the gateway is stopped."""
+    return Unavailable("the gateway is stopping", hint="ask again in a moment")
 
 
 class Pull:
@@ -36,11 +41,14 @@ class Pull:
         return bool(self.work.cancelling())
 
     async def steps(self) -> AsyncGenerator[Progress, None]:
-        """Yields how far it is at first and whenever that changes, until its end. Raises what the pull raises."""
+        """Yields how far it is at first and whenever that changes, until its end. Raises what the pull raises, or
+        Unavailable if the gateway stops."""
         while not self.work.done():
             changed = self._changed
             yield self.progress
             await changed.wait()
+        if self.work.cancelled():
+            raise stopping()
         self.work.result()
 
     async def _done(self, client: KeptClient, repository: str, until_listed: Callable[[str], Awaitable[None]]) -> None:
@@ -64,6 +72,7 @@ class Pulls:
         self._until_listed = until_listed
         self._max_waiting = max_waiting
         self._pulls: dict[str, Pull] = {}
+        self._is_stopping = False
 
     def progress(self, repository: str) -> Progress | None:
         """How far its pull is; None if it is not being pulled."""
@@ -71,9 +80,14 @@ class Pulls:
 
     @contextlib.asynccontextmanager
     async def joined(self, repository: str) -> AsyncIterator[Pull]:
-        """Begins a pull or joins the one in progress, until the end of the context. Raises LimitExceeded."""
+        """Begins a pull or joins the one in progress, until the end of the context.
+
+        Raises LimitExceeded, or Unavailable if the gateway stops.
+        """
         while (pull := self._pulls.get(repository)) is not None and pull.is_cancelled:
             await asyncio.wait({pull.work})
+        if self._is_stopping:
+            raise stopping()
         if pull is None:
             if len(self._pulls) >= _MOST_AT_ONCE:
                 raise LimitExceeded(f"{len(self._pulls)} pulls are in progress already", hint="try again later")
@@ -89,12 +103,16 @@ class Pulls:
             if not pull.waiting:
                 pull.work.cancel()
 
+    def stop(self) -> None:
+        """Cancels all pulls, and refuses others from now on."""
+        self._is_stopping = True
+        for pull in self._pulls.values():
+            pull.work.cancel()
+
     async def close(self, most_s: float) -> None:
-        """Cancels all pulls, and waits for their ends for so long at most."""
-        ending = {pull.work for pull in self._pulls.values()}
-        for work in ending:
-            work.cancel()
-        if ending:
+        """Waits for the ends of all pulls, which it cancels, for so long at most."""
+        self.stop()
+        if ending := {pull.work for pull in self._pulls.values()}:
             await asyncio.wait(ending, timeout=most_s)
 
     def _ended(self, repository: str, work: asyncio.Task[None]) -> None:

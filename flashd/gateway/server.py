@@ -10,6 +10,7 @@ import logging
 import signal
 import socket
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -35,7 +36,8 @@ log = logging.getLogger(__name__)
 
 _BACKLOG = 1024
 _KEEP_ALIVE_S = 75
-_FINISH_S = 10
+_FINISH_S = 10  # for answers
+_TELL_S = 2  # for the clients of those that have not finished to take the news
 
 
 async def serve(options: argparse.Namespace, opened: Opened, tokens: TokenFile) -> None:
@@ -62,11 +64,10 @@ async def serve(options: argparse.Namespace, opened: Opened, tokens: TokenFile) 
         server_header=False,
         backlog=_BACKLOG,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=_FINISH_S,
     )
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each malformed form
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that leave
-    server = _Server(config)
+    server = _Server(config, dispatcher.stop_waiting)
     dispatcher.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, functools.partial(server.handle_exit, number, None))
@@ -85,15 +86,29 @@ async def serve(options: argparse.Namespace, opened: Opened, tokens: TokenFile) 
 
 
 class _Server(uvicorn.Server):  # type: ignore[misc]
-    """uvicorn, which tells the service manager when it answers."""
+    """uvicorn, which tells the service manager when it answers, and the requests that wait when it ends."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, stop_waiting: Callable[[], None]) -> None:
         super().__init__(config)
         self.manager = ServiceManager(notify_socket())
+        self._stop_waiting = stop_waiting
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.manager.tell("READY=1")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for answers for as long as they may take, and has the others say that they are cut.
+
+        The limit of uvicorn would do the same, but log it as an error.
+        """
+        self._stop_waiting()
+        finishing = asyncio.ensure_future(super().shutdown(sockets))
+        for limit_s in (_FINISH_S, _TELL_S):
+            await asyncio.wait({finishing}, timeout=limit_s)
+            for unfinished in list(self.server_state.tasks):
+                unfinished.cancel()
+        await end(finishing)
 
 
 async def _end_when_alone(dispatcher: Dispatcher, linger_s: float | None, server: uvicorn.Server) -> None:

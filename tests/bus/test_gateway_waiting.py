@@ -23,9 +23,10 @@ GREEDY = {"temperature": 0, "max_tokens": 40}
 async def gateway(
     daemon: Daemon, remote: Remote, sources: Path, tmp_path: Path, short_path: Path
 ) -> AsyncIterator[Gateway]:
-    """Of a daemon that has no engine yet, and takes three seconds at least to start one."""
+    """Of a daemon that has no engine yet, and takes three seconds at least to start one; longer while `held` exists."""
     slow = tmp_path / "python"
-    slow.write_text(f'#!/bin/sh\nsleep 3\nexec "{os.environ[TORCH_PYTHON]}" "$@"\n')
+    hold = f"while [ -e '{tmp_path / 'held'}' ]; do sleep 0.1; done"
+    slow.write_text(f'#!/bin/sh\nsleep 3\n{hold}\nexec "{os.environ[TORCH_PYTHON]}" "$@"\n')
     slow.chmod(0o755)
     daemon.stop()
     daemon.config.write_text(daemon.config.read_text() + f'torch.python = "{slow}"\n')
@@ -102,3 +103,37 @@ async def test_a_model_is_parked_when_a_request_said_so_and_nobody_is_cut(gatewa
         await eventually(is_parked)
         assert (await ask("-1")).json()["choices"][0]["message"]["content"] == SAYS["ada"]
         assert not await is_parked()
+
+
+async def test_requests_that_wait_are_told_when_the_gateway_stops(gateway: Gateway, tmp_path: Path) -> None:
+    """Each in its own form."""
+    said = "the gateway is stopping"
+    bodies: list[tuple[str, dict[str, object]]] = [
+        ("/v1/chat/completions", {"messages": WHO}),
+        ("/v1/completions", {"prompt": "Who are you?"}),
+        ("/v1/messages", {"messages": WHO, "max_tokens": 40}),
+        ("/api/chat", {"messages": WHO, "stream": False}),
+        ("/api/generate", {"prompt": "Who are you?", "stream": False}),
+    ]
+    held = tmp_path / "held"
+    held.touch()
+    async with httpx.AsyncClient(base_url=gateway.url, timeout=PATIENCE_S) as web:
+
+        async def all_wait() -> bool:
+            return f'flashd_queue_length{{model="ada"}} {len(bodies) + 1}' in (await web.get("/metrics")).text
+
+        asked = [asyncio.create_task(web.post(path, json={"model": "ada", **body})) for path, body in bodies]
+        async with web.stream(
+            "POST", "/v1/chat/completions", json={"model": "ada", "messages": WHO, "stream": True}
+        ) as begun:
+            lines = begun.aiter_lines()
+            assert (await anext(lines)).startswith(": ")
+            await eventually(all_wait)
+            gateway.process.terminate()
+            *_, last = [line async for line in lines if line]
+        assert said in json.loads(last.removeprefix("data: "))["error"]["message"]
+        for (path, _), answer in zip(bodies, await asyncio.gather(*asked), strict=True):
+            assert answer.status_code == 503 and answer.headers["retry-after"] == "1", answer.text
+            error = answer.json()["error"]
+            assert said in (error if path.startswith("/api") else error["message"])
+    held.unlink()
