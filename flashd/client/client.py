@@ -464,9 +464,13 @@ class Client(Closing):
         `device` names the GPU if there are several. Returns `residency` (the tier), `seconds` and `size_bytes`. Raises
         OutOfMemory, CorruptCheckpoint or TransferFailed.
         """
+        return self.begin_load(name, tier, device=device).wait(on_progress)
+
+    def begin_load(self, name: str, tier: str = "host", *, device: str = "") -> Job:
+        """Begins what `load` does, without waiting."""
         options = {"device": Variant("s", device)} if device else {}
         (path,) = self._manager("Load", "ssa{sv}", name, tier, options)
-        return self._job(path).wait(on_progress)
+        return self._job(path)
 
     def set_idle_timeout(self, name: str, seconds: float) -> None:
         """Sets the time without requests after which a model is parked, for as long as it goes on serving.

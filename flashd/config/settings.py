@@ -227,7 +227,8 @@ class GatewayConfig:
         (), "Web sites whose pages may use the gateway without a token, such as http://localhost:3000."
     )
     change_models: bool = _setting(
-        False, "Let requests without a token pull and remove models, as Ollama's programs do."
+        False,
+        "Let requests without a token pull and remove models, as Ollama's programs do, and change them at the page.",
     )
     pull: bool = _setting(
         False,
@@ -237,6 +238,7 @@ class GatewayConfig:
     progress: bool = _setting(
         False, "Tell the clients of streams as text of the answer what they wait for, not as a comment of the stream."
     )
+    page: bool = _setting(True, "Show the page at /, and the state of the machine at /flashd/v1, which it is made of.")
     max_waiting: int = _setting(256, "Most requests that wait for one model; further ones are refused.")
 
 

@@ -15,11 +15,13 @@ class Access:
 
     It `sees_private` models if it is known to be the user whose models the daemon shows us. If its token is for some
     `models`, it may use no others. It `may_change_models`, where the gateway allows that, if it came without a token.
+    `is_over_socket` is whether it came by the Unix socket, which other users' programs cannot open.
     """
 
     sees_private: bool = True
     models: tuple[str, ...] = ()
     may_change_models: bool = True
+    is_over_socket: bool = True
 
     def cannot_change_models(self, settings: GatewayConfig) -> str:
         """Why it may not pull and remove models, and what to do about it; empty if it may."""

@@ -8,7 +8,7 @@ import dataclasses
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from flashd._version import __version__
@@ -28,6 +28,8 @@ from flashd.gateway.metrics.daemon_news import DaemonNews
 from flashd.gateway.metrics.measures import Measures
 from flashd.gateway.metrics.page import MetricsPage
 from flashd.gateway.ollama_endpoints import OllamaEndpoints
+from flashd.gateway.page.endpoints import PageEndpoints
+from flashd.gateway.page.files import FOLDER
 from flashd.gateway.passed import Passed
 from flashd.gateway.responses_endpoint import ResponsesEndpoint
 
@@ -37,7 +39,7 @@ _PASSED = (
     *("/v1/score", "/score", "/pooling", "/classify", "/tokenize", "/detokenize"),
 )
 _ANTHROPICS = "anthropic-version"  # a header that Anthropic's clients send, and no others
-_AT_ONCE = frozenset({"/health", "/metrics"})
+_AT_ONCE = frozenset({"/", "/health", "/metrics"})
 _SHOWN = 200
 
 
@@ -47,7 +49,12 @@ def paths(application: Starlette) -> list[str]:
 
 
 def application(
-    dispatcher: Dispatcher, connect: Connect, measures: Measures, news: DaemonNews, opened: Opened
+    dispatcher: Dispatcher,
+    connect: Connect,
+    measures: Measures,
+    news: DaemonNews,
+    opened: Opened,
+    page: PageEndpoints,
 ) -> Starlette:
     """`opened` is where it is reached."""
     ollama = OllamaEndpoints(dispatcher, connect)
@@ -55,7 +62,7 @@ def application(
     passed = Passed(dispatcher)
     audio = audio_endpoints.AudioEndpoints(dispatcher)
     budget = BodyBudget()
-    page = MetricsPage(dispatcher, measures, news, budget)
+    metrics = MetricsPage(dispatcher, measures, news, budget)
 
     def route(path: str, answer: Answer, method: str = "POST") -> Route:
         return Route(path, Endpoint(dialect_of(path), answer, budget), methods=[method])
@@ -88,14 +95,11 @@ def application(
         }
         return JSONResponse(said, status_code=200 if known.is_connected else 503)
 
-    async def root(_: Request) -> Response:
-        return PlainTextResponse("Ollama is running")  # by these words programs recognise its interface
-
     return Starlette(
         routes=[
-            Route("/", root),
+            *page.routes(budget),
             Route("/health", health),
-            Route("/metrics", page.answer),
+            Route("/metrics", metrics.answer),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             *(route(path, passed) for path in _PASSED),
@@ -126,9 +130,14 @@ class OnceSettled:
         self._dispatcher = dispatcher
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _AT_ONCE:
+        if scope["type"] == "http" and not _is_at_once(scope["path"]):
             await self._dispatcher.settled()
         await self._inside(scope, receive, send)
+
+
+def _is_at_once(path: str) -> bool:
+    """Tells whether a path is answered without the daemon."""
+    return path in _AT_ONCE or path.startswith(FOLDER)
 
 
 async def _not_found(request: Request, error: Exception) -> Response:

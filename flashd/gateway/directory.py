@@ -145,6 +145,22 @@ class Watch(Protocol):
         """The daemon has sent a signal."""
 
 
+class Watches(list[Watch]):
+    """Several watches as one. All are there before the follower starts."""
+
+    def began(self, client: Client) -> None:
+        for watch in self:
+            watch.began(client)
+
+    def listed(self, models: Mapping[str, Model], status: Status) -> None:
+        for watch in self:
+            watch.listed(models, status)
+
+    def happened(self, event: Event) -> None:
+        for watch in self:
+            watch.happened(event)
+
+
 class Follower:
     """Follows the daemon from a thread of its own, and connects again whenever the daemon was away."""
 

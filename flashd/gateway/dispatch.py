@@ -77,6 +77,7 @@ class Dispatcher:
         self._waiters: dict[Ticket, asyncio.Future[None]] = {}
         self._known = self._public = Directory()
         self._is_stopping = False
+        self.on_news: Callable[[], None] = lambda: None  # called whenever the daemon has said something new
 
     @property
     def directory(self) -> Directory:
@@ -143,7 +144,7 @@ class Dispatcher:
                 raise
             if why_not := self._cannot_pull():  # the same words for a model that is here, but not for this client
                 raise NotFound(error.message, hint=f"{error.hint}; {why_not}") from None
-            if self._is_here(name):
+            if self.is_here(name):
                 raise
             return Wanted(name, name, is_to_be_pulled=True)
 
@@ -157,7 +158,7 @@ class Dispatcher:
                     await self._changed.wait()
         return find()
 
-    def _is_here(self, name: str) -> bool:
+    def is_here(self, name: str) -> bool:
         """Tells whether there is a model of this name, whether or not the client of this request may know of it."""
         with contextlib.suppress(NotFound):
             return bool(self._known.resolve(name))
@@ -355,7 +356,7 @@ class Dispatcher:
         """Pulls a model that `wanted` found to be on the hub only. Raises NotFound, also for one that has come to be
         here meanwhile and that the client of this request may not know of, and for one that was removed."""
         model = wanted.model
-        is_missing = wanted.is_to_be_pulled and not self._is_here(model)
+        is_missing = wanted.is_to_be_pulled and not self.is_here(model)
         if is_missing and not self._cannot_pull():
             async with self.pulls.joined(model) as pull:
                 async for _ in pull.steps():
@@ -393,6 +394,7 @@ class Dispatcher:
         self._turns.serving(directory.serving, time.monotonic())
         self._keep_alive.serving(directory.serving)
         self._step()
+        self.on_news()
 
     def _news(self) -> None:
         self._changed.set()

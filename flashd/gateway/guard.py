@@ -19,10 +19,12 @@ from flashd.errors import NotAuthorized
 from flashd.gateway.access import ACCESS, Access
 from flashd.gateway.dialects.by_path import dialect_of
 from flashd.gateway.exchange import Message, Receive, Send, send_json
+from flashd.gateway.page.files import FOLDER
 from flashd.gateway.tokens import PREFIX, TokenFile
 
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
+_FOR_BROWSERS = ("/flashd/", FOLDER)
 _CHALLENGE = {"WWW-Authenticate": "Bearer"}
 
 
@@ -65,24 +67,34 @@ class Guard:
         """What the request may use. Raises NotAuthorized if that is nothing."""
         secret = _secret(headers)
         token = self._tokens.find(secret) if secret.startswith(PREFIX) else None
+        if not secret and self._settings().page and _is_of_the_page(scope["path"]) and not _is_from_here(scope):
+            return Access(sees_private=False, may_change_models=False, is_over_socket=False)
         if token is None and (secret.startswith(PREFIX) or not _is_from_here(scope)):
             what = "the token is unknown, or was revoked" if secret else "a token is needed here"
             raise _NoToken(what, hint="the machine's administrator makes one: flash token new NAME")
         if token is not None:
-            return Access(sees_private=False, models=token.models, may_change_models=False)
+            return Access(
+                sees_private=False, models=token.models, may_change_models=False, is_over_socket=_is_over_unix(scope)
+            )
         if why := self._refusal(scope, {name: value.lower() for name, value in headers.items()}):
             raise NotAuthorized(why)
-        return Access(sees_private=self._socket_is_ours and _is_over_unix(scope))
+        is_over_socket = _is_over_unix(scope)
+        return Access(sees_private=self._socket_is_ours and is_over_socket, is_over_socket=is_over_socket)
 
     def _refusal(self, scope: Message, headers: Mapping[bytes, str]) -> str:
-        origin = headers.get(b"origin", "")
-        if origin and origin.rstrip("/") not in {known.lower().rstrip("/") for known in self._settings().origins}:
+        origin, host = headers.get(b"origin", ""), headers.get(b"host", "")
+        is_our_host = self._is_ours(_host(host))
+        is_same_site = headers.get(b"sec-fetch-site", "none") in {"none", "same-origin"}
+        is_our_page = is_our_host and is_same_site and origin.partition("://")[2] == host
+        known_origins = {known.lower().rstrip("/") for known in self._settings().origins}
+        if origin and not is_our_page and origin.rstrip("/") not in known_origins:
             return f"pages of {origin[:200]} may not ask here: see the setting gateway.origins"
-        if not origin and headers.get(b"sec-fetch-site", "none") not in {"none", "same-origin"}:
+        if not origin and not is_same_site:
             return "pages of other sites may not ask here: see the setting gateway.origins"
-        if not _is_over_unix(scope) and not self._is_ours(_host(headers.get(b"host", ""))):
-            shown = headers.get(b"host", "")[:200]
-            return f"this address is not known as {shown!r}: see the setting gateway.hosts"
+        # A browser reaches the Unix socket through a forwarded port, which DNS rebinding reaches as well.
+        is_for_browsers = scope["path"].startswith(_FOR_BROWSERS)
+        if (is_for_browsers or not _is_over_unix(scope)) and not is_our_host:
+            return f"this address is not known as {host[:200]!r}: see the setting gateway.hosts"
         return ""
 
     def _is_ours(self, host: str) -> bool:
@@ -96,6 +108,11 @@ def _secret(headers: Mapping[bytes, str]) -> str:
     """The token of a request, or whatever else its program was told to send as one."""
     kind, _, secret = headers.get(b"authorization", "").partition(" ")
     return secret.strip() if kind.lower() == "bearer" else headers.get(b"x-api-key", "").strip()
+
+
+def _is_of_the_page(path: str) -> bool:
+    """True for what browsers ask for before a person can give them a token: it says nothing of this machine."""
+    return path == "/" or path.startswith(FOLDER)
 
 
 def _is_from_here(scope: Message) -> bool:

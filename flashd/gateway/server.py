@@ -19,12 +19,15 @@ from flashd.client import client as clients
 from flashd.client.client import Client
 from flashd.config.environment import notify_socket, trace_service_name, traces_are_wanted, watchdog_s
 from flashd.gateway.app import OnceSettled, application, paths
+from flashd.gateway.directory import Watches
 from flashd.gateway.dispatch import Dispatcher
 from flashd.gateway.guard import Guard
 from flashd.gateway.listening import Opened
 from flashd.gateway.metrics.daemon_news import DaemonNews
 from flashd.gateway.metrics.measures import Measures
 from flashd.gateway.metrics.observing import Observing
+from flashd.gateway.page.endpoints import PageEndpoints
+from flashd.gateway.page.feed import Feed
 from flashd.gateway.tokens import TokenFile
 from flashd.service_manager import ServiceManager, Watchdog
 from flashd.tasks import end
@@ -51,13 +54,21 @@ async def serve(options: argparse.Namespace, opened: Opened, tokens: TokenFile) 
 
     measures = Measures()
     news = DaemonNews(measures)
-    dispatcher = Dispatcher(connect, measures, news)
-    inside = application(dispatcher, connect, measures, news, opened)
+    watches = Watches([news])
+    dispatcher = Dispatcher(connect, measures, watches)
+    feed = Feed(dispatcher, news, options.bus or "")
+    watches.append(feed.jobs)
+    page = PageEndpoints(dispatcher, connect, feed)
+    inside = application(dispatcher, connect, measures, news, opened, page)
     guarded = Guard(inside, tokens, lambda: dispatcher.settings, socket_is_ours=options.bus != "system")
     tracing = _tracing(news)
     begin_trace = tracing.begin if tracing is not None else None
     config = uvicorn.Config(
-        Observing(OnceSettled(guarded, dispatcher), measures, paths=paths(inside), begin_trace=begin_trace),
+        Observing(
+            *(OnceSettled(guarded, dispatcher), measures, feed.requests),
+            paths=paths(inside),
+            begin_trace=begin_trace,
+        ),
         log_level="warning",
         access_log=False,
         lifespan="off",
@@ -67,7 +78,12 @@ async def serve(options: argparse.Namespace, opened: Opened, tokens: TokenFile) 
     )
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each malformed form
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that leave
-    server = _Server(config, dispatcher.stop_waiting)
+
+    def stop_waiting() -> None:
+        feed.close()
+        dispatcher.stop_waiting()
+
+    server = _Server(config, stop_waiting)
     dispatcher.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, functools.partial(server.handle_exit, number, None))
@@ -80,6 +96,7 @@ async def serve(options: argparse.Namespace, opened: Opened, tokens: TokenFile) 
         server.manager.tell("STOPPING=1")
         await end(lingering)
         await watchdog.close()
+        await page.actions.close()
         await dispatcher.close()
         if tracing is not None:
             await asyncio.to_thread(tracing.close)

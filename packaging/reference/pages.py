@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +17,8 @@ from flashd import user_inbox
 from flashd.daemon import main as daemon
 from flashd.gateway.dialects import ollama_requests as ollama
 from flashd.gateway.metrics import names as metric_names
+from flashd.gateway.page import schema
+from flashd.gateway.page.rights import ACTIONS
 from flashd.workers.torch import fields
 
 _BEGIN = "<!-- generated: {}, by packaging/reference -->"
@@ -215,6 +218,25 @@ def metric_labels() -> Iterator[str]:
     yield from table(["label", "value"], [[code(name), docstring(does)] for name, does in metric_names.LABELS.items()])
 
 
+# -- page.md ---------------------------------------------------------------------------------------------------------
+
+
+def page_actions() -> Iterator[str]:
+    rows = [
+        [code(name), ", ".join(map(code, each.fields.split(", "))), code(each.right), docstring(each.meaning)]
+        for name, each in ACTIONS.items()
+    ]
+    yield from table(["action", "fields", "right", "what it does"], rows)
+
+
+def page_state() -> Iterator[str]:
+    for kind in schema.PARTS.values():
+        name, _, meaning = (kind.__doc__ or "").partition(": ")
+        yield from ("", f"{name}: {' '.join(meaning.split())}", "")
+        rows = [[code(field.name), docstring(field.metadata["doc"])] for field in dataclasses.fields(kind)]
+        yield from table(["field", "value"], rows)
+
+
 # -- clients.md ------------------------------------------------------------------------------------------------------
 
 
@@ -268,5 +290,6 @@ _PARTS: Mapping[str, Mapping[str, Callable[[], Iterator[str]]]] = {
     "dbus.md": {"errors": errors, "interfaces": interfaces},
     "clients.md": {"capabilities": capabilities},
     "http.md": {"request fields": request_fields, "Ollama's fields": ollama_fields},
+    "page.md": {"actions": page_actions, "state": page_state},
     "metrics.md": {"metrics": metrics, "labels": metric_labels},
 }

@@ -18,7 +18,7 @@ import pytest
 from dbus_next import Variant
 from gateways import Gateway, running_gateway
 from imported import TORCH_PYTHON
-from running import Daemon
+from running import CONFIG, Daemon
 from safetensors.numpy import save_file
 from waiting import eventually
 
@@ -102,17 +102,16 @@ def running_daemon(daemon: Daemon) -> Iterator[Daemon]:
 
 
 @contextmanager
-def lasting_daemon(*sources: Path) -> Iterator[Daemon]:
+def lasting_daemon(*sources: Path, config: str = CONFIG) -> Iterator[Daemon]:
     """A daemon with these models for several tests: its zygote imports torch once. Remote.settle goes between them."""
-    with (
-        tempfile.TemporaryDirectory(prefix="fd-") as folder,
-        PrivateBus(Path(folder)) as bus,
-        running_daemon(Daemon(bus.address, Path(folder), Path(folder))) as running,
-    ):
-        with flashd.connect(bus.address) as client:
-            for source in sources:
-                client.import_(source, source.name)
-        yield running
+    with tempfile.TemporaryDirectory(prefix="fd-") as folder, PrivateBus(Path(folder)) as bus:
+        made = Daemon(bus.address, Path(folder), Path(folder))
+        made.config.write_text(config)
+        with running_daemon(made) as running:
+            with flashd.connect(bus.address) as client:
+                for source in sources:
+                    client.import_(source, source.name)
+            yield running
 
 
 @dataclass(slots=True)

@@ -27,6 +27,8 @@ from flashd.gateway.listening import Opened
 from flashd.gateway.metrics.daemon_news import DaemonNews
 from flashd.gateway.metrics.measures import Measures
 from flashd.gateway.metrics.observing import BeginTrace, Observing
+from flashd.gateway.page.endpoints import PageEndpoints
+from flashd.gateway.page.feed import Feed
 
 
 class Hears:
@@ -91,7 +93,8 @@ async def gateway(
     engine = Engine(kind, "serving", "whisper", "Whisper", str(socket_path), 1, 0, 0, 0, "", 0, "/e/1")
     known = Directory(models={"whisper": WHISPER}, active="whisper", engines={engine.path: engine})
     dispatcher._note(replace(known, is_connected=True, is_settled=True))
-    inside = application(dispatcher, connect, measures, news, Opened([]))
+    page = PageEndpoints(dispatcher, connect, Feed(dispatcher, news, ""))
+    inside = application(dispatcher, connect, measures, news, Opened([]), page)
     inside = Observing(inside, measures, paths=paths(inside), begin_trace=begin_trace)
     transport = httpx.ASGITransport(app=inside)  # type: ignore[arg-type]
     try:

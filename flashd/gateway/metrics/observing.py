@@ -4,14 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Protocol
 
 from flashd.gateway.exchange import Message, Receive, Send
 from flashd.gateway.guard import Application
-from flashd.gateway.metrics.measures import Measures
 from flashd.gateway.metrics.observed import Observed, Trace, observe
 
 _ONE_MODEL = "/v1/models/"
 _OTHER = "other"
+
+
+class Sees(Protocol):
+    """What wants to know of requests."""
+
+    def ended(self, request: Observed) -> None:
+        """The answer to a request has ended."""
+
 
 BeginTrace = Callable[[Message, str], Trace]  # of a scope, and the endpoint's name
 
@@ -20,10 +28,10 @@ class Observing:
     """An ASGI application around another, whose `paths` are the endpoints that have names in metrics."""
 
     def __init__(
-        self, inside: Application, measures: Measures, *, paths: Collection[str], begin_trace: BeginTrace | None = None
+        self, inside: Application, *sees: Sees, paths: Collection[str], begin_trace: BeginTrace | None = None
     ) -> None:
         self._inside = inside
-        self._measures = measures
+        self._sees = sees
         self._paths = frozenset(paths)
         self._begin_trace = begin_trace
 
@@ -43,7 +51,8 @@ class Observing:
         try:
             await self._inside(scope, receive, noted)
         finally:
-            self._measures.ended(request)
+            for each in self._sees:
+                each.ended(request)
             if request.trace is not None:
                 request.trace.ended(request)
 
