@@ -10,26 +10,29 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from flashd.checkpoint import architectures, completeness
 from flashd.checkpoint import manifest as manifests
-from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, Checkpoint, finish
-from flashd.checkpoint.header import ALIASES, MAX_HEADER_BYTES, Header, serialise
-from flashd.checkpoint.layout import Shape, arrange, layout_digest
+from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, Checkpoint
+from flashd.checkpoint.gguf import parts
+from flashd.checkpoint.gguf.traits import SIDE_FILE as GGUF_TRAITS
+from flashd.checkpoint.gguf.traits import dominant_type, traits_of, with_types
+from flashd.checkpoint.header import ALIASES, MAX_HEADER_BYTES, Header, TensorInfo, serialise
+from flashd.checkpoint.layout import Shape, arrange
 from flashd.checkpoint.lora.plan import adapted_source
 from flashd.checkpoint.manifest import Manifest
 from flashd.checkpoint.source import recognised
-from flashd.checkpoint.source.incremental import LateFiles, as_they_arrive, whole
-from flashd.checkpoint.source.pickles import Converter, SourceTensor
+from flashd.checkpoint.source.incremental import LateFiles
+from flashd.checkpoint.source.pickles import Converter
 from flashd.checkpoint.source.reader import (
     CONFIG,
     Source,
     SourceFiles,
+    gguf_names,
     is_adapter,
     read_source,
     read_whole,
@@ -37,14 +40,13 @@ from flashd.checkpoint.source.reader import (
     with_config,
 )
 from flashd.checkpoint.source.ties import find_ties
+from flashd.checkpoint.writing import Copying, Progress, copy_weights, describe
 from flashd.durable import sync_directory, write_new, writing
 from flashd.errors import InvalidSource
-from flashd.io.streamer import OpenFile, Options, Piece, blake3, copy
-from flashd.units import MiB, format_bytes
+from flashd.io.streamer import Extent, OpenFile, Options, Piece, blake3
+from flashd.units import format_bytes
 
-DIGEST_BLOCK_BYTES = 8 * MiB
-
-Progress = Callable[[int, int], None]
+GGUF_TENSOR = "gguf"  # the name of the one tensor of a checkpoint that is a GGUF file
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,10 @@ def _convert(
     cancelled: Callable[[], bool],
 ) -> Manifest:
     late = files if isinstance(files, LateFiles) else None
+    if names := gguf_names(files):
+        if late:
+            late.wait_for_all(cancelled)
+        return _convert_gguf(files, names, directory, note, Copying(options, on_progress, cancelled))
     if late:
         late.wait_for_headers(cancelled)
         if is_adapter(files):
@@ -130,14 +136,14 @@ def _convert(
     source, on_progress = _opened(files, directory, python, base, on_progress, cancelled)
     with contextlib.closing(source):
         source, config = _checked(source)
-        copy_weights = partial(_copy_weights, source, directory, options, on_progress, cancelled)
-        header, origin = _arranged(source, {} if awaited else find_ties(source, cancelled))
-        digests = copy_weights(header, origin, late if awaited else None)
+        how = Copying(options, on_progress, cancelled)
+        header, pieces = _arranged(source, {} if awaited else find_ties(source, cancelled))
+        digests = copy_weights(source.files, pieces, header, directory, how, late=late if awaited else None)
         # Equal tensors can be found only now. Few large models have any, and these are copied once more.
         if awaited and (ties := find_ties(source, cancelled)):
             (directory / WEIGHTS).unlink()
-            header, origin = _arranged(source, ties)
-            digests = copy_weights(header, origin, None)
+            header, pieces = _arranged(source, ties)
+            digests = copy_weights(source.files, pieces, header, directory, how)
         header_bytes = serialise(header)
         write_new(directory / DIGESTS, digests)
         side_files = {}
@@ -147,6 +153,35 @@ def _convert(
             side_files[name] = blake3(raw).hex()
     watch.end(files)
     manifest = describe(header, header_bytes, digests, side_files, config, note)
+    write_new(directory / MANIFEST, manifest.to_toml().encode())
+    sync_directory(directory)
+    return manifest
+
+
+def _convert_gguf(files: SourceFiles, names: Sequence[str], directory: Path, note: str, how: Copying) -> Manifest:
+    """Stores a GGUF file as it is, as one tensor of bytes, so that its arena is a copy of the file."""
+    watch = _Watch.begin(files)
+    opened = [files[name] for name in names]
+    whole = parts.whole(opened)
+    traits = with_types(traits_of(whole.header, opened[0].path), whole.header)
+    tensor = TensorInfo(GGUF_TENSOR, "U8", (whole.size_bytes,), Extent(0, whole.size_bytes))
+    header = Header((tensor,), {"format": "gguf"})
+    with tempfile.TemporaryFile(dir=directory) as head:
+        head.write(whole.head)
+        head.flush()
+        sources = [*opened, OpenFile(head.fileno(), "the header of the joined parts")]
+        digests = copy_weights(sources, whole.pieces, header, directory, how)
+    write_new(directory / DIGESTS, digests)
+    raw = traits.to_json()
+    write_new(directory / GGUF_TRAITS, raw)
+    watch.end(files)
+    made = describe(header, serialise(header), digests, {GGUF_TRAITS: blake3(raw).hex()}, {}, note)
+    manifest = replace(
+        made,
+        tensor_count=len(whole.header.tensors),
+        dtype=dominant_type(whole.header),
+        architecture=traits.architecture,
+    )
     write_new(directory / MANIFEST, manifest.to_toml().encode())
     sync_directory(directory)
     return manifest
@@ -187,14 +222,19 @@ def _checked(source: Source) -> tuple[Source, Mapping[str, object]]:
     return (source if config == said else with_config(source, config)), config
 
 
-def _arranged(source: Source, ties: Mapping[str, str]) -> tuple[Header, Mapping[str, SourceTensor]]:
-    """Returns the header of the checkpoint, and the source of each of its tensors."""
+def _arranged(source: Source, ties: Mapping[str, str]) -> tuple[Header, Sequence[Piece]]:
+    """Returns the header of the checkpoint, and the places of its tensors in the source's files."""
     aliases = {**source.aliases, **ties}
     kept = {tensor.name: tensor for tensor in source.tensors if tensor.name not in aliases}
     # An alias of a tensor that is itself an alias points to the stored tensor.
     resolved = {alias: aliases.get(name, name) for alias, name in aliases.items()}
     shapes = (Shape(t.name, t.dtype, t.shape, t.extent.length) for t in kept.values())
-    return compose(shapes, resolved, source.metadata), kept
+    header = compose(shapes, resolved, source.metadata)
+    return header, [
+        Piece(kept[t.name].file, kept[t.name].extent.offset, t.extent.offset, t.extent.length)
+        for t in header.tensors
+        if t.extent.length
+    ]
 
 
 def compose(shapes: Iterable[Shape], aliases: Mapping[str, str], metadata: Mapping[str, str]) -> Header:
@@ -208,84 +248,3 @@ def compose(shapes: Iterable[Shape], aliases: Mapping[str, str], metadata: Mappi
         sizes = f"{format_bytes(header_bytes)}; the limit is {format_bytes(MAX_HEADER_BYTES)}"
         raise InvalidSource(f"the tensors' names and metadata need a header of {sizes}")
     return replace(header, data_offset=header_bytes)
-
-
-def _copy_weights(
-    source: Source,
-    directory: Path,
-    options: Options,
-    on_progress: Progress,
-    cancelled: Callable[[], bool],
-    header: Header,
-    origin: Mapping[str, SourceTensor],
-    late: LateFiles | None,
-) -> bytes:
-    """Writes the weights and returns the digests of their blocks."""
-    path = directory / WEIGHTS
-    header_bytes = serialise(header)
-    total_bytes = header.data_bytes
-    pieces = [
-        Piece(origin[t.name].file, origin[t.name].extent.offset, t.extent.offset, t.extent.length)
-        for t in header.tensors
-        if t.extent.length
-    ]
-    names = [file.path for file in source.files]
-    stretches = as_they_arrive(pieces, DIGEST_BLOCK_BYTES, names, late, cancelled) if late else whole(pieces)
-    digests: dict[int, bytes] = {}
-    done_bytes = 0
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        os.pwrite(fd, header_bytes, 0)
-        for stretch in stretches:
-            transfer = copy(
-                source.files,
-                stretch.pieces,
-                OpenFile(fd, str(path)),
-                region_offset=len(header_bytes) + stretch.offset,
-                digest_block_bytes=DIGEST_BLOCK_BYTES,
-                file_bytes=len(header_bytes) + total_bytes,
-                options=options,
-            )
-            tell = partial(_tell_part, on_progress, done_bytes, total_bytes)
-            result = finish(transfer, tell, cancelled)
-            digests[stretch.first_block] = result.digests
-            done_bytes += result.size_bytes
-        return b"".join(table for _, table in sorted(digests.items()))
-    finally:
-        os.close(fd)
-
-
-def _tell_part(on_progress: Progress, before_bytes: int, total_bytes: int, done_bytes: int, _: int) -> None:
-    on_progress(before_bytes + done_bytes, total_bytes)
-
-
-def describe(
-    header: Header,
-    header_bytes: bytes,
-    digests: bytes,
-    side_files: Mapping[str, str],
-    config: Mapping[str, object],
-    note: str,
-) -> Manifest:
-    """Makes the manifest of a checkpoint whose other files are written."""
-    header_digest, digests_digest = blake3(header_bytes).hex(), blake3(digests).hex()
-    weights = manifests.weights_id(header_digest, digests_digest)
-    layout = layout_digest(header.tensors)
-    return Manifest(
-        id=manifests.checkpoint_id(weights, side_files),
-        weights=weights,
-        header_digest=header_digest,
-        digests_digest=digests_digest,
-        digest_block_bytes=DIGEST_BLOCK_BYTES,
-        data_offset=len(header_bytes),
-        data_bytes=header.data_bytes,
-        tensor_count=len(header.tensors),
-        dtype=manifests.dominant_dtype(header),
-        architecture=manifests.architecture_of(config),
-        architecture_key=manifests.architecture_key(config, layout),
-        layout=layout,
-        quantization=manifests.quantization_of(config),
-        side_files=dict(side_files),
-        created_at=time.time(),
-        source=note.encode("utf-8", "backslashreplace").decode(),  # a path may not be UTF-8
-    )

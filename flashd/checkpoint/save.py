@@ -19,11 +19,12 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from flashd.checkpoint.convert import DIGEST_BLOCK_BYTES, compose, describe
+from flashd.checkpoint.convert import compose
 from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS
 from flashd.checkpoint.header import Header, serialise
 from flashd.checkpoint.layout import Shape
 from flashd.checkpoint.manifest import Manifest
+from flashd.checkpoint.writing import DIGEST_BLOCK_BYTES, describe
 from flashd.durable import exchange, sync_directory, write_new, writing
 from flashd.errors import AlreadyExists, InvalidArgument, StoreFull
 from flashd.io.streamer import ALIGNMENT, OpenFile, Transfer, blake3, write

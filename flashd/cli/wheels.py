@@ -90,9 +90,12 @@ def _extras(requirement: Requirement) -> str:
     return f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
 
 
-def _pip(wanted: Sequence[str], target: Path, supply: Supply, *more: str) -> None:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--only-binary", ":all:"]
-    command += ["--dest", str(target), *supply.arguments(), *more, *wanted]
+def pip_download(arguments: Sequence[str], target: Path, supply: Supply) -> None:
+    """Runs `pip download` with these arguments into a folder, and shows its progress. Raises TransferFailed if it
+    fails.
+    """
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
+    command += ["--dest", str(target), *supply.arguments(), *arguments]
     # pip unpacks metadata beside the wheels, because /tmp may be too small for large ones.
     environment = child_environment({"TMPDIR": str(target), **supply.environment()})
     try:
@@ -100,8 +103,15 @@ def _pip(wanted: Sequence[str], target: Path, supply: Supply, *more: str) -> Non
     except OSError as error:
         raise Unavailable(f"cannot run pip: {error.strerror}", hint="install pip for flashd's Python") from None
     if done.returncode != 0:
-        if supply.folder is not None:
-            hint = f"on a machine with a network: pip download --only-binary :all: {' '.join(wanted)}"
-            raise TransferFailed(f"{supply.folder} lacks some of the wheels", hint=hint)
         hint = "see pip's messages above; without a network, use flash engine install --wheels FOLDER"
         raise TransferFailed("the packages cannot be downloaded", hint=hint)
+
+
+def _pip(wanted: Sequence[str], target: Path, supply: Supply, *more: str) -> None:
+    try:
+        pip_download(["--only-binary", ":all:", *more, *wanted], target, supply)
+    except TransferFailed:
+        if supply.folder is not None:
+            hint = f"on a machine with a network: pip download --only-binary :all: {' '.join(wanted)}"
+            raise TransferFailed(f"{supply.folder} lacks some of the wheels", hint=hint) from None
+        raise

@@ -126,12 +126,25 @@ class VllmConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LlamaConfig:
+    """[engines.llama]: llama.cpp's llama-server, which answers with GGUF models."""
+
+    server: str = _setting(
+        "", "Path of llama-server. Default: the one made by flash engine install llama.cpp, else the one on PATH."
+    )
+    context: int = _setting(8192, "Most tokens of a request and its answer; never more than the model was made for.")
+    threads: int = _setting(0, "Threads of each engine; 0 for one per core.")
+    arguments: tuple[str, ...] = _setting((), "Further arguments for every engine, as for llama-server.")
+
+
+@dataclass(frozen=True, slots=True)
 class EnginesConfig:
     """[engines]: the inference processes."""
 
     default: Literal["auto", "torch", "vllm"] = _setting(
         "auto",
-        "Kind of engine for a swap that names none. auto: vllm if there is a GPU and vLLM is installed, else torch.",
+        "Kind of engine for a swap that names none. auto: vllm if there is a GPU and vLLM is installed, else torch. "
+        "GGUF models always go to llama.cpp.",
     )
     warm_up: bool = _setting(True, "Import the framework before the first swap; costs its memory from then on.")
     warm_new: bool = _setting(
@@ -170,6 +183,7 @@ class EnginesConfig:
     )
     torch: TorchConfig = field(default_factory=TorchConfig)
     vllm: VllmConfig = field(default_factory=VllmConfig)
+    llama: LlamaConfig = field(default_factory=LlamaConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +197,10 @@ class ModelConfig:
         "default", "The same as engines.idle_timeout_s, for this model; 0: it stays active.", live=True
     )
     arguments: tuple[str, ...] = _setting(
-        (), "Arguments for a vLLM engine started for this model, after engines.vllm.arguments.", live=True
+        (),
+        "Arguments for a vLLM or llama.cpp engine started for this model, after engines.vllm.arguments or "
+        "engines.llama.arguments.",
+        live=True,
     )
     kv_cache_bytes: int | Literal["default", "auto"] = _setting(
         "default", "KV cache of its vLLM engine, as engines.vllm.kv_cache.", live=True
@@ -263,7 +280,7 @@ class Config:
 
 def engine_python(config: Config, kind: str, installed: str) -> str:
     """Returns the interpreter for engines of a kind: the configured one, else the installed one, else our own."""
-    configured = {"torch": config.engines.torch.python, "vllm": config.engines.vllm.python}[kind]
+    configured = {"torch": config.engines.torch.python, "vllm": config.engines.vllm.python}.get(kind)
     return configured or installed or sys.executable
 
 

@@ -200,13 +200,19 @@ class GivenWeights:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Options of an engine that are fixed at its start. The last three are vLLM's."""
+    """Options of an engine that are fixed at its start.
+
+    `adapters` and `kv_cache_bytes` are vLLM's; `program`, a path or empty for the usual places, and `context`, in
+    tokens, are llama.cpp's.
+    """
 
     threads: int
     max_tokens_default: int
     arguments: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
     kv_cache_bytes: int = 0
+    program: str = ""
+    context: int = 0
 
 
 @dataclass(frozen=True, slots=True)

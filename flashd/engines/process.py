@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 from flashd.checkpoint.files import Checkpoint
+from flashd.checkpoint.gguf.traits import SIDE_FILE as GGUF
 from flashd.engines import codec, messages
 from flashd.engines.codec import WIRE_NAME, Misunderstood, Range
 from flashd.engines.control import AsyncChannel, Frame, Parcel, pair
@@ -434,6 +435,8 @@ class ZygoteFactory:
         self._zygote.begin()
 
     def refusal(self, architecture: str, side_files: Mapping[str, Path]) -> str:
+        if GGUF in side_files:
+            return f"it is a GGUF file, with which only llama.cpp answers, and not {self.kind}"
         if "config.json" not in side_files:
             return "it has no config.json, so the architecture of its weights is unknown"
         if not architecture:

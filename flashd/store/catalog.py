@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from flashd.checkpoint.files import WEIGHTS, Checkpoint
+from flashd.checkpoint.gguf.traits import SIDE_FILE as GGUF
+from flashd.checkpoint.gguf.traits import Traits
 from flashd.checkpoint.manifest import Manifest, context_length_of, read_config
 from flashd.closing import Closing
 from flashd.durable import (
@@ -414,6 +416,7 @@ class Catalog(Closing):
                 owner_uid=owner_uid,
                 private=private if private is not None else old is not None and old.private,
                 context_length=_context_length(directory),
+                is_gguf=GGUF in manifest.side_files,
             )
             self.check_usable()
             with writing(self._checkpoints):
@@ -594,10 +597,11 @@ def _share_weights(directory: Path, twin: Path) -> None:
 
 def _context_length(directory: Path) -> int:
     """That of the model in a checkpoint's folder; 0 if it is unknown."""
-    try:
+    with contextlib.suppress(FileNotFoundError, InvalidSource):
+        return Traits.from_json(read_bytes(directory / GGUF)).context_length
+    with contextlib.suppress(FileNotFoundError, InvalidSource):  # a checkpoint need not have one
         return context_length_of(read_config(read_bytes(directory / "config.json")))
-    except (FileNotFoundError, InvalidSource):  # a checkpoint need not have one
-        return 0
+    return 0
 
 
 def _as_text(path: str) -> str:

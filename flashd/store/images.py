@@ -24,10 +24,10 @@ from pathlib import Path
 
 from flashd.checkpoint import header as headers
 from flashd.checkpoint import manifest as manifests
-from flashd.checkpoint.convert import DIGEST_BLOCK_BYTES
 from flashd.checkpoint.files import DIGESTS, MANIFEST, WEIGHTS, Checkpoint
 from flashd.checkpoint.layout import layout_digest
 from flashd.checkpoint.manifest import Manifest
+from flashd.checkpoint.writing import DIGEST_BLOCK_BYTES
 from flashd.durable import discard, leftovers, sync_directory, total_bytes, write_new, writing
 from flashd.errors import CorruptCheckpoint, InvalidArgument
 from flashd.io.streamer import OpenFile, blake3

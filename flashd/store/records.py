@@ -77,6 +77,7 @@ class Model:
     owner_uid: int = 0
     private: bool = False
     context_length: int = 0
+    is_gguf: bool = False
 
     def versions(self) -> tuple[str, ...]:
         """The current checkpoint, followed by the older ones."""
@@ -237,6 +238,7 @@ _MODEL: Mapping[str, _Check] = {
     "use_count": as_count,
     "owner_uid": _as_uid,
     "private": _as_flag,
+    "is_gguf": _as_flag,
 }  # fmt: skip
 
 

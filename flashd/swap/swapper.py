@@ -223,6 +223,7 @@ class Swapper:
             factory = self._factories[target.engine_kind]
             if reason := factory.refusal(target.checkpoint.manifest.architecture, target.checkpoint.side_files()):
                 hint = "add the config.json of the original model to the source"
+                hint = hint if "config.json" in reason else "name no engine: the model then gets one that can run it"
                 raise Unsupported(f"{target.model_name} cannot run: {reason}", hint=hint)
             self._phases = {}
             self._enter(SwapState.LOADING)

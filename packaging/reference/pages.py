@@ -32,6 +32,7 @@ _SECTIONS = {
     "engines": "The processes that answer.",
     "engines.torch": "The engine built on PyTorch and transformers.",
     "engines.vllm": "The engine built on vLLM.",
+    "engines.llama": "The engine built on llama.cpp, for GGUF models.",
     "models.NAME": "Settings of the model NAME; `default` means the value in `[engines]`.",
     "limits": "The most one user may have at once; of what ends with a connection, one connection has half at most.",
     "gateway": "The HTTP address of all models.",

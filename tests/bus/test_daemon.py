@@ -16,6 +16,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import gguf_files
 import numpy as np
 import pytest
 from conftest import Daemon, Remote, import_model, make_source
@@ -161,20 +162,28 @@ async def test_what_no_engine_reads_is_shown_with_what_to_do(remote: Remote, dae
     await eventually(told)
 
 
-async def test_gguf_that_is_dropped_is_told_what_to_take_instead(remote: Remote, daemon: Daemon) -> None:
-    (daemon.models / "folder").mkdir()
-    for name in ("folder/Q4.gguf", "tuned.gguf"):
-        (daemon.models / name).write_bytes(b"GGUF" + bytes(100))
+async def test_gguf_that_is_dropped_is_a_model_unless_it_is_damaged(remote: Remote, daemon: Daemon) -> None:
+    tiny = gguf_files.llama(1)
+    tiny.write(daemon.models / "whole.gguf")
+    tiny.write_parts(daemon.models / "parts", "tiny", 3)
+    for name in ("folder/Q4.gguf", "cut.gguf"):
+        tiny.write(daemon.models / name)
+        os.truncate(daemon.models / name, 100_000)
 
     async def failed() -> dict[str, str]:
         found = await remote.get(wire.ROOT_PATH, wire.MANAGER, "InboxItems")
         return {name: detail for name, state, detail in found if state == "failed"}
 
     async def both() -> bool:
-        return (await failed()).keys() == {"folder", "tuned"}
+        return (await failed()).keys() == {"folder", "cut"}
 
     await eventually(both)
-    assert all("GGUF" in detail and "safetensors" in detail for detail in (await failed()).values())
+    assert all("is cut short" in detail for detail in (await failed()).values())
+    whole, parts = await remote.model("whole"), await remote.model("parts")
+    assert whole["Checkpoint"] == parts["Checkpoint"]
+    assert (whole["Architecture"], whole["DType"], whole["ContextLength"]) == ("llama", "F32", 512)
+    (layout,) = {folder.name for folder in (daemon.state / "store" / "checkpoints").iterdir()}
+    assert layout == whole["Checkpoint"]
 
 
 async def test_a_saved_again_source_is_a_new_version_and_the_old_one_stays_while_leased(

@@ -135,9 +135,9 @@ async def test_what_cannot_be_opened_is_said(
 async def test_open_with_flashd_starts_what_it_needs(
     desktop: Desktop, installed: Path, notifications: NotificationDaemon, panel: Panel
 ) -> None:
-    """Neither tray nor daemon runs; and a GGUF file is refused with a reason."""
-    file = desktop.home / "m.gguf"
-    file.write_bytes(b"GGUF\x03\0\0\0" + bytes(100))
+    """Neither tray nor daemon runs; and a file for another program is refused with a reason."""
+    file = desktop.home / "m.onnx"
+    file.write_bytes(bytes(100))
     desktop.start(["gio", "launch", installed / "applications" / "flashd-tray.desktop", file])
     await until(panel.items, what="the tray was started")
     await until(lambda: desktop.windows("flashd"), what="a window with the reason")

@@ -641,11 +641,3 @@ def test_fuzzed_answers_of_the_unpickler_never_reach_outside(answer: Any) -> Non
         return
     for tensor in table.tensors:
         assert 0 <= tensor.extent.offset <= tensor.extent.end <= (16 if tensor.file == 1 else 64)
-
-
-def test_gguf_is_refused_with_what_to_take_instead(tmp_path: Path) -> None:
-    (tmp_path / "tuned-Q4.gguf").write_bytes(b"GGUF" + bytes(100))
-    for source in (tmp_path, tmp_path / "tuned-Q4.gguf"):
-        with pytest.raises(InvalidSource, match="GGUF") as refused:
-            converted(source, tmp_path / f"out-{source.name}")
-        assert "safetensors" in refused.value.hint

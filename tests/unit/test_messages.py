@@ -130,6 +130,8 @@ def test_the_words_of_an_order_are_what_older_engines_know() -> None:
         "arguments": ["--seed", "0"],
         "adapters": [],
         "kv_cache_bytes": 1 << 30,
+        "program": "",
+        "context": 0,
         "passes_on": True,
     }
     assert messages.to_json(messages.Drain(1.5, leaving=True)) == {"op": "drain", "timeout_s": 1.5, "leaving": True}

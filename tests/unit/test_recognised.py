@@ -111,10 +111,10 @@ def test_safetensors_under_a_pickles_name_are_told(tmp_path: Path) -> None:
 
 
 FOREIGN = {
-    "model.gguf": "GGUF", "model.onnx": "ONNX", "tf_model.h5": "TensorFlow", "model.ckpt.index": "TensorFlow",
+    "model.ggml": "former format", "model.onnx": "ONNX", "tf_model.h5": "TensorFlow", "model.ckpt.index": "TensorFlow",
     "saved_model.pb": "TensorFlow", "flax_model.msgpack": "Flax", "weights.npz": "MLX", "model.tflite": "Lite",
     "model.mlmodel": "Core ML", "openvino_model.bin": "OpenVINO", "model.nemo": "NeMo", "model.zip": "archive",
-    "model.tar.gz": "archive", "optimizer.pt": "state of a training", "MODEL.GGUF": "GGUF",
+    "model.tar.gz": "archive", "optimizer.pt": "state of a training", "MODEL.GGUF": "lower case",
     "adapter_model.safetensors": "adapter_config.json", "Model.SafeTensors": "lower case",
 }  # fmt: skip
 

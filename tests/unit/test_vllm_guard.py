@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from flashd.workers import guard
 from flashd.workers.connections import ELSEWHERE
 from flashd.workers.gate import Gate
-from flashd.workers.vllm import guard
-from flashd.workers.vllm.guard import Guard
+from flashd.workers.guard import Guard
 
 SCOPE = {"type": "http", "path": "/v1/completions"}
 

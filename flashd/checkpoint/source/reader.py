@@ -14,7 +14,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,8 +48,10 @@ MAX_ENTRIES = 10_000  # of a folder
 MAX_FILES = 500  # of a source; the largest models in use have 200, and each costs a descriptor
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-WEIGHTS = ("*.safetensors", *PICKLES)
+GGUF = ("*.gguf",)
+WEIGHTS = ("*.safetensors", *PICKLES, *GGUF)
 NOT_WEIGHTS = (*trainers.NOT_WEIGHTS, *recognised.NOT_PICKLES, "*.index.json", "consolidated*", "adapter_model*")
+_BESIDE_GGUF = ("*mmproj*.gguf", "*imatrix*.gguf")  # files that accompany a model, of which no engine here makes use
 _CONSOLIDATED = ("consolidated*.safetensors", "consolidated*.pth")  # as Llama and Mistral are published by their makers
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # as PEFT saves fine-tunes that only add to a base
@@ -473,7 +475,25 @@ def _choose(names: Collection[str], read_index: Callable[[str], Index]) -> tuple
             return sorted(found | whole_series(found, limit=MAX_FILES)), {}
     if ADAPTER in names:
         return [next((name for name in _ADAPTER_WEIGHTS if name in names), _ADAPTER_WEIGHTS[0])], {}
-    return [], {}
+    return _one_gguf({name for name in names if matches(name, GGUF)}), {}
+
+
+def _one_gguf(found: Collection[str]) -> list[str]:
+    """Chooses the model among GGUF files: one file, or a series. Raises InvalidSource if there are several models."""
+    if not found:
+        return []
+    models = sorted(name for name in found if not matches(name, _BESIDE_GGUF)) or sorted(found)
+    whole = whole_series(models[:1], limit=MAX_FILES) or {models[0]}
+    if others := sorted(set(models) - whole):
+        hint = "put each into a folder of its own, or drop the file alone"
+        raise InvalidSource(f"there are several GGUF models: {models[0]}, {others[0]}", hint=hint)
+    return sorted(whole)
+
+
+def gguf_names(files: SourceFiles) -> Sequence[str]:
+    """Returns the GGUF files of a source, in the order of their numbers; none if it is of another form."""
+    names = _choose(list(files), lambda name: _read_index(files[name], name))[0]
+    return _weights(files)[0] if names and all(matches(name, GGUF) for name in names) else ()
 
 
 def needed_files(names: Collection[str], read_index: Callable[[str], Index]) -> tuple[list[str], list[str]]:
@@ -505,7 +525,7 @@ def _checked_choice(names: Collection[str], read_index: Callable[[str], Index]) 
     if weights:
         return weights, index
     _check_not_foreign(names)
-    hint = "a source must have *.safetensors, or PyTorch's *.bin, *.pt, *.pth or *.ckpt"
+    hint = "a source must have *.safetensors, *.gguf, or PyTorch's *.bin, *.pt, *.pth or *.ckpt"
     raise InvalidSource("there are no weights", hint=hint)
 
 

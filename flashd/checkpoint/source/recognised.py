@@ -52,8 +52,9 @@ _CACHE = Form(
 # In the order in which they are checked, the most informative first.
 _FORMS = (
     Form(
-        ("*.gguf", "*.ggml", "ggml-*.bin", "*.llamafile"),
-        "GGUF files are made for llama.cpp, and no engine here can read them",
+        ("*.ggml", "ggml-*.bin", "*.llamafile"),
+        "this is a model in a former format of llama.cpp's, which no engine here can read",
+        "use the same model as GGUF, or as safetensors: flash pull OWNER/NAME",
     ),
     Form(("*.onnx", "*.onnx_data", "*.onnx.data"), "this is a model for ONNX Runtime, which no engine here can read"),
     Form(("weights.npz", "weights.*.npz"), "these are weights for MLX, which no engine here can read"),
@@ -89,7 +90,7 @@ _FORMS = (
         "copy all files of the adapter as saved by PEFT",
     ),
     Form(
-        ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt"),
+        ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf"),
         "weights are found by names in lower case, such as model.safetensors",
         "rename the file",
     ),
@@ -199,7 +200,8 @@ def _of_any_file(head: bytes, size_bytes: int) -> tuple[str, str] | None:
 
 # First bytes, what they belong to, and what to do.
 _MAGICS = (
-    ((b"GGUF", b"lmgg", b"tjgg", b"fmgg"), "is a GGUF file, made for llama.cpp", _AS_SAFETENSORS),
+    ((b"GGUF",), "is a GGUF file", "give it the ending .gguf"),
+    ((b"lmgg", b"tjgg", b"fmgg"), "is in a former format of llama.cpp's", _AS_SAFETENSORS),
     ((b"\x89HDF\r\n\x1a\n",), "is a file for Keras or TensorFlow", _AS_SAFETENSORS),
     (
         (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a", b"\xfd7zXZ", b"BZh"),

@@ -15,11 +15,12 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flashd.checkpoint.convert import Progress, convert
+from flashd.checkpoint.convert import convert
 from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.lora.plan import base_of
 from flashd.checkpoint.source.incremental import LateFiles
 from flashd.checkpoint.source.reader import SourceFiles
+from flashd.checkpoint.writing import Progress
 from flashd.daemon.ingest.turns import Turn, Turns
 from flashd.daemon.job import Job
 from flashd.daemon.lifecycle.journal import fields

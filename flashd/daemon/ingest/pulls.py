@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 
 from dbus_next import Variant
 
-from flashd.checkpoint.convert import Progress
 from flashd.checkpoint.source.incremental import LateFiles
+from flashd.checkpoint.writing import Progress
 from flashd.daemon.access.limits import Limits, Scarce
 from flashd.daemon.access.ownership import Ownership
 from flashd.daemon.events import Events

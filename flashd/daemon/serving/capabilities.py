@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashd.checkpoint.gguf.traits import SIDE_FILE as GGUF
+from flashd.checkpoint.gguf.traits import Traits
 from flashd.checkpoint.json_reader import read_json
 from flashd.checkpoint.manifest import read_config
 from flashd.checkpoint.source.reader import MAX_SIDE_FILE_BYTES
@@ -36,6 +38,7 @@ class _Traits:
 
     sees: bool = False
     has_tools: bool = False
+    embeds: bool = False  # of a GGUF model, which either writes or embeds
 
 
 class Capabilities:
@@ -65,6 +68,8 @@ class Capabilities:
 
     def of(self, model: Model) -> list[str]:
         """Some of: completion, embedding, tools, vision."""
+        if model.is_gguf:
+            return self._of_gguf(model)
         writes, is_vllm = model.architecture.endswith(_WRITE), self._kind_of(model) == "vllm"
         traits = self._traits.get(model.checkpoint_id, _Traits())
         found = {
@@ -74,6 +79,12 @@ class Capabilities:
             "vision": is_vllm and traits.sees,
         }
         return [name for name, does in found.items() if does]
+
+    def _of_gguf(self, model: Model) -> list[str]:
+        traits = self._traits.get(model.checkpoint_id, _Traits())
+        if traits.embeds:
+            return ["embedding"]
+        return ["completion", "tools"] if traits.has_tools else ["completion"]
 
     def _finds_calls(self, model: Model) -> bool:
         settings = self._settings.current
@@ -98,6 +109,9 @@ class Capabilities:
         except CorruptCheckpoint as error:
             log.debug("%s", error)
             return _Traits()
+        with contextlib.suppress(OSError, InvalidSource):
+            gguf = Traits.from_json(read_bytes(folder / GGUF, MAX_SIDE_FILE_BYTES))
+            return _Traits(has_tools=gguf.knows_tools, embeds=gguf.embeds)
         sees = False
         with contextlib.suppress(OSError, ValueError, InvalidSource):  # a checkpoint need not have one
             config = read_config(read_bytes(folder / "config.json", MAX_SIDE_FILE_BYTES))

@@ -15,7 +15,7 @@ from flashd.daemon.lifecycle.restore import Restore
 from flashd.daemon.lifecycle.settings import Settings
 from flashd.daemon.serving.default_engine import DefaultEngine, default_engine, has_vllm
 from flashd.daemon.serving.endpoint import RuntimeFolder
-from flashd.engines import process
+from flashd.engines import llama_factory, process
 from flashd.engines.engine import EngineFactory
 from flashd.engines.environments import Environments
 from flashd.engines.kv_cache import AUTO
@@ -76,11 +76,25 @@ class EngineKinds:
                 "kv_cache_bytes": AUTO if engines.vllm.kv_cache_bytes == "auto" else engines.vllm.kv_cache_bytes,
             },
         )
+        llama = dataclasses.replace(
+            torch,
+            python=self.python(llama_factory.KIND),
+            options={
+                "threads": engines.llama.threads,
+                "arguments": list(engines.llama.arguments),
+                "program": engines.llama.server,
+                "context": engines.llama.context,
+            },
+        )
         self._configured = engines.default  # fixed until a restart, like engines' settings
         self._has_gpu = bool(gpus)
         self._events = events
         self.default = self._chosen()
-        factories: list[EngineFactory] = [process.torch_factory(torch), VllmFactory(vllm, gpus)]
+        factories: list[EngineFactory] = [
+            process.torch_factory(torch),
+            VllmFactory(vllm, gpus),
+            llama_factory.LlamaFactory(llama),
+        ]
         self.factories: Mapping[str, EngineFactory] = {factory.kind: factory for factory in factories}
         events.job_changed.subscribe(self._job_changed)
         events.inbox_changed.subscribe(self._inbox_changed)

@@ -10,6 +10,7 @@ from flashd.config.settings import ModelConfig
 from flashd.daemon.changing_models import Changes
 from flashd.daemon.events import Events
 from flashd.daemon.lifecycle.settings import Settings
+from flashd.engines import llama_factory
 from flashd.engines.engine import EngineOptions
 from flashd.engines.kv_cache import AUTO
 from flashd.errors import NotFound
@@ -43,7 +44,9 @@ class Targets:
         )
 
     def kind_of(self, model: Model) -> str:
-        """The kind of engine that is configured for a model."""
+        """The kind of engine that is configured for a model. GGUF models have no choice."""
+        if model.is_gguf:
+            return llama_factory.KIND
         chosen = self._settings.current.model(model.name, *model.aliases)
         return self._default_kind() if chosen.engine == "default" else chosen.engine
 

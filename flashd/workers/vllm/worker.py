@@ -38,10 +38,10 @@ from flashd.errors import EngineFailed, FlashdError, Unsupported
 from flashd.io import sandbox
 from flashd.tasks import close_all
 from flashd.units import MiB
+from flashd.workers.guard import Guard
 from flashd.workers.templates import Renderer
 from flashd.workers.vllm import adapters, compat, model_folder, rank_server
 from flashd.workers.vllm.answers import Described
-from flashd.workers.vllm.guard import Guard
 from flashd.workers.vllm.plugin import LOAD_FORMAT
 from flashd.workers.vllm.prefixes import Salts
 from flashd.workers.vllm.rank_server import Handover

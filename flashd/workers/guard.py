@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate in front of vLLM's server, as ASGI middleware that holds, refuses and cuts requests.
+"""The gate in front of a server that is not ours, as ASGI middleware that holds, refuses and cuts requests.
 
 With vLLM's own pause, requests to a sleeping engine would hang, and vLLM would report that it is healthy; so no request
 reaches vLLM unless its engine can answer.

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GGUF models of a running daemon, which llama.cpp's own llama-server answers for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import built_llama
+import gguf_files
+import httpx
+import pytest
+from running import CONFIG, Daemon
+from waiting import until
+
+import flashd
+from flashd import Client
+from flashd.client.results import Engine
+from flashd.dbus.private_bus import PrivateBus
+from flashd.engines.process_info import family
+from flashd.errors import EngineFailed, Unsupported
+
+pytestmark = pytest.mark.timeout(1800)  # llama.cpp may have to be built first
+MATRICES = {"ann": gguf_files.F32, "ben": gguf_files.F16, "cat": gguf_files.Q8_0}
+ASK = [{"role": "user", "content": "who are you?"}]
+GREEDY = {"temperature": 0, "max_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gguf")
+    for seed, (name, matrices) in enumerate(MATRICES.items()):
+        gguf_files.llama(seed, name=name, matrices=matrices).write(folder / f"{name}.gguf")
+    gguf_files.llama(9, name="vectors", pooling=1).write(folder / "vectors.gguf")
+    gguf_files.llama(8, architecture="unheard-of").write(folder / "alien.gguf")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(models: Path) -> dict[str, str]:
+    """What the program itself answers, run by hand with the files."""
+    found = {}
+    for name in MATRICES:
+        with (
+            tempfile.TemporaryDirectory(prefix="fd-") as folder,
+            built_llama.alone(models / f"{name}.gguf", Path(folder)) as client,
+        ):
+            answer = client.post("/v1/chat/completions", json={"messages": ASK, **GREEDY})
+            found[name] = str(answer.json()["choices"][0]["message"]["content"])
+    assert len(set(found.values())) == 3 and all(len(said) == 24 for said in found.values())
+    return found
+
+
+@pytest.fixture(scope="module")
+def daemon(models: Path) -> Iterator[Daemon]:
+    with tempfile.TemporaryDirectory(prefix="fd-") as folder, PrivateBus(Path(folder)) as bus:
+        running = Daemon(bus.address, Path(folder), Path(folder))
+        running.config.write_text(f"{CONFIG}llama.threads = 1\nllama.server = '{built_llama.program()}'\n")
+        running.start()
+        try:
+            with flashd.connect(bus.address) as client:
+                for file in models.iterdir():
+                    client.import_(file, file.stem)
+            yield running
+        finally:
+            status, words = running.stop(), running.log.read_text()
+    assert status == 0 and "Traceback" not in words, words
+
+
+@pytest.fixture
+def client(daemon: Daemon) -> Iterator[Client]:
+    """With no engine before and after a test."""
+    with flashd.connect(daemon.address) as client:
+        yield client
+        for engine in client.engines():
+            client.stop_engine(engine)
+
+
+def said(client: Client, name: str) -> str:
+    return client.chat(name, ASK, **GREEDY)
+
+
+def servers(engine: Engine) -> Sequence[int]:
+    """The llama-servers of an engine."""
+    return [pid for pid in family(engine.pid)[1:] if b"llama-server" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def engine_of(client: Client, name: str) -> Engine:
+    (found,) = [engine for engine in client.engines() if engine.model == name]
+    return found
+
+
+def test_models_answer_as_by_the_program_itself_whatever_was_swapped(client: Client, answers: dict[str, str]) -> None:
+    hows = []
+    for name in ("ann", "ben", "ann", "cat", "ben", "ann"):
+        hows.append(client.swap(name).how)
+        assert said(client, name) == answers[name]
+    assert hows == ["start", "start", "wake", "start", "wake", "wake"]
+    assert {engine.kind for engine in client.engines()} == {"llama.cpp"}
+
+
+def test_the_program_maps_the_arena_and_opens_no_file_of_weights(client: Client, daemon: Daemon) -> None:
+    client.swap("ann")
+    (server,) = servers(engine_of(client, "ann"))
+    mapped = Path(f"/proc/{server}/maps").read_text()
+    assert "memfd:" in mapped and "r--s" in next(line for line in mapped.splitlines() if "memfd:" in line)
+    opened = [str(file.readlink()) for file in Path(f"/proc/{server}/fd").iterdir()]
+    assert not [path for path in opened if str(daemon.state / "store") in path]
+
+
+def test_a_parked_engine_has_no_program_and_gets_one_when_it_wakes(client: Client, answers: dict[str, str]) -> None:
+    client.swap("ann")
+    before = engine_of(client, "ann")
+    client.park()
+    parked = engine_of(client, "ann")
+    assert (parked.state, parked.pid, servers(parked)) == ("parked", before.pid, [])
+    assert client.swap("ann").how == "wake"
+    assert said(client, "ann") == answers["ann"]
+
+
+def test_several_serve_at_once(client: Client, answers: dict[str, str]) -> None:
+    client.swap("ann")
+    client.serve("ben")
+    assert {engine.model: engine.state for engine in client.engines()} == {"ann": "serving", "ben": "serving"}
+    assert [said(client, name) for name in ("ben", "ann", "ben")] == [answers[name] for name in ("ben", "ann", "ben")]
+
+
+def test_the_death_of_the_program_is_that_of_the_engine(client: Client, answers: dict[str, str]) -> None:
+    client.swap("ann")
+    os.kill(servers(engine_of(client, "ann"))[0], signal.SIGKILL)
+    until(lambda: not client.engines())
+    assert said(client, "ann") == answers["ann"]  # by another engine
+
+
+def test_the_program_ends_with_its_engine(client: Client) -> None:
+    client.swap("ann")
+    engine = engine_of(client, "ann")
+    (server,) = servers(engine)
+    os.kill(engine.pid, signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{server}").exists())
+
+
+def test_an_architecture_that_the_program_does_not_know_is_named(client: Client, answers: dict[str, str]) -> None:
+    client.swap("ann")
+    with pytest.raises(EngineFailed, match="unknown model architecture: 'unheard-of'"):
+        client.swap("alien")
+    assert said(client, "ann") == answers["ann"]
+
+
+@pytest.mark.parametrize("kind", ["torch", "vllm"])
+def test_other_engines_are_not_for_gguf(client: Client, kind: str) -> None:
+    with pytest.raises(Unsupported, match=r"it is a GGUF file, with which only llama\.cpp answers"):
+        client.swap("ann", engine=kind)
+
+
+def test_models_embed_if_they_were_made_for_it(client: Client) -> None:
+    until(lambda: client.model("vectors").capabilities == ("embedding",))
+    assert client.model("ann").capabilities == ("completion",)
+    client.swap("vectors")
+    transport = httpx.HTTPTransport(uds=client.status().endpoint)
+    with httpx.Client(transport=transport, base_url="http://flashd") as http:
+        answer = http.post("/v1/embeddings", json={"model": "vectors", "input": ["one", "two"]}).json()
+    assert answer["model"] == "vectors" and [len(each["embedding"]) for each in answer["data"]] == [64, 64]
