@@ -16,7 +16,7 @@ from flashd.client.results import Environment
 from flashd.errors import NotFound
 from flashd.units import format_bytes
 
-app = Group(help="Install PyTorch or vLLM for engines, or go back to an earlier installation.")
+app = Group(help="Install PyTorch, vLLM or llama.cpp for engines, or go back to an earlier installation.")
 
 
 class Kind(StrEnum):
@@ -24,6 +24,7 @@ class Kind(StrEnum):
 
     TORCH = "torch"
     VLLM = "vllm"
+    LLAMA = "llama.cpp"
 
 
 KindArgument = Annotated[Kind, Argument(help="Kind of engine.")]
@@ -34,21 +35,28 @@ def install(
     context: Context,
     kind: KindArgument,
     wheels: Annotated[
-        Path | None, Option(exists=True, file_okay=False, help="Use the wheels in this folder, and no network.")
+        Path | None,
+        Option(exists=True, file_okay=False, help="Use the wheels, or the sources, in this folder, and no network."),
     ] = None,
     index: Annotated[str, Option(help="Package index to use instead of pip's, such as PyTorch's own.")] = "",
 ) -> None:
-    """Installs an engine's framework in a new environment, checks it, and uses it for new engines."""
-    from flashd.cli.wheels import (
-        Supply,
-        download,
-    )  # here, because the import costs 50 ms that other commands do not need
+    """Installs an engine's framework in a new environment, checks it, and uses it for new engines.
+
+    llama.cpp is built from its sources, which takes some minutes, cmake and a C++ compiler.
+    """
+    # Here, because the imports cost 50 ms that other commands do not need.
+    from flashd.cli import llama_source
+    from flashd.cli.wheels import Supply, download
 
     client = session(context).client
     has_gpu = any(device.kind in {"cuda", "unified"} for device in client.devices())
     # The wheels take gigabytes, and /tmp may be in memory.
     with tempfile.TemporaryDirectory(prefix="flash-engine-", dir="/var/tmp") as folder:
-        found = download(kind, Path(folder), Supply(wheels, index), has_gpu=has_gpu)
+        supply = Supply(wheels, index)
+        if kind is Kind.LLAMA:
+            found = [llama_source.wheel(Path(folder), supply)]
+        else:
+            found = download(kind, Path(folder), supply, has_gpu=has_gpu)
         result = output.wait(lambda: client.begin_install(kind, found), f"{kind}")
     output.say(f"{kind} {result['version']} is environment {result['environment']}: {_where(client, kind)}")
 
@@ -70,7 +78,7 @@ def list_(context: Context, as_json: Json = False) -> None:
     if rows:
         output.print_table(["", "engine", "number", "version", "size", "made", ""], rows)
     else:
-        output.say("No environments are installed. Install one: flash engine install torch, or vllm")
+        output.say("No environments are installed. Install one: flash engine install torch, vllm or llama.cpp")
 
 
 @app.command("use")
@@ -114,7 +122,8 @@ def _where(client: Client, kind: Kind) -> str:
     """Says whether new engines use the environment, which a setting may override."""
     import tomllib
 
-    configured = tomllib.loads(client.config())["engines"][kind]["python"]
-    if configured:
-        return f'engines.{kind}.python = {configured} overrides it; reset it: flash config engines.{kind}.python ""'
+    section, key = ("llama", "server") if kind is Kind.LLAMA else (kind, "python")
+    if configured := tomllib.loads(client.config())["engines"][section][key]:
+        setting = f"engines.{section}.{key}"
+        return f'{setting} = {configured} overrides it; reset it: flash config {setting} ""'
     return "new engines use it"

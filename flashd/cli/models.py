@@ -81,6 +81,8 @@ def show(context: Context, model: ModelName, as_json: Json = False) -> None:
 
 def _engine_of(model: Model, client: Client) -> str:
     """The kind of engine for swaps that choose none, and why."""
+    if model.format == "gguf":
+        return "llama.cpp: it is a GGUF file"
     settings = tomllib.loads(client.config()).get("models", {})
     name = next((name for name in (model.name, *model.aliases) if name in settings), "")
     kind = settings[name]["engine"] if name else "default"

@@ -26,7 +26,9 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 MaxTokens = Annotated[int | None, Option(min=1, help="Most tokens to generate.")]
 Temperature = Annotated[float | None, Option(min=0, help="Sampling temperature; 0 always takes the likeliest token.")]
-EngineKind = Annotated[str, Option("--engine", help="Kind of engine: torch or vllm. Default: engines.default.")]
+EngineKind = Annotated[
+    str, Option("--engine", help="Kind of engine: torch, vllm, llama.cpp. Default: engines.default.")
+]
 Adapter = Annotated[str, Option(help="LoRA adapter for vLLM to apply; one of engines.vllm.adapters.")]
 Seed = Annotated[int | None, Option(help="Seed of the random numbers, for repeatable answers.")]
 System = Annotated[str | None, Option(help="System message.")]

@@ -423,9 +423,9 @@ class Client(Closing):
     def swap(self, name: str, on_progress: OnProgress | None = None, *, engine: str = "") -> SwapOutcome:
         """Makes a model the active one, and returns when it can generate its first token.
 
-        The previous model answers until then, and goes on answering after a failure. `engine` is "torch" or "vllm"; by
-        default, the kind of the engine in which the model is active, else the configured one. Raises OutOfMemory,
-        EngineFailed, Unsupported or CorruptCheckpoint.
+        The previous model answers until then, and goes on answering after a failure. `engine` is "torch", "vllm" or
+        "llama.cpp"; by default, the kind of the engine in which the model is active, else the configured one. Raises
+        OutOfMemory, EngineFailed, Unsupported or CorruptCheckpoint.
         """
         with self.subscribed() as events:  # before the swap, so that the job is read only once
             return SwapOutcome.from_result(self.begin_swap(name, engine=engine)._follow(events, on_progress))
@@ -618,7 +618,8 @@ class Client(Closing):
         return [Environment(*found) for found in self._manager("ListEnvironments")[0]]
 
     def begin_install(self, kind: str, wheels: Sequence[Path]) -> Job:
-        """Begins to install an environment for engines of a kind, "torch" or "vllm", from exactly these wheels.
+        """Begins to install an environment for engines of a kind, "torch", "vllm" or "llama.cpp", from exactly these
+        wheels.
 
         This process opens the wheels and passes their descriptors to the daemon. The job's result has `environment`
         (its number) and `version`.

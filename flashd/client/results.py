@@ -40,6 +40,7 @@ class Model:
     context_length: int = 0
     adapters: tuple[str, ...] = ()
     capabilities: tuple[str, ...] = ()
+    format: str = "safetensors"
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,11 +44,14 @@ from flashd.durable import (
 from flashd.errors import Busy, Cancelled, EngineFailed, InvalidArgument, InvalidSource, NotFound, StoreFull
 from flashd.units import MiB, format_bytes
 
-# Modules that must be importable in an environment of each kind; its version is that of the first one.
+# Modules that must be importable in an environment of each kind; its version is that of its program, or the first one.
 MUST_IMPORT: Mapping[str, tuple[str, ...]] = {
     "torch": ("torch", "transformers", "starlette", "uvicorn", "flashd"),
     "vllm": ("vllm", "flashd"),
+    "llama.cpp": ("flashd", "uvicorn", "aiohttp"),
 }
+# Kinds of engine that run a program of their environment: its name, which is also that of the wheel with its version.
+PROGRAMS: Mapping[str, str] = {"llama.cpp": "llama-server"}
 _RECORD = "environment.toml"
 _PYTHON = ".".join(platform.python_version_tuple()[:2])
 _SPARE_BYTES = 64 * MiB
@@ -365,14 +368,24 @@ def _borrow_flashd(site: Path) -> None:
 
 
 def _check_imports(kind: str, folder: Path, cancelled: Cancel) -> str:
-    """Imports the modules, and returns the framework's own version. Raises EngineFailed if an import fails."""
-    names = MUST_IMPORT[kind]
-    code = f"import {', '.join(names)}; print({names[0]}.__version__)"
+    """Imports the modules, and runs the program if it has one. Returns the framework's own version.
+
+    Raises EngineFailed if that fails.
+    """
+    names, program = MUST_IMPORT[kind], PROGRAMS.get(kind)
+    version = f"importlib.metadata.version({program!r})" if program else f"{names[0]}.__version__"
+    code = f"import importlib.metadata, {', '.join(names)}; print({version})"
     status, said = _run([str(folder / "bin" / "python"), "-c", code], cancelled)
     lines = said.strip().splitlines() or ["without a message"]
     if status != 0:
         hint = "check for wheels that are missing or for other hardware; new engines still use the previous environment"
         raise EngineFailed(f"{kind} cannot be imported from these wheels: {lines[-1]}", hint=hint)
+    if program:
+        status, ran = _run([str(folder / "bin" / program), "--version"], cancelled)
+        if status != 0:
+            why = (ran.strip().splitlines() or ["without a message"])[-1]
+            hint = "build it on this machine; new engines still use the previous environment"
+            raise EngineFailed(f"{program} cannot be run here: {why}", hint=hint)
     return lines[-1]
 
 

@@ -18,6 +18,7 @@ from waiting import until
 
 import flashd
 from flashd import Client
+from flashd.cli import llama_source
 from flashd.client.results import Engine
 from flashd.dbus.private_bus import PrivateBus
 from flashd.engines.process_info import family
@@ -164,3 +165,40 @@ def test_models_embed_if_they_were_made_for_it(client: Client) -> None:
     with httpx.Client(transport=transport, base_url="http://flashd") as http:
         answer = http.post("/v1/embeddings", json={"model": "vectors", "input": ["one", "two"]}).json()
     assert answer["model"] == "vectors" and [len(each["embedding"]) for each in answer["data"]] == [64, 64]
+
+
+@pytest.fixture
+def bare() -> Iterator[Daemon]:
+    """A daemon that is told of no llama-server, and finds none."""
+    with tempfile.TemporaryDirectory(prefix="fd-") as folder, PrivateBus(Path(folder)) as bus:
+        running = Daemon(bus.address, Path(folder), Path(folder))
+        running.config.write_text(f"{CONFIG}llama.threads = 1\n")
+        running.start()
+        yield running
+        assert running.stop() == 0
+
+
+def test_one_command_brings_the_program_and_says_so_before(
+    bare: Daemon, models: Path, answers: dict[str, str], tmp_path: Path
+) -> None:
+    with flashd.connect(bare.address) as client:
+        client.import_(models / "ann.gguf", "ann")
+        with pytest.raises(Unsupported) as refused:
+            client.swap("ann")
+        assert "flash engine install llama.cpp" in refused.value.hint
+        wheel = llama_source.pack(built_llama.program(), tmp_path)
+        result = client.begin_install("llama.cpp", [wheel]).wait()
+        assert result == {"environment": 1, "version": llama_source.VERSION}
+        assert said(client, "ann") == answers["ann"]
+        (server,) = servers(engine_of(client, "ann"))
+        program = Path(f"/proc/{server}/exe").readlink()
+        assert program == bare.state / "environments" / "llama.cpp" / "1" / "bin" / "llama-server"
+
+
+def test_a_program_that_does_not_run_here_is_not_installed(bare: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "llama-server").write_text("#!/bin/sh\necho made for another processor >&2; exit 1\n")
+    wheel = llama_source.pack(tmp_path / "llama-server", tmp_path)
+    with flashd.connect(bare.address) as client:
+        with pytest.raises(EngineFailed, match="llama-server cannot be run here: made for another processor"):
+            client.begin_install("llama.cpp", [wheel]).wait()
+        assert client.environments() == []

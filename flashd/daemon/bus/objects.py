@@ -103,6 +103,7 @@ class ModelObject(Exported):
             "Private": model.private,
             "Adapters": self._adapters.of(model),
             "Capabilities": self._capabilities.of(model),
+            "Format": "gguf" if model.is_gguf else "safetensors",
         }
 
     def audience(self) -> Audience:

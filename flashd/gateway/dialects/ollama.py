@@ -107,7 +107,7 @@ def _details(name: str, model: Model) -> dict[str, object]:
     family, count = _family(model), _parameter_count(model)
     return {
         "parent_model": "" if name == model.name else model.name,
-        "format": "safetensors",
+        "format": model.format,
         "family": family,
         "families": [family],
         "parameter_size": _parameter_size(count) if count else "",
