@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from flashd.engines.engine import EngineFactory, EngineState
 from flashd.errors import FlashdError
@@ -18,12 +18,26 @@ class Candidates:
     """Chooses among the engines. Nothing here changes any."""
 
     def __init__(
-        self, slots: Slots, supplier: Supplier, factories: Mapping[str, EngineFactory], *, per_architecture: int
+        self,
+        slots: Slots,
+        supplier: Supplier,
+        factories: Mapping[str, EngineFactory],
+        *,
+        per_architecture: int,
+        without: Collection[EngineSlot] = (),
     ) -> None:
+        """`without` are parked engines that do not count."""
         self._slots = slots
         self._supplier = supplier
         self._factories = factories
         self._per_architecture = per_architecture
+        self._without = without
+
+    def without(self, ended: Collection[EngineSlot]) -> Candidates:
+        """The candidates there would be if these parked engines were ended."""
+        return Candidates(
+            self._slots, self._supplier, self._factories, per_architecture=self._per_architecture, without=ended
+        )
 
     async def read_key(self, target: Target) -> None:
         """Computes the key in a thread, because the first time it reads files, whose contents factories cache."""
@@ -38,7 +52,11 @@ class Candidates:
     def sharing(self, target: Target) -> list[EngineSlot]:
         """The engines that can take a model whose key was read."""
         key = self.key(target)
-        return [slot for slot in self._slots if key and slot.takes_others and self.key(slot.target) == key]
+        return [
+            slot
+            for slot in self._slots
+            if key and slot.takes_others and slot not in self._without and self.key(slot.target) == key
+        ]
 
     async def takers(self, target: Target, *, is_active: bool) -> list[EngineSlot]:
         """The engines that can take a model, in the order in which they are to.
@@ -61,6 +79,21 @@ class Candidates:
         if is_active and self._slots.active in sharing:
             return None  # it gives up its engine
         return next((slot for slot in sharing if slot.engine.state is EngineState.PARKED), None)
+
+    async def too_large(self, target: Target, *, is_active: bool) -> list[EngineSlot]:
+        """The parked engines that would take a model whose key was read, but whose KV caches have no room now unless
+        others make way. They took what was free at their starts; a new engine takes less.
+        """
+        replaced = [self._slots.active.supply] if is_active and self._slots.active and self._slots.active.supply else []
+        found: list[EngineSlot] = []
+        while (slot := self.without(found).sleeper(target, is_active=is_active)) is not None:
+            engine = Recipient(cache_bytes=slot.engine.cache_bytes)
+            if not await self._supplier.is_grown(target, engine) or await self._supplier.fits_without(
+                target, replaced, to=engine
+            ):
+                break
+            found.append(slot)
+        return found
 
     async def is_worth_another(self, target: Target, *, is_active: bool) -> bool:
         """Tells whether another engine starts for a model whose key was read, since those that could take it are passed

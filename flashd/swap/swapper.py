@@ -196,14 +196,13 @@ class Swapper:
         await self._candidates.read_key(target)
         if await self._candidates.is_worth_another(target, is_active=False):
             return []
+        candidates = self._candidates.without(await self._candidates.too_large(target, is_active=False))
         makes_way = []
-        takers = await self._candidates.takers(target, is_active=False)
+        takers = await candidates.takers(target, is_active=False)
         if takers and takers[0].engine.state is EngineState.SERVING:
             makes_way.append(takers[0])
-        if not await self._supplier.fits_without(target, [], to=self._candidates.recipient(target, is_active=False)):
-            makes_way += [
-                slot for slot in await self._candidates.way_for(target, is_active=False) if slot not in makes_way
-            ]
+        if not await self._supplier.fits_without(target, [], to=candidates.recipient(target, is_active=False)):
+            makes_way += [slot for slot in await candidates.way_for(target, is_active=False) if slot not in makes_way]
         return [slot.target for slot in makes_way]
 
     async def _bring(
@@ -434,20 +433,10 @@ class Swapper:
             return await self._supplier.provide(target, on_progress, to=recipient)
 
     async def _end_too_large(self, target: Target, *, is_active: bool) -> None:
-        """Ends a parked engine that would take the model, if its KV cache has no room now unless others make way.
-
-        It took what was free at its start. A new engine takes less.
-        """
-        replaced = [self.slots.active.supply] if is_active and self.slots.active and self.slots.active.supply else []
-        while (slot := self._candidates.sleeper(target, is_active=is_active)) is not None:
-            engine = Recipient(cache_bytes=slot.engine.cache_bytes)
-            if not await self._supplier.is_grown(target, engine) or await self._supplier.fits_without(
-                target, replaced, to=engine
-            ):
-                return
-            log.info(
-                "engine %d is ended: its KV cache of %d bytes has no room now", slot.engine.number, engine.cache_bytes
-            )
+        """Ends the parked engines that would take the model, but have become too large."""
+        for slot in await self._candidates.too_large(target, is_active=is_active):
+            what = f"its KV cache of {slot.engine.cache_bytes} bytes has no room now"
+            log.info("engine %d is ended: %s", slot.engine.number, what)
             await run_to_end(self._discard(slot))
 
     async def _switch(

@@ -1120,6 +1120,7 @@ async def test_a_cache_for_which_there_is_no_room_after_a_nap_is_a_smaller_one(t
     await world.swapper.serve(targets["b"])
     world.check()
     assert world.factory.engines[1].cache_bytes > 20 * ARENA_BYTES, "of what the first one does not use"
+    assert await world.swapper.displaced_by(targets["a2"]) == []
     assert (await world.swapper.serve(targets["a2"])).how is How.START
     assert world.serving() == ("", {"a2", "b"})
     assert world.factory.engines[2].cache_bytes == ARENA_BYTES
