@@ -12,8 +12,8 @@ import asyncio
 import itertools
 import logging
 from asyncio import to_thread
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -218,8 +218,14 @@ class DeviceCache:
         """Reserves memory for other uses than our checkpoints, evicting as for a load. Raises OutOfMemory."""
         return await self._make_room(size_bytes, _Loading(None))
 
+    @asynccontextmanager
+    async def undisturbed(self) -> AsyncIterator[None]:
+        """A context in which no load or claim makes room, so that free memory is not meant for one of them."""
+        async with self._turn:
+            yield
+
     def check_admission(self, checkpoint: Checkpoint, arena: Arena, claim: Reservation) -> None:
-        """Resizes the claim for an arena to the arena's size.
+        """Resizes the claim for an arena to the arena's size. Call it `undisturbed` if that may be larger.
 
         Raises OutOfMemory if the size exceeds claim and free memory, or AlreadyExists if the checkpoint is here.
         """

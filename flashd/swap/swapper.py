@@ -466,7 +466,7 @@ class Swapper:
                 continue
             if (
                 slot.engine.state is EngineState.PARKED
-                and supply.claim_cache(slot.engine.cache_bytes)
+                and await self._supplier.claim_cache(supply, slot.engine.cache_bytes)
                 and await self._woken(slot, target, supply, binding, is_active=is_active)
             ):
                 return How.WAKE, slot.engine
@@ -485,7 +485,7 @@ class Swapper:
         if binding.weights.is_image:
             layout = await asyncio.to_thread(target.checkpoint.layout_json)
             binding = replace(binding, weights=replace(binding.weights, checkpoint_layout=layout))
-        supply.let_cache_grow()
+        await self._supplier.let_cache_grow(supply)
         engine = self._factories[target.engine_kind].create(target.options, cache_bytes=supply.cache_bytes)
         engine.on_exit = lambda last_words: self._report_exit(engine, last_words)
         try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -146,7 +146,7 @@ class Supply:
 
     def let_cache_grow(self) -> None:
         """Adds the memory that is free to the KV cache of an engine that is about to start, except room for one more
-        such model. All ranks get the same.
+        such model. All ranks get the same. Supplier calls it when nothing else makes room.
         """
         if self.plan is None or not self._cache_grows:
             return
@@ -180,7 +180,8 @@ class Supply:
 
     def claim_cache(self, size_bytes: int) -> bool:
         """Claims the KV cache of the parked engine that is about to be woken, which may not be the one that the weights
-        were meant for. Returns False, without any change, if free memory does not suffice.
+        were meant for. Returns False, without any change, if free memory does not suffice. Supplier calls it when
+        nothing else makes room.
         """
         if self.plan is None or not self.plan.cache_grows:
             return True
@@ -389,6 +390,25 @@ class Supplier:
                 raise
             await supply.claim_start(claim)
 
+    async def let_cache_grow(self, supply: Supply) -> None:
+        """Has the KV cache of an engine that is about to start take free memory, as Supply does."""
+        async with self._undisturbed(supply.plan):
+            supply.let_cache_grow()
+
+    async def claim_cache(self, supply: Supply, size_bytes: int) -> bool:
+        """Claims the KV cache of a parked engine, as Supply does."""
+        async with self._undisturbed(supply.plan):
+            return supply.claim_cache(size_bytes)
+
+    @contextlib.asynccontextmanager
+    async def _undisturbed(self, plan: GpuPlan | None) -> AsyncIterator[None]:
+        """A context in which what is free on a plan's devices was not freed for a load."""
+        caches = {self._residency.cache(rank.device) for rank in (plan.ranks if plan else ())}
+        async with contextlib.AsyncExitStack() as stack:
+            for cache in sorted(caches, key=lambda cache: cache.name):  # in one order, lest two wait for each other
+                await stack.enter_async_context(cache.undisturbed())
+            yield
+
     async def fits_another(self, target: Target) -> bool:
         """Tells whether free memory suffices for one more engine on GPUs. False for one in host memory, whose needs are
         unknown.
@@ -459,9 +479,10 @@ class Supplier:
                 for rank, part in zip(plan.ranks, made.ranks, strict=True)
             ]
             parts = list(zip(caches, images, arenas, supply.rooms, strict=True))
-            for cache, image, arena, room in parts:
-                cache.check_admission(image, arena, room)
-            holds = [cache.admit(image, arena, room) for cache, image, arena, room in parts]
+            async with self._undisturbed(plan):
+                for cache, image, arena, room in parts:
+                    cache.check_admission(image, arena, room)
+                holds = [cache.admit(image, arena, room) for cache, image, arena, room in parts]
         except FlashdError as error:
             log.warning("the image of %s is not kept: %s", target.model_name, error)
             self._drop(plan)

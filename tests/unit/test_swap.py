@@ -15,6 +15,7 @@ from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +55,7 @@ from flashd.errors import (
 )
 from flashd.memory.arena import HostArena, HugePages
 from flashd.memory.device import HostDevice, Tier, simulated_device
+from flashd.memory.pool import Reservation
 from flashd.memory.residency import Memory, Residency
 from flashd.memory.transfers import Progress, Region, Residents
 from flashd.swap import slots
@@ -1102,6 +1104,35 @@ async def test_a_cache_takes_what_is_free_but_room_for_one_more_such_model(targe
     await world.pass_on(targets)
     world.check()
     await world.swapper.close(leaving=False)
+    world.ended()
+
+
+async def test_a_cache_takes_nothing_that_is_freed_for_something_else(
+    targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(room=10, gpus=1, cache_bytes=ARENA_BYTES, most_cache_bytes=1 << 30)
+    await world.swapper.swap(targets["b"])
+    await world.swapper.stop_engine(1)
+    cache, load = world.residency.cache("sim:0"), world.load
+    claims: list[asyncio.Task[Reservation]] = []
+
+    async def loaded(*args: Any, **options: Any) -> None:
+        """Meanwhile something else needs more than is free, and so that the image of b leaves."""
+        claims.append(asyncio.create_task(cache.claim(cache.pool.free_bytes + ARENA_BYTES)))
+        while cache.residents():
+            await asyncio.sleep(0)
+        await load(*args, **options)
+
+    monkeypatch.setattr(world, "load", loaded)
+    with cache.reading(""):  # for which the memory of the image is waited for
+        swap = asyncio.create_task(world.swapper.swap(targets["a1"]))
+        await asyncio.wait({swap}, timeout=0.1)
+        assert claims and not claims[0].done()
+    (await claims[0]).release()
+    await swap
+    assert world.factory.engines[1].cache_bytes == ARENA_BYTES
+    world.check()
+    await world.swapper.close()
     world.ended()
 
 
