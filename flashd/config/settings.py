@@ -174,7 +174,7 @@ class EnginesConfig:
     per_architecture: int = _setting(
         2,
         "Most engines on GPUs that serve models of one architecture at once. Models share an engine by turns, and get "
-        "another one if they take turns often and GPU memory is free.",
+        "another one if they take turns often and enough memory is free: the GPU's, and the machine's.",
     )
     turn_s: float = _setting(
         2.0,

@@ -58,7 +58,7 @@ from flashd.daemon.serving.image_saving import ImageSaving
 from flashd.daemon.serving.installations import Installations
 from flashd.daemon.serving.leasing import Leasing
 from flashd.daemon.serving.loads import Loads
-from flashd.daemon.serving.memory_pressure import MemoryPressure
+from flashd.daemon.serving.memory_pressure import MemoryPressure, unneeded_bytes
 from flashd.daemon.serving.memory_setup import log_load, memories, streamer_options
 from flashd.daemon.serving.prewarm import prewarm
 from flashd.daemon.serving.shared_images import SharedImages
@@ -71,6 +71,7 @@ from flashd.dbus.connection import Connection, connect
 from flashd.dbus.object_tree import EVERYBODY, Caller, ObjectTree
 from flashd.engines.environments import Environments
 from flashd.errors import Busy, Unavailable
+from flashd.memory.device import memory_fields
 from flashd.memory.lease import LeaseBook
 from flashd.memory.residency import Residency
 from flashd.memory.transfers import StreamMover
@@ -220,6 +221,7 @@ class Service:
             on_change=events.engines_changed,
             on_lost=self._engine_lost,
             on_displaced=self._active_displaced,
+            free_bytes=lambda: unneeded_bytes(self._settings.current.engines.spare_bytes, memory_fields()),
         )
         RestingEndpoint(self._runtime, endpoint, events)
 

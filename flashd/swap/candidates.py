@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from flashd.engines.engine import EngineFactory, EngineState
 from flashd.errors import FlashdError
@@ -24,19 +24,28 @@ class Candidates:
         factories: Mapping[str, EngineFactory],
         *,
         per_architecture: int,
+        free_bytes: Callable[[], int],
         without: Collection[EngineSlot] = (),
     ) -> None:
-        """`without` are parked engines that do not count."""
+        """`free_bytes` returns the memory of the machine that another process may take. `without` are parked engines
+        that do not count.
+        """
         self._slots = slots
         self._supplier = supplier
         self._factories = factories
         self._per_architecture = per_architecture
+        self._free_bytes = free_bytes
         self._without = without
 
     def without(self, ended: Collection[EngineSlot]) -> Candidates:
         """The candidates there would be if these parked engines were ended."""
         return Candidates(
-            self._slots, self._supplier, self._factories, per_architecture=self._per_architecture, without=ended
+            self._slots,
+            self._supplier,
+            self._factories,
+            per_architecture=self._per_architecture,
+            free_bytes=self._free_bytes,
+            without=ended,
         )
 
     async def read_key(self, target: Target) -> None:
@@ -84,7 +93,9 @@ class Candidates:
         """The parked engines that would take a model whose key was read, but whose KV caches have no room now unless
         others make way. They took what was free at their starts; a new engine takes less.
         """
-        replaced = [self._slots.active.supply] if is_active and self._slots.active and self._slots.active.supply else []
+        replaced = list(self._slots.dispensable)
+        if is_active and self._slots.active is not None and self._slots.active.supply is not None:
+            replaced.append(self._slots.active.supply)
         found: list[EngineSlot] = []
         while (slot := self.without(found).sleeper(target, is_active=is_active)) is not None:
             engine = Recipient(cache_bytes=slot.engine.cache_bytes)
@@ -95,15 +106,20 @@ class Candidates:
             found.append(slot)
         return found
 
-    async def is_worth_another(self, target: Target, *, is_active: bool) -> bool:
-        """Tells whether another engine starts for a model whose key was read, since those that could take it are passed
-        on too often, and free memory suffices."""
+    def is_contended(self, target: Target) -> bool:
+        """Tells whether models take turns too often in the engines that can take a model whose key was read, and there
+        may be more of these."""
         sharing = self.sharing(target)
-        return (
-            not is_active
-            and 0 < len(sharing) < self._per_architecture
-            and all(slot.engine.state is EngineState.SERVING and slot.is_contended for slot in sharing)
-            and await self._supplier.fits_another(target)
+        return 0 < len(sharing) < self._per_architecture and all(
+            slot.engine.state is EngineState.SERVING and slot.is_contended for slot in sharing
+        )
+
+    async def is_worth_another(self, target: Target) -> bool:
+        """Tells whether another engine can start for a model whose engines are contended, since free memory suffices:
+        that of the GPUs, and that of the machine for a process like those that there are."""
+        engine_bytes = [await self._memory_bytes(slot) for slot in self.sharing(target)]
+        return all(engine_bytes) and await self._supplier.fits_another(
+            target, engine_bytes=max(engine_bytes, default=0), free_bytes=self._free_bytes()
         )
 
     def note_no_other(self, target: Target) -> None:
@@ -128,6 +144,7 @@ class Candidates:
 
         async def suffices(chosen: Sequence[EngineSlot]) -> bool:
             supplies = [slot.supply for slot in chosen if slot.supply is not None]
+            supplies += self._slots.dispensable
             return await self._supplier.fits_without(target, supplies, to=recipient)
 
         chosen: list[EngineSlot] = []
@@ -155,6 +172,14 @@ class Candidates:
             }
             serving.sort(key=ranks.__getitem__)
         return sorted(others, key=lambda slot: slot.engine.state is not EngineState.PARKED) + serving
+
+    async def _memory_bytes(self, slot: EngineSlot) -> int:
+        """What the process of an engine takes besides weights; 0 if that is unknown."""
+        try:
+            async with asyncio.timeout(_STATS_S):
+                return (await slot.engine.stats()).memory_bytes
+        except (FlashdError, TimeoutError):
+            return 0
 
     async def _is_busy(self, slot: EngineSlot) -> bool:
         try:

@@ -91,6 +91,7 @@ class Slots:
         self.active: EngineSlot | None = None
         self.beside: list[EngineSlot] = []  # serving too; the one that began longest ago first
         self.parked: list[EngineSlot] = []  # parked, or about to be; longest ago first
+        self.dispensable: list[Supply] = []  # given to engines that are started before anybody needs them
 
     def __iter__(self) -> Iterator[EngineSlot]:
         """All engines: the active one first, then others that serve, then those that are parked."""

@@ -35,6 +35,7 @@ from flashd.engines.engine import Binding, BindingRecord, Engine, EngineFactory,
 from flashd.errors import Busy, EngineFailed, EngineOutOfMemory, FlashdError, NotFound, OutOfMemory, Unsupported
 from flashd.memory.device import Tier
 from flashd.memory.transfers import Progress
+from flashd.swap.another import Another
 from flashd.swap.candidates import Candidates
 from flashd.swap.slots import Endpoint, EngineSlot, Slots
 from flashd.swap.weights import Recipient, Supplier, Supply, Target
@@ -137,11 +138,13 @@ class Swapper:
         on_change: Callable[[], None] = lambda: None,
         on_lost: Callable[[Target, bool], None] = lambda target, was_active: None,
         on_displaced: Callable[[Target], bool] = lambda target: False,
+        free_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
         """`on_lost` is told of a model whose engine ended unasked while it served, and whether it was the active one.
 
         `on_displaced` is told of the active model when another one takes its engine to serve in it; it returns whether
-        it made the endpoint lead elsewhere.
+        it made the endpoint lead elsewhere. `free_bytes` returns the memory of the machine that an engine may take that
+        is started before anybody needs it.
         """
         self._supplier = supplier
         self._factories = factories
@@ -150,7 +153,10 @@ class Swapper:
         self._on_change = on_change
         self._on_lost = on_lost
         self.slots = Slots(endpoint, on_change, on_displaced)
-        self._candidates = Candidates(self.slots, supplier, factories, per_architecture=policy.per_architecture)
+        self._candidates = Candidates(
+            self.slots, supplier, factories, per_architecture=policy.per_architecture, free_bytes=free_bytes
+        )
+        self._another = Another(self.slots, self._candidates, supplier, start=self._started, keep=self._keep_for_later)
         self._turn = asyncio.Lock()  # fair: waiters get it in the order they asked
         self._lost: Target | None = None  # the active model whose engine ended during the swap under way
         self._closed = False
@@ -183,9 +189,10 @@ class Swapper:
         """Has `target` serve beside what serves already.
 
         Where there is no room for all, others make way: idle ones first, and of these the one used longest ago. A model
-        of the same architecture gives up its engine, and `on_displaced` is told if that was the active one; unless they
-        take turns often, and the GPUs have free memory for another engine. If `becomes_active` says so when its turn
-        has come, it is swapped to. Raises what a swap raises, and then what served before serves again.
+        of the same architecture gives up its engine, and `on_displaced` is told if that was the active one; if they
+        take turns often and there is free memory, another engine is started for the next turns. If `becomes_active`
+        says so when its turn has come, it is swapped to. Raises what a swap raises, and then what served before serves
+        again.
         """
         return await self._bring(target, on_progress, renew, becomes_active)
 
@@ -194,14 +201,13 @@ class Swapper:
         if any(slot.target.is_same(target) and slot.answers for slot in self.slots.serving):
             return []
         await self._candidates.read_key(target)
-        if await self._candidates.is_worth_another(target, is_active=False):
-            return []
         candidates = self._candidates.without(await self._candidates.too_large(target, is_active=False))
         makes_way = []
         takers = await candidates.takers(target, is_active=False)
         if takers and takers[0].engine.state is EngineState.SERVING:
             makes_way.append(takers[0])
-        if not await self._supplier.fits_without(target, [], to=candidates.recipient(target, is_active=False)):
+        recipient, spare = candidates.recipient(target, is_active=False), self.slots.dispensable
+        if not await self._supplier.fits_without(target, spare, to=recipient):
             makes_way += [slot for slot in await candidates.way_for(target, is_active=False) if slot not in makes_way]
         return [slot.target for slot in makes_way]
 
@@ -230,6 +236,8 @@ class Swapper:
                 outcome = await self._take_over(target, on_progress, is_active=is_active)
             finally:
                 self._enter(SwapState.IDLE)
+            if not is_active and not self._closed:
+                self._another.begin(target)
             return replace(outcome, phases=dict(self._phases))
 
     async def prepare(self, target: Target, *, renew: Renew = _as_it_was) -> bool:
@@ -289,12 +297,19 @@ class Swapper:
 
     @property
     def has_parked(self) -> bool:
-        return any(slot.engine.state is EngineState.PARKED for slot in self.slots.parked)
+        """True if an engine is parked, or is started to be."""
+        return self._another.is_starting or any(slot.engine.state is EngineState.PARKED for slot in self.slots.parked)
 
     async def stop_parked(self, *, at_most: int) -> int:
-        """Ends parked engines, those parked longest ago first. Returns the number ended."""
+        """Ends parked engines, first one that is only starting to be, then those parked longest ago. Returns the number
+        ended."""
+        given_up = int(at_most > 0 and await self._another.give_up())
         async with self._turn:
-            return await self._stop_parked(at_most)
+            return given_up + await self._stop_parked(at_most - given_up)
+
+    async def settled(self) -> None:
+        """Waits until no engine is being started before anybody needs it."""
+        await self._another.ended()
 
     async def stop_engine(self, number: int) -> None:
         """Ends one engine. Raises NotFound."""
@@ -361,6 +376,7 @@ class Swapper:
         Returns True if any engine was left running.
         """
         self._closed = True
+        await self._another.give_up()
         async with self._turn:
             for slot in self.slots:
                 if leaving and slot.engine.is_kept:
@@ -390,14 +406,9 @@ class Swapper:
         supply, self._lost = None, None
         try:
             await self._candidates.read_key(target)
-            if await self._candidates.is_worth_another(target, is_active=is_active):
-                with contextlib.suppress(OutOfMemory):
-                    supply = await self._supplier.provide(target, on_progress, to=Recipient(starts=True))
-            in_another = supply is not None
-            if supply is None:
-                supply = await self._provide(target, on_progress, is_active=is_active)
+            supply = await self._provide(target, on_progress, is_active=is_active)
             self._enter(SwapState.SWITCHING)
-            how, engine = await self._switch(target, supply, is_active=is_active, in_another=in_another)
+            how, engine = await self._switch(target, supply, is_active=is_active)
         except BaseException:
             self._enter(SwapState.ROLLING_BACK)
             await run_to_end(self._roll_back(before, supply))
@@ -414,8 +425,7 @@ class Swapper:
         """The new weights, beside all others if they fit, else in place of some."""
         await self._end_too_large(target, is_active=is_active)
         try:
-            recipient = self._candidates.recipient(target, is_active=is_active)
-            return await self._supplier.provide(target, on_progress, to=recipient)
+            return await self._supplied(target, on_progress, is_active=is_active)
         except OutOfMemory:
             if not (making_way := await self._candidates.way_for(target, is_active=is_active)):
                 raise
@@ -429,7 +439,18 @@ class Swapper:
                     self.slots.displace_active()
                 await self._put_away(slot)
             self._enter(SwapState.LOADING)
-            recipient = self._candidates.recipient(target, is_active=is_active)
+            return await self._supplied(target, on_progress, is_active=is_active)
+
+    async def _supplied(
+        self, target: Target, on_progress: Progress = lambda done, total: None, *, is_active: bool
+    ) -> Supply:
+        """The new weights in free memory, for which an engine that nobody needs yet is given up."""
+        recipient = self._candidates.recipient(target, is_active=is_active)
+        try:
+            return await self._supplier.provide(target, on_progress, to=recipient)
+        except OutOfMemory:
+            if not await self._another.give_up():
+                raise
             return await self._supplier.provide(target, on_progress, to=recipient)
 
     async def _end_too_large(self, target: Target, *, is_active: bool) -> None:
@@ -439,21 +460,9 @@ class Swapper:
             log.info("engine %d is ended: %s", slot.engine.number, what)
             await run_to_end(self._discard(slot))
 
-    async def _switch(
-        self, target: Target, supply: Supply, *, is_active: bool, in_another: bool = False
-    ) -> tuple[How, Engine]:
-        """Gives the weights to an engine and has it serve: a parked one, one that serves, or a new one.
-
-        `in_another`: to a new one if it starts.
-        """
+    async def _switch(self, target: Target, supply: Supply, *, is_active: bool) -> tuple[How, Engine]:
+        """Gives the weights to an engine and has it serve: a parked one, one that serves, or a new one."""
         binding = await self._supplier.binding(target, supply)
-        if in_another:
-            try:
-                return How.START, await self._started(target, supply, binding, is_active=is_active)
-            except EngineFailed as error:
-                log.warning("%s goes on sharing an engine, since no other starts: %s", target.model_name, error)
-                supply.has_started()
-                self._candidates.note_no_other(target)
         for slot in await self._candidates.takers(target, is_active=is_active):
             if slot.engine.state is EngineState.SERVING:
                 # Connections that lead to the active model are not for the one that takes over its engine.
@@ -470,18 +479,35 @@ class Swapper:
                 and await self._woken(slot, target, supply, binding, is_active=is_active)
             ):
                 return How.WAKE, slot.engine
-        await self._supplier.claim_start(target, supply)
         try:
-            return How.START, await self._started(target, supply, binding, is_active=is_active)
+            await self._supplier.claim_start(target, supply)
+        except OutOfMemory:
+            if not await self._another.give_up():
+                raise
+            await self._supplier.claim_start(target, supply)
+        try:
+            return How.START, await self._started_to_serve(target, supply, is_active=is_active)
         except EngineOutOfMemory as error:
             # No pool counts the memory of parked engines besides weights, nor that of other programs.
             is_smaller = await self._supplier.shrink_cache(target, supply)
-            if not await self._stop_parked(len(self.slots.parked)) and not is_smaller:
+            is_freed = await self._another.give_up()
+            if not await self._stop_parked(len(self.slots.parked)) and not is_smaller and not is_freed:
                 raise
             log.warning("parked engines were stopped, or its KV cache is smaller, for %s", error.message)
-            return How.START, await self._started(target, supply, binding, is_active=is_active)
+            return How.START, await self._started_to_serve(target, supply, is_active=is_active)
 
-    async def _started(self, target: Target, supply: Supply, binding: Binding, *, is_active: bool) -> Engine:
+    async def _started_to_serve(self, target: Target, supply: Supply, *, is_active: bool) -> Engine:
+        engine = await self._started(target, supply)
+        try:
+            self.slots.place(EngineSlot(engine, target, supply), is_active=is_active)
+        except BaseException:
+            await run_to_end(engine.stop())
+            raise
+        return engine
+
+    async def _started(self, target: Target, supply: Supply) -> Engine:
+        """A new engine with these weights, which is in no slot yet."""
+        binding = await self._supplier.binding(target, supply)
         if binding.weights.is_image:
             layout = await asyncio.to_thread(target.checkpoint.layout_json)
             binding = replace(binding, weights=replace(binding.weights, checkpoint_layout=layout))
@@ -491,7 +517,6 @@ class Swapper:
         try:
             await self._given(engine, target, supply, engine.start(binding))
             supply.has_started()
-            self.slots.place(EngineSlot(engine, target, supply), is_active=is_active)
         except BaseException:
             await run_to_end(engine.stop())
             raise
@@ -560,9 +585,8 @@ class Swapper:
                         self.slots.place(one.slot, is_active=one.is_active)
                     continue
                 await self._end_too_large(one.target, is_active=one.is_active)
-                recipient = self._candidates.recipient(one.target, is_active=one.is_active)
                 with contextlib.ExitStack() as on_error:
-                    again = await self._supplier.provide(one.target, to=recipient)
+                    again = await self._supplied(one.target, is_active=one.is_active)
                     on_error.callback(again.release)
                     await self._switch(one.target, again, is_active=one.is_active)
                     on_error.pop_all()
@@ -589,6 +613,14 @@ class Swapper:
         for slot in list(self.slots.parked):
             await self._put_away(slot)
         await self._stop_parked(len(self.slots.parked) - self._policy.max_parked)
+
+    async def _keep_for_later(self, slot: EngineSlot) -> None:
+        """Parks an engine that was started before anybody needed it."""
+        async with self._turn:
+            self.slots.parked.append(slot)
+            await run_to_end(self._tidy())
+            if slot.engine.state is not EngineState.PARKED:
+                self._candidates.note_no_other(slot.target)
 
     async def _put_away(self, slot: EngineSlot) -> None:
         """Drains an engine, then parks it, or stops it if it cannot be parked or would never be woken."""

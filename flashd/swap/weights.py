@@ -409,11 +409,17 @@ class Supplier:
                 await stack.enter_async_context(cache.undisturbed())
             yield
 
-    async def fits_another(self, target: Target) -> bool:
-        """Tells whether free memory suffices for one more engine on GPUs. False for one in host memory, whose needs are
-        unknown.
+    async def fits_another(self, target: Target, *, engine_bytes: int, free_bytes: int) -> bool:
+        """Tells whether free memory suffices for one more engine on GPUs, whose process takes `engine_bytes` of the
+        `free_bytes` of the machine. False for one in host memory, whose needs are unknown.
         """
-        return await self._plan(target) is not None and await self.fits_beside(target, to=Recipient(starts=True))
+        if await self._plan(target) is None:
+            return False
+        needed_bytes = await self._needed_bytes(target, Recipient(starts=True))
+        of_host_bytes = needed_bytes.get(self._residency.cache(HOST), 0)  # which may be the GPU's as well
+        return engine_bytes + of_host_bytes <= free_bytes and all(
+            size_bytes <= cache.pool.free_bytes for cache, size_bytes in needed_bytes.items()
+        )
 
     async def fits_beside(self, target: Target, *, to: Recipient = _AN_ENGINE) -> bool:
         """Tells whether a model fits into memory without evicting anything."""

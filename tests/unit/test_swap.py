@@ -65,6 +65,7 @@ from flashd.swap.weights import Supplier, Supply, Target
 ARENA_BYTES = 4096
 UNIQUE = "Q"  # an architecture whose engines can never be rebound
 WORKING_BYTES = 3 * 4096
+ENGINE_BYTES = 1 << 20  # of its process
 NO_MANIFEST = Manifest(
     id="", weights="", header_digest="", digests_digest="", digest_block_bytes=4096, data_offset=4096, data_bytes=0,
     tensor_count=1, dtype="", architecture="", architecture_key="", layout="", quantization="", side_files={},
@@ -225,7 +226,7 @@ class FakeEngine:
 
     async def stats(self) -> EngineStats:
         self.times_asked += 1
-        return EngineStats(self.requests, 0, 0)
+        return EngineStats(self.requests, ENGINE_BYTES, 0)
 
     def die(self) -> None:
         self._end()
@@ -383,6 +384,7 @@ class World:
         self.lost: list[str] = []
         self.loads = True
         self.changed: Callable[[], None] = lambda: None
+        self.free_bytes = 1 << 40  # of the machine
         budget_bytes = (room + 1) * ARENA_BYTES + room * WORKING_BYTES
         cards = [Memory(replace(simulated_device(1 << 30, DEVICE), name=name), budget_bytes) for name in self.gpus]
         self.residency = Residency([Memory(DEVICE, max(1, gpus) * room * ARENA_BYTES), *cards], self)
@@ -399,6 +401,7 @@ class World:
             on_change=lambda: self.changed(),  # noqa: PLW0108 -- tests replace it
             on_lost=lambda target, was_active: self.lost.append(target.model_name),
             on_displaced=self._rest,
+            free_bytes=lambda: self.free_bytes,
         )
 
     async def pass_on(
@@ -795,63 +798,160 @@ async def test_the_active_model_is_told_to_be_displaced_before_its_requests_are_
     world.ended()
 
 
+def contended(**options: Any) -> World:
+    """On a GPU, where models of one architecture may have two engines."""
+    return World(**{"room": 10, "gpus": 1, "policy": Policy(1, 2, per_architecture=2), **options})
+
+
+async def take_turns(world: World, targets: Mapping[str, Target], *names: str) -> list[How]:
+    """Between turns, what is started beside is waited for."""
+    hows = []
+    for name in names:
+        hows.append((await world.swapper.serve(targets[name])).how)
+        await world.swapper.settled()
+        world.check()
+    return hows
+
+
 async def test_models_that_take_turns_often_get_an_engine_each_while_memory_is_free(
     targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
     monkeypatch.setattr(slots, "time", SimpleNamespace(monotonic=lambda: now))
-    world = World(room=10, gpus=1, policy=Policy(1, 2, per_architecture=2))
+    world = contended()
 
     async def turns(*names: str, after_s: float) -> list[How]:
         nonlocal now
         hows = []
         for name in names:
             now += after_s
-            hows.append((await world.swapper.serve(targets[name])).how)
-            world.check()
+            hows += await take_turns(world, targets, name)
         return hows
 
     assert await turns("a1", "a2", "a1", "a2", "a1", "a2", after_s=31) == [How.START] + 5 * [How.REBIND]
-    assert await turns("a1", "a2", "a1", after_s=2) == 3 * [How.REBIND], "the next one is the fifth in 30 s"
-    assert world.serving() == ("", {"a1"})
-    now += 2
+    assert await turns("a1", "a2", after_s=2) == 2 * [How.REBIND], "the next one is the fourth in 30 s"
+    assert len(world.swapper.slots) == 1
+    assert await turns("a1", after_s=2) == [How.REBIND]
+    assert world.serving() == ("", {"a1"}) and len(world.swapper.slots.parked) == 1
     assert await world.swapper.displaced_by(targets["a2"]) == []
-    assert await turns("a2", after_s=0) == [How.START]
+    assert await turns("a2", after_s=0) == [How.WAKE]
     assert world.serving() == ("", {"a1", "a2"})
     assert await turns("a3", after_s=0) == [How.REBIND], "two engines are as many as may be"
     await world.swapper.close()
     world.ended()
 
 
+class Held:
+    """Holds back the next start of an engine."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_begun, self.may_go_on = asyncio.Event(), asyncio.Event()
+        start = FakeEngine.start
+
+        async def held(engine: FakeEngine, binding: Binding) -> EngineImage | None:
+            if not self.is_begun.is_set():
+                self.is_begun.set()
+                await self.may_go_on.wait()
+            return await start(engine, binding)
+
+        monkeypatch.setattr(FakeEngine, "start", held)
+
+
+async def test_nobody_waits_for_the_start_of_an_engine_beside(
+    targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = contended()
+    await world.swapper.swap(targets["b"])
+    await world.swapper.park()
+    await take_turns(world, targets, "a1", "a2", "a1", "a2")
+    held = Held(monkeypatch)
+    assert (await world.swapper.serve(targets["a1"])).how is How.REBIND
+    await held.is_begun.wait()
+    assert [t.model_name for t in await world.swapper.displaced_by(targets["a2"])] == ["a1"]
+    assert (await world.swapper.serve(targets["a2"])).how is How.REBIND, "they go on taking turns"
+    assert (await world.swapper.swap(targets["b"])).how is How.WAKE
+    held.may_go_on.set()
+    await world.swapper.settled()
+    world.check()
+    assert (await world.swapper.serve(targets["a1"])).how is How.WAKE
+    assert world.serving() == ("b", {"a1", "a2"})
+    await world.swapper.close()
+    world.ended()
+
+
+async def test_an_engine_that_is_started_beside_gives_way(
+    targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that serves is put away for one that nobody has asked for."""
+    world = contended(room=3)
+    await world.swapper.serve(targets["b"])
+    await take_turns(world, targets, "a1", "a2", "a1", "a2")
+    held = Held(monkeypatch)
+    await world.swapper.serve(targets["a1"])
+    await held.is_begun.wait()
+    assert await world.swapper.displaced_by(targets["c"]) == []
+    assert (await world.swapper.serve(targets["c"])).how is How.START
+    assert world.serving() == ("", {"a1", "b", "c"})
+    assert [engine.state for engine in world.factory.engines].count(EngineState.FAILED) == 1
+    world.check()
+    await world.swapper.close()
+    world.ended()
+
+
+@pytest.mark.parametrize("how", ["the daemon ends", "memory is short"])
+async def test_a_start_beside_is_given_up_when(
+    how: str, targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = contended()
+    await take_turns(world, targets, "a1", "a2", "a1", "a2")
+    held = Held(monkeypatch)
+    await world.swapper.serve(targets["a1"])
+    await held.is_begun.wait()
+    if how == "memory is short":
+        assert world.swapper.has_parked and await world.swapper.stop_parked(at_most=1) == 1
+        world.check()
+    await world.swapper.close()
+    assert len(world.factory.engines) == 2
+    assert all(engine.state is EngineState.FAILED for engine in world.factory.engines)
+    world.ended()
+
+
 @pytest.mark.parametrize(
-    ("gpus", "room", "limit", "first"),
-    [(0, 10, 2, "serve"), (1, 1, 2, "serve"), (1, 10, 1, "serve"), (1, 10, 2, "swap")],
-    ids=["its memory is unknown", "memory is not free", "one may be", "it replaces the active one"],
-)
+    ("gpus", "room", "limit", "first", "free_bytes"),
+    [
+        (0, 10, 2, "serve", 1 << 40), (1, 1, 2, "serve", 1 << 40), (1, 10, 2, "serve", ENGINE_BYTES - 1),
+        (1, 10, 1, "serve", 1 << 40), (1, 10, 2, "swap", 1 << 40),
+    ],
+    ids=["its memory is unknown", "the GPU is full", "the machine is", "one may be", "it replaces the active one"],
+)  # fmt: skip
 async def test_models_go_on_taking_turns_where(
-    gpus: int, room: int, limit: int, first: str, targets: dict[str, Target]
+    gpus: int, room: int, limit: int, first: str, free_bytes: int, targets: dict[str, Target]
 ) -> None:
     world = World(room=room, gpus=gpus, policy=Policy(1, 2, per_architecture=limit))
+    world.free_bytes = free_bytes
     for name in ("a1", "a2") * 4:
         await (world.swap if first == "swap" else world.serve)(targets[name])
+        await world.swapper.settled()
         world.check()
     assert len(world.factory.engines) == 1
     await world.swapper.close()
     world.ended()
 
 
-async def test_models_go_on_taking_turns_where_no_other_engine_starts(targets: dict[str, Target]) -> None:
-    world = World(room=10, gpus=1, policy=Policy(1, 2, per_architecture=2), cache_bytes=ARENA_BYTES)
-    for name in ("a1", "a2", "a1", "a2", "a1"):
-        await world.swapper.serve(targets[name])
-    world.script.arm(Fault.NO_MEMORY, 0)
-    assert (await world.swapper.serve(targets["a2"])).how is How.REBIND
-    assert world.script.names[world.script.at] == "start"
-    assert world.serving() == ("", {"a2"})
-    world.check()
-    for name in ("a1", "a2", "a1", "a2", "a1", "a2"):
-        assert (await world.swapper.serve(targets[name])).how is How.REBIND, "and none is started again for each turn"
-        world.check()
+@pytest.mark.parametrize("fault", [Fault.NO_MEMORY, Fault.FAILS, Fault.DIES])
+@pytest.mark.parametrize("step", ["start", "drain", "park"])
+async def test_models_go_on_taking_turns_where_no_other_engine_starts(
+    step: str, fault: Fault, targets: dict[str, Target]
+) -> None:
+    world = contended(cache_bytes=ARENA_BYTES)
+    await take_turns(world, targets, "a1", "a2", "a1", "a2")
+    world.script.arm(fault, 3 + ["start", "drain", "park"].index(step))  # drain, rebind, open
+    assert await take_turns(world, targets, "a1") == [How.REBIND]
+    assert world.script.names[world.script.at] == step
+    world.script.fault = None
+    assert world.serving() == ("", {"a1"}) and len(world.swapper.slots) == 1
+    names = ("a2", "a1", "a2", "a1", "a2", "a1")
+    assert await take_turns(world, targets, *names) == 6 * [How.REBIND], "none is started again for each turn"
     await world.swapper.close()
     world.ended()
 
@@ -912,6 +1012,7 @@ def test_any_sequence_of_swaps_serves_and_faults(
             if fault:
                 world.script.arm(fault, moment)
             error = await (world.swap if step == "swap" else world.serve)(targets[name])
+            await world.swapper.settled()
             world.script.fault = None
             lost, world.lost = set(world.lost), []
             world.check()

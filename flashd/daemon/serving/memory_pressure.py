@@ -46,6 +46,14 @@ class MemoryPressure(Routine):
             return
         memory = self._memory()
         available_bytes = memory["MemAvailable"]
-        if available_bytes < (self._spare_bytes() or memory["MemTotal"] // _SPARE):
+        if unneeded_bytes(self._spare_bytes(), memory) < 0:
             log.warning("only %s of memory are available, so a parked engine is stopped", format_bytes(available_bytes))
             await self._swapper.stop_parked(at_most=1)
+
+
+def unneeded_bytes(spare_bytes: int, memory: Mapping[str, int]) -> int:
+    """Returns the available memory beyond what parked engines must leave; negative if too little is available.
+
+    `spare_bytes` is the setting engines.spare, and `memory` has the fields of /proc/meminfo, in bytes.
+    """
+    return memory["MemAvailable"] - (spare_bytes or memory["MemTotal"] // _SPARE)
