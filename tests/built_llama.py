@@ -68,6 +68,7 @@ def alone(model: Path, folder: Path, *arguments: str) -> Iterator[httpx.Client]:
         finally:
             process.kill()
             process.wait()
+            address.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-F32, F16, Q8_0 = 0, 1, 8
-UINT16, UINT32, INT32, FLOAT32, STRING, ARRAY = 2, 4, 5, 6, 8, 9
-_FORMATS = {UINT16: "<H", UINT32: "<I", INT32: "<i", FLOAT32: "<f"}
+from flashd.checkpoint import header as headers
+
+F32, F16, Q8_0, BF16 = 0, 1, 8, 30
+UINT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 2, 4, 5, 6, 7, 8, 9
+_FORMATS = {UINT16: "<H", UINT32: "<I", INT32: "<i", FLOAT32: "<f", BOOL: "<?"}
 _LETTERS = b"abcdefghijklmnopqrstuvwxyz ."
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -108,6 +112,7 @@ def llama(
         "tokenizer.ggml.tokens": Value(STRING, vocabulary),
         "tokenizer.ggml.scores": Value(FLOAT32, scores),
         "tokenizer.ggml.token_type": Value(INT32, kinds),
+        "tokenizer.ggml.add_space_prefix": Value(BOOL, False),
         "tokenizer.ggml.bos_token_id": Value(UINT32, 1),
         "tokenizer.ggml.eos_token_id": Value(UINT32, 2),
     }
@@ -142,9 +147,9 @@ def llama(
 
 
 def _vocabulary() -> tuple[list[str], list[int], list[float]]:
-    """Three control tokens, then all bytes."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    return tokens, [2, 3, 3, *[6] * 256], [0.0] * len(tokens)
+    """Three control tokens, all bytes, and a space."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    return tokens, [2, 3, 3, *[6] * 256, 1], [0.0] * len(tokens)
 
 
 def _as(kind: int, values: np.ndarray[Any, np.dtype[np.float32]]) -> bytes:
@@ -167,3 +172,67 @@ def _scalar(kind: int, value: Any) -> bytes:
 def _text(text: str) -> bytes:
     raw = text.encode()
     return struct.pack("<Q", len(raw)) + raw
+
+
+_QWEN3 = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    **{f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"},
+    "self_attn.o_proj": "attn_output",
+    **{f"self_attn.{part}_norm": f"attn_{part}_norm" for part in "qk"},
+    **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
+}
+
+
+def qwen3(folder: Path) -> Gguf:
+    """The same model as a folder of transformers' Qwen3 in bf16, with its byte-level tokenizer and chat template."""
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    special = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+    known = {number: token for token, number in tokenizer["model"]["vocab"].items()} | special
+    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in tokenizer["model"]["merges"]]
+    entries = {
+        "general.architecture": Value(STRING, "qwen3"),
+        "qwen3.context_length": Value(UINT32, config["max_position_embeddings"]),
+        "qwen3.embedding_length": Value(UINT32, config["hidden_size"]),
+        "qwen3.block_count": Value(UINT32, config["num_hidden_layers"]),
+        "qwen3.feed_forward_length": Value(UINT32, config["intermediate_size"]),
+        "qwen3.attention.head_count": Value(UINT32, config["num_attention_heads"]),
+        "qwen3.attention.head_count_kv": Value(UINT32, config["num_key_value_heads"]),
+        "qwen3.attention.key_length": Value(UINT32, config["head_dim"]),
+        "qwen3.attention.value_length": Value(UINT32, config["head_dim"]),
+        "qwen3.attention.layer_norm_rms_epsilon": Value(FLOAT32, config["rms_norm_eps"]),
+        "qwen3.rope.freq_base": Value(FLOAT32, _rope_base(config)),
+        "tokenizer.ggml.model": Value(STRING, "gpt2"),
+        "tokenizer.ggml.pre": Value(STRING, "gpt-2"),
+        "tokenizer.ggml.tokens": Value(STRING, [known[number] for number in range(len(known))]),
+        "tokenizer.ggml.token_type": Value(INT32, [3 if number in special else 1 for number in range(len(known))]),
+        "tokenizer.ggml.merges": Value(STRING, merges),
+        "tokenizer.ggml.eos_token_id": Value(UINT32, config["eos_token_id"]),
+        "tokenizer.chat_template": Value(STRING, (folder / "chat_template.jinja").read_text()),
+    }
+    made = Gguf(entries)
+    with (folder / "model.safetensors").open("rb") as file:
+        header = headers.read(file.fileno(), str(folder))
+        for tensor in header.tensors:
+            file.seek(header.data_offset + tensor.extent.offset)
+            raw = file.read(tensor.extent.length)
+            kind = BF16 if len(tensor.shape) > 1 else F32
+            if kind == F32:  # llama.cpp wants those of norms so; bf16 is the upper half of it
+                raw = (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).tobytes()
+            made.tensors[_of_qwen3(tensor.name)] = (kind, tensor.shape[::-1], raw)
+    return made
+
+
+def _of_qwen3(name: str) -> str:
+    """`model.layers.0.self_attn.q_proj.weight` → `blk.0.attn_q.weight`."""
+    inner = name.removesuffix(".weight")
+    if layer := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", inner):
+        return f"blk.{layer[1]}.{_QWEN3[layer[2]]}.weight"
+    return f"{_QWEN3[inner]}.weight"
+
+
+def _rope_base(config: Mapping[str, Any]) -> float:
+    return float(config.get("rope_theta") or config["rope_parameters"]["rope_theta"])

@@ -24,6 +24,7 @@ _TOGETHER = {
     "tests/engines/test_torch_requests.py::test_vllm_": "vllm",
     "tests/engines/test_vllm_": "daemons with vllm",
     "tests/engines/test_adapters_both_ways": "daemons with vllm",
+    "tests/engines/test_llama_": "llama.cpp",
     "tests/engines/": "torch",
 }
 # In which order groups begin; the others follow as they were collected.
@@ -32,6 +33,7 @@ _FIRST = (
     "tests/system/test_package.py",  # builds the package that all machines have
     "vllm",
     "daemons with vllm",
+    "llama.cpp",  # may have to be built first, with the lowest priority
     "tests/system/test_ubuntu.py",
     "torch",
     "tests/native/test_sanitize.py",

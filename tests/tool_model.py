@@ -10,9 +10,13 @@ offered: it knows of one.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import kept
+import made_models
 
 QUESTION = "What is the weather in Rome?"
 CALLS = ["weather", {"city": "Rome"}]
@@ -71,6 +75,15 @@ def make(base: Path, folder: Path, *, steps: int = 80) -> None:
         assert said == answer, f"it was taught {answer!r} and says {said!r}"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def put(ada: Path) -> Path:
+    """The model's folder, made once of the quick start's ada in this folder."""
+
+    def run(folder: Path) -> None:
+        subprocess.run([sys.executable, __file__, ada, folder / "tess"], check=True, capture_output=True)
+
+    return kept.folder("tool-model", *made_models.recipe(), Path(__file__), make=run) / "tess"
 
 
 def _prompt(tokenizer: Any, messages: list[dict[str, Any]]) -> str:

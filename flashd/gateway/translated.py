@@ -17,7 +17,7 @@ from flashd.gateway.dialects.openai import CHAT_PATH
 from flashd.gateway.dispatch import EngineRequest
 from flashd.gateway.waiting import EVENTS
 
-_SPEAK_ALL = frozenset({"vllm"})  # kinds of engines
+_SPEAK_ALL = frozenset({"vllm", "llama.cpp"})  # kinds of engines
 
 
 class Made:

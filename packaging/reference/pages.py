@@ -242,8 +242,8 @@ def page_state() -> Iterator[str]:
 
 
 def capabilities() -> Iterator[str]:
-    rows = [[each.name, each.asked_by, each.torch, each.vllm] for each in CAPABILITIES.values()]
-    yield from table(["", "asked for by", "PyTorch", "vLLM"], rows)
+    rows = [[each.name, each.asked_by, each.torch, each.vllm, each.llama] for each in CAPABILITIES.values()]
+    yield from table(["", "asked for by", "PyTorch", "vLLM", "llama.cpp"], rows)
 
 
 # -- Markdown --------------------------------------------------------------------------------------------------------

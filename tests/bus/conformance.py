@@ -104,6 +104,11 @@ ASKS: Mapping[str, Ask] = {
 }  # fmt: skip
 # What the models here cannot do, because they neither see nor hear: tests of their own prove it.
 ELSEWHERE = {
+    (
+        "a tool that must be called",
+        "llama.cpp",
+    ): "tests/engines/test_llama_clients.py::test_openais_client_has_the_model_call_a_tool",
+    ("rerank", "llama.cpp"): "tests/engines/test_llama_clients.py::test_a_model_for_reranking_ranks",
     ("vision", "vllm"): "tests/engines/test_vllm_engine.py::test_what_other_weights_have_made_is_forgotten",
     (
         "transcription",

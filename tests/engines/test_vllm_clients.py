@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -17,7 +16,6 @@ from typing import Any
 
 import conformance
 import httpx
-import kept
 import made_models
 import programs
 import pytest
@@ -51,12 +49,7 @@ def daemon(
     dora = models / "dora"
     made_models.put(models, "ada", "carl")
     make_endless(models, dora)
-
-    def make_tess(folder: Path) -> None:
-        command = [sys.executable, tool_model.__file__, made / "ada", folder / "tess"]
-        subprocess.run(command, check=True, capture_output=True)
-
-    tess = kept.folder("tool-model", *made_models.recipe(), Path(tool_model.__file__), make=make_tess) / "tess"
+    tess = tool_model.put(made / "ada")
     with tempfile.TemporaryDirectory(prefix="fd-") as folder, PrivateBus(Path(folder)) as bus:
         running = Daemon(bus.address, Path(folder), Path(folder))
         running.config.write_text(

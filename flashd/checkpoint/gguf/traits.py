@@ -83,7 +83,7 @@ def traits_of(header: GgufHeader, path: str) -> Traits:
         context_length=context if 0 < context <= _LONGEST_CONTEXT else 0,
         pooling=pooling,
         has_template=bool(template),
-        knows_tools="tools" in template,
+        knows_tools="tool" in template,
     )
 
 

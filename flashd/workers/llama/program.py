@@ -61,7 +61,7 @@ def find(configured: str) -> str:
     return found
 
 
-def arguments(fd: int, address: str, traits: Traits, tuning: Tuning) -> Iterator[str]:
+def arguments(fd: int, address: str, name: str, traits: Traits, tuning: Tuning) -> Iterator[str]:
     """Yields the arguments of llama-server. The user's take precedence, except for the model and the address."""
     context = min(tuning.context, traits.context_length or tuning.context)
     yield from ("--ctx-size", str(context))
@@ -74,6 +74,7 @@ def arguments(fd: int, address: str, traits: Traits, tuning: Tuning) -> Iterator
         yield "--embeddings"
     yield from tuning.arguments
     yield from ("--model", f"/proc/self/fd/{fd}", "--host", address)
+    yield from ("--alias", name.partition(",")[0])  # in its answers; it takes several, with commas between
 
 
 class Server:

@@ -25,11 +25,16 @@ _PASSED: Mapping[str, str] = {
     "/v1/chat/completions": "/v1/chat/completions",
     "/v1/completions": "/v1/completions",
     "/v1/embeddings": "/v1/embeddings",
+    "/v1/messages": "/v1/messages",
+    "/v1/messages/count_tokens": "/v1/messages/count_tokens",
+    "/v1/responses": "/v1/responses",
     "/v1/rerank": "/v1/rerank",
     "/rerank": "/v1/rerank",
 }
 _TOKENIZE, _DETOKENIZE = "/tokenize", "/detokenize"
 _OF_POST = {*_PASSED, _TOKENIZE, _DETOKENIZE}
+_UNKNOWN_FIELDS = ("prompt_logprobs",)  # which vLLM's clients send, and llama-server would ignore
+_UNSUPPORTED = "not supported"  # in what it says, with status 500, of pictures to a model that does not see
 _SHOWN = 200  # characters of what a client made up
 _MOST_ERROR_BYTES = 1 << 20
 _CONNECT_S = 5.0
@@ -92,6 +97,8 @@ class Proxy:
         else:
             body, bound = _object(await _body(receive)), self._bound()
             _check_name(body, bound)
+            if asked := [name for name in _UNKNOWN_FIELDS if body.get(name) is not None]:
+                raise _Refused(400, f"llama.cpp does not support {asked[0]}", param=asked[0])
             if path in _PASSED:
                 await _pass_on(bound, _PASSED[path], {**body, "model": bound.model_name}, receive, send)
             else:
@@ -189,7 +196,8 @@ async def _refusal(answer: ClientResponse) -> _Refused:
         message = str(said["message"] if isinstance(said, dict) else said)
     except (ValueError, RecursionError, KeyError, TypeError):
         message = f"llama-server refuses it, with status {answer.status}"
-    return _Refused(answer.status, " ".join(message.split())[:1000])
+    status = 400 if answer.status == 500 and _UNSUPPORTED in message else answer.status
+    return _Refused(status, " ".join(message.split())[:1000])
 
 
 async def _until_left(receive: Receive) -> None:

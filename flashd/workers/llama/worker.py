@@ -57,7 +57,7 @@ class _Worker(Worker):
         traits = Traits.from_json(read_all(side_files[SIDE_FILE]))
         address = f"llama-{next(self._numbers)}.sock"
         found = program.find(self._tuning.program)
-        command = [found, *program.arguments(arena_fd, address, traits, self._tuning)]
+        command = [found, *program.arguments(arena_fd, address, given.model_name, traits, self._tuning)]
         server = Server(command, arena_fd, address, self._die)
         server.wait_until_ready()
         former, self._server = self._server, server
