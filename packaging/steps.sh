@@ -91,6 +91,16 @@ trap 'ended 2' INT
 trap 'ended 15' TERM
 trap 'ended 1' HUP
 
+# alone FILE: holds a lock until this script ends, after whichever other script holds it
+alone() {
+  mkdir -p "$(dirname "$1")"
+  exec 9>"$1"
+  if ! flock --nonblock 9; then
+    printf '%s: waits for another one, which is making it\n' "$script" >&2
+    flock 9
+  fi
+}
+
 # install_into PYTHON ARGUMENTS...: like `pip install`, with uv if it is installed. uv does not read pip's configuration,
 # so pip is used if that has an index or files.
 install_into() {

@@ -8,6 +8,7 @@ refused; `tray/translations --check`, which uses gettext, refuses entries that a
 from __future__ import annotations
 
 import ast
+import os
 import re
 import struct
 import sys
@@ -57,4 +58,7 @@ def compiled(po: str) -> bytes:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_bytes(compiled(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    source, target = map(Path, sys.argv[1:])
+    partial = target.with_suffix(f".{os.getpid()}")  # a tray may be reading the catalog
+    partial.write_bytes(compiled(source.read_text(encoding="utf-8")))
+    partial.rename(target)

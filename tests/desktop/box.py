@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -61,9 +62,12 @@ PANEL = """<?xml version="1.0" encoding="UTF-8"?>
 """
 
 
+@functools.cache
 def missing_programs() -> list[str]:
+    """Waits for the tray's environment where tests/run is making it."""
     lacking = [program for program in PROGRAMS if shutil.which(program) is None]
-    return lacking if TRAY.exists() else [*lacking, "packaging/tray --install-only"]
+    is_set_up = subprocess.run([ROOT / "packaging/tray", "--check"], capture_output=True, check=False).returncode == 0
+    return lacking if is_set_up else [*lacking, "packaging/tray --install-only"]
 
 
 class Desktop:

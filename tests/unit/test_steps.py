@@ -73,6 +73,21 @@ def test_a_long_step_shows_what_it_is_at(tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
+def test_of_two_scripts_that_make_the_same_one_waits(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    first = script(tmp_path / "other", "alone lock\ntouch held\nuntil [ -e go ]; do sleep 0.02; done\ntouch made\n")
+    second = script(tmp_path, "alone lock\n[ -e made ] && echo made\n")
+    with subprocess.Popen(first, cwd=tmp_path) as making:
+        until((tmp_path / "held").exists)
+        pipe = subprocess.PIPE
+        with subprocess.Popen(second, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as waiting:
+            assert waiting.stdout is not None and waiting.stderr is not None
+            assert waiting.stderr.readline() == "setup: waits for another one, which is making it\n"
+            (tmp_path / "go").touch()
+            assert waiting.stdout.read() == "made\n"
+    assert making.returncode == 0
+
+
 def test_progress_is_one_changing_line_on_a_terminal(tmp_path: Path) -> None:
     text = "steps 1\nlog=log\nstep one\nquietly sh -c 'echo noise; until [ -e told ]; do sleep 0.02; done'\n"
     ours, theirs = pty.openpty()
