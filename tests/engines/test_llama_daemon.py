@@ -4,17 +4,21 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import built_llama
 import gguf_files
 import httpx
 import pytest
+from manager import Manager, start
 from running import CONFIG, Daemon
-from waiting import until
+from waiting import PATIENCE_S, until
 
 import flashd
 from flashd import Client
@@ -36,6 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, (name, matrices) in enumerate(MATRICES.items()):
         gguf_files.llama(seed, name=name, matrices=matrices).write(folder / f"{name}.gguf")
     gguf_files.llama(9, name="vectors", pooling=1).write(folder / "vectors.gguf")
+    gguf_files.llama(7, name="dora", context=40_000).write(folder / "dora.gguf")  # who does not come to an end
     gguf_files.llama(8, architecture="unheard-of").write(folder / "alien.gguf")
     return folder
 
@@ -59,7 +64,7 @@ def answers(models: Path) -> dict[str, str]:
 def daemon(models: Path) -> Iterator[Daemon]:
     with tempfile.TemporaryDirectory(prefix="fd-") as folder, PrivateBus(Path(folder)) as bus:
         running = Daemon(bus.address, Path(folder), Path(folder))
-        running.config.write_text(f"{CONFIG}llama.threads = 1\nllama.server = '{built_llama.program()}'\n")
+        running.config.write_text(f"{settings()}context = 30_000\n")
         running.start()
         try:
             with flashd.connect(bus.address) as client:
@@ -78,6 +83,10 @@ def client(daemon: Daemon) -> Iterator[Client]:
         yield client
         for engine in client.engines():
             client.stop_engine(engine)
+
+
+def settings() -> str:
+    return f"{CONFIG}drain_timeout_s = 0.1\n[engines.llama]\nthreads = 1\nserver = '{built_llama.program()}'\n"
 
 
 def said(client: Client, name: str) -> str:
@@ -167,12 +176,110 @@ def test_models_embed_if_they_were_made_for_it(client: Client) -> None:
     assert answer["model"] == "vectors" and [len(each["embedding"]) for each in answer["data"]] == [64, 64]
 
 
+def http(client: Client) -> httpx.Client:
+    """For requests to the active model."""
+    transport = httpx.HTTPTransport(uds=client.status().endpoint)
+    return httpx.Client(transport=transport, base_url="http://flashd", timeout=PATIENCE_S)
+
+
+def endless(client: httpx.Client) -> AbstractContextManager[httpx.Response]:
+    ask = {"model": "dora", "messages": ASK, "stream": True, "max_tokens": 25_000, "temperature": 0}
+    return client.stream("POST", "/v1/chat/completions", json=ask)
+
+
+def test_a_stream_that_outlasts_a_swaps_patience_is_cut_in_words(client: Client, answers: dict[str, str]) -> None:
+    client.swap("dora")
+    with http(client) as asking, endless(asking) as stream:
+        lines = stream.iter_lines()
+        assert "chat.completion.chunk" in next(lines)
+        client.swap("ann")
+        *_, last, done = [line for line in lines if line]
+    assert "the request was cut off by a swap" in last and done == "data: [DONE]"
+    assert said(client, "ann") == answers["ann"]
+
+
+def test_what_a_client_leaves_is_not_generated(client: Client, daemon: Daemon) -> None:
+    client.swap("dora")
+    engine = engine_of(client, "dora")
+    log = daemon.state / "logs" / f"engine-{engine.path.rpartition('/')[2]}.log"
+    with http(client) as asking, endless(asking) as stream:
+        assert "chat.completion.chunk" in next(stream.iter_lines())
+    until(lambda: engine_of(client, "dora").active_requests == 0)
+    until(lambda: "stop processing" in log.read_text())
+    (count,) = re.findall(r"stop processing: n_tokens = (\d+)", log.read_text())
+    assert int(count) < 20_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        ("/v1/chat/completions", {"model": "ben", "messages": ASK}, 404, "'ben' is not served here: 'ann' is"),
+        ("/v1/chat/completions", {"model": 1, "messages": ASK}, 400, "model must be a text"),
+        ("/v1/chat/completions", {"messages": "x"}, 400, "messages"),
+        ("/v1/chat/completions", [], 400, "not a JSON object"),
+        ("/v1/embeddings", {"input": "x"}, 501, "does not support embeddings"),
+        ("/tokenize", {}, 400, "it needs a prompt"),
+        ("/slots/0?action=save", {"filename": "x"}, 404, "there is no POST /slots/0 here"),
+        ("/lora-adapters", [], 404, "there is no POST /lora-adapters here"),
+        ("/props", {}, 404, "there is no POST /props here"),
+    ],
+)
+def test_bad_requests_are_refused_in_openais_form(client: Client, path: str, body: Any, status: int, said: str) -> None:
+    client.swap("ann")
+    with http(client) as asking:
+        answer = asking.post(path, json=body)
+        assert answer.status_code == status and said in answer.json()["error"]["message"], answer.text
+
+
+def test_tokens_are_counted_and_turned_back(client: Client) -> None:
+    client.swap("ann")
+    with http(client) as asking:
+        text = asking.post("/tokenize", json={"prompt": "who"}).json()
+        assert text == {"count": 4, "max_model_len": 512, "tokens": [1, *(3 + byte for byte in b"who")]}
+        chat = asking.post("/tokenize", json={"messages": ASK}).json()
+        assert chat["count"] == len(chat["tokens"]) > 20
+        assert asking.post("/detokenize", json={"tokens": text["tokens"][1:]}).json() == {"prompt": "who"}
+
+
+@pytest.fixture
+def manager() -> Iterator[Manager]:
+    with tempfile.TemporaryDirectory(prefix="fd-") as folder:
+        made = Manager(Path(folder) / "manager")
+        made.open()
+        yield made
+        made.close()
+
+
+def test_engines_outlive_a_daemon_that_is_killed(manager: Manager, models: Path, answers: dict[str, str]) -> None:
+    with tempfile.TemporaryDirectory(prefix="fd-") as folder, PrivateBus(Path(folder)) as bus:
+        running = Daemon(bus.address, Path(folder), Path(folder))
+        running.config.write_text(settings())
+        start(running, manager)
+        with flashd.connect(bus.address) as client:
+            for name in ("ann", "ben"):
+                client.import_(models / f"{name}.gguf", name)
+                client.swap(name)
+            before = {engine.model: (engine.pid, engine.state) for engine in client.engines()}
+            (server,) = servers(engine_of(client, "ben"))
+        running.stop(signal.SIGKILL)
+        start(running, manager)
+        with flashd.connect(bus.address) as client:
+            until(lambda: len(client.engines()) == 2)
+            assert {engine.model: (engine.pid, engine.state) for engine in client.engines()} == before
+            assert servers(engine_of(client, "ben")) == [server]
+            assert said(client, "ben") == answers["ben"]
+            assert client.swap("ann").how == "wake"
+            assert said(client, "ann") == answers["ann"]
+        manager.empty()
+        assert running.stop() == 0
+
+
 @pytest.fixture
 def bare() -> Iterator[Daemon]:
     """A daemon that is told of no llama-server, and finds none."""
     with tempfile.TemporaryDirectory(prefix="fd-") as folder, PrivateBus(Path(folder)) as bus:
         running = Daemon(bus.address, Path(folder), Path(folder))
-        running.config.write_text(f"{CONFIG}llama.threads = 1\n")
+        running.config.write_text(f"{CONFIG}[engines.llama]\nthreads = 1\n")
         running.start()
         yield running
         assert running.stop() == 0
