@@ -29,7 +29,8 @@ from flashd.cli import doctor, installation
 from flashd.cli.installation import Finding, Verdict
 from flashd.client.client import Client
 from flashd.client.results import Problem, Status, WatchedFolder
-from flashd.daemon.serving.default_engine import default_engine
+from flashd.config.settings import Config, EnginesConfig, VllmConfig
+from flashd.daemon.serving.default_engine import default_engine, why_no_vllm
 from flashd.dbus.private_bus import PrivateBus
 from flashd.io import cuda
 from flashd.memory.arena import probe_huge_pages
@@ -53,6 +54,7 @@ class Machine:
     bus: str
     monkeypatch: pytest.MonkeyPatch
     in_thread: Callable[[], None] = lambda: None
+    settings: Config = dataclasses.field(default_factory=Config)  # of a daemon with a GPU
 
     def replace(self, where: object, name: str, value: Any) -> None:
         self.monkeypatch.setattr(where, name, value)
@@ -245,11 +247,16 @@ def without_vllm(machine: Machine) -> None:
     def told(bus: str | None) -> Any:
         *found, status = ask(bus)
         assert isinstance(status, Status)
-        return *found, dataclasses.replace(
-            status, default_engine_reason=default_engine("auto", has_gpu=True, has_vllm=False).why
-        )
+        why = default_engine("auto", has_gpu=True, without_vllm=why_no_vllm(machine.settings, "")).why
+        return *found, dataclasses.replace(status, default_engine_reason=why)
 
     machine.replace(doctor, "_daemon", told)
+
+
+def wrong_vllm(machine: Machine) -> None:
+    python = machine.folder / "bin" / "pyhton"
+    machine.settings = Config(engines=EnginesConfig(vllm=VllmConfig(python=str(python))))
+    without_vllm(machine)
 
 
 def remove(name: str) -> Callable[[Machine], None]:
@@ -286,6 +293,7 @@ BROKEN: list[tuple[Callable[[Machine], Any], str, Verdict, str]] = [
     (damaged_state, "state", Verdict.BAD, "repair the file"),
     (without_inotify, "inbox", Verdict.SLOW, "raise fs.inotify.max_user_watches"),
     (without_vllm, "default engine", Verdict.SLOW, "flash engine install vllm"),
+    (wrong_vllm, "default engine", Verdict.SLOW, "an interpreter that has vLLM"),
     (page_cache_full, "page cache", Verdict.SLOW, "map their files"),
     (remove("dbus-daemon"), "dbus-daemon", Verdict.SLOW, "apt install"),
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +14,8 @@ from flashd.daemon.events import Events
 from flashd.daemon.job import Job
 from flashd.daemon.lifecycle.restore import Restore
 from flashd.daemon.lifecycle.settings import Settings
-from flashd.daemon.serving.default_engine import DefaultEngine, default_engine, has_vllm
+from flashd.daemon.serving import default_engine as default_engines
+from flashd.daemon.serving.default_engine import DefaultEngine, default_engine, why_no_vllm
 from flashd.daemon.serving.endpoint import RuntimeFolder
 from flashd.engines import llama_factory, process
 from flashd.engines.engine import EngineFactory
@@ -113,7 +115,7 @@ class EngineKinds:
     async def environment_changed(self, kind: str) -> None:
         """Uses the new environment for new engines. Running engines stay as they are."""
         await self.factories[kind].run_in(self.python(kind))
-        former, self.default = self.default, self._chosen()
+        former, self.default = self.default, await asyncio.to_thread(self._chosen)
         if self.default != former:
             self._events.default_engine_changed()
         if self._has_begun and kind == self.default.kind:
@@ -132,8 +134,9 @@ class EngineKinds:
             self.begin()
 
     def _chosen(self) -> DefaultEngine:
-        found = has_vllm(self._settings.current, self._environments.interpreter("vllm"))
-        return default_engine(self._configured, has_gpu=self._has_gpu, has_vllm=found)
+        is_open = self._configured == default_engines.AUTO and self._has_gpu
+        why_not = why_no_vllm(self._settings.current, self._environments.interpreter("vllm")) if is_open else ""
+        return default_engine(self._configured, has_gpu=self._has_gpu, without_vllm=why_not)
 
     def python(self, kind: str) -> str:
         """Returns the interpreter for a kind of engine."""
