@@ -189,6 +189,7 @@ async def test_two_ranks_rebind_and_wake_exactly(
     told = {**settings.options, "arguments": [*settings.options["arguments"], "--tensor-parallel-size", "2"]}
     factory = VllmFactory(dataclasses.replace(settings, options=told), ())
     engine = factory.create()
+    shared = shared_memory()
     try:
         await engine.start(residents["ada"].binding())
         assert await answers(engine) == expected["ada"]
@@ -201,6 +202,9 @@ async def test_two_ranks_rebind_and_wake_exactly(
         assert own_memory_bytes(engine.pid) < serving - 50_000_000, "both ranks' weights and KV cache"
         await engine.wake(residents["ada"].binding())
         assert await answers(engine) == expected["ada"]
+        for pid in family(engine.pid):
+            os.kill(pid, signal.SIGKILL)
+        await eventually(lambda: not shared_memory() - shared)
     finally:
         await engine.stop()
         await factory.close()

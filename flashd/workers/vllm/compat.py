@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from multiprocessing import shared_memory
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -394,6 +395,20 @@ def nap_between_steps() -> None:
     module: Any = importlib.import_module("vllm.distributed.device_communicators.shm_broadcast")
     if is_cpu() and hasattr(module, "sched_yield"):
         module.sched_yield = functools.partial(time.sleep, _NAP_S)
+
+
+def name_shared_memory() -> None:
+    """Has the ranks on a CPU name the memory that they share like multiprocessing names its own in this process.
+
+    It is left if they are killed. By these names, the zygote finds it after the end of their process group.
+    """
+    if not is_cpu():
+        return
+    module: Any = importlib.import_module("vllm.distributed.device_communicators.cpu_communicator")
+    shared: Any = getattr(module, "_CPUSHMDistributed", None)
+    if make_name := getattr(shared, "make_group_name", None):
+        prefix = shared_memory._SHM_NAME_PREFIX.removeprefix("/")  # type: ignore[attr-defined]
+        shared.make_group_name = staticmethod(lambda communicator: f"{prefix}{make_name(communicator)}")
 
 
 def _run_in_fork(work: Callable[[], object]) -> object:

@@ -114,6 +114,7 @@ class _Worker(Worker):
             compat.answer_is_idle()  # in what is forked; what is spawned is told by our plugin
             compat.tokenise_at_once()
             compat.nap_between_steps()
+            compat.name_shared_memory()
             self._is_starting = True
             watch.start()
             async with compat.engine_client(arguments) as client:
