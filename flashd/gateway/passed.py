@@ -3,24 +3,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 from aiohttp import ClientError, ClientResponse
 
-from flashd.errors import EngineFailed, InvalidArgument
+from flashd.client.results import Engine
+from flashd.errors import EngineFailed, InvalidArgument, Unsupported
 from flashd.gateway import keep_alive, waiting
 from flashd.gateway.answering import Asked, Sending, check_status
 from flashd.gateway.dialects import openai
 from flashd.gateway.directory import Wanted
-from flashd.gateway.dispatch import Dispatcher, EngineRequest
+from flashd.gateway.dispatch import Dispatcher, EngineRequest, run_by_vllm
 from flashd.gateway.exchange import forwarded, parse_object, relay
 from flashd.gateway.waiting import Waiting
 
 OF_THE_GATEWAY = frozenset({b"authorization", b"x-api-key", keep_alive.HEADER, waiting.HEADER})  # are not for engines
 
+_ANSWERS_ALL = frozenset({"vllm"})  # kinds of engines
 _STREAMS = frozenset({"/v1/chat/completions", "/v1/completions"})
 
 
@@ -36,14 +40,33 @@ class Passed:
         send.is_stream = content.get("stream") is True and asked.scope["path"] in _STREAMS
         request = passed_on(asked, content, wanted)
         piece = partial(openai.waiting, asked.scope["path"], wanted.name)
+        kind = ""
+
+        def made(engine: Engine) -> EngineRequest:
+            nonlocal kind
+            kind = engine.kind
+            return request
+
         async with (
             Waiting(asked, send, self._dispatcher, wanted.model, piece) as wait,
-            self._dispatcher.answer(wanted, lambda _: request) as response,
+            self._dispatcher.answer(wanted, made) as response,
         ):
             await wait.over()
+            if kind not in _ANSWERS_ALL and await _is_unknown(response):
+                what = f"{wanted.model} is in a {kind} engine, which does not answer {asked.scope['path']}"
+                raise Unsupported(what, hint=run_by_vllm(wanted.model))
             if send.has_begun:
                 await check_status(response)
             await pass_back(response, send)
+
+
+async def _is_unknown(response: ClientResponse) -> bool:
+    """True for the refusal of an engine that has no such path. The body can be read again."""
+    if response.status != HTTPStatus.NOT_FOUND:
+        return False
+    with contextlib.suppress(ValueError, AttributeError, TypeError, KeyError, ClientError):
+        return not json.loads(await response.read())["error"].get("param")  # which is the model if that is not there
+    return False
 
 
 async def named(content: Mapping[str, object], dispatcher: Dispatcher, field: str = "model") -> Wanted:

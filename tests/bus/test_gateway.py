@@ -68,6 +68,17 @@ async def test_a_name_that_nobody_has(three: Remote, gateway: Gateway) -> None:
             await client.chat.completions.create(model="ada", messages=WHO, temperature=-1)
 
 
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v1/score", "/tokenize", "/classify", "/pooling"])
+async def test_what_the_engine_of_a_model_does_not_answer_says_which_does(
+    path: str, three: Remote, gateway: Gateway
+) -> None:
+    async with httpx.AsyncClient(base_url=gateway.url, timeout=PATIENCE_S) as web:
+        refused = await web.post(path, json={"model": "ada", "input": "a", "prompt": "a"})
+    assert refused.status_code == 501
+    message = refused.json()["error"]["message"]
+    assert f"torch engine, which does not answer {path}" in message and "models.ada.engine vllm" in message
+
+
 async def test_a_request_without_a_name_is_for_the_active_model(three: Remote, gateway: Gateway) -> None:
     async with httpx.AsyncClient(base_url=gateway.url, timeout=PATIENCE_S) as client:
         body = {"messages": WHO, "temperature": 0, "max_tokens": 40}
