@@ -10,17 +10,31 @@ from typing import Annotated
 
 from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from flashd.cli import console, machine, output
 from flashd.cli.parameters import Context, Option
 from flashd.cli.session import session
 from flashd.client.client import Client
+from flashd.client.tiers import STORE, Part, Tier, tiers
 from flashd.errors import InvalidArgument, NotFound
 from flashd.units import format_bytes
 
 _REFRESH_S = 0.5
+_WIDTH = 40
+_FREE = "·"
+# What a tier holds: its mark, by which it is told apart without colours too, its colour and its meaning.
+_MARKS = {
+    "serving": ("█", "green", "serving"),
+    "held": ("▓", "cyan", "leased or pinned"),
+    "idle": ("▒", "blue", "would make way"),
+    "stored": ("▒", "blue", "stored"),
+    "cache": ("▚", "yellow", "KV caches"),
+    "engine": ("▞", "magenta", "engines"),
+    "more": ("▤", "white", "images and others of flashd"),
+    "others": ("░", "bright_black", "other programs"),
+}
 
 
 def top(
@@ -45,10 +59,14 @@ def _overview(client: Client) -> RenderableType:
     except NotFound as error:
         raise InvalidArgument(str(error)) from None
     pools = Table(box=None, pad_edge=False, show_header=False)
-    for device in devices:
-        bar = ProgressBar(total=device.budget_bytes, completed=device.used_bytes, width=40)
-        numbers = f"{format_bytes(device.used_bytes)} of {format_bytes(device.budget_bytes)}"
-        pools.add_row(device.name, bar, f"{numbers}, {format_bytes(device.leased_bytes)} leased or pinned")
+    for _ in range(2):
+        pools.add_column(no_wrap=True)
+    pools.add_column()
+    leased = {device.name: f", {format_bytes(device.leased_bytes)} leased or pinned" for device in devices}
+    shown = tiers(models, engines, devices, found)
+    for tier in shown:
+        numbers = f"{format_bytes(tier.used_bytes)} of {format_bytes(tier.budget_bytes)}"
+        pools.add_row(tier.name, _bar(tier), numbers + leased.get(tier.name, ""))
     processes = Table("engine", "state", "model", "requests", "own memory", "of GPUs", box=None, pad_edge=False)
     for engine in engines:
         memory = [format_bytes(engine.memory_bytes), format_bytes(engine.device_bytes) if engine.device_bytes else ""]
@@ -67,4 +85,32 @@ def _overview(client: Client) -> RenderableType:
     rests = f", {found.resting_model} rests" if found.resting_model else ""
     said = f"active{rests}; {len(models)} models"
     head = console.labelled(said, label=found.active_model or "no model", style="bold")
-    return Group(head, "", pools, "", processes, "", warm, "", *running)
+    return Group(head, "", pools, _legend(shown), "", processes, "", warm, "", *running)
+
+
+def _bar(tier: Tier) -> Text:
+    """The parts of a tier to scale, of all that it has."""
+    parts_bytes = sum(part.size_bytes for part in tier.parts)
+    # What fine-tunes share in the store is stored once, but counts for each of them.
+    scale = min(1.0, tier.used_bytes / parts_bytes) if tier.kind == STORE and parts_bytes else 1.0
+    whole_bytes = max(tier.total_bytes, int(parts_bytes * scale), 1)
+    bar, seen_bytes = Text(), 0.0
+    for part in tier.parts:
+        seen_bytes += part.size_bytes * scale
+        mark, colour, _ = _MARKS[_kind(part)]
+        bar.append(mark * (round(_WIDTH * seen_bytes / whole_bytes) - len(bar)), colour)
+    return bar.append(_FREE * (_WIDTH - len(bar)), "bright_black")
+
+
+def _kind(part: Part) -> str:
+    if part.kind != "weights":
+        return part.kind
+    return part.held if part.held in _MARKS else "held" if part.held else "idle"
+
+
+def _legend(shown: list[Tier]) -> Text:
+    kinds = {_kind(part) for tier in shown if tier.kind != STORE for part in tier.parts}
+    marks = [(mark, colour, meaning) for kind, (mark, colour, meaning) in _MARKS.items() if kind in kinds]
+    return Text("  ").join(
+        Text.assemble((mark, colour), " ", meaning) for mark, colour, meaning in dict.fromkeys(marks)
+    )

@@ -68,8 +68,9 @@ class Page:
             raise AssertionError(f"{code}\n{await self.text()}\n{self.faults}") from None
 
     async def go(self, url: str) -> None:
+        """Returns when the page knows the state of the machine."""
         await self.tell("Page.navigate", url=url)
-        await self.until("document.querySelector('main .view')")
+        await self.until("document.querySelector('main .view') && document.querySelector('.link .is-good')")
 
     async def text(self, selector: str = "body") -> str:
         return str(await self.run(f"document.querySelector({json.dumps(selector)})?.innerText ?? ''"))

@@ -145,9 +145,10 @@ def fill(made: MadeUp, more: int) -> None:
         _engine(2, "vllm", "serving", "sql-writer", 1.4, 12.1, 3.7),
         _engine(3, "vllm", "parked", "support-en", 1.6, 1.5, 0),
     ]
+    used_bytes = sum(int(each[2] * GB) for each in MODELS if "cuda:0" in each[3])
     devices = [
         Device("host", "host", "", "", 256 * GB, 192 * GB, 158 * GB, 21 * GB, 176 * GB, "shmem", *4 * (False,), "/h"),
-        Device("cuda:0", "cuda", "NVIDIA H100 80GB HBM3", "u", 85 * GB, 76 * GB, 42_300_000_000, int(25.9 * GB),
+        Device("cuda:0", "cuda", "NVIDIA H100 80GB HBM3", "u", 85 * GB, 76 * GB, used_bytes, int(25.9 * GB),
                62 * GB, "none", *4 * (True,), "/g"),
     ]  # fmt: skip
     status = Status(

@@ -10,7 +10,7 @@ from flashd.gateway.exchange import Message, Receive, Send
 from flashd.gateway.guard import Application
 from flashd.gateway.metrics.observed import Observed, Trace, observe
 
-_ONE_MODEL = "/v1/models/"
+_WITH_NAMES = {"/v1/models/": "{name}", "/flashd/v1/actions/": "{action}"}
 _OTHER = "other"
 
 
@@ -59,4 +59,4 @@ class Observing:
     def _endpoint(self, path: str) -> str:
         if path in self._paths:
             return path
-        return f"{_ONE_MODEL}{{name}}" if path.startswith(_ONE_MODEL) else _OTHER
+        return next((start + name for start, name in _WITH_NAMES.items() if path.startswith(start)), _OTHER)

@@ -13,6 +13,7 @@ from flashd.gateway.metrics.usage import Tokens
 from flashd.gateway.page.schema import RequestState, as_json
 
 _MOST_KEPT = 300
+_ACTIONS = "/flashd/"  # which are jobs, if they take long
 _NONE = Tokens(0, 0)
 
 
@@ -29,8 +30,8 @@ class Requests:
         return dict(self._ended)
 
     def ended(self, request: Observed) -> None:
-        """Notes a request whose answer has ended, if it was for a model."""
-        if not request.model:
+        """Notes a request whose answer has ended, if a model was asked something."""
+        if not request.model or request.endpoint.startswith(_ACTIONS):
             return
         now = time.monotonic()
         seconds = now - request.arrived

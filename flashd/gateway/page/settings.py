@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flashd import toml
@@ -15,12 +16,14 @@ from flashd.config import loading
 # Free text, which may have credentials, and names of files: for the daemon's own user alone.
 _NOT_FOR_ALL = frozenset({"arguments", "environment", "adapters", "prewarm", "folders", "path", "python"})
 _HIDDEN = "(hidden)"
+_NO_PATH = str(Path())  # a folder that is chosen when the daemon starts
 _OF_A_MODEL = "models.NAME."
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A setting: `value` and `default` as `flash config` writes them, and the command that shows or changes it."""
+    """A setting: `value` and `default` as `flash config` writes them, and the command that changes it to what it is, or
+    shows it where it is hidden here."""
 
     key: str
     value: str
@@ -34,7 +37,7 @@ def shown(toml_text: str, models: Collection[str], *, shows_all: bool) -> Iterat
     """The settings of a configuration, of these models alone. `shows_all` is for the daemon's own user."""
     document = toml.parse(toml_text)
     for setting in loading.settings():
-        default = _written(setting.default)
+        default = "" if setting.default == _NO_PATH else _written(setting.default)
         if setting.key.startswith(_OF_A_MODEL):
             last = setting.key.removeprefix(_OF_A_MODEL)
             for name, table in document.get("models", {}).items():
@@ -47,7 +50,7 @@ def shown(toml_text: str, models: Collection[str], *, shows_all: bool) -> Iterat
 def _shown(setting: loading.Setting, key: str, value: Any, default: str, shows_all: bool) -> Shown:
     is_hidden = not shows_all and key.rsplit(".", 1)[-1] in _NOT_FOR_ALL
     written = _HIDDEN if is_hidden else _written(value)
-    command = f"flash config {shlex.quote(key)} {shlex.quote(default if is_hidden else written)}"
+    command = f"flash config {shlex.quote(key)}" + ("" if is_hidden else f" {shlex.quote(written)}")
     return Shown(key, written, default, setting.doc, not setting.live, command)
 
 

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The frame of the page: the views, which of them is shown, and whether the machine is heard of.
 
+import { activity } from "./activity.js";
 import { notes } from "./actions.js";
+import { chat } from "./chat.js";
 import { h, icon, renew } from "./dom.js";
 import { memory } from "./memory.js";
 import { models } from "./models.js";
 import { follow, now, onChange, setToken } from "./server.js";
+import { settings } from "./settings.js";
 import { _, load, many } from "./words.js";
 
 await load();
@@ -13,6 +16,9 @@ await load();
 const VIEWS = {
   memory: [_("Memory"), memory],
   models: [_("Models"), models],
+  activity: [_("Activity"), activity],
+  chat: [_("Chat"), chat],
+  settings: [_("Settings"), settings],
 };
 const made = {};
 const main = h("main", { id: "main", tabIndex: -1 });
@@ -56,7 +62,6 @@ function show() {
   shown.classList.add("view");
   if (shown.parentNode !== main) {
     main.replaceChildren(banners, shown);
-    made[name].arrive?.();
   }
   update();
 }

@@ -35,7 +35,7 @@ export function models() {
   const heads = COLUMNS.map((column) => h(`th${column.isNumber ? ".is-number" : ""}`, { scope: "col", role: "columnheader" }, h("button", { type: "button", onclick: () => sort(column.name) }, column.words())));
   const body = h("tbody", { role: "rowgroup" });
   const table = h("table.folds", { role: "table", "aria-label": _("Models") }, h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, heads, h("th", { scope: "col", role: "columnheader" }, h("span.unseen", {}, _("Actions"))))), body);
-  const more = h("button.button", { type: "button", onclick: () => { most += 10 * AT_ONCE; update(); } });
+  const more = h("button.button", { type: "button", hidden: true, onclick: () => { most += 10 * AT_ONCE; update(); } });
   const empty = h("p.empty");
   const element = h("div", {}, h("div.tools", {}, filter, kinds, pullButton), count, h("div.card.is-flush", {}, table, empty), h("div.row", {}, more));
   new IntersectionObserver((seen) => {

@@ -37,6 +37,10 @@ export function changed() {
   else requestAnimationFrame(tell);
 }
 
+export function hasToken() {
+  return Boolean(sessionStorage.getItem(TOKEN));
+}
+
 export function setToken(token) {
   if (token) sessionStorage.setItem(TOKEN, token);
   else sessionStorage.removeItem(TOKEN);
