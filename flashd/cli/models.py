@@ -126,7 +126,10 @@ def import_(
 
 def pull(
     context: Context,
-    repository: Annotated[str, Argument(metavar="OWNER/NAME", help="A model on the Hugging Face Hub.")],
+    repository: Annotated[
+        str,
+        Argument(metavar="OWNER/NAME", help="A model on the Hugging Face Hub; OWNER/NAME:Q6_K in GGUF."),
+    ],
     revision: Annotated[str, Option(help="A branch, tag or commit.")] = "main",
     name: Annotated[str, Option(help="Name of the model; by default, its name on the hub.")] = "",
     as_json: Json = False,

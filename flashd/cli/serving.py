@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from flashd.client.client import Client
     from flashd.client.results import SwapOutcome
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?::[\w.-]+)?", re.ASCII)
 
 
 MaxTokens = Annotated[int | None, Option(min=1, help="Most tokens to generate.")]

@@ -314,8 +314,9 @@ class Client(Closing):
     ) -> PullOutcome:
         """Downloads a model from the Hugging Face Hub in this process, while the daemon converts what has arrived.
 
-        `name` is by default that of the repository. A commit that is in the store already is not downloaded again;
-        another commit becomes a new version. A pull after a failure resumes the download.
+        `repository` may name one of several GGUF models: OWNER/NAME:Q4_K_M. `name` is by default the same. A commit
+        that is in the store already is not downloaded again; another commit becomes a new version. A pull after a
+        failure resumes the download.
 
         `token` is by default the one that huggingface_hub finds (HF_TOKEN, hf auth login); it stays in this process.
         Raises NotFound, NotAuthorized (private and gated repositories), Unavailable, StoreFull, TransferFailed,

@@ -13,11 +13,11 @@ from flashd.errors import LimitExceeded, Unavailable
 from flashd.gateway.kept_client import KeptClient, Progress
 
 _MOST_AT_ONCE = 8  # each has a process that downloads, and a thread that waits for it
-_REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+_REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(?::[\w.-]{1,64})?", re.ASCII)
 
 
 def is_repository(name: str) -> bool:
-    """Tells whether a name looks like that of a repository of the hub, OWNER/NAME."""
+    """Tells whether a name looks like that of a repository of the hub, OWNER/NAME, or of one of its GGUF models."""
     return _REPOSITORY.fullmatch(name) is not None
 
 

@@ -7,6 +7,7 @@ it. The machine's daemon has no network access and needs none; it gets descripto
 every import (flashd/daemon/ingest/pulls.py).
 
     repository.py   lists the files of a revision, and selects the needed ones
+    variants.py     chooses one of several GGUF models
     download.py     downloads these into a folder of the user's cache, with resumption and verification
     receiver.py     the part of the client that a pull uses
     pull.py         passes them to the daemon: first the small ones and the headers, then each shard when it has arrived

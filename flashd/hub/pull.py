@@ -20,7 +20,7 @@ from flashd.checkpoint.source.reader import MAX_SIDE_FILE_BYTES, Index, parse_in
 from flashd.config.paths import cache_folder
 from flashd.durable import writing
 from flashd.errors import FlashdError, NotFound
-from flashd.hub import PullOutcome
+from flashd.hub import PullOutcome, variants
 from flashd.hub.download import Download, downloading
 from flashd.hub.receiver import J, Receiver
 from flashd.hub.repository import Needed, RepositoryFile, Revision, choose, look_up
@@ -44,7 +44,8 @@ def pull(
     started = time.monotonic()
     name = name or repository
     with _failing(client, job):
-        found = look_up(repository, revision, token)
+        wanted, variant = variants.split(repository)
+        found = variants.chosen(look_up(wanted, revision, token), variant)
         job = client.begin_pull(found.origin, name, aliases=aliases, job=job)
     with _failing(client, job):
         if _is_there(client, job.subject, found):

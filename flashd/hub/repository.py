@@ -66,15 +66,16 @@ class RepositoryFile:
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """A repository at one commit."""
+    """A repository at one commit, or one of its variants (flashd/hub/variants.py)."""
 
     repository: str
     commit: str
     files: Mapping[str, RepositoryFile]
+    variant: str = ""
 
     @property
     def origin(self) -> str:
-        return f"{self.repository}@{self.commit}"
+        return f"{self.repository}{':' * bool(self.variant)}{self.variant}@{self.commit}"
 
 
 @dataclass(frozen=True, slots=True)

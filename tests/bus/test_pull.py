@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf_files
 import hub as fake
 import pytest
 from conftest import Daemon, Remote, import_model, make_source
@@ -131,6 +132,33 @@ def test_pull(flash: Puller, hub: Hub, daemon: Daemon, published: dict[str, byte
     assert {name for name, count in hub.served_bytes.items() if count} == needed
     assert {name: hub.served_bytes[name] for name in needed} == {name: len(published[name]) for name in needed}
     assert not list(flash.home.glob("cache/flashd/hub/*/*/*")), "what was downloaded is still there"
+
+
+@pytest.fixture
+def quantised(hub: Hub) -> dict[str, bytes]:
+    """A repository with one model in several quantisations, one of them in parts."""
+    tiny = gguf_files.llama(1, matrices=gguf_files.Q8_0)
+    files = {f"Tiny-{kind}.gguf": gguf_files.llama(seed).packed() for seed, kind in enumerate(("Q4_K_M", "IQ4_K_M"), 2)}
+    files |= {f"Tiny-Q8_0-{number:05}-of-00002.gguf": part.packed() for number, part in enumerate(tiny.parts(2), 1)}
+    files |= {"mmproj-F16.gguf": b"GGUF", "config.json": b"{}", "README.md": b"# quantised"}
+    hub.repository("owner/tiny-GGUF").commit(files)
+    return files
+
+
+def test_one_of_several_gguf_models_is_pulled(flash: Puller, hub: Hub, quantised: dict[str, bytes]) -> None:
+    assert flash("pull", "owner/tiny-GGUF").returncode == 0
+    assert {name for name, count in hub.served_bytes.items() if count} == {"Tiny-Q4_K_M.gguf"}, "the usual one"
+    pulled = flash("pull", "owner/tiny-GGUF:q8_0")
+    assert pulled.returncode == 0, pulled.stderr
+    shown = show(flash, "owner/tiny-GGUF:q8_0")
+    assert (shown["dtype"], shown["format"]) == ("Q8_0", "gguf")
+    assert shown["source"].startswith("owner/tiny-GGUF:q8_0@")
+    again = flash("pull", "owner/tiny-GGUF:q8_0")
+    assert again.returncode == 0 and "already" in again.stderr
+    assert hub.served_bytes["Tiny-IQ4_K_M.gguf"] == hub.served_bytes["mmproj-F16.gguf"] == 0
+    missing = flash("pull", "owner/tiny-GGUF:Q2_K")
+    assert missing.returncode != 0
+    assert "has no variant 'Q2_K'" in missing.stderr and "IQ4_K_M, Q4_K_M, Q8_0" in missing.stderr
 
 
 def test_it_is_the_same_checkpoint_as_one_that_was_imported(

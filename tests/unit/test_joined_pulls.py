@@ -138,6 +138,9 @@ async def test_neither_pulls_nor_those_who_wait_are_without_number() -> None:
     [
         ("Qwen/Qwen3-0.6B", True),
         ("a/b", True),
+        ("a/b-GGUF:Q4_K_M", True),
+        ("a/b:", False),
+        ("a/b:c/d", False),
         ("a", False),
         ("a/b/c", False),
         ("/b", False),

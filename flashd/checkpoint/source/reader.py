@@ -485,7 +485,7 @@ def _one_gguf(found: Collection[str]) -> list[str]:
     models = sorted(name for name in found if not matches(name, _BESIDE_GGUF)) or sorted(found)
     whole = whole_series(models[:1], limit=MAX_FILES) or {models[0]}
     if others := sorted(set(models) - whole):
-        hint = "put each into a folder of its own, or drop the file alone"
+        hint = "put each into a folder of its own, or drop one file alone; on the hub, name one: OWNER/NAME:Q4_K_M"
         raise InvalidSource(f"there are several GGUF models: {models[0]}, {others[0]}", hint=hint)
     return sorted(whole)
 
