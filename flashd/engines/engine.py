@@ -244,6 +244,11 @@ class Engine(Protocol):
     async def wake(self, binding: Binding) -> EngineImage | None:
         """Takes the same weights again, or those of another checkpoint with the same architecture, and serves."""
 
+    async def make_image(self, binding: Binding) -> EngineImage | None:
+        """Makes an image of a checkpoint's weights while the engine is parked, which it stays. It needs no memory for a
+        KV cache. Raises EngineFailed; the engine is then as it was, or `failed`.
+        """
+
     async def rebind(self, binding: Binding) -> EngineImage | None:
         """Takes another checkpoint of the same architecture, and serves.
 

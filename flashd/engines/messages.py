@@ -238,6 +238,18 @@ class Wake(Order[Taken]):
 
 
 @dataclass(frozen=True, slots=True)
+class MakeImage(Order[Taken]):
+    """Orders a parked engine to make an image of a checkpoint's weights, and to stay parked. An engine of an older
+    version does not know this order.
+    """
+
+    given: GivenWeights = field(metadata={FLAT: True})
+
+    op = "make_image"
+    answer = Taken
+
+
+@dataclass(frozen=True, slots=True)
 class Rebind(Order[Taken]):
     """Orders a serving engine to take other weights in place of its own, and serve."""
 
@@ -289,7 +301,7 @@ class AskLoad(Order[EngineLoad]):
     answer = EngineLoad
 
 
-EngineOrder = Start | Wake | Rebind | Drain | Resume | Park | AskCondition | AskLoad
+EngineOrder = Start | Wake | MakeImage | Rebind | Drain | Resume | Park | AskCondition | AskLoad
 ENGINE_ORDERS: Mapping[str, type[EngineOrder]] = {kind.op: kind for kind in get_args(EngineOrder)}
 
 

@@ -253,9 +253,40 @@ class EngineProcess:
     def _start_order(self, given: GivenWeights) -> messages.Start:
         return messages.Start(given, self._tuning, passes_on=self._settings.passed_on is not None)
 
+    async def make_image(self, binding: Binding) -> EngineImage | None:
+        try:
+            return await self._given(messages.MakeImage, secrets.token_hex(8), binding)
+        except Misunderstood:
+            await self.stop()
+            raise
+
     async def _bind(self, order: Callable[[GivenWeights], Order[Taken]], binding: Binding) -> EngineImage | None:
-        """Sends weights and side files as descriptors, because the worker cannot open our files by name."""
         token, held = secrets.token_hex(8), self._records
+        weights = binding.weights
+        record = BindingRecord(binding.model, () if weights.wants_image else weights.arena_ids)
+        self._records = {**held, token: record}
+        self._write_down()
+        try:
+            image = await self._given(order, token, binding)
+        except Misunderstood:
+            await self.stop()  # whether it has taken the weights is unknown
+            raise
+        except BaseException as error:
+            if not isinstance(error, asyncio.CancelledError):  # or it may still take them
+                self._records = held
+                self._write_down()
+            raise
+        self._records = {token: record if image else replace(record, arena_ids=weights.arena_ids)}
+        self._write_down()
+        return image
+
+    async def _given(
+        self, order: Callable[[GivenWeights], Order[Taken]], token: str, binding: Binding
+    ) -> EngineImage | None:
+        """Sends weights and side files as descriptors, because the worker cannot open our files by name.
+
+        `token` is our name for the binding. Returns the image that was made of the weights.
+        """
         weights, files = binding.weights, sorted(binding.side_files.items())
         first, *further = (ArenaLayout(rank.size_bytes, rank.layout) for rank in weights.ranks)
         given = GivenWeights(
@@ -271,25 +302,14 @@ class EngineProcess:
             further=tuple(further),
             checkpoint_id=binding.model.checkpoint_id,
         )
-        record = BindingRecord(binding.model, () if weights.wants_image else weights.arena_ids)
         opened: list[int] = []
-        self._records = {**held, token: record}
-        self._write_down()
         try:
             opened += [os.open(file.path, os.O_RDONLY | os.O_CLOEXEC) for _, file in files]
             arenas = [rank.fd for rank in weights.ranks]
             image = _image(await self._exchange(order(given), (*arenas, *opened)))
-        except Misunderstood:
-            await self.stop()  # whether it has taken the weights is unknown
-            raise
-        except BaseException as error:
-            if not isinstance(error, asyncio.CancelledError):  # or it may still take them
-                self._records = held
-                self._write_down()
-            if isinstance(error, OSError):
-                why = f"{error.filename}: {error.strerror}"
-                raise EngineFailed(why, hint="check the model with flash verify") from None
-            raise
+        except OSError as error:
+            why = f"{error.filename}: {error.strerror}"
+            raise EngineFailed(why, hint="check the model with flash verify") from None
         finally:
             close_all(opened)
         if image is None and weights.wants_image:
@@ -299,8 +319,6 @@ class EngineProcess:
                 binding.model.name,
                 self._log,
             )
-        self._records = {token: record if image else replace(record, arena_ids=weights.arena_ids)}
-        self._write_down()
         return image
 
     def _noticed(self, frame: Frame) -> None:

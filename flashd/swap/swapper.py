@@ -253,8 +253,7 @@ class Swapper:
             sleeping = [slot for slot in self._candidates.sharing(target) if slot.engine.state is EngineState.PARKED]
             if self._closed or not sleeping:
                 return False
-            slot = sleeping[0]
-            engine = Recipient(cache_bytes=slot.engine.cache_bytes)
+            slot, engine = sleeping[0], Recipient(stays_parked=True)
             if not await self._supplier.fits_beside(target, to=engine):
                 return False
             supply = await self._supplier.provide(target, to=engine)
@@ -262,14 +261,17 @@ class Swapper:
                 binding = await self._supplier.binding(target, supply)
                 if not binding.weights.wants_image:
                     return False
-                await self._order(slot.engine, self._given(slot.engine, target, supply, slot.engine.wake(binding)))
+                await self._order(slot.engine, self._image_made(slot.engine, target, supply, binding))
             finally:
-                if slot.engine.state is EngineState.SERVING:
-                    slot.takes(target, supply)
-                else:
-                    supply.release()
+                supply.release()
                 await run_to_end(self._tidy())
             return supply.is_image
+
+    async def _image_made(self, engine: Engine, target: Target, supply: Supply, binding: Binding) -> None:
+        """Adopts the image that a parked engine makes, before any cancellation is obeyed."""
+        made = await engine.make_image(binding)
+        if made is not None and await run_to_end(self._supplier.take_in(target, supply, made)):
+            raise asyncio.CancelledError
 
     async def park(
         self, target: Target | None = None, *, name: str = "", move_endpoint: Callable[[], None] | None = None

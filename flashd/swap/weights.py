@@ -69,11 +69,12 @@ class Target:
 @dataclass(frozen=True, slots=True)
 class Recipient:
     """The engine that weights are for: whether it `starts`, and the KV cache of each rank that it has had since its
-    start, if it claims that anew; 0 otherwise.
+    start, if it claims that anew; 0 otherwise. One that `stays_parked`, and only makes an image, needs no KV cache.
     """
 
     starts: bool = False
     cache_bytes: int = 0
+    stays_parked: bool = False
 
 
 _AN_ENGINE = Recipient()  # one that serves
@@ -501,9 +502,11 @@ class Supplier:
 
     async def _plan(self, target: Target, to: Recipient = _AN_ENGINE) -> GpuPlan | None:
         plan = await self._factories[target.engine_kind].gpu_plan(target.checkpoint, target.options)
-        if plan is None or not plan.cache_grows:
+        if plan is None or not (plan.cache_grows or to.stays_parked):
             return plan
-        size_bytes = to.cache_bytes or min(self._most_cache_bytes(rank) for rank in plan.ranks)
+        size_bytes = 0
+        if not to.stays_parked:
+            size_bytes = to.cache_bytes or min(self._most_cache_bytes(rank) for rank in plan.ranks)
         return GpuPlan(tuple(replace(rank, cache_bytes=size_bytes) for rank in plan.ranks))
 
     def _most_cache_bytes(self, rank: RankPlan) -> int:

@@ -29,6 +29,7 @@ from flashd.engines.messages import (
     EngineLoad,
     EngineOrder,
     GivenWeights,
+    MakeImage,
     Message,
     Park,
     Rebind,
@@ -39,7 +40,7 @@ from flashd.engines.messages import (
     Wake,
 )
 from flashd.engines.process_info import OwnMemory, lacks_memory
-from flashd.errors import EngineFailed, FlashdError
+from flashd.errors import EngineFailed, FlashdError, Unsupported
 from flashd.tasks import close_all
 from flashd.workers.connections import KEEP_ALIVE_S, Application, Connections
 from flashd.workers.gate import Gate
@@ -87,6 +88,10 @@ class Worker(ABC):
 
         The caller closes the descriptors.
         """
+
+    def make_image(self, given: GivenWeights, fds: tuple[int, ...]) -> Parcel[Taken]:  # noqa: ARG002 -- few kinds do
+        """Makes an image of these weights while parked. Called like `take`. Raises Unsupported."""
+        raise Unsupported("engines of this kind make no images")
 
     @abstractmethod
     def let_go(self) -> None:
@@ -157,6 +162,9 @@ class Worker(ABC):
             case Start() | Wake() | Rebind():
                 taken = self.take(order.given, fds)
                 return Parcel(taken.message, taken.fds)
+            case MakeImage(given):
+                made = self.make_image(given, fds)
+                return Parcel(made.message, made.fds)
             case Drain(timeout_s, leaving):
                 self.on_loop(self.gate.drain(timeout_s, leaving=leaving))
             case Resume():

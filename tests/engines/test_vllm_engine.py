@@ -210,7 +210,9 @@ async def test_two_ranks_rebind_and_wake_exactly(
         await factory.close()
 
 
-async def test_a_parked_engine_refuses_at_once_and_has_given_memory_back(start: Start, residents: Residents) -> None:
+async def test_a_parked_engine_refuses_at_once_and_has_given_memory_back(
+    start: Start, residents: Residents, plain: Plain
+) -> None:
     engine = await start(residents["ada"].binding())
     serving = own_memory_bytes(engine.pid)
     await engine.drain(1)
@@ -226,6 +228,11 @@ async def test_a_parked_engine_refuses_at_once_and_has_given_memory_back(start: 
     assert refused.status_code == 503 and "parked" in refused.json()["error"]["message"]
     async with http(engine) as client:
         assert (await client.get("/health")).status_code == 200
+    with pytest.raises(Unsupported, match="on a GPU"):
+        await engine.make_image(residents["bob"].binding())
+    assert engine.state is EngineState.PARKED
+    await engine.wake(residents["ada"].binding())
+    assert await answers(engine) == plain["ada"]
 
 
 async def test_requests_during_a_rebind_wait_and_are_the_new_models(

@@ -138,6 +138,7 @@ def test_the_words_of_an_order_are_what_older_engines_know() -> None:
     assert {order: kind.answer.__name__ for order, kind in ORDERS.items()} == {
         "start": "Taken",
         "wake": "Taken",
+        "make_image": "Taken",
         "rebind": "Taken",
         "drain": "Done",
         "resume": "Done",

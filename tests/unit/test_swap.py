@@ -197,6 +197,11 @@ class FakeEngine:
         await self._obey("wake", EngineState.PARKED, effect)
         return self._made(binding)
 
+    async def make_image(self, binding: Binding) -> EngineImage | None:
+        self._check_architecture(binding)
+        await self._obey("make image", EngineState.PARKED, lambda: None)
+        return self._made(binding)
+
     async def rebind(self, binding: Binding) -> EngineImage | None:
         def effect() -> None:
             self.binding, self.arena_ids, self.open = binding, (), True
@@ -1122,7 +1127,7 @@ async def test_a_parked_engine_makes_the_image_of_a_new_model_and_the_first_swap
         await world.swapper.swap(targets[name])
     steps = len(world.script.names)
     assert await world.swapper.prepare(targets["a2"])
-    assert world.answering() == "b" and world.script.names[steps:] == ["load", "wake", "drain", "park"]
+    assert world.answering() == "b" and world.script.names[steps:] == ["load", "make image"]
     world.check()
     assert not await world.swapper.prepare(targets["a2"]), "it is there already"
     assert not await world.swapper.prepare(targets["c"]), "no engine of its kind is parked"
@@ -1131,6 +1136,21 @@ async def test_a_parked_engine_makes_the_image_of_a_new_model_and_the_first_swap
     outcome = await world.swapper.swap(targets["a2"])
     assert (outcome.how, outcome.from_tier) == (How.WAKE, Tier.DEVICE)
     world.check()
+
+
+async def test_an_image_is_made_where_the_cache_of_its_engine_has_no_room(targets: dict[str, Target]) -> None:
+    """Another engine has taken what was free for its own."""
+    world = World(gpus=1, cache_bytes=ARENA_BYTES, most_cache_bytes=1 << 30)
+    for name in ("a1", "b"):
+        await world.swapper.serve(targets[name])
+        await world.swapper.park(targets["a1"]) if name == "a1" else None
+    pool = world.residency.cache("sim:0").pool
+    assert world.factory.engines[0].cache_bytes > pool.free_bytes
+    assert await world.swapper.prepare(targets["a2"])
+    world.check()
+    assert len(world.factory.engines) == 2 and world.factory.engines[0].state is EngineState.PARKED
+    await world.swapper.close()
+    world.ended()
 
 
 async def test_nothing_makes_way_for_what_nobody_has_asked_for(targets: dict[str, Target]) -> None:
@@ -1164,7 +1184,7 @@ async def test_a_fault_at_any_step_of_making_ready_costs_the_parked_engine_at_mo
         await world.swapper.close()
         world.ended()
         if not world.script.struck:
-            assert moment >= 4
+            assert moment >= 2
             return
 
 

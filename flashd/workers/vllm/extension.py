@@ -30,7 +30,8 @@ from flashd.workers.vllm.images import ATTRIBUTE, GpuMemory, ImageWeights
 from flashd.workers.vllm.sources import Source, hand_on
 from flashd.workers.vllm.weights import arena_tensors
 
-_SLEEP_LEVEL = 2  # releases the KV cache, and vLLM's own weights, of which none are left
+_SLEEP_LEVEL = 2  # releases the KV cache, and vLLM's own weights, of which only buffers are left
+_BUFFERS, _CACHE = "weights", "kv_cache"  # as vLLM calls what it has released
 
 
 def view(model: nn.Module, source: Source) -> None:
@@ -64,7 +65,7 @@ class Extension:
     device: torch.device
     sleep: Any
     wake_up: Any
-    _is_asleep = False
+    _asleep: tuple[str, ...] = ()  # what vLLM has released
     _emptied: list[tuple[torch.UntypedStorage, int]]
 
     def flashd_take(self) -> int:
@@ -81,16 +82,27 @@ class Extension:
             if given.message.is_image:
                 weights.check(given.message.layout)
                 weights.show(given.fds[0])
-                self._rise()
+                self._rise(_BUFFERS, _CACHE)
                 weights.restore_buffers()
             else:
-                weights.renew()
-                self._rise()
-                self._reload(given)
-                weights.finish()
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()  # buffers in which layers were assembled
-                hand_on(weights, Path(rank_server.SOCKET), self.rank)
+                self._renew(weights, given, _BUFFERS, _CACHE)
+            return weights.header.data_bytes
+        finally:
+            close_all(given.fds)
+
+    def flashd_make_image(self) -> int:
+        """Makes an image of weights from the engine's process while parked, and returns its size in bytes.
+
+        The KV cache stays released. After an error, no other weights may be taken.
+        """
+        given = rank_server.ask(Path(rank_server.SOCKET), self.rank)
+        try:
+            weights = self._image_weights()
+            if weights is None or given.message.is_image:
+                raise Unsupported("only an engine with an image makes one of other weights")
+            self._renew(weights, given, _BUFFERS)
+            torch.cuda.synchronize()
+            weights.hide()
             return weights.header.data_bytes
         finally:
             close_all(given.fds)
@@ -109,7 +121,7 @@ class Extension:
             raise Unsupported("weights that are not an image cannot leave the GPU and come back")
         torch.cuda.synchronize()
         self.sleep(_SLEEP_LEVEL)
-        self._is_asleep = True
+        self._asleep = (_BUFFERS, _CACHE)
         weights.hide()
         return weights.header.data_bytes
 
@@ -117,11 +129,22 @@ class Extension:
         found: ImageWeights | None = getattr(self.model_runner.get_model(), ATTRIBUTE, None)
         return found
 
-    def _rise(self) -> None:
-        """Allocates the KV cache again, empty."""
-        if self._is_asleep:
-            self.wake_up()
-            self._is_asleep = False
+    def _renew(self, weights: ImageWeights, given: Parcel[RankShare], *needed: str) -> None:
+        """Loads a checkpoint into new memory, which becomes an image, and passes that on."""
+        weights.renew()
+        self._rise(*needed)
+        self._reload(given)
+        weights.finish()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # buffers in which layers were assembled
+        hand_on(weights, Path(rank_server.SOCKET), self.rank)
+
+    def _rise(self, *needed: str) -> None:
+        """Allocates again what vLLM has released: its buffers with their values, and the KV cache, empty."""
+        missing = [each for each in needed if each in self._asleep]
+        if missing:
+            self.wake_up(None if len(missing) == len(self._asleep) > 1 else missing)
+            self._asleep = tuple(each for each in self._asleep if each not in missing)
 
     def _reload(self, given: Parcel[RankShare]) -> int:
         tensors = arena_tensors(given)

@@ -163,6 +163,10 @@ class _Worker(Worker):
         self.on_loop(self._take(given, fds))
         return self._taken()
 
+    def make_image(self, given: GivenWeights, fds: tuple[int, ...]) -> Parcel[Taken]:
+        self.on_loop(self._make_image(given, fds))
+        return self._taken()
+
     def let_go(self) -> None:
         self._has_lost_cache = True
         self.on_loop(self._client.collective_rpc("flashd_park"))
@@ -234,6 +238,23 @@ class _Worker(Worker):
         finally:
             self._handover.drop()
         self.open_gate()
+
+    async def _make_image(self, given: GivenWeights, fds: tuple[int, ...]) -> None:
+        """Has each rank make an image. If one fails half-way, the process ends, as for weights that it would serve."""
+        if not given.wants_image:
+            raise Unsupported("an image is made only of a checkpoint, and on a GPU")
+        ranks = _ranks(given, fds)
+        _check(ranks)
+        written = _log_bytes()
+        try:
+            self._handover.hold(ranks)
+            await self._client.collective_rpc("flashd_make_image")
+        except Exception as error:  # noqa: BLE001 -- after any error, the model's layers may be in any state
+            why = _root_cause(written)
+            traceback.print_exc()
+            _die(why or f"{type(error).__name__}: {error}")
+        finally:
+            self._handover.drop()
 
     async def _enter(self, given: GivenWeights) -> None:
         """Makes the model's adapters available, and names the model and them in the salts of requests.
