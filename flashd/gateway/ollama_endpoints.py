@@ -101,6 +101,7 @@ class OllamaEndpoints:
         if not _name(content):
             raise InvalidArgument("`model` is missing", hint="GET /api/tags lists the models")
         model = await self._dispatcher.resolve(_name(content))
+        await self._dispatcher.unload(model.name)  # as Ollama does; one that is still asked is refused
         await asyncio.to_thread(self._with_client, lambda client: client.remove(model.name))
         await send.json({})
 

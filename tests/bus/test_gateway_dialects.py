@@ -171,11 +171,15 @@ async def pulls_and_deletes(daemon: Daemon, log: Path, socket_path: Path) -> Non
         await eventually(is_listed)
         answer = await client.chat(model="someone/ada", messages=WHO, options=GREEDY)
         assert answer.message.content == SAYS["ada"]
-        with pytest.raises(ollama.ResponseError, match="ada") as refused:
-            await client.delete("someone/ada")
-        assert refused.value.status_code == 503
-        await client.generate(model="someone/ada", keep_alive=0)
-        assert (await client.delete("someone/ada")).status == "success"
+        long = {"temperature": 5.0, "num_predict": 400, "seed": 1}
+        async with aclosing(await client.generate("someone/ada", "Who?", stream=True, options=long)) as lines:
+            await anext(lines)
+            with pytest.raises(ollama.ResponseError, match="ada") as refused:
+                await client.delete("someone/ada")
+            assert refused.value.status_code == 503, "it answers"
+            async for _ in lines:
+                pass
+        assert (await client.delete("someone/ada")).status == "success", "though it still serves"
 
         async def is_gone() -> bool:
             return (await client.list()).models == []
