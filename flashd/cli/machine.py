@@ -7,6 +7,7 @@ import json
 import time
 from typing import Annotated
 
+from flashd import toml
 from flashd.cli import output
 from flashd.cli.parameters import Argument, Context, Option
 from flashd.cli.session import Json, Session, session
@@ -77,6 +78,8 @@ def _start_gateway(client: Client, *, retries_refused: bool = False) -> None:
         _warn_of_address(f"not served: {refused.why}", f"{refused.remedy}; then: flash restart")
     if gateway.addresses:
         output.say("programs use it at " + _urls(gateway))
+        if loading.value_in(toml.parse(client.config()), "gateway.page"):
+            output.say(f"a browser shows it: http://{gateway.addresses[0]}/")
 
 
 def _warn_of_address(why: str, remedy: str) -> None:

@@ -28,6 +28,7 @@ from flashd.gateway.metrics.measures import Measures
 from flashd.gateway.metrics.observing import Observing
 from flashd.gateway.page.endpoints import PageEndpoints
 from flashd.gateway.page.feed import Feed
+from flashd.gateway.page.schema import RequestState, as_json
 from flashd.gateway.tokens import TokenFile
 
 GB = 10**9
@@ -80,6 +81,13 @@ class MadeUp:
         """Has the daemon send a signal."""
         for watch in (self.news, self.feed.jobs):
             watch.happened(Event(kind, path, interface, said))
+        self.loop.call_soon_threadsafe(self.feed.change)
+
+    def asked(self, model: str, ago_s: float, wait_s: float, first_byte_s: float, seconds: float, tokens: int) -> None:
+        """Has had a request answered."""
+        said = ("/v1/chat/completions", time.time() - ago_s, wait_s, first_byte_s, seconds, 200, "", 40, tokens)
+        ended = self.feed.requests._ended
+        ended[str(len(ended))] = as_json(RequestState(model, *said))
         self.loop.call_soon_threadsafe(self.feed.change)
 
     def know(self, directory: Directory) -> None:

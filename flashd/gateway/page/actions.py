@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
 
 from flashd.client.client import Client, Job
-from flashd.errors import FlashdError, InvalidArgument, LimitExceeded, NotAuthorized, NotFound
+from flashd.errors import FlashdError, Internal, InvalidArgument, LimitExceeded, NotAuthorized, NotFound
 from flashd.gateway.access import ACCESS
 from flashd.gateway.directory import Connect
 from flashd.gateway.dispatch import Dispatcher
@@ -25,6 +25,7 @@ from flashd.gateway.pulls import is_repository
 T = TypeVar("T")
 
 _MOST_JOBS = 16  # each has a thread that waits for it
+_MOST_LOOKING = 2  # who ask the daemon without changing anything: swaps use threads of the same pool
 _TIERS = frozenset({"host", "device"})
 _CLOSE_S = 5.0
 
@@ -40,6 +41,7 @@ class Actions:
         self._feed = feed
         self._client = KeptClient(connect)
         self._jobs: set[asyncio.Task[None]] = set()
+        self._looking = asyncio.Semaphore(_MOST_LOOKING)
         self._do: Mapping[str, Callable[[Fields], Awaitable[Answer]]] = {
             "serve": self._serve,
             "park": self._park,
@@ -69,12 +71,14 @@ class Actions:
     async def displaced(self, model: str) -> list[str]:
         """The models that would make way if this one was to serve, as far as the client may know of them."""
         found = await self._dispatcher.resolve(model)
-        names = await self._asked(lambda client: client.would_displace(found.name))
+        async with self._looking:
+            names = await self._asked(lambda client: client.would_displace(found.name))
         return [name for name in names if name in self._dispatcher.directory.models]
 
     async def config(self) -> str:
         """The configuration in force, as the gateway's own user may know it."""
-        return await self._asked(Client.config)
+        async with self._looking:
+            return await self._asked(Client.config)
 
     async def close(self) -> None:
         """Leaves the jobs: the daemon cancels what only we have asked for."""
@@ -145,6 +149,9 @@ class Actions:
             except FlashdError as error:  # a job that has begun tells of its end itself
                 if not number.done():
                     number.set_exception(error)
+            finally:
+                if not number.done():
+                    number.set_exception(Internal("the job did not begin", hint="the gateway's log has more"))
 
         work = asyncio.create_task(followed())
         self._jobs.add(work)

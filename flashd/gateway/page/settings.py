@@ -13,8 +13,6 @@ from typing import Any
 from flashd import toml
 from flashd.config import loading
 
-# Free text, which may have credentials, and names of files: for the daemon's own user alone.
-_NOT_FOR_ALL = frozenset({"arguments", "environment", "adapters", "prewarm", "folders", "path", "python"})
 _HIDDEN = "(hidden)"
 _NO_PATH = str(Path())  # a folder that is chosen when the daemon starts
 _OF_A_MODEL = "models.NAME."
@@ -48,7 +46,9 @@ def shown(toml_text: str, models: Collection[str], *, shows_all: bool) -> Iterat
 
 
 def _shown(setting: loading.Setting, key: str, value: Any, default: str, shows_all: bool) -> Shown:
-    is_hidden = not shows_all and key.rsplit(".", 1)[-1] in _NOT_FOR_ALL
+    # Texts without a default are free ones, which may have credentials, and names of files: for the daemon's own user.
+    is_free = isinstance(value, str | list) and default in {"", "[]"}
+    is_hidden = is_free and bool(value) and not shows_all
     written = _HIDDEN if is_hidden else _written(value)
     command = f"flash config {shlex.quote(key)}" + ("" if is_hidden else f" {shlex.quote(written)}")
     return Shown(key, written, default, setting.doc, not setting.live, command)

@@ -73,7 +73,10 @@ export function activity() {
     const begin = end - windowS;
     const inside = found.filter((each) => each.end > begin && each.group !== "jobs");
     const newest = new Map();
-    for (const each of inside) newest.set(each.model, each.end);
+    for (const each of inside) { // the last to be set is the last in order
+      newest.delete(each.model);
+      newest.set(each.model, each.end);
+    }
     const names = [...newest.keys()].slice(-MOST_LANES).sort();
     lanes.setAttribute("aria-label", _("{swaps} swaps and {requests} requests in the last {minutes} minutes; the table below has each.", { swaps: number(inside.filter((each) => each.group === "swaps").length), requests: number(inside.filter((each) => each.group === "requests").length), minutes: number(windowS / 60) }));
     const at = (time) => `${(100 * Math.max(0, time - begin)) / windowS}%`;
@@ -129,7 +132,7 @@ function jobCard(key, job) {
   );
 }
 
-/** Everything that has ended, oldest first, each with the spans that it is drawn as. */
+/** Everything that has ended, in the order of its beginning, each with the spans that it is drawn as. */
 function happenings() {
   const found = [];
   for (const [key, job] of Object.entries(now.state.jobs)) {
@@ -150,7 +153,7 @@ function happenings() {
     ].filter((span) => span.end > span.begin);
     found.push({ key: `request ${key}`, group: "requests", model: request.model, begin, end: begin + took, request, version: "", spans });
   }
-  return found.sort((a, b) => a.end - b.end);
+  return found.sort((a, b) => a.begin - b.begin);
 }
 
 function row(each) {

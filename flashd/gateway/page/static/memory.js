@@ -178,7 +178,7 @@ function tierCard(name) {
     if (marker) parts.push(["budget", () => h("i.budget", { style: { width: `${100 * marker}%` } }), String(marker)]);
     keep(bar, parts);
     if (!bar.querySelector('button[tabindex="0"]')) bar.querySelector("button")?.setAttribute("tabindex", "0");
-    renew(scale, JSON.stringify([whole, marker]), h("span", {}, "0"), marker ? h("span.at-budget", { style: { left: `${Math.min(80, Math.max(20, 100 * marker))}%` } }, _("budget {size}", { size: bytes(tier.budget_bytes) })) : null, h("span", {}, bytes(whole)));
+    renew(scale, JSON.stringify([whole, marker]), h("span", {}, "0"), marker ? h("span.at-budget", { style: { left: `clamp(4rem, ${100 * marker}%, 100% - 7.5rem)` } }, _("budget {size}", { size: bytes(tier.budget_bytes) })) : null, h("span", {}, bytes(whole)));
     renew(legend, JSON.stringify([tier.parts.length, tier.used_bytes, sum, tier.total_bytes]), legendOf(tier, sum * factor));
     tell();
   };
