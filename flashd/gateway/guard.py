@@ -86,8 +86,7 @@ class Guard:
         is_our_host = self._is_ours(_host(host))
         is_same_site = headers.get(b"sec-fetch-site", "none") in {"none", "same-origin"}
         is_our_page = is_our_host and is_same_site and origin.partition("://")[2] == host
-        known_origins = {known.lower().rstrip("/") for known in self._settings().origins}
-        if origin and not is_our_page and origin.rstrip("/") not in known_origins:
+        if origin and not is_our_page and not is_permitted(origin, self._settings()):
             return f"pages of {origin[:200]} may not ask here: see the setting gateway.origins"
         if not origin and not is_same_site:
             return "pages of other sites may not ask here: see the setting gateway.origins"
@@ -102,6 +101,11 @@ class Guard:
             if ip_address(host.strip("[]")).is_loopback:
                 return True
         return host == "localhost" or host in {known.lower() for known in self._settings().hosts}
+
+
+def is_permitted(origin: str, settings: GatewayConfig) -> bool:
+    """Tells whether the pages of a site, by its `Origin`, may use the gateway without a token."""
+    return bool(origin) and origin.lower().rstrip("/") in {known.lower().rstrip("/") for known in settings.origins}
 
 
 def _secret(headers: Mapping[bytes, str]) -> str:

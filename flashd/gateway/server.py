@@ -28,6 +28,7 @@ from flashd.gateway.metrics.measures import Measures
 from flashd.gateway.metrics.observing import Observing
 from flashd.gateway.page.endpoints import PageEndpoints
 from flashd.gateway.page.feed import Feed
+from flashd.gateway.permitted_pages import PermittedPages
 from flashd.gateway.tokens import TokenFile
 from flashd.service_manager import ServiceManager, Watchdog
 from flashd.tasks import end
@@ -61,11 +62,12 @@ async def serve(options: argparse.Namespace, opened: Opened, tokens: TokenFile) 
     page = PageEndpoints(dispatcher, connect, feed)
     inside = application(dispatcher, connect, measures, news, opened, page)
     guarded = Guard(inside, tokens, lambda: dispatcher.settings, socket_is_ours=options.bus != "system")
+    permitting = PermittedPages(guarded, lambda: dispatcher.settings)
     tracing = _tracing(news)
     begin_trace = tracing.begin if tracing is not None else None
     config = uvicorn.Config(
         Observing(
-            *(OnceSettled(guarded, dispatcher), measures, feed.requests),
+            *(OnceSettled(permitting, dispatcher), measures, feed.requests),
             paths=paths(inside),
             begin_trace=begin_trace,
         ),
