@@ -37,7 +37,7 @@ class AudioEndpoints:
         def made(engine: Engine) -> EngineRequest:
             if engine.kind not in _SPEAKS_IT:
                 what = f"{wanted.model} is in a {engine.kind} engine, which hears no recordings"
-                raise Unsupported(what, hint=run_by_vllm(wanted.model))
+                raise Unsupported(what, hint=run_by_vllm(wanted.model, engine.kind))
             return request
 
         async with self._dispatcher.answer(wanted, made) as response:

@@ -244,7 +244,7 @@ class Dispatcher:
             raise Unavailable(f"{wanted.model} ceased to serve", hint="ask again")
         if wanted.name != wanted.model and engine.kind not in _APPLY_ADAPTERS:
             what = f"{wanted.name} is an adapter of {wanted.model}, whose {engine.kind} engine applies none"
-            raise Unsupported(what, hint=run_by_vllm(wanted.model))
+            raise Unsupported(what, hint=run_by_vllm(wanted.model, engine.kind))
         request = make(engine)
         headers = observed().asked(request.headers)
         return self._connections.answer(engine.endpoint, request.method, request.target, headers, request.body)
@@ -405,6 +405,8 @@ def _said(what: str, progress: Progress) -> str:
     return f"{what}: {progress}" if progress.phase else what
 
 
-def run_by_vllm(model: str) -> str:
-    """A hint for a model that serves in an engine which cannot do what is asked."""
+def run_by_vllm(model: str, kind: str) -> str:
+    """A hint for a model that serves in an engine, of this kind, which cannot do what is asked."""
+    if kind == "llama.cpp":  # which has GGUF models, and no other engine does
+        return "ask the same model as safetensors instead, in a vLLM engine"
     return f"have vLLM run it: flash config models.{model}.engine vllm"

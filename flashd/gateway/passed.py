@@ -54,7 +54,7 @@ class Passed:
             await wait.over()
             if kind not in _ANSWERS_ALL and await _is_unknown(response):
                 what = f"{wanted.model} is in a {kind} engine, which does not answer {asked.scope['path']}"
-                raise Unsupported(what, hint=run_by_vllm(wanted.model))
+                raise Unsupported(what, hint=run_by_vllm(wanted.model, kind))
             if send.has_begun:
                 await check_status(response)
             await pass_back(response, send)
