@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -69,6 +70,7 @@ def examine(bus: str | None) -> Iterator[Finding]:
             yield Finding("inbox", Verdict.GOOD, f"ignored, because they are no models: {strays}")
         if status.default_engine:  # else the daemon is older
             yield _default_engine(status)
+        yield from _llama(bus, toml)
     yield from installation.examine(toml)
     yield _kernel()
     yield from _disk(store)
@@ -83,6 +85,34 @@ def _default_engine(status: Status) -> Finding:
     why, _, remedy = status.default_engine_reason.partition(": ")
     verdict = Verdict.SLOW if remedy else Verdict.GOOD
     return Finding("default engine", verdict, f"{status.default_engine}: {why}", remedy)
+
+
+def _llama(bus: str | None, toml: str) -> Iterator[Finding]:
+    """Checks that there is a llama-server if there are models that need it."""
+    count, is_installed = _gguf(bus)
+    if not count:
+        return
+    server = tomllib.loads(toml).get("engines", {}).get("llama", {}).get("server", "")
+    found = f"{count} GGUF models"
+    if server and not os.access(server, os.X_OK):
+        remedy = 'select another one: flash config engines.llama.server PATH, or ""'
+        yield Finding("llama.cpp", Verdict.BAD, f"{found}, but {server} cannot be run", remedy)
+    elif server or is_installed or shutil.which("llama-server"):
+        yield Finding("llama.cpp", Verdict.GOOD, f"{found}, with {server or 'llama-server'}")
+    else:
+        remedy = "flash engine install llama.cpp, or set engines.llama.server to the path of llama-server"
+        yield Finding("llama.cpp", Verdict.BAD, f"{found}, but no llama-server", remedy)
+
+
+def _gguf(bus: str | None) -> tuple[int, bool]:
+    """Returns the number of GGUF models, and whether flashd has installed the program for them."""
+    try:
+        with connect(bus) as client:
+            made = [made for made in client.environments() if made.current and made.fits]
+            count = sum(model.format == "gguf" for model in client.models())
+            return count, any(environment.kind == "llama.cpp" for environment in made)
+    except FlashdError:
+        return 0, False  # it has ended since it answered first
 
 
 def _daemon(bus: str | None) -> tuple[Finding, Path, str, Status | None]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf_files
 import pytest
 from running import Daemon
 
@@ -259,6 +260,12 @@ def wrong_vllm(machine: Machine) -> None:
     without_vllm(machine)
 
 
+def wrong_llama(machine: Machine) -> None:
+    *found, _, status = doctor._daemon(machine.bus)
+    machine.replace(doctor, "_daemon", lambda bus: (*found, "engines.llama.server = '/nowhere/llama'", status))
+    machine.replace(doctor, "_gguf", lambda bus: (1, True))
+
+
 def remove(name: str) -> Callable[[Machine], None]:
     return lambda machine: (machine.folder / "bin" / name).unlink()
 
@@ -294,6 +301,8 @@ BROKEN: list[tuple[Callable[[Machine], Any], str, Verdict, str]] = [
     (without_inotify, "inbox", Verdict.SLOW, "raise fs.inotify.max_user_watches"),
     (without_vllm, "default engine", Verdict.SLOW, "flash engine install vllm"),
     (wrong_vllm, "default engine", Verdict.SLOW, "an interpreter that has vLLM"),
+    (lambda m: m.replace(doctor, "_gguf", lambda bus: (2, False)), "llama.cpp", Verdict.BAD, "flash engine install"),
+    (wrong_llama, "llama.cpp", Verdict.BAD, "engines.llama.server"),
     (page_cache_full, "page cache", Verdict.SLOW, "map their files"),
     (remove("dbus-daemon"), "dbus-daemon", Verdict.SLOW, "apt install"),
 ]  # fmt: skip
@@ -337,3 +346,20 @@ def test_who_runs_a_daemon_of_their_own_has_their_own_limits(machine: Machine) -
     assert not {"service", "polkit", "group"} & set(found)
     assert "65" in found["locked memory"].found
     assert flashd.__version__ in found["daemon"].found
+
+
+def test_gguf_models_need_a_program(machine: Machine, address: str, tmp_path: Path) -> None:
+    def found() -> list[Finding]:
+        return [finding for finding in machine.examine() if finding.subject == "llama.cpp"]
+
+    assert found() == []
+    with flashd.connect(address) as client:
+        client.import_(gguf_files.llama(1).write(tmp_path / "tiny.gguf"), "tiny")
+        try:
+            (missing,) = found()
+            assert missing.verdict is Verdict.BAD and missing.found == "1 GGUF models, but no llama-server"
+            machine.program("llama-server")
+            (there,) = found()
+            assert there.verdict is Verdict.GOOD and there.found == "1 GGUF models, with llama-server"
+        finally:
+            client.remove("tiny")
