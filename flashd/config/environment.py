@@ -111,6 +111,12 @@ def child_environment(changes: Mapping[str, str]) -> Mapping[str, str]:
     return {**os.environ, **changes}
 
 
+def llama_environment(changes: Mapping[str, str]) -> Mapping[str, str]:
+    """Returns our environment for llama-server, with changes, and without a user's own variables for one."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
+    return {**ours, **changes}
+
+
 def for_engines() -> Mapping[str, str]:
     """Returns the variables that configure frameworks, for engines in their own units.
 

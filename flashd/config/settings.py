@@ -132,7 +132,9 @@ class LlamaConfig:
     server: str = _setting(
         "", "Path of llama-server. Default: the one made by flash engine install llama.cpp, else the one on PATH."
     )
-    context: int = _setting(8192, "Most tokens of a request and its answer; never more than the model was made for.")
+    context: int = _setting(
+        8192, "Most tokens of a request and its answer; never more than the model was made for. 0: as many as that."
+    )
     threads: int = _setting(0, "Threads of each engine; 0 for one per core.")
     arguments: tuple[str, ...] = _setting((), "Further arguments for every engine, as for llama-server.")
 

@@ -39,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gguf")
     for seed, (name, matrices) in enumerate(MATRICES.items()):
         gguf_files.llama(seed, name=name, matrices=matrices).write(folder / f"{name}.gguf")
-    gguf_files.llama(9, name="vectors", pooling=1).write(folder / "vectors.gguf")
+    gguf_files.llama(9, name="vectors", pooling=1, context=4096).write(folder / "vectors.gguf")
     gguf_files.llama(7, name="dora", context=40_000).write(folder / "dora.gguf")  # who does not come to an end
     gguf_files.llama(8, architecture="unheard-of").write(folder / "alien.gguf")
     return folder
@@ -174,6 +174,13 @@ def test_models_embed_if_they_were_made_for_it(client: Client) -> None:
     with httpx.Client(transport=transport, base_url="http://flashd") as http:
         answer = http.post("/v1/embeddings", json={"model": "vectors", "input": ["one", "two"]}).json()
     assert answer["model"] == "vectors" and [len(each["embedding"]) for each in answer["data"]] == [64, 64]
+
+
+def test_a_long_text_is_embedded_as_a_whole(client: Client) -> None:
+    client.swap("vectors")
+    with http(client) as asking:
+        answer = asking.post("/v1/embeddings", json={"input": "a" * 2000})
+        assert answer.status_code == 200 and answer.json()["usage"]["prompt_tokens"] > 2000, answer.text
 
 
 def http(client: Client) -> httpx.Client:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from flashd.checkpoint.gguf.traits import Traits
-from flashd.config.environment import child_environment
+from flashd.config.environment import llama_environment
 from flashd.engines.messages import Tuning
 from flashd.engines.process_info import lacks_memory
 from flashd.errors import EngineFailed, EngineOutOfMemory, Unsupported
@@ -29,12 +29,18 @@ from flashd.units import MiB
 
 NAME = "llama-server"
 REMEDY = "flash engine install llama.cpp, or set engines.llama.server to the path of llama-server"
+_USUAL_CONTEXT = 4096  # if neither the settings nor the model tell one
 _POLL_S = 0.01
 _ANSWER_S = 5.0
 _LOG_BYTES = 4 * MiB
 _MODEL_LOADED = b" 200 "
-# Settings that older versions do not know: a cache of prompts outside of the context's memory, up to 8 GiB of it.
-_ENVIRONMENT = {"LLAMA_ARG_CACHE_RAM": "0", "LLAMA_ARG_OFFLINE": "1"}
+# Settings that some versions do not know, and then ignore, unlike arguments.
+_ENVIRONMENT = {
+    "LLAMA_ARG_NO_REPACK": "1",  # weights in another order would be a copy of them, made at each start
+    "LLAMA_ARG_DEVICE": "none",  # a GPU's memory is not ours to take here
+    "LLAMA_ARG_CACHE_RAM": "0",  # of prompts, in addition to the context's memory
+    "LLAMA_ARG_OFFLINE": "1",
+}
 # What llama.cpp says of a model that it cannot load, the most informative first.
 _CAUSES = (
     re.compile(r"error loading model: (.+)"),
@@ -63,18 +69,26 @@ def find(configured: str) -> str:
 
 def arguments(fd: int, address: str, name: str, traits: Traits, tuning: Tuning) -> Iterator[str]:
     """Yields the arguments of llama-server. The user's take precedence, except for the model and the address."""
-    context = min(tuning.context, traits.context_length or tuning.context)
-    yield from ("--ctx-size", str(context))
-    yield from ("--threads", str(tuning.threads or len(os.sched_getaffinity(0))))
-    # Weights in another order would be a copy of them, made at each start; and a GPU's memory is not ours to take here.
-    yield from ("--no-repack", "--device", "none", "--no-warmup", "--no-webui", "--no-slots")
-    if traits.ranks:
-        yield "--reranking"
-    elif traits.embeds:
-        yield "--embeddings"
+    context = str(context_length(traits, tuning))
+    yield from ("--ctx-size", context, "--threads", str(tuning.threads or len(os.sched_getaffinity(0))), "--no-warmup")
+    if traits.embeds:
+        # A text is read as a whole, unlike one that is answered.
+        yield from (
+            "--reranking" if traits.ranks else "--embeddings",
+            "--batch-size",
+            context,
+            "--ubatch-size",
+            context,
+        )
     yield from tuning.arguments
     yield from ("--model", f"/proc/self/fd/{fd}", "--host", address)
     yield from ("--alias", name.partition(",")[0])  # in its answers; it takes several, with commas between
+
+
+def context_length(traits: Traits, tuning: Tuning) -> int:
+    """Returns the most tokens of a request and its answer."""
+    known = [length for length in (tuning.context, traits.context_length) if length]
+    return min(known, default=_USUAL_CONTEXT)
 
 
 class Server:
@@ -91,7 +105,7 @@ class Server:
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr.fileno(),
             stderr=sys.stderr.fileno(),
-            env=child_environment({**_ENVIRONMENT, "LLAMA_CACHE": str(Path.cwd()), "HOME": str(Path.cwd())}),
+            env=llama_environment({**_ENVIRONMENT, "LLAMA_CACHE": str(Path.cwd()), "HOME": str(Path.cwd())}),
             pass_fds=(fd,),
             preexec_fn=_end_with_us,  # noqa: PLW1509 -- it makes one system call, without locks
         )

@@ -61,7 +61,7 @@ class _Worker(Worker):
         server = Server(command, arena_fd, address, self._die)
         server.wait_until_ready()
         former, self._server = self._server, server
-        context = min(self._tuning.context, traits.context_length or self._tuning.context)
+        context = program.context_length(traits, self._tuning)
         self.on_loop(self._announce(given, address, context))
         if former is not None:
             former.stop()
