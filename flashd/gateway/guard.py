@@ -24,7 +24,7 @@ from flashd.gateway.tokens import PREFIX, TokenFile
 
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
-_FOR_BROWSERS = ("/flashd/", FOLDER)
+_OF_THE_PAGE = ("/flashd/", FOLDER)
 _CHALLENGE = {"WWW-Authenticate": "Bearer"}
 
 
@@ -67,7 +67,7 @@ class Guard:
         """What the request may use. Raises NotAuthorized if that is nothing."""
         secret = _secret(headers)
         token = self._tokens.find(secret) if secret.startswith(PREFIX) else None
-        if not secret and self._settings().page and _is_of_the_page(scope["path"]) and not _is_from_here(scope):
+        if not secret and self._settings().page and _says_nothing(scope["path"]) and not _is_from_here(scope):
             return Access(sees_private=False, may_change_models=False, is_over_socket=False)
         if token is None and (secret.startswith(PREFIX) or not _is_from_here(scope)):
             what = "the token is unknown, or was revoked" if secret else "a token is needed here"
@@ -86,13 +86,15 @@ class Guard:
         is_our_host = self._is_ours(_host(host))
         is_same_site = headers.get(b"sec-fetch-site", "none") in {"none", "same-origin"}
         is_our_page = is_our_host and is_same_site and origin.partition("://")[2] == host
-        if origin and not is_our_page and not is_permitted(origin, self._settings()):
+        is_of_the_page = scope["path"].startswith(_OF_THE_PAGE)
+        # Sites that may use models may not change them: only our own page asks for that.
+        is_permitted_page = not is_of_the_page and is_permitted(origin, self._settings())
+        if origin and not is_our_page and not is_permitted_page:
             return f"pages of {origin[:200]} may not ask here: see the setting gateway.origins"
         if not origin and not is_same_site:
             return "pages of other sites may not ask here: see the setting gateway.origins"
         # A browser reaches the Unix socket through a forwarded port, which DNS rebinding reaches as well.
-        is_for_browsers = scope["path"].startswith(_FOR_BROWSERS)
-        if (is_for_browsers or not _is_over_unix(scope)) and not is_our_host:
+        if (is_of_the_page or not _is_over_unix(scope)) and not is_our_host:
             return f"this address is not known as {host[:200]!r}: see the setting gateway.hosts"
         return ""
 
@@ -114,7 +116,7 @@ def _secret(headers: Mapping[bytes, str]) -> str:
     return secret.strip() if kind.lower() == "bearer" else headers.get(b"x-api-key", "").strip()
 
 
-def _is_of_the_page(path: str) -> bool:
+def _says_nothing(path: str) -> bool:
     """True for what browsers ask for before a person can give them a token: it says nothing of this machine."""
     return path == "/" or path.startswith(FOLDER)
 

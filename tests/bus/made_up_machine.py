@@ -21,6 +21,7 @@ from flashd.errors import Unavailable
 from flashd.gateway.app import application, paths
 from flashd.gateway.directory import Directory, Watches
 from flashd.gateway.dispatch import Dispatcher
+from flashd.gateway.exchange import Message, Receive, Send
 from flashd.gateway.guard import Guard
 from flashd.gateway.listening import Opened
 from flashd.gateway.metrics.daemon_news import DaemonNews
@@ -72,6 +73,7 @@ class MadeUp:
     news: DaemonNews
     directory: Directory
     loop: Any
+    is_far: bool = False  # whether its visitors come from another machine
 
     @property
     def url(self) -> str:
@@ -113,7 +115,12 @@ def made_up_machine(tokens: TokenFile, more: int = 0) -> Iterator[MadeUp]:
         feed = Feed(dispatcher, news, "")
         page = PageEndpoints(dispatcher, connect, feed)
         inside = application(dispatcher, connect, measures, news, Opened([]), page)
-        guarded = Guard(inside, tokens, lambda: dispatcher.settings)
+        guard = Guard(inside, tokens, lambda: dispatcher.settings)
+
+        async def guarded(scope: Message, receive: Receive, send: Send) -> None:
+            server = ("192.0.2.7", 8434) if found[0].is_far else scope.get("server")
+            await guard({**scope, "server": server}, receive, send)
+
         port = free_port()
         config = uvicorn.Config(
             Observing(guarded, measures, feed.requests, paths=paths(inside)),

@@ -54,9 +54,14 @@ async def gateway(daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> A
 
 
 @pytest.fixture(scope="module")
-def made_up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MadeUp]:
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> TokenFile:
+    return TokenFile(tmp_path_factory.mktemp("made-up") / "tokens.toml")
+
+
+@pytest.fixture(scope="module")
+def made_up(tokens: TokenFile) -> Iterator[MadeUp]:
     """A gateway that knows of a large machine, without a daemon."""
-    with made_up_machine(TokenFile(tmp_path_factory.mktemp("made-up") / "tokens.toml"), more=1000) as machine:
+    with made_up_machine(tokens, more=1000) as machine:
         yield machine
 
 
@@ -319,3 +324,36 @@ async def test_the_page_speaks(page: Page, made_up: MadeUp, language: str, said:
             assert await page.run("document.documentElement.scrollWidth <= innerWidth")
     finally:
         await page.run("localStorage.clear()")
+
+
+async def test_another_machine_is_asked_for_its_token(page: Page, made_up: MadeUp, tokens: TokenFile) -> None:
+    made_up.is_far = True
+    try:
+        await page.tell("Page.navigate", url=made_up.url + "/#models")
+        for secret in ("flashd-wrong", tokens.new("laptop", ["notes"])):
+            await page.until("document.querySelector('[name=token]')?.value === ''")
+            await page.type("[name=token]", secret)
+            await page.press("Enter")
+        await page.until("document.querySelectorAll('tbody tr').length === 1")
+        await page.click("[aria-haspopup=menu]")
+        await page.until(has("a token is for using models", ".menu"))
+        tokens.revoke("laptop")
+        await page.tell("Page.reload")
+        await page.until("document.querySelector('[name=token]')")
+    finally:
+        made_up.is_far = False
+        await page.run("sessionStorage.clear()")
+
+
+async def test_the_page_can_be_switched_off(page: Page, made_up: MadeUp) -> None:
+    before = made_up.directory
+    gateway = replace(before.config.gateway, page=False)
+    await page.go(made_up.url + "/#memory")
+    made_up.know(replace(before, config=replace(before.config, gateway=gateway)))
+    try:
+        get = "fetch('{}', {{headers: {{accept: 'text/html'}}}}).then(answer => answer.text())"
+        assert await page.run(get.format("/")) == "Ollama is running"
+        for path in ("/flashd/v1/state", "/flashd/v1/events", "/flashd/v1/settings"):
+            assert "gateway.page is false" in await page.run(get.format(path))
+    finally:
+        made_up.know(before)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from flashd.client.results import Device, Engine, Model, Status
 from flashd.client.tiers import Part, Tier, tiers
+from flashd.config.settings import GatewayConfig
 from flashd.gateway.guard import Guard
 from flashd.gateway.page.schema import model_state, patch
 from flashd.gateway.page.settings import shown
@@ -166,6 +167,26 @@ async def test_other_machines_get_the_page_and_nothing_else_without_a_token(tmp_
         ):
             assert (await client.get(path)).status_code == 401, path
             assert (await client.get(path, headers=bearer)).text == path
+
+
+async def test_sites_that_may_use_models_do_not_get_the_page_s_interface(tmp_path: Path) -> None:
+    async def inside(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    settings = GatewayConfig(origins=("https://chat.example",), change_models=True)
+    for is_ours in (False, True):
+        guard = Guard(inside, TokenFile(tmp_path / "tokens.toml"), lambda: settings, socket_is_ours=is_ours)
+        transport = httpx.ASGITransport(app=guard, client=("127.0.0.1", 1))  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8434") as client:
+            for site, path, status in (
+                ("https://chat.example", "/v1/models", 200),
+                ("https://chat.example", "/flashd/v1/state", 403),
+                ("https://chat.example", "/flashd/v1/actions/pin", 403),
+                ("http://127.0.0.1:8434", "/flashd/v1/actions/pin", 200),
+            ):
+                headers = {"Origin": site, "X-Flashd-Page": "1"}
+                assert (await client.post(path, headers=headers)).status_code == status, (site, path)
 
 
 @pytest.mark.parametrize("change", [{"private": True}, {"serving": True}])

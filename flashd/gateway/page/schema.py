@@ -41,6 +41,7 @@ class ModelState:
 
     aliases: tuple[str, ...] = _said("further names")
     architecture: str = _said("first entry of `architectures` in config.json")
+    format: str = _said("`safetensors` or `gguf`")
     dtype: str = _said("the dtype of most of the bytes")
     size_bytes: int = _said("bytes of the weights")
     context_length: int = _said("most tokens at once; 0 if unknown")

@@ -60,7 +60,7 @@ export function models() {
   function matches(name, model) {
     if (!KINDS[kind].has(model)) return false;
     if (!text) return true;
-    const words = [name, ...model.aliases, ...model.adapters, model.architecture, ...model.capabilities, model.engine];
+    const words = [name, ...model.aliases, ...model.adapters, model.architecture, model.format, ...model.capabilities, model.engine];
     return words.some((word) => word.toLowerCase().includes(text));
   }
 
@@ -123,7 +123,7 @@ function placeOf(model) {
 
 function row(name, model, inFamily) {
   const family = inFamily > 1 ? `${model.architecture}, ${many("{count} of this family", "{count} of this family", inFamily)}` : model.architecture;
-  const more = [family, model.aliases.join(", "), model.adapters.length ? many("{count} adapter", "{count} adapters", model.adapters.length) : ""].filter(Boolean).join(" · ");
+  const more = [family, model.format === "gguf" ? "GGUF" : "", model.aliases.join(", "), model.adapters.length ? many("{count} adapter", "{count} adapters", model.adapters.length) : ""].filter(Boolean).join(" · ");
   const main = ACTIONS.find((each) => ["serve", "park"].includes(each.name) && each.suits(model, name));
   const isWorking = isBusy(name);
   return h(

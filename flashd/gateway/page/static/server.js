@@ -2,6 +2,7 @@
 // Speaks to the gateway: the state of the machine, kept up to date by server-sent events, and changes.
 
 const RETRY_MS = [200, 500, 1000, 2000, 5000];
+const SHORT_MS = 5000; // a stream that ends sooner is no good one
 const TOKEN = "flashd-token";
 
 /** An answer that is an error: what happened, and what to do about it. */
@@ -121,6 +122,7 @@ export function merged(value, patch) {
 export async function follow() {
   let attempt = 0;
   for (;;) {
+    const began = performance.now();
     try {
       const answer = await ask("/flashd/v1/events");
       now.needsToken = false;
@@ -129,14 +131,15 @@ export async function follow() {
         if (kind === "state") {
           now.state = said;
           now.isLive = true;
-          attempt = 0;
         } else if (kind === "change") {
           now.state = merged(now.state, said);
         }
         changed();
       }
-      attempt = 0; // it ended well, as each stream does after some minutes
-      continue;
+      if (performance.now() - began > SHORT_MS) {
+        attempt = 0; // it ended well, as each stream does after some minutes
+        continue;
+      }
     } catch (error) {
       now.needsToken = error.status === 401;
     }
