@@ -21,5 +21,8 @@ the manifest.
 `id` = BLAKE3 of `weights` and the names and digests of the side files, one per line, sorted by name. Everything is
 addressed by content, so equal bytes are the same checkpoint, and a changed byte is detected.
 
+**A GGUF file** is stored as it is: it is the one tensor, `gguf`, of bytes, and the arena is a copy of the file. Parts
+are joined before. `gguf.json` tells what the file says of its model, and marks such a checkpoint.
+
 **Images and ranks** use the same file format, with one file per rank.
 """

@@ -199,6 +199,9 @@ def _opened(
     if not is_adapter(files):
         converter = Converter(python=python, scratch=directory, cancelled=cancelled, on_tick=lambda: on_progress(0, 0))
         return read_source(files, converter), on_progress
+    if base is not None and GGUF_TRAITS in base.manifest.side_files:
+        hint = "get the base as safetensors: flash pull OWNER/NAME"
+        raise InvalidSource("its base is a GGUF file, into which no adapter is merged", hint=hint)
     if base is None:
         hint = "drop it into a models folder, name its base (flash convert --base), or merge it with peft"
         raise InvalidSource("this is a LoRA adapter, not a whole model", hint=hint)

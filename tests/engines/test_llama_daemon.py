@@ -15,6 +15,7 @@ from typing import Any
 import built_llama
 import gguf_files
 import httpx
+import made_models
 import pytest
 from manager import Manager, start
 from running import CONFIG, Daemon
@@ -164,6 +165,14 @@ def test_an_architecture_that_the_program_does_not_know_is_named(client: Client,
 def test_other_engines_are_not_for_gguf(client: Client, kind: str) -> None:
     with pytest.raises(Unsupported, match=r"it is a GGUF file, with which only llama\.cpp answers"):
         client.swap("ann", engine=kind)
+
+
+def test_other_models_are_not_for_llama_cpp(client: Client, tmp_path: Path) -> None:
+    made_models.put(tmp_path, "ada")
+    client.import_(tmp_path / "ada", "ada")
+    with pytest.raises(Unsupported, match=r"llama\.cpp reads GGUF files only") as refused:
+        client.swap("ada", engine="llama.cpp")
+    assert "name no engine" in refused.value.hint
 
 
 def test_models_embed_if_they_were_made_for_it(client: Client) -> None:

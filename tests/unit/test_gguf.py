@@ -112,6 +112,16 @@ def test_a_file_that_sees_is_left_out(tmp_path: Path) -> None:
     assert weights(tmp_path / "out") == RAW
 
 
+def test_no_adapter_is_merged_into_one(tmp_path: Path) -> None:
+    base = converted(TINY.write(tmp_path / "tiny.gguf"), tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "adapter" / name).write_bytes(b"{}")
+    with pytest.raises(InvalidSource, match="its base is a GGUF file") as refused:
+        converted(tmp_path / "adapter", tmp_path / "out", base=base)
+    assert "flash pull" in refused.value.hint
+
+
 def changed(**entries: Value) -> Callable[[], bytes]:
     others = {key.replace("__", "."): value for key, value in entries.items()}
     return replace(TINY, entries={**TINY.entries, **others}).packed
