@@ -73,9 +73,10 @@ async def running_gateway(
     socket_path: Path,
     *,
     environment: Mapping[str, str] | None = None,
+    port: int = 0,
 ) -> AsyncIterator[Gateway]:
     """Yields it once it has heard of the daemon. It must end as told, and have said nothing."""
-    port, tokens = free_port(), socket_path.with_name("tokens.toml")
+    port, tokens = port or free_port(), socket_path.with_name("tokens.toml")
     command = [sys.executable, "-m", "flashd.gateway.main", "--bus", daemon.address]
     with log.open("wb") as output:
         process = subprocess.Popen(

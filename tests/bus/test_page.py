@@ -357,3 +357,29 @@ async def test_the_page_can_be_switched_off(page: Page, made_up: MadeUp) -> None
             assert "gateway.page is false" in await page.run(get.format(path))
     finally:
         made_up.know(before)
+
+
+async def test_a_gateway_that_ends_and_begins_again(page: Page, daemon: Daemon, tmp_path: Path) -> None:
+    async with running_gateway(daemon, tmp_path / "first.log", daemon.runtime / "other.sock") as first:
+        await page.go(first.url + "/#models")
+    await page.until(has("The gateway does not answer"))
+    async with running_gateway(daemon, tmp_path / "next.log", daemon.runtime / "other.sock", port=first.port):
+        await page.until("!document.querySelector('.banner') && document.querySelectorAll('tbody tr').length === 3")
+
+
+async def test_what_happened_is_saved_as_a_trace(page: Page, made_up: MadeUp, tmp_path: Path) -> None:
+    result = {"how": "rebind", "from_tier": "device", "seconds": 0.03, "phases": {"loading": 0.01, "switching": 0.02}}
+    said = {"Kind": "serve", "Subject": "notes", "State": "done", "Phase": "", "DoneBytes": 0, "TotalBytes": 0}
+    said |= {"CreatedAt": time.time() - 1, "FinishedAt": time.time() - 0.97, "Result": result}
+    made_up.happens("added", wire.job_path(901), wire.JOB, said)
+    await page.tell("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    await page.go(made_up.url + "/#activity")
+    await page.until(has("serve notes"))
+    await page.run(
+        "[...document.querySelectorAll('button')].find(e => e.textContent === 'Download as a trace').click()"
+    )
+    await eventually(lambda: list(tmp_path.glob("*.json")))
+    (file,) = tmp_path.glob("*.json")
+    found = {each["name"]: each for each in json.loads(file.read_text())["traceEvents"]}
+    assert found["switching"]["dur"] == pytest.approx(20_000)
+    assert found["serve notes"]["ts"] == pytest.approx(found["loading"]["ts"])

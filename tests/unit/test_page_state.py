@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping
@@ -12,13 +13,21 @@ from typing import Any
 
 import httpx
 import pytest
+from gateway_alone import connect
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashd.client.results import Device, Engine, Model, Status
+from flashd.client.results import Device, Engine, Event, Model, Status
 from flashd.client.tiers import Part, Tier, tiers
 from flashd.config.settings import GatewayConfig
+from flashd.dbus import wire
+from flashd.gateway.access import ACCESS, Access
+from flashd.gateway.directory import Directory
+from flashd.gateway.dispatch import Dispatcher
 from flashd.gateway.guard import Guard
+from flashd.gateway.metrics.daemon_news import DaemonNews
+from flashd.gateway.metrics.measures import Measures
+from flashd.gateway.page.feed import Feed
 from flashd.gateway.page.schema import model_state, patch
 from flashd.gateway.page.settings import shown
 from flashd.gateway.tokens import TokenFile
@@ -194,3 +203,29 @@ def test_a_model_that_changes_is_all_that_a_patch_has(change: dict[str, bool]) -
     known = {name: model_state(model(name, 1), "", 0, 0) for name in ("a", "b")}
     after = {**known, "b": model_state(replace(model("b", 1), **change), "", 0, 0)}
     assert patch(known, after) == {"b": change}
+
+
+async def test_jobs_show_to_those_who_may_know_of_their_models() -> None:
+    measures = Measures()
+    dispatcher = Dispatcher(connect, measures, DaemonNews(measures))
+    feed = Feed(dispatcher, DaemonNews(measures), "")
+    models = {"open": model("open", 1), "secret": model("secret", 1, private=True)}
+    dispatcher._note(Directory(models=models, is_connected=True, is_settled=True))
+    jobs = (
+        ("pull", "secret", "running"), ("pull", "new/one", "running"), ("pull", "gone/one", "done"),
+        ("serve", "secret", "done"), ("serve", "open", "done"), ("import", "coming", "running"),
+        ("scrub", "", "running"),
+    )  # fmt: skip
+    for number, (kind, subject, state) in enumerate(jobs):
+        ended = 0.0 if state == "running" else 2.0
+        said = {"Kind": kind, "Subject": subject, "State": state, "CreatedAt": 1.0, "FinishedAt": ended}
+        feed.jobs.happened(Event("added", wire.job_path(number), wire.JOB, said))
+    await asyncio.sleep(0)  # the news come by another thread
+
+    def shown(access: Access) -> set[str]:
+        ACCESS.set(access)
+        return {f"{job['kind']} {job['subject']}" for job in feed.state()["jobs"].values()}
+
+    assert shown(Access(sees_private=False)) == {"pull new/one", "serve open", "scrub "}
+    assert shown(Access(sees_private=False, models=("open",))) == {"serve open"}
+    assert len(shown(Access())) == len(jobs)

@@ -40,10 +40,32 @@ export function whyNot(right) {
 export const ACTIONS = [
   { name: "serve", words: () => _("Serve"), right: "", suits: (model) => !model.serving },
   { name: "park", words: () => _("Park"), right: "", suits: (model) => model.serving },
-  { name: "swap", words: () => _("Make it the active model"), right: "memory", suits: (model, name) => now.state.daemon.active !== name },
-  { name: "load", words: () => _("Load into host memory"), right: "memory", fields: { tier: "host" }, suits: (model) => !model.devices.includes("host") },
-  { name: "load", words: () => _("Load into GPU memory"), right: "memory", fields: { tier: "device" }, suits: (model) => model.residency !== "device" && hasGpu() },
-  { name: "evict", words: () => _("Evict from memory"), right: "memory", suits: (model) => model.residency !== "stored" && !model.serving },
+  {
+    name: "swap",
+    words: () => _("Make it the active model"),
+    right: "memory",
+    suits: (model, name) => now.state.daemon.active !== name,
+  },
+  {
+    name: "load",
+    words: () => _("Load into host memory"),
+    right: "memory",
+    fields: { tier: "host" },
+    suits: (model) => !model.devices.includes("host"),
+  },
+  {
+    name: "load",
+    words: () => _("Load into GPU memory"),
+    right: "memory",
+    fields: { tier: "device" },
+    suits: (model) => model.residency !== "device" && hasGpu(),
+  },
+  {
+    name: "evict",
+    words: () => _("Evict from memory"),
+    right: "memory",
+    suits: (model) => model.residency !== "stored" && !model.serving,
+  },
   { name: "pin", words: () => _("Pin"), right: "models", suits: (model) => !model.pinned },
   { name: "unpin", words: () => _("Unpin"), right: "models", suits: (model) => model.pinned },
   { name: "make-private", words: () => _("Make private"), right: "models", suits: (model) => !model.private },
@@ -64,7 +86,15 @@ export function isBusy(name) {
 
 /** Does something to a model, and says what became of it. Returns whether it was done. */
 export async function run(action, name) {
-  if (action.asks && !(await confirmed(_("Remove {model}?", { model: name }), _("Its checkpoint is deleted as soon as nothing uses it."), _("Remove")))) return false;
+  if (
+    action.asks &&
+    !(await confirmed(
+      _("Remove {model}?", { model: name }),
+      _("Its checkpoint is deleted as soon as nothing uses it."),
+      _("Remove"),
+    ))
+  )
+    return false;
   working.add(name);
   document.dispatchEvent(new Event("busy"));
   const began = performance.now();
@@ -88,7 +118,13 @@ export function confirmed(question, more, word) {
   return new Promise((resolve) => {
     const dialog = h(
       "dialog",
-      { "aria-labelledby": "question", onclose: () => { dialog.remove(); resolve(dialog.returnValue === "yes"); } },
+      {
+        "aria-labelledby": "question",
+        onclose: () => {
+          dialog.remove();
+          resolve(dialog.returnValue === "yes");
+        },
+      },
       h(
         "form",
         { method: "dialog" },
@@ -110,10 +146,23 @@ export function confirmed(question, more, word) {
 /** Asks for a text; null if none is given. */
 export function asked(question, more, label, placeholder, word) {
   return new Promise((resolve) => {
-    const field = h("input.field", { name: "text", placeholder, required: true, autocomplete: "off", spellcheck: false, maxLength: 200 });
+    const field = h("input.field", {
+      name: "text",
+      placeholder,
+      required: true,
+      autocomplete: "off",
+      spellcheck: false,
+      maxLength: 200,
+    });
     const dialog = h(
       "dialog",
-      { "aria-labelledby": "question", onclose: () => { dialog.remove(); resolve(dialog.returnValue === "yes" ? field.value.trim() : null); } },
+      {
+        "aria-labelledby": "question",
+        onclose: () => {
+          dialog.remove();
+          resolve(dialog.returnValue === "yes" ? field.value.trim() : null);
+        },
+      },
       h(
         "form",
         { method: "dialog" },

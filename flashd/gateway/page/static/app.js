@@ -24,7 +24,9 @@ const made = {};
 const main = h("main", { id: "main", tabIndex: -1 });
 const banners = h("div", { role: "status" });
 const link = h("div.link", { role: "status" });
-const tabs = Object.entries(VIEWS).map(([name, [title]]) => h("a", { href: `#${name}` }, icon(name), h("span", {}, title)));
+const tabs = Object.entries(VIEWS).map(([name, [title]]) =>
+  h("a", { href: `#${name}` }, icon(name), h("span", {}, title)),
+);
 
 document.body.replaceChildren(
   h("a.skip", { href: "#main", onclick: skip }, _("To the content")),
@@ -73,17 +75,26 @@ function update() {
   const words = needsToken
     ? _("A token is needed")
     : !isLive
-      ? state ? _("The gateway does not answer") : _("Connecting …")
+      ? state
+        ? _("The gateway does not answer")
+        : _("Connecting …")
       : isConnected
         ? many("{count} model", "{count} models", Object.keys(state.models).length)
         : _("flashd does not run");
   renew(link, words + isConnected, h(`span.dot.${isConnected ? "is-good" : "is-bad"}`), h("span", {}, words));
   renew(banners, JSON.stringify([isLive, isConnected, needsToken, problems, Boolean(state)]), [
     needsToken && (() => tokenForm()),
-    state && !needsToken && !isConnected &&
-      (() => h("p.banner", {}, isLive
-        ? _("flashd does not run. What you see is what was so last. Start it with flash start.")
-        : _("The gateway does not answer. What you see is what was so last."))),
+    state &&
+      !needsToken &&
+      !isConnected &&
+      (() =>
+        h(
+          "p.banner",
+          {},
+          isLive
+            ? _("flashd does not run. What you see is what was so last. Start it with flash start.")
+            : _("The gateway does not answer. What you see is what was so last."),
+        )),
     ...problems.map((each) => () => h("p.banner", {}, h("strong", {}, each.what), " ", each.remedy)),
   ]);
   if (state) made[current()]?.update();
@@ -100,7 +111,13 @@ function tokenForm() {
     "form.card",
     { onsubmit: submit },
     h("p", {}, _("Other machines need a token. Make one where flashd runs: flash token new NAME")),
-    h("label.row.wrap", {}, h("span", {}, _("Token")), field, h("button.button.is-main", { type: "submit" }, _("Use it"))),
+    h(
+      "label.row.wrap",
+      {},
+      h("span", {}, _("Token")),
+      field,
+      h("button.button.is-main", { type: "submit" }, _("Use it")),
+    ),
   );
 }
 

@@ -14,7 +14,8 @@ export function h(what, properties, ...children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (name === "style") Object.entries(value).forEach(([key, given]) => element.style.setProperty(key, given));
     else if (name === "data") Object.assign(element.dataset, value);
-    else if (name.includes("-") || name === "role" || name === "list" || name === "for") element.setAttribute(name, value);
+    else if (name.includes("-") || name === "role" || name === "list" || name === "for")
+      element.setAttribute(name, value);
     else element[name] = value;
   }
   element.append(...children.flat().filter((child) => child !== null && child !== false && child !== undefined));
@@ -84,7 +85,12 @@ export function renew(parent, version, ...children) {
   if (parent.madeOf === version) return;
   parent.madeOf = version;
   const had = focusIn(parent);
-  parent.replaceChildren(...children.flat().filter(Boolean).map((child) => (typeof child === "function" ? child() : child)));
+  parent.replaceChildren(
+    ...children
+      .flat()
+      .filter(Boolean)
+      .map((child) => (typeof child === "function" ? child() : child)),
+  );
   refocus(parent, had);
 }
 

@@ -3,6 +3,7 @@
 
 import { ACTIONS, complain, isBusy, run, wayWords, whyNot } from "./actions.js";
 import { h, keep, renew } from "./dom.js";
+import { resting, servingCard, switcher } from "./serving.js";
 import { now } from "./server.js";
 import { _, ago, bytes, many } from "./words.js";
 
@@ -45,116 +46,74 @@ export function memory() {
 
   function zoom(wanted) {
     isClose = wanted;
-    [...scale.children].forEach((button, index) => button.setAttribute("aria-pressed", String(Boolean(index) === wanted)));
+    [...scale.children].forEach((button, index) =>
+      button.setAttribute("aria-pressed", String(Boolean(index) === wanted)),
+    );
     update();
   }
 
   function update() {
     const { models, engines } = now.state;
-    const names = Object.keys(models).filter((name) => models[name].serving).sort();
+    const names = Object.keys(models)
+      .filter((name) => models[name].serving)
+      .sort();
     const entries = names.map((name) => {
       const engine = Object.values(engines).find((each) => each.model === name && each.state === "serving");
-      const facts = [models[name].answering, models[name].waiting, engine?.kind, now.state.daemon.active === name, isBusy(name)];
+      const facts = [
+        models[name].answering,
+        models[name].waiting,
+        engine?.kind,
+        now.state.daemon.active === name,
+        isBusy(name),
+      ];
       return [name, () => servingCard(name, models[name], engine), JSON.stringify(facts)];
     });
-    if (!entries.length) entries.push(["", () => h("p.dim.small", { role: "listitem" }, resting()), now.state.daemon.resting]);
+    if (!entries.length)
+      entries.push(["", () => h("p.dim.small", { role: "listitem" }, resting()), now.state.daemon.resting]);
     keep(serving, entries);
-    keep(tiers, now.state.tiers.map((tier) => [tier.name, (old) => old ?? tierCard(tier.name), ""]));
-    for (const card of tiers.children) card.update(now.state.tiers.find((tier) => tier.name === card.tier), isClose);
+    keep(
+      tiers,
+      now.state.tiers.map((tier) => [tier.name, (old) => old ?? tierCard(tier.name), ""]),
+    );
+    for (const card of tiers.children)
+      card.update(
+        now.state.tiers.find((tier) => tier.name === card.tier),
+        isClose,
+      );
   }
 
   return { element, update };
 }
 
-function resting() {
-  const name = now.state.daemon.resting;
-  return name ? _("{model} rests: the next request wakes it.", { model: name }) : _("No model serves: the first request for one has it loaded.");
-}
-
-function servingCard(name, model, engine) {
-  const park = ACTIONS.find((each) => each.name === "park");
-  const requests = [
-    many("{count} request", "{count} requests", model.answering),
-    model.waiting ? many("{count} waits", "{count} wait", model.waiting) : "",
-  ].filter(Boolean);
-  return h(
-    "div.card",
-    { role: "listitem" },
-    h(
-      "div.grow",
-      {},
-      h("div.row", {}, h("span.name", {}, name), now.state.daemon.active === name && h("span.tag", {}, _("active"))),
-      h("div.dim.small", {}, [engine?.kind, ...requests].filter(Boolean).join(" · ")),
-    ),
-    h("button.button", { type: "button", disabled: isBusy(name), onclick: () => run(park, name), "data-focus": `park ${name}`, "aria-label": _("Park {model}", { model: name }) }, park.words()),
-  );
-}
-
-/** Chooses a model that is to serve, and says before what would make way. */
-function switcher() {
-  const names = h("datalist", { id: "switch-names" });
-  const field = h("input.field", { list: "switch-names", id: "switch-to", autocomplete: "off", spellcheck: false, placeholder: _("Name of a model"), "aria-describedby": "switch-hint" });
-  const button = h("button.button.is-main", { type: "submit" }, _("Serve"));
-  const hint = h("p.hint.dim.small", { id: "switch-hint", role: "status" }, _("It serves beside the others if there is room; otherwise idle models make way."));
-  const usual = hint.textContent;
-  let timer = 0;
-  const form = h("form.card.switch", { onsubmit: submit }, h("label", { for: "switch-to" }, _("Switch to")), field, names, button, hint);
-
-  field.addEventListener("focus", fill);
-  field.addEventListener("input", () => {
-    clearTimeout(timer);
-    timer = setTimeout(look, ASK_MS);
-  });
-
-  function fill() {
-    const wanted = Object.keys(now.state?.models ?? {}).sort();
-    renew(names, wanted.join("\n"), wanted.map((name) => h("option", { value: name })));
-  }
-
-  async function look() {
-    const name = field.value.trim();
-    if (!now.state || !Object.hasOwn(now.state.models, name)) {
-      hint.textContent = usual;
-      return;
-    }
-    try {
-      const [words] = await wayWords(name);
-      if (field.value.trim() === name) hint.textContent = words || _("{model} serves already.", { model: name });
-    } catch (error) {
-      hint.textContent = error.message;
-    }
-  }
-
-  async function submit(event) {
-    event.preventDefault();
-    const name = field.value.trim();
-    if (!name) return field.focus();
-    button.disabled = true;
-    hint.textContent = _("{model} is loaded …", { model: name });
-    const isDone = await run(ACTIONS[0], name);
-    button.disabled = false;
-    hint.textContent = usual;
-    if (isDone) field.value = "";
-  }
-
-  return form;
-}
-
 function tierTitle(tier) {
   if (tier.kind === "store") return _("Store");
   if (tier.kind === "host") return _("Host memory");
-  return tier.is_shared ? _("Memory of {name} and the host", { name: tier.name }) : _("GPU {name}", { name: tier.name });
+  return tier.is_shared
+    ? _("Memory of {name} and the host", { name: tier.name })
+    : _("GPU {name}", { name: tier.name });
 }
 
 function tierCard(name) {
   const title = h("h3", { id: `tier-${name}` });
   const numbers = h("span.dim.small.number.right");
-  const bar = h("div.bar", { role: "group", "aria-labelledby": `tier-${name}`, onkeydown: arrows, onpointerleave: () => preview(null) });
+  const bar = h("div.bar", {
+    role: "group",
+    "aria-labelledby": `tier-${name}`,
+    onkeydown: arrows,
+    onpointerleave: () => preview(null),
+  });
   const scale = h("div.scale", { "aria-hidden": "true" });
   const legend = h("ul.legend");
   const detail = h("div.detail", { role: "status" });
   const about = h("div.about", {}, legend, detail);
-  const card = h("section.card.tier", { "aria-labelledby": `tier-${name}` }, h("div.head", {}, title, numbers), bar, scale, about);
+  const card = h(
+    "section.card.tier",
+    { "aria-labelledby": `tier-${name}` },
+    h("div.head", {}, title, numbers),
+    bar,
+    scale,
+    about,
+  );
   let chosen = null; // key of the part that was clicked
   let looked = null; // key of the part under the pointer or with the focus
   let tier = null;
@@ -174,25 +133,62 @@ function tierCard(name) {
       const share = (part.size_bytes * factor) / whole;
       return [key, (old) => segment(old, part, key, share), JSON.stringify([part.size_bytes, share, part.count])];
     });
-    const marker = !isClose && tier.budget_bytes < tier.total_bytes && tier.kind !== "store" ? tier.budget_bytes / whole : 0;
+    const marker =
+      !isClose && tier.budget_bytes < tier.total_bytes && tier.kind !== "store" ? tier.budget_bytes / whole : 0;
     if (marker) parts.push(["budget", () => h("i.budget", { style: { width: `${100 * marker}%` } }), String(marker)]);
     keep(bar, parts);
     if (!bar.querySelector('button[tabindex="0"]')) bar.querySelector("button")?.setAttribute("tabindex", "0");
-    renew(scale, JSON.stringify([whole, marker]), h("span", {}, "0"), marker ? h("span.at-budget", { style: { left: `clamp(4rem, ${100 * marker}%, 100% - 7.5rem)` } }, _("budget {size}", { size: bytes(tier.budget_bytes) })) : null, h("span", {}, bytes(whole)));
-    renew(legend, JSON.stringify([tier.parts.length, tier.used_bytes, sum, tier.total_bytes]), legendOf(tier, sum * factor));
+    renew(
+      scale,
+      JSON.stringify([whole, marker]),
+      h("span", {}, "0"),
+      marker
+        ? h(
+            "span.at-budget",
+            { style: { left: `clamp(4rem, ${100 * marker}%, 100% - 7.5rem)` } },
+            _("budget {size}", { size: bytes(tier.budget_bytes) }),
+          )
+        : null,
+      h("span", {}, bytes(whole)),
+    );
+    renew(
+      legend,
+      JSON.stringify([tier.parts.length, tier.used_bytes, sum, tier.total_bytes]),
+      legendOf(tier, sum * factor),
+    );
     tell();
   };
 
   function segment(old, part, key, share) {
-    const label = [part.model || KINDS[classOf(part)](), part.model ? KINDS[classOf(part)]() : "", bytes(part.size_bytes)].filter(Boolean).join(", ");
-    const element = old ?? h(`button.k-${classOf(part)}`, {
-      type: "button", tabindex: "-1", "data-focus": key,
-      onpointerenter: () => preview(key), onfocus: () => preview(key), onblur: () => preview(null),
-      onclick: () => choose(key),
-    }, h("span"), h("span"));
+    const label = [
+      part.model || KINDS[classOf(part)](),
+      part.model ? KINDS[classOf(part)]() : "",
+      bytes(part.size_bytes),
+    ]
+      .filter(Boolean)
+      .join(", ");
+    const element =
+      old ??
+      h(
+        `button.k-${classOf(part)}`,
+        {
+          type: "button",
+          tabindex: "-1",
+          "data-focus": key,
+          onpointerenter: () => preview(key),
+          onfocus: () => preview(key),
+          onblur: () => preview(null),
+          onclick: () => choose(key),
+        },
+        h("span"),
+        h("span"),
+      );
     if (!old) element.setAttribute("tabindex", "-1");
     element.style.setProperty("flex-basis", `${100 * share}%`);
-    element.setAttribute("aria-label", part.count > 1 ? `${many("{count} model", "{count} models", part.count)}, ${label}` : label);
+    element.setAttribute(
+      "aria-label",
+      part.count > 1 ? `${many("{count} model", "{count} models", part.count)}, ${label}` : label,
+    );
     element.setAttribute("aria-pressed", String(chosen === key));
     element.firstChild.textContent = share > WIDE ? part.model || KINDS[classOf(part)]() : "";
     element.lastChild.textContent = share > WIDE ? bytes(part.size_bytes) : "";
@@ -216,7 +212,8 @@ function tierCard(name) {
 
   function choose(key) {
     chosen = chosen === key ? null : key;
-    for (const part of bar.querySelectorAll("button")) part.setAttribute("aria-pressed", String(part.dataset.focus === chosen));
+    for (const part of bar.querySelectorAll("button"))
+      part.setAttribute("aria-pressed", String(part.dataset.focus === chosen));
     tell();
   }
 
@@ -262,7 +259,9 @@ function tierCard(name) {
 
 function numbersOf(tier) {
   const values = { used: bytes(tier.used_bytes), budget: bytes(tier.budget_bytes), total: bytes(tier.total_bytes) };
-  return tier.kind === "store" ? _("{used} of {total}", values) : _("{used} of {budget} for models, of {total}", values);
+  return tier.kind === "store"
+    ? _("{used} of {total}", values)
+    : _("{used} of {budget} for models, of {total}", values);
 }
 
 function legendOf(tier, sum) {
@@ -272,9 +271,12 @@ function legendOf(tier, sum) {
     return h("li", {}, h(`span.swatch.k-${kind}`), h("span", {}, KINDS[kind]()), h("span.dim.number", {}, bytes(size)));
   });
   const free = tier.total_bytes - sum;
-  if (free > 0) items.push(h("li", {}, h("span.swatch.k-free"), h("span", {}, _("free")), h("span.dim.number", {}, bytes(free))));
+  if (free > 0)
+    items.push(h("li", {}, h("span.swatch.k-free"), h("span", {}, _("free")), h("span.dim.number", {}, bytes(free))));
   if (tier.kind !== "store" && tier.total_bytes > tier.budget_bytes) {
-    items.push(h("li", {}, h("span", {}, _("reserve")), h("span.dim.number", {}, bytes(tier.total_bytes - tier.budget_bytes))));
+    items.push(
+      h("li", {}, h("span", {}, _("reserve")), h("span.dim.number", {}, bytes(tier.total_bytes - tier.budget_bytes))),
+    );
   }
   return items;
 }
@@ -284,12 +286,32 @@ function described(part, model) {
   const facts = [KINDS[kind](), bytes(part.size_bytes)];
   if (part.kind === "engine" || part.kind === "cache") facts.push(part.held);
   if (model && part.kind === "weights") facts.push(_("used {when}", { when: ago(model.last_used_at) }));
-  const found = [h("strong", {}, part.model || (part.count > 1 ? many("{count} model", "{count} models", part.count) : KINDS[kind]())), h("span.dim", {}, facts.join(" · "))];
+  const found = [
+    h(
+      "strong",
+      {},
+      part.model || (part.count > 1 ? many("{count} model", "{count} models", part.count) : KINDS[kind]()),
+    ),
+    h("span.dim", {}, facts.join(" · ")),
+  ];
   if (model && part.kind === "weights") {
-    const fitting = ACTIONS.filter((each) => ["serve", "park", "evict"].includes(each.name) && each.suits(model, part.model));
+    const fitting = ACTIONS.filter(
+      (each) => ["serve", "park", "evict"].includes(each.name) && each.suits(model, part.model),
+    );
     for (const each of fitting) {
       if (whyNot(each.right)) continue;
-      found.push(h("button.button", { type: "button", disabled: isBusy(part.model), "data-focus": `${each.name} ${part.model}`, onclick: () => run(each, part.model).catch(complain) }, each.words()));
+      found.push(
+        h(
+          "button.button",
+          {
+            type: "button",
+            disabled: isBusy(part.model),
+            "data-focus": `${each.name} ${part.model}`,
+            onclick: () => run(each, part.model).catch(complain),
+          },
+          each.words(),
+        ),
+      );
     }
   }
   return found;

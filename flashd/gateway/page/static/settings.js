@@ -10,16 +10,54 @@ export function settings() {
   let all = [];
   let text = "";
   let wasConnected = false;
-  const filter = h("input.field.filter", { type: "search", placeholder: _("Filter by name or meaning"), "aria-label": _("Filter"), spellcheck: false, oninput: () => { text = filter.value.toLowerCase(); list(); } });
+  const filter = h("input.field.filter", {
+    type: "search",
+    placeholder: _("Filter by name or meaning"),
+    "aria-label": _("Filter"),
+    spellcheck: false,
+    oninput: () => {
+      text = filter.value.toLowerCase();
+      list();
+    },
+  });
   const isChanged = h("input", { type: "checkbox", onchange: () => list() });
   const sections = h("div.view");
   const count = h("p.dim.small", { role: "status" });
   const why = h("p.dim.small");
-  const languages = h("select.field", { id: "language", onchange: (event) => choose(event.target.value) }, h("option", { value: "" }, _("as the browser")), Object.entries(LANGUAGES).map(([tag, name]) => h("option", { value: tag, lang: tag, selected: chosen() === tag }, name)));
+  const languages = h(
+    "select.field",
+    { id: "language", onchange: (event) => choose(event.target.value) },
+    h("option", { value: "" }, _("as the browser")),
+    Object.entries(LANGUAGES).map(([tag, name]) =>
+      h("option", { value: tag, lang: tag, selected: chosen() === tag }, name),
+    ),
+  );
   const element = h(
     "div",
     {},
-    h("section.card", { "aria-labelledby": "page-settings" }, h("div.row.wrap", {}, h("h2.grow", { id: "page-settings" }, _("This page")), h("label.row", { for: "language" }, _("Language"), languages), h("button.button", { type: "button", hidden: !hasToken(), onclick: () => { setToken(""); location.reload(); } }, _("Forget the token"))), why),
+    h(
+      "section.card",
+      { "aria-labelledby": "page-settings" },
+      h(
+        "div.row.wrap",
+        {},
+        h("h2.grow", { id: "page-settings" }, _("This page")),
+        h("label.row", { for: "language" }, _("Language"), languages),
+        h(
+          "button.button",
+          {
+            type: "button",
+            hidden: !hasToken(),
+            onclick: () => {
+              setToken("");
+              location.reload();
+            },
+          },
+          _("Forget the token"),
+        ),
+      ),
+      why,
+    ),
     h("div.tools", {}, filter, h("label.row", {}, isChanged, _("Only what differs from its default"))),
     count,
     sections,
@@ -35,7 +73,11 @@ export function settings() {
   }
 
   function list() {
-    const found = all.filter((each) => (!isChanged.checked || each.value !== each.default) && (!text || `${each.key} ${each.meaning}`.toLowerCase().includes(text)));
+    const found = all.filter(
+      (each) =>
+        (!isChanged.checked || each.value !== each.default) &&
+        (!text || `${each.key} ${each.meaning}`.toLowerCase().includes(text)),
+    );
     const groups = new Map();
     for (const each of found) {
       const section = each.key.startsWith("models.") ? "models" : each.key.split(".").slice(0, -1).join(".");
@@ -43,16 +85,32 @@ export function settings() {
       groups.get(section).push(each);
     }
     count.textContent = many("{count} setting", "{count} settings", found.length);
-    sections.replaceChildren(...[...groups].map(([section, those]) => h("section.card.is-flush", { "aria-labelledby": `s-${section}` }, h("h3.section", { id: `s-${section}` }, section), h("dl.settings", {}, those.map(entry)))));
+    sections.replaceChildren(
+      ...[...groups].map(([section, those]) =>
+        h(
+          "section.card.is-flush",
+          { "aria-labelledby": `s-${section}` },
+          h("h3.section", { id: `s-${section}` }, section),
+          h("dl.settings", {}, those.map(entry)),
+        ),
+      ),
+    );
   }
 
   function update() {
     const { daemon } = now.state;
     if (daemon.connected && !wasConnected) load(); // also when it comes back, perhaps with other settings
     wasConnected = daemon.connected;
-    renew(why, JSON.stringify([daemon.version, daemon.default_engine, daemon.default_engine_reason]), [
-      `flashd ${daemon.version}`, daemon.default_engine ? ` · ${_("{engine} is the default engine", { engine: daemon.default_engine })}: ${daemon.default_engine_reason}` : "",
-    ].join(""));
+    renew(
+      why,
+      JSON.stringify([daemon.version, daemon.default_engine, daemon.default_engine_reason]),
+      [
+        `flashd ${daemon.version}`,
+        daemon.default_engine
+          ? ` · ${_("{engine} is the default engine", { engine: daemon.default_engine })}: ${daemon.default_engine_reason}`
+          : "",
+      ].join(""),
+    );
   }
 
   return { element, update };
@@ -71,8 +129,34 @@ function entry(setting) {
   return h(
     "div",
     {},
-    h("dt", {}, h("code", {}, setting.key), setting.restart && h("span.tag", { title: _("A change takes effect after flash restart") }, _("restart"))),
-    h("dd", {}, h(`code.value${isDefault ? ".dim" : ""}`, {}, setting.value === "" ? "“”" : setting.value), !isDefault && setting.value !== "(hidden)" && h("span.dim.small", {}, _("default: {value}", { value: setting.default === "" ? "“”" : setting.default })), h("p.dim.small", {}, setting.meaning)),
-    h("dd.copy", {}, h("button.button.is-plain", { type: "button", title: setting.command, "aria-label": _("Copy the command that changes {setting}", { setting: setting.key }), onclick: copy }, icon("copy"))),
+    h(
+      "dt",
+      {},
+      h("code", {}, setting.key),
+      setting.restart && h("span.tag", { title: _("A change takes effect after flash restart") }, _("restart")),
+    ),
+    h(
+      "dd",
+      {},
+      h(`code.value${isDefault ? ".dim" : ""}`, {}, setting.value === "" ? "“”" : setting.value),
+      !isDefault &&
+        setting.value !== "(hidden)" &&
+        h("span.dim.small", {}, _("default: {value}", { value: setting.default === "" ? "“”" : setting.default })),
+      h("p.dim.small", {}, setting.meaning),
+    ),
+    h(
+      "dd.copy",
+      {},
+      h(
+        "button.button.is-plain",
+        {
+          type: "button",
+          title: setting.command,
+          "aria-label": _("Copy the command that changes {setting}", { setting: setting.key }),
+          onclick: copy,
+        },
+        icon("copy"),
+      ),
+    ),
   );
 }

@@ -28,7 +28,9 @@ export function chosen() {
 /** Translates a sentence, and inserts values for each {name} in it. */
 export function _(sentence, values) {
   const said = Object.hasOwn(catalogue, sentence) ? catalogue[sentence] : sentence;
-  return values ? said.replace(/\{(\w+)\}/g, (whole, name) => (Object.hasOwn(values, name) ? String(values[name]) : whole)) : said;
+  return values
+    ? said.replace(/\{(\w+)\}/g, (whole, name) => (Object.hasOwn(values, name) ? String(values[name]) : whole))
+    : said;
 }
 
 /** Translates with a plural; {count} stands for the number. */
@@ -46,7 +48,8 @@ export function bytes(size) {
   let value = size;
   for (const unit of ["kB", "MB", "GB", "TB"]) {
     value /= 1000;
-    if (value < 999.5 || unit === "TB") return `${value.toLocaleString(language, { maximumSignificantDigits: 3 })} ${unit}`;
+    if (value < 999.5 || unit === "TB")
+      return `${value.toLocaleString(language, { maximumSignificantDigits: 3 })} ${unit}`;
   }
 }
 
