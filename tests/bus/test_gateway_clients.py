@@ -336,7 +336,8 @@ async def test_continue_finds_the_model_where_the_page_says(gateway: Gateway) ->
 
 def test_open_webui_and_claude_code_are_told_the_right_addresses() -> None:
     """What they send there is replayed: above, and in tests/engines/test_vllm_clients.py."""
-    (told,) = [line for line in lines_of("Open WebUI") if line.startswith("export ")]
+    told, more = [line for line in lines_of("Open WebUI") if line.startswith("export ")]
     assert "OLLAMA_BASE_URL=http://127.0.0.1:8434" in told.split(), "it appends /api/..."
+    assert '"legacy"' in more, "else it sends tools with every message"
     told = " ".join(lines_of("Claude Code"))
     assert "ANTHROPIC_BASE_URL=http://127.0.0.1:8434 " in told, "it appends /v1/messages"
