@@ -71,6 +71,16 @@ def _awq(weight: torch.Tensor) -> Tensors:
     }
 
 
+def _packed(weight: torch.Tensor) -> Tensors:
+    """Four bits, eight inputs a word, as compressed-tensors packs them."""
+    values, scales = _four_bits(weight)
+    return {
+        "weight_packed": _words(values.reshape(values.shape[0], -1, 8)),
+        "weight_scale": scales.to(torch.bfloat16).contiguous(),
+        "weight_shape": torch.tensor(weight.shape),
+    }
+
+
 def _four_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Values of 0 to 15 around 8, (outputs, inputs), and their scales, (outputs, groups of inputs)."""
     grouped = weight.reshape(weight.shape[0], -1, _GROUP)
@@ -100,6 +110,28 @@ METHODS: dict[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any]]] = {
                     "targets": ["Linear"],
                     "weights": {**_INT8, "strategy": "channel", "dynamic": False},
                     "input_activations": {**_INT8, "strategy": "token", "dynamic": True},
+                }
+            },
+        },
+    ),
+    "packed": (
+        _packed,
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "ignore": ["lm_head"],
+            "config_groups": {
+                "all": {
+                    "targets": ["Linear"],
+                    "weights": {
+                        "num_bits": 4,
+                        "type": "int",
+                        "symmetric": True,
+                        "strategy": "group",
+                        "group_size": _GROUP,
+                        "dynamic": False,
+                    },
                 }
             },
         },

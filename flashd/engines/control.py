@@ -34,7 +34,7 @@ MAX_FDS = 64
 _PACKET_BYTES = 32 * KiB  # well below the size of a socket's buffer
 _ENCLOSED = b"@"  # a packet that means: the frame is in the attached memfd
 # Version of the way in which vLLM builds a model for an image, and moves its tensors there. Part of each image's key.
-VLLM_IMAGE_FORMAT = "2"
+VLLM_IMAGE_FORMAT = "3"
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 M = TypeVar("M", bound=Message)

@@ -122,10 +122,11 @@ class Binding:
 class EngineImage:
     """An image that an engine has made of a checkpoint, in GPU memory that it allocated and now reads.
 
-    The receiver closes the descriptors.
+    No other engine can map one that `is_own`. The receiver closes the descriptors.
     """
 
     ranks: tuple[RankMemory, ...]
+    is_own: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +215,7 @@ class Engine(Protocol):
 
     number: int
     kind: str
+    identity: str  # of the process, different from that of all others; empty if it is not known
     state: EngineState
     socket_path: Path
     pid: int

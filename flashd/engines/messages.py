@@ -103,11 +103,12 @@ class Refusal(Message):
 class RankImage(Message):
     """The image that one rank has made of its weights: a safetensors header as JSON, and the size of its data.
 
-    One descriptor, of the memory.
+    No other process can map one that `is_own`. One descriptor, of the memory.
     """
 
     size_bytes: Bytes
     layout: str
+    is_own: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,7 @@ class EngineRecord:
     tuning: Tuning = field(metadata={WIRE_NAME: "told"})
     environment: Mapping[str, str]
     bindings: Mapping[str, BindingRecord] = field(metadata={WIRE_NAME: "holdings"})
+    identity: str = ""
 
 
 class EngineProcess:
@@ -107,6 +108,7 @@ class EngineProcess:
     def __init__(self, number: int, kind: str, zygote: Zygote, settings: Settings, tuning: Tuning) -> None:
         self.number = number
         self.kind = kind
+        self.identity = secrets.token_hex(16)
         self.state = EngineState.ABSENT
         self.socket_path = settings.runtime / "engines" / f"{number}.sock"
         self.pid = 0
@@ -200,7 +202,7 @@ class EngineProcess:
         if today.kv_cache_bytes == AUTO and record.tuning.kv_cache_bytes > 0:
             today = replace(today, kv_cache_bytes=record.tuning.kv_cache_bytes)  # what was free then
         engine = cls(record.number, record.kind, zygote, settings, today)
-        engine.pid, engine.started_at = record.pid, record.started_at
+        engine.pid, engine.started_at, engine.identity = record.pid, record.started_at, record.identity
         engine._records = dict(record.bindings)
         if (engine._tuning, dict(settings.environment)) != (record.tuning, record.environment):
             raise InvalidArgument("it was started with other settings")
@@ -385,6 +387,7 @@ class EngineProcess:
                 tuning=self._tuning,
                 environment=self._settings.environment,
                 bindings=self._records,
+                identity=self.identity,
             )
         )
 
@@ -430,7 +433,8 @@ def _image(answer: Parcel[Taken]) -> EngineImage | None:
         close_all(answer.fds)
         raise Misunderstood(f"an answer has {len(made)} images, but {len(answer.fds)} descriptors")
     ranks = zip(made, answer.fds, strict=True)
-    return EngineImage(tuple(RankMemory(fd, image.size_bytes, image.layout) for image, fd in ranks))
+    parts = tuple(RankMemory(fd, image.size_bytes, image.layout) for image, fd in ranks)
+    return EngineImage(parts, is_own=any(image.is_own for image in made))
 
 
 class ZygoteFactory:

@@ -31,8 +31,9 @@ _ACTIVATION_BYTES = 1 * GiB
 _USUAL_CACHE_BYTES = 2 * GiB  # of one for a model whose need is unknown
 _FACTORS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 _COMMUNICATION_BYTES = 1 * GiB  # memory of NCCL and of vLLM's own all-reduce on each of several GPUs
-# Quantisation methods with which images may be possible; the engine decides (workers/vllm/quantised.py).
-_TAKEN_IN_PLACE = {"fp8"}
+# Quantisation methods with which images may be possible; the engine decides (workers/vllm/quantised.py). Of the first,
+# vLLM replaces weights in place.
+_TAKEN_IN_PLACE = {"fp8", "awq", "gptq", "compressed-tensors"}
 _PARKED = _TAKEN_IN_PLACE | {"modelopt", "mxfp4"}
 # The arguments for speculative decoding, and the methods that need no second model.
 _SPECULATIVE = ("--speculative-config", "--spec-", "-sc")

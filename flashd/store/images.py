@@ -6,7 +6,8 @@
 
 An image is known as soon as an engine has made it in memory. It is written in the background; until then it is lost
 with the last arena that holds it. The key is a digest over everything that its layout and bytes depend on, so that a
-wrong image is never found.
+wrong image is never found. One that only the engine which made it can map has the name of that engine beside it, and is
+removed with it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from flashd.store import footprint
 log = logging.getLogger(__name__)
 
 _KEY = re.compile(r"[0-9a-f]{64}")
+_MAKER = "engine"  # file with the name of the only engine that can map an image
+_LONGEST_MAKER = 64  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class ImageDraft:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """An image on disk: its checkpoint, its size and the time of its last use.
+    """An image on disk: its checkpoint, its size and the time of its last use. `maker`: see Images.describe.
 
     An image that is not `usable` is damaged or no longer needed, but could not be removed yet.
     """
@@ -59,6 +62,7 @@ class _Stored:
     made_of: str
     size_bytes: int
     used_at: float
+    maker: str = ""
     usable: bool = True
 
 
@@ -70,6 +74,7 @@ class Images:
         self._mutex = threading.RLock()
         self._layouts: dict[str, str] = {}  # as JSON, of images made since our start
         self._unsaved: dict[str, Checkpoint] = {}
+        self._makers: dict[str, str] = {}  # of images made since our start that no other engine can map
         self._drafts: set[Path] = set()
         root.mkdir(parents=True, exist_ok=True)
         self._stored: dict[str, _Stored] = {}
@@ -105,9 +110,10 @@ class Images:
         """Returns the layout as JSON. Raises CorruptCheckpoint."""
         return self._layouts.get(image.id) or image.layout_json()
 
-    def describe(self, key: str, layout: str, data_bytes: int, made_of: str) -> Checkpoint:
-        """Describes an image that an engine has made of a checkpoint. Raises InvalidArgument or InvalidSource for an
-        invalid key or layout.
+    def describe(self, key: str, layout: str, data_bytes: int, made_of: str, *, maker: str = "") -> Checkpoint:
+        """Describes an image that an engine has made of a checkpoint; `maker` names the engine if no other can map it.
+
+        Raises InvalidArgument or InvalidSource for an invalid key or layout.
         """
         if not _KEY.fullmatch(key):
             raise InvalidArgument(f"{key!r} is not the key of an image")
@@ -136,6 +142,8 @@ class Images:
         with self._mutex:
             self._layouts[key] = layout
             self._unsaved[key] = image
+            if maker:
+                self._makers[key] = maker
         return image
 
     @contextlib.contextmanager
@@ -169,7 +177,17 @@ class Images:
         with self._mutex:
             self._layouts.pop(key, None)
             self._unsaved.pop(key, None)
+            self._makers.pop(key, None)
             self._remove(key)
+
+    def drop_unless(self, is_there: Callable[[str], bool]) -> list[str]:
+        """Removes images that only engines which are not there any more could map, and returns their keys."""
+        with self._mutex:
+            makers = {key: stored.maker for key, stored in self._stored.items()} | self._makers
+            doomed = [key for key, maker in makers.items() if maker and not is_there(maker)]
+            for key in doomed:
+                self.drop(key)
+        return doomed
 
     def tidy(self) -> None:
         """Tries again to remove images that could not be removed before."""
@@ -236,6 +254,8 @@ class Images:
             weights = manifests.weights_id(image.manifest.header_digest, digests_digest)
             manifest = replace(image.manifest, weights=weights, digests_digest=digests_digest)
             write_new(partial / MANIFEST, manifest.to_toml().encode())
+            if maker := self._makers.get(image.id, ""):
+                write_new(partial / _MAKER, maker.encode())
             sync_directory(partial)
             with self._mutex:
                 if image.id not in self._unsaved:
@@ -252,5 +272,14 @@ def _measured(directory: Path) -> _Stored:
     size_bytes = footprint.total_bytes([footprint.measure(directory)])
     with contextlib.suppress(CorruptCheckpoint, OSError):
         used_at = (directory / MANIFEST).stat().st_mtime
-        return _Stored(Checkpoint.open(directory).manifest.source, size_bytes, used_at)
+        return _Stored(Checkpoint.open(directory).manifest.source, size_bytes, used_at, _maker(directory))
     return _Stored("", size_bytes, 0.0)
+
+
+def _maker(directory: Path) -> str:
+    """Reads the name of the only engine that can map an image; empty if there is no such limit."""
+    try:
+        with (directory / _MAKER).open("rb") as file:
+            return file.read(_LONGEST_MAKER).decode(errors="replace")
+    except FileNotFoundError:
+        return ""

@@ -84,4 +84,5 @@ class Another:
             if slot not in self._slots:
                 await run_to_end(engine.stop())
                 supply.release()
+                self._supplier.engine_ended(engine)
             raise

@@ -76,11 +76,14 @@ class Candidates:
         replaced = [slot for slot in sharing if is_active and slot is self._slots.active]
         return replaced + await self._in_order([slot for slot in sharing if slot not in replaced])
 
-    def recipient(self, target: Target, *, is_active: bool) -> Recipient:
+    async def recipient(self, target: Target, *, is_active: bool) -> Recipient:
         """The engine that would take a model now, whose key was read."""
-        if (sleeper := self.sleeper(target, is_active=is_active)) is not None:
-            return Recipient(cache_bytes=sleeper.engine.cache_bytes)
-        return Recipient(starts=all(slot.engine.state is not EngineState.SERVING for slot in self.sharing(target)))
+        for slot in await self.takers(target, is_active=is_active):
+            if slot.engine.state is EngineState.PARKED:
+                return Recipient.of(slot.engine)
+            if slot.engine.state is EngineState.SERVING:
+                return Recipient(identity=slot.engine.identity)
+        return Recipient(starts=True)
 
     def sleeper(self, target: Target, *, is_active: bool) -> EngineSlot | None:
         """The parked engine that would take a model now, whose key was read."""
@@ -98,7 +101,7 @@ class Candidates:
             replaced.append(self._slots.active.supply)
         found: list[EngineSlot] = []
         while (slot := self.without(found).sleeper(target, is_active=is_active)) is not None:
-            engine = Recipient(cache_bytes=slot.engine.cache_bytes)
+            engine = Recipient.of(slot.engine)
             if not await self._supplier.is_grown(target, engine) or await self._supplier.fits_without(
                 target, replaced, to=engine
             ):
@@ -132,7 +135,7 @@ class Candidates:
 
         One that is replaced anyway, or whose engine the model takes, comes first.
         """
-        recipient, sharing = self.recipient(target, is_active=is_active), self.sharing(target)
+        recipient, sharing = await self.recipient(target, is_active=is_active), self.sharing(target)
         candidates = [slot for slot in await self._in_order(self._slots.serving) if slot.supply is not None]
         if is_active:
             first = self._slots.active

@@ -80,14 +80,19 @@ class Slots:
     """All engines. Each change moves the endpoint, and is told of."""
 
     def __init__(
-        self, endpoint: Endpoint, on_change: Callable[[], None], on_displaced: Callable[[Target], bool]
+        self,
+        endpoint: Endpoint,
+        on_change: Callable[[], None],
+        on_displaced: Callable[[Target], bool],
+        on_ended: Callable[[Engine], None],
     ) -> None:
         """`on_displaced` is told of the active model when another one takes its engine to serve in it; it returns
-        whether it made the endpoint lead elsewhere.
+        whether it made the endpoint lead elsewhere. `on_ended` is told of engines that have ended.
         """
         self._endpoint = endpoint
         self._on_change = on_change
         self._on_displaced = on_displaced
+        self._on_ended = on_ended
         self.active: EngineSlot | None = None
         self.beside: list[EngineSlot] = []  # serving too; the one that began longest ago first
         self.parked: list[EngineSlot] = []  # parked, or about to be; longest ago first
@@ -173,6 +178,7 @@ class Slots:
         for others in (self.parked, self.beside):
             if slot in others:
                 others.remove(slot)
+        self._on_ended(slot.engine)
         self._endpoint.shut(slot.engine.socket_path)
         if slot is self.active:
             self.active = None

@@ -152,7 +152,7 @@ class Swapper:
         self._policy = policy
         self._on_change = on_change
         self._on_lost = on_lost
-        self.slots = Slots(endpoint, on_change, on_displaced)
+        self.slots = Slots(endpoint, on_change, on_displaced, supplier.engine_ended)
         self._candidates = Candidates(
             self.slots, supplier, factories, per_architecture=policy.per_architecture, free_bytes=free_bytes
         )
@@ -206,7 +206,7 @@ class Swapper:
         takers = await candidates.takers(target, is_active=False)
         if takers and takers[0].engine.state is EngineState.SERVING:
             makes_way.append(takers[0])
-        recipient, spare = candidates.recipient(target, is_active=False), self.slots.dispensable
+        recipient, spare = await candidates.recipient(target, is_active=False), self.slots.dispensable
         if not await self._supplier.fits_without(target, spare, to=recipient):
             makes_way += [slot for slot in await candidates.way_for(target, is_active=False) if slot not in makes_way]
         return [slot.target for slot in makes_way]
@@ -253,7 +253,8 @@ class Swapper:
             sleeping = [slot for slot in self._candidates.sharing(target) if slot.engine.state is EngineState.PARKED]
             if self._closed or not sleeping:
                 return False
-            slot, engine = sleeping[0], Recipient(stays_parked=True)
+            slot = sleeping[0]
+            engine = Recipient(stays_parked=True, identity=slot.engine.identity)
             if not await self._supplier.fits_beside(target, to=engine):
                 return False
             supply = await self._supplier.provide(target, to=engine)
@@ -270,7 +271,7 @@ class Swapper:
     async def _image_made(self, engine: Engine, target: Target, supply: Supply, binding: Binding) -> None:
         """Adopts the image that a parked engine makes, before any cancellation is obeyed."""
         made = await engine.make_image(binding)
-        if made is not None and await run_to_end(self._supplier.take_in(target, supply, made)):
+        if made is not None and await run_to_end(self._supplier.take_in(target, supply, made, engine.identity)):
             raise asyncio.CancelledError
 
     async def park(
@@ -310,8 +311,9 @@ class Swapper:
             return given_up + await self._stop_parked(at_most - given_up)
 
     async def settled(self) -> None:
-        """Waits until no engine is being started before anybody needs it."""
+        """Waits until no engine is being started before anybody needs it, and nothing of ended engines is left."""
         await self._another.ended()
+        await self._supplier.settled()
 
     async def stop_engine(self, number: int) -> None:
         """Ends one engine. Raises NotFound."""
@@ -348,6 +350,8 @@ class Swapper:
                     unfinished.cancel()
             if self.slots.active is None and active is not None:
                 self._endpoint.point_to(None)
+            there = {slot.engine.identity for slot in self.slots}
+            await self._supplier.remove_images(unless=lambda maker: maker in there)
             await run_to_end(self._tidy())
 
     async def _take_up(self, slot: EngineSlot, *, is_active: bool, serves: bool) -> None:
@@ -447,7 +451,7 @@ class Swapper:
         self, target: Target, on_progress: Progress = lambda done, total: None, *, is_active: bool
     ) -> Supply:
         """The new weights in free memory, for which an engine that nobody needs yet is given up."""
-        recipient = self._candidates.recipient(target, is_active=is_active)
+        recipient = await self._candidates.recipient(target, is_active=is_active)
         try:
             return await self._supplier.provide(target, on_progress, to=recipient)
         except OutOfMemory:
@@ -466,6 +470,8 @@ class Swapper:
         """Gives the weights to an engine and has it serve: a parked one, one that serves, or a new one."""
         binding = await self._supplier.binding(target, supply)
         for slot in await self._candidates.takers(target, is_active=is_active):
+            if not supply.is_for(slot.engine):
+                continue
             if slot.engine.state is EngineState.SERVING:
                 # Connections that lead to the active model are not for the one that takes over its engine.
                 is_displaced = slot is self.slots.active and not is_active
@@ -481,6 +487,8 @@ class Swapper:
                 and await self._woken(slot, target, supply, binding, is_active=is_active)
             ):
                 return How.WAKE, slot.engine
+        if supply.maker:
+            await self._supplier.provide_another(target, supply)
         try:
             await self._supplier.claim_start(target, supply)
         except OutOfMemory:
@@ -504,6 +512,7 @@ class Swapper:
             self.slots.place(EngineSlot(engine, target, supply), is_active=is_active)
         except BaseException:
             await run_to_end(engine.stop())
+            self._supplier.engine_ended(engine)
             raise
         return engine
 
@@ -521,6 +530,7 @@ class Swapper:
             supply.has_started()
         except BaseException:
             await run_to_end(engine.stop())
+            self._supplier.engine_ended(engine)
             raise
         return engine
 
@@ -565,7 +575,7 @@ class Swapper:
     ) -> None:
         """Gives weights to an engine and adopts the image that it makes, before any cancellation is obeyed."""
         if (made := await order) is not None:
-            is_cancelled = await run_to_end(self._supplier.take_in(target, supply, made))
+            is_cancelled = await run_to_end(self._supplier.take_in(target, supply, made, engine.identity))
             if supply.is_image:
                 engine.has_become(supply.arena_ids)
             if is_cancelled:

@@ -23,6 +23,7 @@ from flashd.engines.engine import (
     NO_OPTIONS,
     Binding,
     BoundWeights,
+    Engine,
     EngineFactory,
     EngineImage,
     EngineOptions,
@@ -33,14 +34,15 @@ from flashd.engines.engine import (
     StoredFile,
 )
 from flashd.engines.kv_cache import LEAST_BYTES
-from flashd.errors import Busy, CorruptCheckpoint, FlashdError, NotFound, OutOfMemory
+from flashd.errors import CorruptCheckpoint, FlashdError, NotFound, OutOfMemory
+from flashd.io.streamer import blake3
 from flashd.memory.arena import Arena
 from flashd.memory.device import HOST, Tier
 from flashd.memory.device_cache import DeviceCache, Hold
 from flashd.memory.pool import Reservation
 from flashd.memory.residency import Residency
 from flashd.memory.transfers import Progress
-from flashd.tasks import close_all
+from flashd.tasks import close_all, tell_defect
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +72,18 @@ class Target:
 class Recipient:
     """The engine that weights are for: whether it `starts`, and the KV cache of each rank that it has had since its
     start, if it claims that anew; 0 otherwise. One that `stays_parked`, and only makes an image, needs no KV cache.
+    By its `identity` it can map images that no other engine can.
     """
 
     starts: bool = False
     cache_bytes: int = 0
     stays_parked: bool = False
+    identity: str = ""
+
+    @classmethod
+    def of(cls, engine: Engine) -> Recipient:
+        """One that is to be woken."""
+        return cls(cache_bytes=engine.cache_bytes, identity=engine.identity)
 
 
 _AN_ENGINE = Recipient()  # one that serves
@@ -89,9 +98,11 @@ class Images(Protocol):
 
     def layout_json(self, image: Checkpoint) -> str: ...
 
-    def describe(self, key: str, layout: str, data_bytes: int, made_of: str) -> Checkpoint: ...
+    def describe(self, key: str, layout: str, data_bytes: int, made_of: str, *, maker: str = "") -> Checkpoint: ...
 
     def drop(self, key: str) -> None: ...
+
+    def drop_unless(self, is_there: Callable[[str], bool]) -> list[str]: ...
 
 
 class Supply:
@@ -111,9 +122,14 @@ class Supply:
         rooms: Sequence[Reservation] = (),
         starts: Sequence[Reservation] = (),
         cache_bytes: int = 0,
+        maker: str = "",
     ) -> None:
-        """`layouts` are those of the image; empty for a checkpoint. `cache_bytes` of each claim are for a KV cache."""
+        """`layouts` are those of the image; empty for a checkpoint. `cache_bytes` of each claim are for a KV cache.
+
+        `maker` is the identity of the only engine that can map the image, if there is such a limit.
+        """
         self.plan = plan
+        self.maker = maker
         self.holds = list(holds)
         self.layouts = list(layouts)
         self.from_tier = min((hold.from_tier for hold in holds), key=list(Tier).index, default=Tier.STORED)
@@ -132,12 +148,23 @@ class Supply:
         """The ids of the arenas' contents."""
         return tuple(hold.checkpoint_id for hold in self.holds)
 
-    def became(self, holds: Sequence[Hold], layouts: Sequence[str]) -> None:
+    def is_for(self, engine: Engine) -> bool:
+        """Tells whether an engine that runs can take the weights."""
+        return self.maker in {"", engine.identity}
+
+    def became(self, holds: Sequence[Hold], layouts: Sequence[str], maker: str) -> None:
         """Replaces the checkpoint with the image that was made in the reserved memory."""
         self.rooms.clear()
         for hold in self.holds:
             hold.release()
-        self.holds, self.layouts = list(holds), list(layouts)
+        self.holds, self.layouts, self.maker = list(holds), list(layouts), maker
+
+    def exchange(self, other: Supply) -> None:
+        """Takes everything of another one, after this one was released."""
+        self.plan, self.maker, self.from_tier = other.plan, other.maker, other.from_tier
+        self.holds, self.layouts, self.rooms = other.holds, other.layouts, other.rooms
+        self.cache_bytes, self._cache_grows = other.cache_bytes, other._cache_grows
+        self._claims, self._starts = other._claims, other._starts
 
     def was_copied(self) -> None:
         """Notes that the engine has copied the checkpoint: its arena may be evicted from now on."""
@@ -259,6 +286,7 @@ class Supplier:
         self._factories = factories
         self._images = images
         self._on_made = on_made
+        self._removals: set[asyncio.Task[None]] = set()
 
     async def provide(
         self, target: Target, on_progress: Progress = lambda done, total: None, *, to: Recipient = _AN_ENGINE
@@ -273,7 +301,7 @@ class Supplier:
         cache_bytes = plan.ranks[0].cache_bytes
         caches = [self._residency.cache(rank.device) for rank in plan.ranks]
         ranks = list(zip(caches, plan.ranks, strict=True))
-        images = await self._image(plan)
+        images = await self._image(plan, to)
         with ExitStack() as on_error:
 
             async def claim(cache: DeviceCache, size_bytes: int) -> Reservation:
@@ -302,17 +330,25 @@ class Supplier:
                     for reservation, rank in zip(claims, plan.ranks, strict=True):
                         reservation.resize(rank.working_bytes)  # the loads that begin now reserve the rest
                     holds = await self._all(images, caches, on_progress)
-                    supply = Supply(plan, holds, layouts, claims, (), besides, cache_bytes)
+                    maker = "" if images[0].id == plan.ranks[0].key else to.identity
+                supply = Supply(plan, holds, layouts, claims, (), besides, cache_bytes, maker)
             on_error.pop_all()
             return supply
 
-    async def resume(self, target: Target, arena_ids: Sequence[str], cache_bytes: int = 0) -> Supply:
+    async def provide_another(self, target: Target, supply: Supply) -> None:
+        """Replaces an image, because the only engine that could map it is gone, by what a new engine can take.
+
+        Raises the errors of `provide`; then nothing is held.
+        """
+        supply.release()
+        supply.exchange(await self.provide(target, to=Recipient(starts=True)))
+
+    async def resume(self, target: Target, arena_ids: Sequence[str], engine: Recipient = _AN_ENGINE) -> Supply:
         """Holds the memory again that an earlier daemon gave to an engine: the checkpoint or the parts of an image, and
-        `cache_bytes` of each rank.
+        the KV cache.
 
         Raises NotFound if a part is no longer in memory, or OutOfMemory if budgets have become too small.
         """
-        engine = Recipient(cache_bytes=cache_bytes)
         plan = await self._plan(target, engine)
         is_image = plan is not None and list(arena_ids) != [target.checkpoint.id]
         if list(arena_ids) == [target.checkpoint.id] and self._factories[target.engine_kind].copies_checkpoints:
@@ -434,7 +470,7 @@ class Supplier:
         def need(cache: DeviceCache, size_bytes: int) -> None:
             needed_bytes[cache] = needed_bytes.get(cache, 0) + size_bytes
 
-        images = await self._image(plan) if plan else ()
+        images = await self._image(plan, to) if plan else ()
         if not images:
             host = self._residency.cache(HOST)
             need(host, host.missing_bytes(target.checkpoint))
@@ -465,8 +501,8 @@ class Supplier:
             devices=tuple(rank.device for rank in plan.ranks) if plan else (),
         )
 
-    async def take_in(self, target: Target, supply: Supply, made: EngineImage) -> None:
-        """Adopts the image that an engine has made, which becomes its supply in place of the checkpoint.
+    async def take_in(self, target: Target, supply: Supply, made: EngineImage, identity: str) -> None:
+        """Adopts the image that the engine of this identity has made, which replaces the checkpoint as its supply.
 
         An image that is invalid, or lacks the part of a rank, is not kept, and the supply stays as it is. Never raises.
         """
@@ -481,9 +517,10 @@ class Supplier:
             log.warning("the image of %s is not kept: %s", target.model_name, error)
             return
         try:
+            maker = identity if made.is_own else ""
             images = [
-                self._images.describe(rank.key, part.layout, part.size_bytes, target.checkpoint.id)
-                for rank, part in zip(plan.ranks, made.ranks, strict=True)
+                self._images.describe(key, part.layout, part.size_bytes, target.checkpoint.id, maker=maker)
+                for key, part in zip(_keys(plan, maker), made.ranks, strict=True)
             ]
             parts = list(zip(caches, images, arenas, supply.rooms, strict=True))
             async with self._undisturbed(plan):
@@ -492,11 +529,11 @@ class Supplier:
                 holds = [cache.admit(image, arena, room) for cache, image, arena, room in parts]
         except FlashdError as error:
             log.warning("the image of %s is not kept: %s", target.model_name, error)
-            self._drop(plan)
+            self._drop(_keys(plan, maker))
             for arena in arenas:
                 arena.close()
             return
-        supply.became(holds, [part.layout for part in made.ranks])
+        supply.became(holds, [part.layout for part in made.ranks], maker)
         for cache, image in zip(caches, images, strict=True):
             self._on_made(image, cache)
 
@@ -554,41 +591,69 @@ class Supplier:
             await asyncio.wait(loads)
             raise
 
-    async def _image(self, plan: GpuPlan) -> Sequence[Checkpoint]:
+    async def _image(self, plan: GpuPlan, to: Recipient = _AN_ENGINE) -> Sequence[Checkpoint]:
         """Returns the image of a plan, one part for each rank, if memory or the disk has all parts; else nothing.
 
-        The other parts of an incomplete image are useless, and are removed.
+        An image that only this recipient can map counts if there is none for all. The other parts of an incomplete
+        image are useless, and are removed.
         """
         if not plan.makes_image:
             return ()
-        found = [await self._found(rank) for rank in plan.ranks]
-        parts = [part for part in found if part is not None]
-        if len(parts) == len(found):
-            return parts
-        if parts:
-            self._drop(plan)
-        for part in parts:
-            with contextlib.suppress(Busy):
-                await self._residency.evict(part.id)
+        for keys in (_keys(plan), _keys(plan, to.identity) if to.identity else []):
+            found = [await self._found(key) for key in keys]
+            parts = [part for part in found if part is not None]
+            if parts and len(parts) == len(found):
+                return parts
+            if parts:
+                self._drop(keys)
+            await self._evict([part.id for part in parts])
         return ()
 
-    async def _found(self, rank: RankPlan) -> Checkpoint | None:
-        image = await asyncio.to_thread(self._images.get, rank.key)
+    async def _found(self, key: str) -> Checkpoint | None:
+        image = await asyncio.to_thread(self._images.get, key)
         if image is None or self._residency.devices_of(image.id):
             return image
-        if not self._images.is_stored(rank.key):
+        if not self._images.is_stored(key):
             return None  # it was not written before its last arena was freed
         try:
             await asyncio.to_thread(image.digests)
         except CorruptCheckpoint as error:
             log.warning("%s, so it is made again", error.message)
-            self._images.drop(rank.key)
+            self._images.drop(key)
             return None
         return image
 
-    def _drop(self, plan: GpuPlan) -> None:
-        for rank in plan.ranks:
-            self._images.drop(rank.key)
+    def _drop(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._images.drop(key)
+
+    async def remove_images(self, *, unless: Callable[[str], bool]) -> None:
+        """Removes the images that only engines could map of whose identity `unless` says False: they have ended."""
+        await self._evict(await asyncio.to_thread(self._images.drop_unless, unless))
+
+    def engine_ended(self, engine: Engine) -> None:
+        """Removes the images that only this engine could map, in the background."""
+        identity = engine.identity
+        removal = asyncio.ensure_future(self.remove_images(unless=lambda maker: maker != identity))
+        removal.set_name("remove images of an engine that has ended")
+        self._removals.add(removal)
+        removal.add_done_callback(tell_defect)
+        removal.add_done_callback(self._removals.discard)
+
+    async def settled(self) -> None:
+        """Waits until the images of engines that have ended are removed."""
+        if self._removals:
+            await asyncio.wait(set(self._removals))
+
+    async def _evict(self, image_ids: Sequence[str]) -> None:
+        for image_id in image_ids:
+            with contextlib.suppress(FlashdError):  # it is still held, and evicted when its room is needed
+                await self._residency.evict(image_id)
+
+
+def _keys(plan: GpuPlan, maker: str = "") -> list[str]:
+    """Returns the keys of an image, one for each rank; of one that only its maker can map, if there is such a limit."""
+    return [blake3(f"{rank.key} of {maker}".encode()).hex() if maker else rank.key for rank in plan.ranks]
 
 
 def _not_wanted(load: asyncio.Future[Hold]) -> None:

@@ -239,7 +239,8 @@ async def served_alone(port: int, model: str, runs: int) -> list[float]:
 
 
 def settings(options: argparse.Namespace) -> str:
-    lines = f"[engines]\ndefault = '{options.engine}'\nwarm_new = false\n"
+    # With one engine for both, every request for the other model is a rebind.
+    lines = f"[engines]\ndefault = '{options.engine}'\nwarm_new = false\nper_architecture = 1\n"
     if options.engine == "vllm":
         lines += f"[engines.vllm]\npython = '{options.python}'\nkv_cache = '2GiB'\narguments = {options.argument}\n"
     return lines

@@ -4,7 +4,8 @@
 Every answer must be in the words of the model that was asked for, whole, and name that model: streamed or not, by
 OpenAI's or Ollama's interface. Models are chosen by Zipf's law. Every `--kills` seconds the gateway, an engine or the
 daemon, by turns, gets SIGKILL; then requests may fail for a while, but never be answered by another model, and all
-clients must be answered again. They run as `flash start` runs them.
+clients must be answered again. They run as `flash start` runs them. With `--beside`, some of the requests ask a model
+for embeddings and a reranker, which serve at the same time; each must give the same numbers as before the crowd came.
 
     crowd.py --seconds 60 --models 8                               torch engines, on the processor
     crowd.py --seconds 300 --engine vllm --python PATH --kills 20  vLLM engines, of this interpreter
@@ -48,6 +49,9 @@ CLIENTS = 20
 PATIENCE_S = 120.0  # until a request is answered
 RECOVERY_S = 30.0  # after a kill, in which an engine is started anew
 QUESTION = "Who are you?"
+HELPERS = {"vectors": "embeddings", "judge": "rerank"}  # by name, what each is asked for
+_OF_HELPERS = 0.2  # share of the requests
+_PRECISION = 0.02  # of their numbers, which depend a little on what else is in a batch
 _MAKE = """
 import json, pathlib, sys
 import small_models as s
@@ -72,6 +76,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", type=int, default=8)
     parser.add_argument("--clients", type=int, default=CLIENTS)
     parser.add_argument("--kills", type=float, default=10.0, metavar="SECONDS", help="between two; 0 for none")
+    parser.add_argument("--beside", action="store_true", help="also a model for embeddings and a reranker")
     parser.add_argument("--argument", action="append", default=[], help="for vLLM")
 
 
@@ -93,9 +98,13 @@ def run(campaign: Campaign) -> None:
             with home.client() as client:
                 for name in words:
                     client.import_(folder / name, name)
+                if options.beside:
+                    for name, path in make_helpers(folder).items():
+                        client.import_(path, name)
             crowd.calm("before")
             crowd.come()
             crowd.calm("after")
+            crowd.tell_serving()
 
 
 def make_models(folder: Path, words: dict[str, str]) -> None:
@@ -114,6 +123,24 @@ def make_models(folder: Path, words: dict[str, str]) -> None:
     makers += [making(part) for part in (names[first :: os.cpu_count() or 1] for first in range(os.cpu_count() or 1))]
     if any(maker.wait() for maker in makers):
         sys.exit("the models could not be made")
+
+
+def make_helpers(folder: Path) -> dict[str, Path]:
+    """Small random models for embeddings and for reranking, with the tokenizer of the base."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id or 0, num_labels=1, **shape)
+    made = {}
+    for name, kind in HELPERS.items():
+        torch.manual_seed(7)
+        made[name] = folder / name
+        if not (made[name] / "config.json").exists():
+            tokenizer.save_pretrained(made[name])
+            (BertModel if kind == "embeddings" else BertForSequenceClassification)(config).save_pretrained(made[name])
+    return made
 
 
 class Home:
@@ -179,6 +206,10 @@ class Crowd:
         self._took_ms: list[float] = []
         self._killed_at = 0.0
         self._ends_at = 0.0
+        self._numbers: dict[str, list[float]] = {}  # of the helpers, in calm
+        options = campaign.options
+        answered = {"embeddings", "rerank"} if options.engine == "vllm" else {"embeddings"}
+        self._helpers = [name for name, kind in HELPERS.items() if options.beside and kind in answered]
         # Zipf's law: the second is asked half as often as the first, the third a third as often, ...
         self._weights = list(itertools.accumulate(1 / rank for rank in range(1, len(words) + 1)))
 
@@ -191,6 +222,45 @@ class Crowd:
                     time.sleep(0.2)  # something was killed just now
                 if said != words:
                     self.finding(f"{when} the crowd, {name} says {said!r}")
+            for name in self._helpers:
+                if (numbers := self.numbers(http, name)) is None:
+                    self.finding(f"{when} the crowd, {name} does not answer")
+                else:
+                    self._numbers.setdefault(name, numbers)
+                    self._compare(name, numbers)
+
+    def tell_serving(self) -> None:
+        """Counts the models that serve at the end."""
+        with self._home.client() as client:
+            self._campaign.count("serving at the end", sum(e.state == "serving" for e in client.engines()))
+
+    def numbers(self, http: httpx.Client, name: str) -> list[float] | None:
+        """What a helper makes of a text; None if something that was killed can be the reason that it says nothing."""
+        bodies = {
+            "embeddings": {"input": QUESTION},
+            "rerank": {"query": QUESTION, "documents": [QUESTION, "I am another text."]},
+        }
+        kind, began = HELPERS[name], time.monotonic()
+        try:
+            answer = http.post(f"/v1/{kind}", json={"model": name, **bodies[kind]})
+        except httpx.TransportError as error:
+            return self._unanswered(began, f"{kind} of {name}: {type(error).__name__}: {error}")
+        if answer.status_code != 200:
+            is_excused = answer.status_code in _KILLED
+            words = f"{kind} of {name}: {answer.status_code} {answer.text[:300]}"
+            return self._unanswered(began if is_excused else -1.0, words)
+        self.count(f"answers of {name}")
+        if kind == "embeddings":
+            return list(answer.json()["data"][0]["embedding"])
+        found = sorted(answer.json()["results"], key=lambda result: int(result["index"]))
+        return [result["relevance_score"] for result in found]
+
+    def _compare(self, name: str, numbers: list[float]) -> None:
+        expected = self._numbers[name]
+        if len(numbers) != len(expected) or any(
+            abs(one - other) > _PRECISION for one, other in zip(numbers, expected, strict=True)
+        ):
+            self.finding(f"{name} says {numbers[:4]}..., and said {expected[:4]}...")
 
     def come(self) -> None:
         options = self._campaign.options
@@ -244,6 +314,11 @@ class Crowd:
         ways = ("openai", "openai stream", "ollama", "ollama stream")
         with self.http() as http:
             while self._goes_on():
+                if self._helpers and chance.random() < _OF_HELPERS:
+                    helper = chance.choice(self._helpers)
+                    if (numbers := self.numbers(http, helper)) is not None:
+                        self._compare(helper, numbers)
+                    continue
                 name = names[bisect.bisect(self._weights, chance.random() * self._weights[-1])]
                 began = time.monotonic()
                 said = self.asked(http, name, chance.choice(ways))

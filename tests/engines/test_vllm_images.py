@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from flashd.errors import CorruptCheckpoint
+from flashd.errors import CorruptCheckpoint, Unsupported
 from flashd.workers.vllm.images import ImageWeights
 
 PAGE = mmap.PAGESIZE
@@ -168,15 +168,123 @@ def test_an_image_of_something_else_is_refused_before_anything_is_touched() -> N
     os.close(image)
 
 
-def test_a_parameter_that_is_replaced_instead_of_filled_is_noticed() -> None:
+def test_what_loading_replaces_is_put_where_graphs_look_for_it() -> None:
+    model = Model()
+    weights = ImageWeights(model, HostMemory())
+    seen_by_graphs = model.blocks[0].qkv.data, model.blocks[0].scale
+    weights.renew()
+    model.blocks[0].qkv.data = torch.full((24, 16), 3, dtype=torch.bfloat16)
+    model.blocks[0].scale = torch.tensor(4.0)
+    weights.finish()
+    qkv, scale = seen_by_graphs
+    assert (qkv == 3).all() and scale == 4
+    assert model.blocks[0].qkv.data_ptr() == qkv.data_ptr() and model.blocks[0].scale is scale
+
+
+def test_what_loading_replaces_by_something_else_is_refused() -> None:
     model = Model()
     weights = ImageWeights(model, HostMemory())
     weights.renew()
-    model.blocks[0].qkv.data = torch.zeros(24, 16, dtype=torch.bfloat16)
+    model.blocks[0].qkv.data = torch.zeros(24, 17, dtype=torch.bfloat16)
     with pytest.raises(CorruptCheckpoint, match=r"replaced.*qkv"):
         weights.finish()
-    model = Model()
-    weights = ImageWeights(model, HostMemory())
-    model.blocks[0].scale = torch.ones(())
-    with pytest.raises(CorruptCheckpoint, match=r"replaced.*scale"):
+
+
+class Kernel:
+    """As kernels of quantised layers are: with tensors and values made of the weights, and scratch memory."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.workspace = torch.zeros(8)
+        self.process(weight)
+
+    def process(self, weight: torch.Tensor) -> None:
+        self.factors = {"rows": weight.float().sum(dim=1), "table": torch.zeros(300_000) + weight[0, 0]}
+        self.is_positive = bool(weight.sum() > 0)
+        self.workspace = torch.zeros(8)
+
+
+Kernel.__module__ = "vllm.model_executor.kernels"
+
+
+class Quantised(nn.Module):
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((4, 4), fill), requires_grad=False)
+        self.quant_method = Kernel(self.weight)
+
+    def load(self, fill: float) -> None:
+        self.weight.fill_(fill)
+        self.quant_method.process(self.weight)
+
+    def everything(self) -> list[torch.Tensor]:
+        factors = self.quant_method.factors
+        return [tensor.clone() for tensor in (self.weight, factors["rows"], factors["table"][:4])]
+
+
+def test_an_image_of_its_own_has_what_kernels_keep() -> None:
+    model = Quantised(1.0)
+    seen_by_graphs = [*model.quant_method.factors.values(), model.quant_method.workspace]
+    weights = ImageWeights(model, HostMemory(), is_own=True)
+    names = {info.name for info in weights.header.tensors}
+    assert names == {"weight", "quant_method.factors.rows", "quant_method.factors.table"}, "but not its scratch memory"
+    of_first, first = model.everything(), weights.take_made()
+    weights.renew()
+    model.load(2.0)
+    weights.finish()
+    of_second, second = model.everything(), weights.take_made()
+    assert first is not None and second is not None
+    now = [*model.quant_method.factors.values(), model.quant_method.workspace]
+    assert [one.data_ptr() for one in now] == [one.data_ptr() for one in seen_by_graphs], "where graphs look for them"
+    for image, expected in ((first, of_first), (second, of_second), (first, of_first)):
+        weights.hide()
+        weights.show(image)
+        weights.restore_buffers()
+        assert all(torch.equal(one, other) for one, other in zip(model.everything(), expected, strict=True))
+        assert seen_by_graphs[0][0] == expected[1][0] and seen_by_graphs[1][0] == expected[2][0]
+    for fd in (first, second):
+        os.close(fd)
+
+
+def test_an_image_of_its_own_is_for_no_other_process() -> None:
+    weights = ImageWeights(Quantised(1.0), HostMemory(), is_own=True)
+    with pytest.raises(CorruptCheckpoint):
+        ImageWeights(Quantised(1.0), HostMemory(), is_own=True).check(weights.layout_json)
+    with pytest.raises(CorruptCheckpoint):
+        ImageWeights(Quantised(1.0), HostMemory()).check(weights.layout_json)
+
+
+def test_values_that_depend_on_the_weights_are_noticed() -> None:
+    model = Quantised(1.0)
+    weights = ImageWeights(model, HostMemory(), is_own=True)
+    weights.renew()
+    model.load(-1.0)
+    with pytest.raises(CorruptCheckpoint, match=r"differ between checkpoints: quant_method.is_positive"):
         weights.finish()
+
+
+def test_a_tensor_that_came_while_it_served_is_noticed() -> None:
+    model = Quantised(1.0)
+    weights = ImageWeights(model, HostMemory(), is_own=True)
+    model.quant_method.cached = model.weight * 2  # type: ignore[attr-defined]
+    weights.renew()
+    model.load(2.0)
+    with pytest.raises(CorruptCheckpoint, match=r"came to the model while it served: quant_method.cached"):
+        weights.finish()
+
+
+def test_a_model_that_writes_to_its_weights_gives_them_up_for_good() -> None:
+    model = Quantised(1.0)
+    weights = ImageWeights(model, HostMemory(), is_own=True)
+    model.quant_method.workspace.fill_(5)
+    weights.check_unwritten()
+    weights.hide()
+    image = weights.take_made()
+    assert image is not None
+    weights.show(image)
+    weights.restore_buffers()
+    model.weight.fill_(3)
+    with pytest.raises(Unsupported, match="writes to its weights"):
+        weights.check_unwritten()
+    with pytest.raises(Unsupported, match="writes to its weights"):
+        weights.renew()
+    os.close(image)

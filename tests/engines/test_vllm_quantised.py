@@ -57,29 +57,47 @@ def made(*methods: object) -> tuple[nn.Module, set[int]]:
     ids=lambda value: type(value).__name__,
 )
 def test_methods(method: object, is_sound: bool) -> None:
-    found = quantised.hindrance(*made(UnquantizedLinearMethod(), method))
+    model, before = made(UnquantizedLinearMethod(), method)
+    found = quantised.reservation(model)
     assert found == "" if is_sound else found.startswith(type(method).__name__)
+    hindrance = quantised.hindrance(model, before, with_kernels=not is_sound)
+    assert hindrance == ("NewMethod was not tested with images" if isinstance(method, NewMethod) else "")
 
 
-def test_a_tensor_inside_a_kernel_hinders() -> None:
+def test_a_scheme_that_was_not_tested_hinders() -> None:
+    model, before = made(AWQMarlinLinearMethod())
+    assert quantised.hindrance(model, before, with_kernels=True) == ""
+    model[0].scheme = NewMethod()  # type: ignore[assignment]
+    assert quantised.hindrance(model, before, with_kernels=True) == "NewMethod was not tested with images"
+
+
+def test_a_tensor_inside_a_kernel_hinders_an_image_for_all() -> None:
     model, before = made(Fp8LinearMethod())
     model[0].quant_method.inverse = [1 / model[0].weight_scale]  # type: ignore[union-attr]
-    assert "1 tensors were created outside its modules: float32 (1,)" in quantised.hindrance(model, before)
-    assert quantised.hindrance(model, None) == "", "who did not look before cannot tell"
+    found = quantised.hindrance(model, before, with_kernels=False)
+    assert "1 tensors were created outside its modules: float32 (1,)" in found
+    assert quantised.hindrance(model, None, with_kernels=False) == "", "who did not look before cannot tell"
     del model[0].quant_method.inverse  # type: ignore[union-attr]
     model[0].quant_method.view = model[0].weight[:4]  # type: ignore[union-attr]
-    assert quantised.hindrance(model, before) == "", "what views the weights follows them"
+    assert quantised.hindrance(model, before, with_kernels=False) == "", "what views the weights follows them"
+
+
+def test_a_tensor_that_cannot_be_found_from_the_modules_hinders_any_image() -> None:
+    model, before = made(AWQMarlinLinearMethod())
+    kept = torch.randn(3)
+    found = quantised.hindrance(model, before, with_kernels=True)
+    assert "1 tensors were created outside its modules: float32 (3,)" in found and kept.numel()
 
 
 def test_numbers_that_came_from_the_checkpoint_hinder() -> None:
     model, before = made(Fp8LinearMethod(), UnquantizedLinearMethod())
     model[1]._k_scale_float = 1.0  # type: ignore[assignment]
-    assert quantised.hindrance(model, before) == ""
+    assert quantised.hindrance(model, before, with_kernels=False) == ""
     model[1]._k_scale_float = 0.5  # type: ignore[assignment]
-    assert quantised.hindrance(model, before).startswith("1 has its own factors")
+    assert quantised.hindrance(model, before, with_kernels=False).startswith("1 has its own factors")
 
 
 def test_what_is_not_quantised_is_not_hindered() -> None:
     model, before = made(UnquantizedLinearMethod())
     kept = torch.randn(3)
-    assert quantised.hindrance(model, before) == "" and kept.numel()
+    assert quantised.hindrance(model, before, with_kernels=False) == "" and kept.numel()

@@ -30,7 +30,7 @@ def test_what_is_received_is_whole_and_not_inherited_by_programs(
     memory = os.memfd_create("a GPU's, say")
     ours.send(RankImage(size_bytes, "x" * size_bytes), (memory, memory))
     frame = theirs.receive()
-    assert frame.content == {"size_bytes": size_bytes, "layout": "x" * size_bytes}
+    assert frame.content == {"size_bytes": size_bytes, "layout": "x" * size_bytes, "is_own": False}
     assert [os.fstat(fd).st_ino for fd in frame.fds] == [os.fstat(memory).st_ino] * 2
     assert not any(os.get_inheritable(fd) for fd in frame.fds), "it would stay taken as long as they run"
     close_all((memory, *frame.fds))

@@ -52,6 +52,20 @@ def test_what_an_engine_made_is_found_at_once_and_after_a_restart(tmp_path: Path
     assert loaded["model.qkv"].tobytes() == DATA, "and any other tool opens it"
 
 
+def test_an_image_that_only_one_engine_can_map_is_gone_with_it(tmp_path: Path) -> None:
+    images = Images(tmp_path)
+    saved(images, OTHER)
+    save(images, images.describe(KEY, LAYOUT, len(DATA), "c" * 64, maker="one"))
+    assert images.drop_unless(lambda maker: maker == "one") == []
+    again = Images(tmp_path)
+    assert again.get(KEY) is not None and again.drop_unless(lambda maker: maker == "one") == []
+    assert again.drop_unless(lambda maker: maker != "one") == [KEY]
+    assert again.get(KEY) is None and again.get(OTHER) is not None, "others are for all"
+    unsaved = again.describe(KEY, LAYOUT, len(DATA), "c" * 64, maker="two")
+    assert again.get(KEY) == unsaved and again.drop_unless(lambda maker: False) == [KEY]
+    assert [path.name for path in tmp_path.iterdir()] == [OTHER]
+
+
 def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
     images = Images(tmp_path)
     made = images.describe(KEY, LAYOUT, len(DATA), "c" * 64)

@@ -23,7 +23,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sources import converted
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, eventually
 
 from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.manifest import Manifest
@@ -60,7 +60,7 @@ from flashd.memory.residency import Memory, Residency
 from flashd.memory.transfers import Progress, Region, Residents
 from flashd.swap import slots
 from flashd.swap.swapper import How, Policy, Swapper, SwapState
-from flashd.swap.weights import Supplier, Supply, Target
+from flashd.swap.weights import Recipient, Supplier, Supply, Target
 
 ARENA_BYTES = 4096
 UNIQUE = "Q"  # an architecture whose engines can never be rebound
@@ -143,6 +143,7 @@ class FakeEngine:
     def __init__(self, number: int, script: Script) -> None:
         self.number = number
         self.kind = "fake"
+        self.identity = f"engine {number}"
         self.state = EngineState.ABSENT
         self.binding: Binding | None = None
         self.arena_ids: tuple[str, ...] = ()
@@ -159,10 +160,13 @@ class FakeEngine:
         self.ended = asyncio.Event()
         self.options = NO_OPTIONS
         self.architectures: Mapping[str, str] = {}  # by checkpoint id
+        self.makes_own = False  # images that no other engine can map
+        self.makers: Mapping[str, str] = {}  # by image
         self._script = script
         self._order: asyncio.Future[None] | None = None
 
     async def start(self, binding: Binding) -> EngineImage | None:
+        self._check_image(binding)
         self._enter(EngineState.STARTING)
         try:
             await self._script.step("start", self)
@@ -194,6 +198,7 @@ class FakeEngine:
             self.binding, self.arena_ids, self.open = binding, (), True
 
         self._check_architecture(binding)
+        self._check_image(binding)
         await self._obey("wake", EngineState.PARKED, effect)
         return self._made(binding)
 
@@ -208,6 +213,7 @@ class FakeEngine:
 
         assert not self.open, "rebind without drain"
         self._check_architecture(binding)
+        self._check_image(binding)
         await self._obey("rebind", EngineState.SERVING, effect)
         return self._made(binding)
 
@@ -256,7 +262,7 @@ class FakeEngine:
         """What an engine on a GPU makes of its weights: memory of its own, of which it hands a descriptor on."""
         if not binding.weights.wants_image:
             return None
-        return EngineImage(tuple(image_arena() for _ in binding.devices))
+        return EngineImage(tuple(image_arena() for _ in binding.devices), is_own=self.makes_own)
 
     def _check_alive(self) -> None:
         if self.state is EngineState.FAILED:
@@ -265,6 +271,11 @@ class FakeEngine:
     def _check_architecture(self, binding: Binding) -> None:
         bound = {self.architectures[held.model.checkpoint_id] for held in (self.binding, binding) if held}
         assert len(bound) == 1
+
+    def _check_image(self, binding: Binding) -> None:
+        if binding.weights.is_image:
+            makers = {self.makers.get(image, "") for image in binding.weights.arena_ids}
+            assert makers <= {"", self.identity}, "an image that only another engine can map"
 
     def _end(self) -> None:
         self.state = EngineState.FAILED
@@ -290,6 +301,8 @@ class Factory:
         self._most_cache_bytes = most_cache_bytes
         self._numbers = itertools.count(1)
         self.engines: list[FakeEngine] = []
+        self.make_own = False
+        self.makers: Mapping[str, str] = {}
         self._architectures: dict[str, str] = {}
 
     def refusal(self, architecture: str, side_files: Mapping[str, Path]) -> str:
@@ -324,6 +337,8 @@ class Factory:
         self.engines.append(FakeEngine(next(self._numbers), self._script))
         self.engines[-1].cache_bytes = cache_bytes
         self.engines[-1].options = options
+        self.engines[-1].makes_own = self.make_own
+        self.engines[-1].makers = self.makers
         self.engines[-1].architectures = self._architectures
         return self.engines[-1]
 
@@ -345,6 +360,8 @@ class MemoryImages:
 
     def __init__(self) -> None:
         self.known: dict[str, Checkpoint] = {}
+        self.makers: dict[str, str] = {}
+        self.made_of: dict[str, str] = {}
 
     def get(self, key: str) -> Checkpoint | None:
         return self.known.get(key)
@@ -355,12 +372,20 @@ class MemoryImages:
     def layout_json(self, image: Checkpoint) -> str:
         return "the layout"
 
-    def describe(self, key: str, layout: str, data_bytes: int, made_of: str) -> Checkpoint:
+    def describe(self, key: str, layout: str, data_bytes: int, made_of: str, *, maker: str = "") -> Checkpoint:
         image = Checkpoint(Path("/nowhere"), replace(NO_MANIFEST, id=key, data_bytes=data_bytes))
+        self.makers[key] = maker
+        self.made_of[key] = made_of
         return self.known.setdefault(key, image)
 
     def drop(self, key: str) -> None:
         self.known.pop(key, None)
+
+    def drop_unless(self, is_there: Callable[[str], bool]) -> list[str]:
+        doomed = [key for key in self.known if self.makers[key] and not is_there(self.makers[key])]
+        for key in doomed:
+            self.drop(key)
+        return doomed
 
 
 class World:
@@ -377,12 +402,14 @@ class World:
         cache_bytes: int = 0,
         most_cache_bytes: int = 0,
         copies: bool = False,
+        own_images: bool = False,
     ) -> None:
         self.script = Script()
         self.gpus = [f"sim:{number}" for number in range(gpus)]
         self.factory = Factory(self.script, self.gpus, starting_bytes, cache_bytes, most_cache_bytes)
         self.factory.copies_checkpoints = copies
         self.images = MemoryImages()
+        self.factory.make_own, self.factory.makers = own_images, self.images.makers
         self.endpoint: Path | None = None
         self.opened: set[Path] = set()  # sockets of engines that serve beside the active one
         self.resting: list[str] = []  # displaced models
@@ -427,7 +454,7 @@ class World:
                 raise NotFound(f"there is no {name}")
             is_parked = engine.state is EngineState.PARKED
             supply = (
-                None if is_parked else await self.supplier.resume(targets[name], record.arena_ids, engine.cache_bytes)
+                None if is_parked else await self.supplier.resume(targets[name], record.arena_ids, Recipient.of(engine))
             )
             return targets[name], supply
 
@@ -517,10 +544,13 @@ class World:
         assert slots == alive, "no engine is forgotten, none is remembered that is gone"
         held = {hold.checkpoint_id for slot in self.swapper.slots if slot.supply for hold in slot.supply.holds}
         ids = {slot.target.checkpoint.id for slot in serving_slots}
+        named = held
+        if self.factory.make_own and self.gpus:
+            named = {f"image of {self.images.made_of.get(one, one)} on {gpu}" for one in held for gpu in self.gpus}
         forms = {f"image of {one} on {gpu}" for one in ids for gpu in self.gpus} or ids
         if self.factory.copies_checkpoints and not self.gpus:
             forms = set()
-        assert held == forms, "only what serves is held, as long as its engine reads it"
+        assert named == forms, "only what serves is held, as long as its engine reads it"
         for checkpoint_id in held:
             assert self.residency.holds(checkpoint_id) == 1
         for cache in self.residency.caches.values():
@@ -992,6 +1022,7 @@ async def test_engines_that_serve_beside_are_passed_on(targets: dict[str, Target
     most_cache_bytes=st.sampled_from([0, 4 * ARENA_BYTES, 1 << 30]),
     per_architecture=st.integers(1, 3),
     copies=st.booleans(),
+    own_images=st.booleans(),
     steps=st.lists(
         st.tuples(
             st.sampled_from(["swap", "serve"]), st.sampled_from(["a1", "a2", "a3", "b", "c", "q"]),
@@ -1006,12 +1037,16 @@ def test_any_sequence_of_swaps_serves_and_faults(
     most_cache_bytes: int,
     per_architecture: int,
     copies: bool,
+    own_images: bool,
     steps: list[tuple[str, str, Fault | None, int]],
     targets: dict[str, Target],
 ) -> None:
     async def run() -> None:
         policy = Policy(0.0, 1, HANGS_S, per_architecture=per_architecture)
-        world = World(room=room, policy=policy, gpus=gpus, cache_bytes=ARENA_BYTES, most_cache_bytes=most_cache_bytes)
+        world = World(
+            room=room, policy=policy, gpus=gpus, cache_bytes=ARENA_BYTES, most_cache_bytes=most_cache_bytes,
+            copies=copies, own_images=own_images,
+        )  # fmt: skip
         for step, name, fault, moment in steps:
             before = world.serving()
             if fault:
@@ -1465,6 +1500,60 @@ async def test_a_cancel_while_an_image_is_taken_in_leaves_no_memory_that_nobody_
     (arena,) = adopted
     owned = [resident.arena for resident in world.residency.cache("sim:0").residents()]
     assert arena in owned, "it is in the ledger, to be evicted when its room is needed"
+    await world.swapper.close()
+    world.ended()
+
+
+async def test_an_image_that_only_its_engine_can_map_is_mapped_by_it_and_gone_with_it(
+    targets: dict[str, Target],
+) -> None:
+    world = World(gpus=1, own_images=True)
+    await world.swapper.swap(targets["a1"])
+    await world.swapper.swap(targets["a2"])
+    (engine,) = world.factory.engines
+    assert engine.binding and not engine.binding.weights.is_image, "each is made when its weights come first"
+    for name in ("a1", "a2"):
+        await world.swapper.swap(targets[name])
+        assert engine.binding.weights.is_image and engine.binding.model.name == name
+    await world.swapper.park()
+    await world.swapper.swap(targets["a1"])
+    assert world.script.names[-2:] == ["wake", "point"] and engine.binding.weights.is_image
+    world.check()
+    await world.pass_on(targets)
+    active = world.swapper.slots.active
+    assert active and active.supply and active.supply.maker == engine.identity, "the next daemon knows whose it is"
+    await world.swapper.swap(targets["a2"])
+    assert engine.binding.weights.is_image
+    engine.die()
+    await eventually(lambda: not world.images.known)
+    await world.swapper.swap(targets["a1"])
+    another = world.factory.engines[-1]
+    assert another is not engine and another.binding and not another.binding.weights.is_image
+    world.check()
+    await world.swapper.close()
+    world.ended()
+
+
+async def test_an_engine_that_ends_while_its_own_image_is_brought_is_replaced(targets: dict[str, Target]) -> None:
+    world = World(gpus=1, own_images=True)
+    await world.swapper.swap(targets["a1"])
+    await world.swapper.swap(targets["a2"])
+    await world.swapper.park()
+    (engine,) = world.factory.engines
+    provide = Supplier.provide
+
+    async def and_die(supplier: Supplier, *arguments: Any, **options: Any) -> Supply:
+        supply = await provide(supplier, *arguments, **options)
+        if engine.state is not EngineState.FAILED:
+            assert supply.maker == engine.identity
+            engine.die()
+        return supply
+
+    with unittest.mock.patch.object(Supplier, "provide", and_die):
+        await world.swapper.swap(targets["a1"])
+    another = world.factory.engines[-1]
+    assert another is not engine and another.binding and another.binding.weights.wants_image
+    world.check()
     await world.swapper.close()
     world.ended()
 

@@ -17,7 +17,7 @@ from flashd.errors import FlashdError, InvalidArgument, NotFound
 from flashd.memory.residency import Residency
 from flashd.store.catalog import Catalog
 from flashd.swap.swapper import Swapper
-from flashd.swap.weights import Supplier, Supply, Target
+from flashd.swap.weights import Recipient, Supplier, Supply, Target
 from flashd.tasks import end, tell_defect
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class Restore:
         that serve besides.
         """
         if not self._left:
+            await supplier.remove_images(unless=lambda maker: False)
             return
 
         async def recall(engine: Engine, record: BindingRecord) -> tuple[Target, Supply | None]:
@@ -84,7 +85,7 @@ class Restore:
             checkpoint = catalog.checkpoint(held.checkpoint_id)
             target = Target(held.name, held.served_names, checkpoint, engine.kind, held.private_to, held.options)
             is_parked = engine.state is EngineState.PARKED
-            return target, None if is_parked else await supplier.resume(target, record.arena_ids, engine.cache_bytes)
+            return target, None if is_parked else await supplier.resume(target, record.arena_ids, Recipient.of(engine))
 
         for kept in self._left:
             if kept.content.get("kind") not in factories:

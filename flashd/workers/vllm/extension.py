@@ -6,7 +6,8 @@ vLLM mixes this class into its own worker, in the process of each rank (`--worke
 
 On a GPU, the weights are an image mapped at fixed addresses, so that captured graphs stay valid. Parking unmaps it and
 has vLLM's sleep mode release the KV cache; waking and rebinding map the same or another image. If there is no image
-yet, vLLM's own in-place reload fills new memory at these addresses, which becomes an image.
+yet, vLLM's own in-place reload fills new memory at these addresses, which becomes an image. All that is in no image,
+such as adapters and the scratch memory of kernels, stays where it is.
 
 On a CPU, vLLM keeps copies of the weights, packed for its kernels. Parking frees their memory, and taking weights again
 packs them from the arena, by the same reload.
@@ -30,8 +31,8 @@ from flashd.workers.vllm.images import ATTRIBUTE, GpuMemory, ImageWeights
 from flashd.workers.vllm.sources import Source, hand_on
 from flashd.workers.vllm.weights import arena_tensors
 
-_SLEEP_LEVEL = 2  # releases the KV cache, and vLLM's own weights, of which only buffers are left
-_BUFFERS, _CACHE = "weights", "kv_cache"  # as vLLM calls what it has released
+_SLEEP_LEVEL = 2  # releases the KV cache, and has a copy of buffers; GpuWorker lets it have no weights
+_BUFFERS, _CACHE = "weights", "kv_cache"  # as vLLM calls what it restores
 
 
 def view(model: nn.Module, source: Source) -> None:
@@ -39,9 +40,9 @@ def view(model: nn.Module, source: Source) -> None:
     _give(model, ImageWeights(model, _memory(), source.fd, source.layout))
 
 
-def make(model: nn.Module, source: Source) -> None:
+def make(model: nn.Module, source: Source, *, is_own: bool) -> None:
     """Makes an image of a loaded model's weights, makes the model use it, and publishes it."""
-    weights = ImageWeights(model, _memory())
+    weights = ImageWeights(model, _memory(), is_own=is_own)
     _give(model, weights)
     source.hand_on(weights)
 
@@ -110,7 +111,8 @@ class Extension:
     def flashd_park(self) -> int:
         """Frees the memory of weights and, on a CPU, KV cache, and returns its size in bytes.
 
-        Raises Unsupported if weights or adapters are in vLLM's own GPU memory, because they could not be brought back.
+        Raises Unsupported, without any change, if weights or adapters are in vLLM's own GPU memory, or weights were
+        written to, because they could not be brought back.
         """
         if self.device.type == "cpu":
             return self._empty()
@@ -120,6 +122,7 @@ class Extension:
         if weights is None:
             raise Unsupported("weights that are not an image cannot leave the GPU and come back")
         torch.cuda.synchronize()
+        weights.check_unwritten()
         self.sleep(_SLEEP_LEVEL)
         self._asleep = (_BUFFERS, _CACHE)
         weights.hide()

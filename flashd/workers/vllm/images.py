@@ -6,16 +6,22 @@ are copied into one allocation, and every tensor of the process that viewed one 
 That allocation is the image of the checkpoint. From then on the model gets other weights by mapping another image of
 the same layout at the same addresses, which captured graphs do not notice.
 
-Buffers that come from a checkpoint stay in vLLM's memory, because its sleep mode saves and restores them; an image has
-a copy of them, which is copied back.
+Buffers that come from a checkpoint stay in vLLM's memory; an image has a copy of them, which is copied back.
+
+Some quantisation methods keep more of the weights than tensors of modules: tensors in kernels, and values that no other
+process is known to compute equally. The image of such a model is its process's own: it has all that the objects of the
+model keep (flashd/workers/vllm/module_state.py), no other process can map it, and another checkpoint may follow only if
+it leads to equal values.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import secrets
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -24,11 +30,16 @@ from torch import nn
 from flashd.checkpoint import header as headers
 from flashd.checkpoint.header import Header
 from flashd.checkpoint.layout import Shape, arrange
-from flashd.errors import CorruptCheckpoint
+from flashd.errors import CorruptCheckpoint, Unsupported
 from flashd.io import cuda
 from flashd.tensors import device_bytes_tensor, dtype_name
+from flashd.units import MiB
+from flashd.workers.vllm.module_state import Kept, ModuleState, module_state
 
 ATTRIBUTE = "flashd_weights"  # attribute of a model: its ImageWeights, if any
+_SCRATCH = ("workspace", "lock")  # parts of names of tensors that kernels write, and of which nothing stays
+_LARGE_BYTES = 1 * MiB  # tensors of kernels that are smaller stay where they are, and are copied like buffers
+_MOST_NAMES = 5
 
 
 class Window(Protocol):
@@ -75,32 +86,47 @@ class GpuMemory:
         return device_bytes_tensor(window, window.address, size_bytes, self._ordinal)
 
 
+@dataclass(frozen=True, slots=True)
+class _Home:
+    """Where a tensor of the model has to stay, because captured graphs have its address."""
+
+    tensor: torch.Tensor
+    view: torch.Tensor  # of that place, whatever `tensor` is made to view
+
+
 class ImageWeights:
     """The weights of one model, at fixed addresses."""
 
-    def __init__(self, model: nn.Module, memory: Memory, fd: int | None = None, layout: str = "") -> None:
+    def __init__(
+        self, model: nn.Module, memory: Memory, fd: int | None = None, layout: str = "", *, is_own: bool = False
+    ) -> None:
         """Moves a model's weights into a new image, or, with `fd` and `layout`, makes the model use that image.
 
-        The caller closes `fd`. Raises CorruptCheckpoint if the layout does not match the model. No graphs may be
-        captured yet.
+        No other process can map an image that `is_own`. The caller closes `fd`. Raises CorruptCheckpoint if the layout
+        does not match the model. No graphs may be captured yet.
         """
-        self.header = _layout(model)
+        self.is_own = is_own
+        found = _Found.of(model, with_kernels=is_own)
+        self.header = _layout(found, maker=secrets.token_hex(16) if is_own else "")
         self.layout_json = headers.as_json(self.header)
         self.mapped_bytes = memory.rounded(self.header.data_bytes)
         if fd is not None:
             self.check(layout)
         self._memory = memory
-        self._buffers = dict(_buffers(model))
+        self._buffers = found.copied
         self._places = {info.name: info.extent for info in self.header.tensors}
         self._window = memory.window(self.mapped_bytes)
         self._made: int | None = None  # returned by `take_made`
+        self._before: ModuleState | None = None  # what the model kept before other weights are loaded in place
+        self._sum: int | None = None  # of the mapped image, if this process could write to it
         if fd is None:
             self._show_fresh()
         else:
-            self._window.show(fd, self.mapped_bytes, is_writable=False)
+            self._window.show(fd, self.mapped_bytes, is_writable=is_own)
         self._base = memory.tensor(self._window, self.mapped_bytes)
         self._model = weakref.ref(model)
-        self._homes = self._move(model, copies=fd is None)
+        self._move(found, copies=fd is None)
+        self._homes = self._homes_of(model)
         if fd is None:
             self.finish()
         else:
@@ -112,40 +138,63 @@ class ImageWeights:
             raise CorruptCheckpoint("the image is not of this engine's build of this model")
 
     def show(self, fd: int) -> None:
-        """Maps another image for reading, in place of the current one, on which the GPU's work must have ended.
+        """Maps another image, in place of the current one, on which the GPU's work must have ended.
 
-        Buffers still have their old values: see `restore_buffers`.
+        Buffers still have their old values: see `restore_buffers`. Raises Unsupported if the model has written to its
+        weights.
         """
-        self._window.show(fd, self.mapped_bytes, is_writable=False)
+        self.check_unwritten()
+        self._sum = None
+        self._window.show(fd, self.mapped_bytes, is_writable=self.is_own)
 
     def renew(self) -> None:
-        """Maps new memory, to be filled in place. Then call `finish`."""
+        """Maps new memory, to be filled in place. Then call `finish`.
+
+        Raises Unsupported if the model has written to its weights.
+        """
+        self.check_unwritten()
+        model = self._model()
+        assert model is not None
+        if self.is_own:
+            self._before, self._sum = module_state(model), None
         self._show_fresh()
 
     def hide(self) -> None:
         """Unmaps the memory and keeps the addresses. The GPU's work on it must have ended."""
+        self._sum = None
         self._window.hide()
 
     def finish(self) -> None:
-        """Finishes an image, which is read-only from now on.
+        """Finishes an image, to which nothing is written from now on.
 
-        Raises CorruptCheckpoint if tensors no longer view it, because it was not filled in place.
+        Tensors that loading has replaced are copied to where captured graphs look for them. Raises CorruptCheckpoint if
+        one has another form, or if the model keeps other values than before.
         """
         model = self._model()
         assert model is not None
-        moved = self._homes.items() - {(name, tensor.data_ptr()) for name, tensor in _tensors(model)}
-        if moved:
-            names = ", ".join(sorted(name for name, _ in moved)[:5])
-            raise CorruptCheckpoint(f"{len(moved)} tensors of the model were replaced while it was loaded: {names}")
+        now = module_state(model)
+        self._put_back(now)
+        if self._before is not None:
+            _check_equal(self._before, now, self._homes)
+            self._before = None
         for name, buffer in self._buffers.items():
             self._view(name, buffer).copy_(buffer)
-        self._window.protect()
+        if self.is_own:
+            self._sum = self._summed()
+        else:
+            self._window.protect()
+
+    def check_unwritten(self) -> None:
+        """Raises Unsupported if the model has written to its weights since they were mapped."""
+        if self._sum is not None and self._sum != self._summed():
+            raise Unsupported("the model writes to its weights while it serves")
 
     def restore_buffers(self) -> None:
         """Restores the buffers of the mapped image in one step, because there may be hundreds of small ones."""
         if self._buffers:
             shown = [self._view(name, buffer) for name, buffer in self._buffers.items()]
             torch._foreach_copy_(list(self._buffers.values()), shown)
+        self._sum = self._summed() if self.is_own else None
 
     def take_made(self) -> int | None:
         """Returns the descriptor of the last new image once. The caller closes it."""
@@ -157,18 +206,44 @@ class ImageWeights:
         self._window.show(fd, self.mapped_bytes, is_writable=True)
         self._made = fd
 
-    def _move(self, model: nn.Module, *, copies: bool) -> dict[str, int]:
-        """Moves weights, and returns the new offset for each tensor of the model that views them."""
-        names = {_address(tensor): name for name, tensor in _weights(model)}
+    def _move(self, found: _Found, *, copies: bool) -> None:
+        names = {_address(tensor): name for name, tensor in found.moved.items()}
         if copies:
-            for name, tensor in _weights(model):
+            self._base.zero_()  # gaps count in the sum
+            for name, tensor in found.moved.items():
                 extent = self._places[name]
                 self._base[extent.offset : extent.end].copy_(_bytes_of(tensor))
         for tensor in _viewers(names):
             tensor.data = self._view(names[_address(tensor)], tensor)
+
+    def _homes_of(self, model: nn.Module) -> dict[str, _Home]:
+        """Tensors that must stay: those that view the image, and, if it is our own, whatever kernels keep."""
+        base = self._base.data_ptr()
         return {
-            name: tensor.data_ptr() for name, tensor in _tensors(model) if _address(tensor) == self._base.data_ptr()
+            path: _Home(kept.tensor, kept.tensor.detach())
+            for path, kept in module_state(model).tensors.items()
+            if self.is_own or _address(kept.tensor) == base
         }
+
+    def _put_back(self, now: ModuleState) -> None:
+        misfits = []
+        for path, home in self._homes.items():
+            kept = now.tensors.get(path)
+            if kept is not None and kept.tensor.data_ptr() == home.view.data_ptr():
+                continue
+            if kept is None or _form(kept.tensor) != _form(home.view):
+                misfits.append(path)
+                continue
+            if not _is_scratch(path):
+                home.view.copy_(kept.tensor)
+            if kept.tensor is not home.tensor:
+                kept.put(home.tensor)
+            home.tensor.data = home.view
+        if misfits:
+            raise CorruptCheckpoint(f"{len(misfits)} tensors of the model were replaced by others: {_some(misfits)}")
+
+    def _summed(self) -> int:
+        return int(self._base[: len(self._base) // 8 * 8].view(torch.int64).sum())
 
     def _view(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """Returns a view of the image like `like`, which views the storage of this name."""
@@ -178,45 +253,82 @@ class ImageWeights:
         return view.set_(self._base.untyped_storage(), offset, like.size(), like.stride())
 
 
-def _layout(model: nn.Module) -> Header:
-    """Makes the layout, with one entry for each storage: the tensor that covers it, if there is one, else bytes."""
-    shapes = [_shape(name, tensor, tensor.untyped_storage().nbytes()) for name, tensor in _weights(model)]
-    shapes += [_shape(name, buffer, buffer.nbytes) for name, buffer in _buffers(model)]
-    return Header(arrange(shapes), {"format": "pt"})
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Tensors of a model by name: one for each storage that is `moved` into an image, and those that are `copied`."""
+
+    moved: dict[str, torch.Tensor]
+    copied: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, *, with_kernels: bool) -> _Found:
+        """`with_kernels`: also tensors that are kept by other objects than modules."""
+        paths = {path for path, _ in model.named_modules()}
+        moved: dict[str, torch.Tensor] = {}
+        small: dict[str, torch.Tensor] = {}
+        seen: set[int] = set()
+        for path, kept in _modules_first(module_state(model).tensors, paths):
+            is_of_module = path.rpartition(".")[0] in paths
+            if _is_scratch(path) or not (is_of_module or with_kernels) or _address(kept.tensor) in seen:
+                continue
+            seen.add(_address(kept.tensor))
+            size_bytes = kept.tensor.untyped_storage().nbytes()
+            is_whole = kept.tensor.is_contiguous() and kept.tensor.nbytes == size_bytes
+            is_moved = is_of_module or size_bytes >= _LARGE_BYTES or not is_whole
+            (moved if is_moved else small)[path] = kept.tensor
+        return cls(moved, {**dict(_buffers(model, seen)), **small})
+
+
+def _modules_first(tensors: Mapping[str, Kept], paths: set[str]) -> list[tuple[str, Kept]]:
+    return sorted(tensors.items(), key=lambda item: item[0].rpartition(".")[0] not in paths)
+
+
+def _is_scratch(path: str) -> bool:
+    name = path.rpartition(".")[2]
+    return any(part in name for part in _SCRATCH)
+
+
+def _form(tensor: torch.Tensor) -> tuple[object, ...]:
+    return (tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _check_equal(before: ModuleState, now: ModuleState, homes: Mapping[str, _Home]) -> None:
+    """Raises CorruptCheckpoint if other weights made a model keep other values, or tensors that graphs do not know."""
+    other = [path for path, value in now.values.items() if before.values.get(path) != value]
+    other += before.values.keys() - now.values.keys()
+    if other:
+        raise CorruptCheckpoint(f"{len(other)} values that the model keeps differ between checkpoints: {_some(other)}")
+    unknown = [path for path in now.tensors if path not in homes]
+    if unknown:
+        raise CorruptCheckpoint(f"{len(unknown)} tensors came to the model while it served: {_some(unknown)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(sorted(names)[:_MOST_NAMES])
+
+
+def _layout(found: _Found, *, maker: str) -> Header:
+    """Makes the layout, with one entry for each storage: the tensor that covers it, if there is one, else bytes.
+
+    With the name of its `maker`, it equals the layout of no other process.
+    """
+    shapes = [_shape(name, tensor, tensor.untyped_storage().nbytes()) for name, tensor in found.moved.items()]
+    shapes += [_shape(name, buffer, buffer.nbytes) for name, buffer in found.copied.items()]
+    return Header(arrange(shapes), {"format": "pt", **({"maker": maker} if maker else {})})
 
 
 def _shape(name: str, tensor: torch.Tensor, size_bytes: int) -> Shape:
     if tensor.is_contiguous() and tensor.nbytes == size_bytes:
-        return Shape(name, dtype_name(tensor.dtype), tuple(tensor.shape), size_bytes)
+        with contextlib.suppress(Unsupported):  # safetensors has no name for all dtypes
+            return Shape(name, dtype_name(tensor.dtype), tuple(tensor.shape), size_bytes)
     return Shape(name, "U8", (size_bytes,), size_bytes)
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields one tensor for each storage with weights, with its first name."""
-    seen: set[int] = set()
-    for name, tensor in _tensors(model):
-        if _address(tensor) not in seen:
-            seen.add(_address(tensor))
-            yield name, tensor
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields parameters and plain tensors of modules, shared ones under all their names."""
-    for path, module in model.named_modules():
-        plain = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
-        for name, tensor in {**module._parameters, **plain}.items():
-            if tensor is None or tensor.device.type == "meta" or not tensor.untyped_storage().nbytes():
-                continue
-            if _is_on(tensor, model):
-                yield f"{path}.{name}" if path else name, tensor
-
-
-def _buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _buffers(model: nn.Module, moved: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields buffers that may be in a checkpoint. Others, computed from the configuration, are equal for all models."""
-    weights = {_address(tensor) for _, tensor in _weights(model)}
     persistent = model.state_dict(keep_vars=True)
     for name, buffer in model.named_buffers():
-        if name in persistent and buffer.nbytes and _address(buffer) not in weights:
+        if name in persistent and buffer.nbytes and _address(buffer) not in moved:
             if not buffer.is_contiguous():
                 raise CorruptCheckpoint(f"the buffer {name} is not contiguous")
             yield name, buffer
@@ -231,11 +343,6 @@ def _viewers(addresses: Mapping[int, str]) -> list[torch.Tensor]:
                 if _address(candidate) in addresses:
                     found[id(candidate)] = candidate
     return list(found.values())
-
-
-def _is_on(tensor: torch.Tensor, model: nn.Module) -> bool:
-    """Tells whether a tensor is on the model's device, because a few scalars may be on the CPU."""
-    return bool(tensor.device == next(model.parameters()).device)
 
 
 def _address(tensor: torch.Tensor) -> int:

@@ -19,6 +19,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from flashd.errors import Unsupported
 from flashd.workers.vllm import compat, completeness, extension, quantised, room, sources
+from flashd.workers.vllm.sources import Source
 from flashd.workers.vllm.weights import Wanted, weights
 
 if TYPE_CHECKING:
@@ -80,14 +81,15 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
         before = quantised.storages(torch.device("cuda", torch.cuda.current_device())) if is_wanted else None
         try:
             model: nn.Module = super().load_model(vllm_config, model_config, *arguments, **options)
-            why = _hindrance(model, vllm_config, before) if source is not None and not self._is_image else ""
+            is_own = is_wanted and bool(quantised.reservation(model))
+            why = _hindrance(model, vllm_config, before, source, is_own=is_own) if source and not self._is_image else ""
             makes_one = not self._is_image and compat.all_agree(is_wanted and not why)
             if source is None:
                 pass
             elif self._is_image:
                 extension.view(model, source)
             elif makes_one:
-                extension.make(model, source)
+                extension.make(model, source, is_own=is_own)
             elif compat.is_cuda():
                 others = (
                     "another rank makes no image" if is_wanted else "pipeline and data parallel ranks make no images"
@@ -118,10 +120,14 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
             yield from ((name, tensor) for name, tensor in tensors.items() if not is_unused(name))
 
 
-def _hindrance(model: nn.Module, config: VllmConfig, before: Collection[int] | None) -> str:
+def _hindrance(
+    model: nn.Module, config: VllmConfig, before: Collection[int] | None, source: Source, *, is_own: bool
+) -> str:
     """Explains why no image can be made of a model; empty if one can."""
     if compat.has_draft(config):
         return "images cannot contain the weights of its draft model"
     if compat.moves_experts(config):
         return "experts move between ranks while it serves, but images are read-only"
-    return quantised.hindrance(model, before)
+    if is_own and not source.takes_own:
+        return quantised.reservation(model)
+    return quantised.hindrance(model, before, with_kernels=is_own)

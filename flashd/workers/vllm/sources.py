@@ -37,12 +37,13 @@ log = logging.getLogger("vllm.flashd")
 
 class Source(Protocol):
     """A source of an image. `layout` is that of the image behind `fd`; empty if there is none. Lives as long as the
-    model.
+    model. `takes_own`: images that no other process can map are of use, too.
     """
 
     fd: int
     layout: str
     wants_image: bool
+    takes_own: bool
 
     def hand_on(self, weights: ImageWeights) -> None:
         """Publishes the image that was made."""
@@ -53,6 +54,8 @@ class Source(Protocol):
 
 class OfEngine:
     """The source for a rank of one of flashd's engines."""
+
+    takes_own = True
 
     def __init__(self, socket: Path, rank: int) -> None:
         self._rank = rank
@@ -72,6 +75,8 @@ class OfEngine:
 
 class OfUser:
     """The source for servers started by a user. Failures here never keep a server from starting."""
+
+    takes_own = False
 
     def __init__(self, client: Client, name: str, build: str, device: str) -> None:
         self._client = client  # leases end with this client
@@ -123,7 +128,7 @@ def hand_on(weights: ImageWeights, socket: Path, rank: int) -> None:
     """Passes an image to the engine's process, which passes it to the daemon."""
     fd = weights.take_made()
     if fd is not None:
-        image = RankImage(weights.header.data_bytes, weights.layout_json)
+        image = RankImage(weights.header.data_bytes, weights.layout_json, is_own=weights.is_own)
         rank_server.tell_made(socket, rank, image, fd)
         os.close(fd)
 

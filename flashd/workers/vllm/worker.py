@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 # the key under which vLLM caches compiled code.
 _MODEL = "./model"
 _EXTENSION = "flashd.workers.vllm.extension.Extension"
+_GPU_WORKER = "flashd.workers.vllm.gpu_worker.GpuWorker"
 _LOOK_S = 0.5  # interval of checks that the engine core is alive
 _RESET_S = 30.0
 _LOG_BYTES = 4 * MiB
@@ -305,7 +306,8 @@ def vllm_arguments(names: Sequence[str], tuning: Tuning, applied: Sequence[Appli
         # Compiled code would contain the packed weights of the first model, and go on using them.
         yield "--enforce-eager"
     else:
-        yield "--enable-sleep-mode"  # releases the KV cache while the engine is parked
+        # Releases the KV cache while the engine is parked.
+        yield from ("--enable-sleep-mode", "--worker-cls", _GPU_WORKER)
 
 
 def _ranks(given: GivenWeights, fds: Sequence[int]) -> list[Parcel[RankShare]]:
