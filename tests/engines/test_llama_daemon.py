@@ -247,6 +247,14 @@ def test_bad_requests_are_refused_in_openais_form(client: Client, path: str, bod
         assert answer.status_code == status and said in answer.json()["error"]["message"], answer.text
 
 
+def test_what_is_no_json_is_refused(client: Client) -> None:
+    client.swap("ann")
+    with http(client) as asking:
+        for raw in (b"", b"{", b"[" * 100_000):
+            answer = asking.post("/v1/completions", content=raw)
+            assert answer.status_code == 400 and "not valid JSON" in answer.json()["error"]["message"]
+
+
 def test_tokens_are_counted_and_turned_back(client: Client) -> None:
     client.swap("ann")
     with http(client) as asking:

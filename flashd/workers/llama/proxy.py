@@ -64,7 +64,8 @@ class Bound:
 def session_to(address: str) -> ClientSession:
     """Opens connections to a llama-server. Must be called on the event loop."""
     return ClientSession(
-        connector=UnixConnector(address, limit=0),
+        # llama-server closes what is kept after some seconds or requests, perhaps when the next one is on its way.
+        connector=UnixConnector(address, limit=0, force_close=True),
         timeout=ClientTimeout(total=None, sock_connect=_CONNECT_S),
         cookie_jar=DummyCookieJar(),
     )
@@ -80,7 +81,8 @@ class Proxy:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         try:
             await self._answer(scope, receive, send)
-        except _Refused as error:
+        except (_Refused, RecursionError) as refused:
+            error = refused if isinstance(refused, _Refused) else _Refused(400, "the body is nested too deeply")
             kind = "server_error" if error.status >= 500 else "invalid_request_error"
             described = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
             await _send_json(send, {"error": described}, error.status)
@@ -167,8 +169,11 @@ async def _send_answer(bound: Bound, path: str, body: Mapping[str, object], send
             raise await _refusal(answer)
         headers = [(b"content-type", answer.headers.get("Content-Type", "application/json").encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async for piece in answer.content.iter_any():
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        try:
+            async for piece in answer.content.iter_any():
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        except ClientError as error:  # the connection ends, so that no client takes half an answer for a whole one
+            raise RuntimeError(f"llama-server ended before its answer did: {error}") from None
         await send({"type": "http.response.body", "body": b""})
 
 
