@@ -49,10 +49,8 @@ _PATIENCE_S = 5.0  # a place that takes longer counts as not answering
 _MOST_STUCK = 16  # hanging threads; beyond that, scans pause until one returns
 _SILENT = "its file system does not answer"
 _MISSING, _NO_FOLDER = "it does not exist", "it is not a folder"
-_NAMELESS = (
-    "many models have a file of this name\n"
-    "put it into a folder with the model's name, together with its config.json and tokenizer"
-)
+_NAMELESS = "many models have a file of this name\nput it into a folder with the model's name"
+_WITH_REST = ", together with its config.json and tokenizer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +407,7 @@ def _examined(folder: Path, named: Path, path: Path, beside: Sequence[str]) -> I
     elif not is_folder and is_one_of_several(path.name):
         state, detail = ItemState.REFUSED, "it is only one of several files of a model\nput all of them into one folder"
     elif not is_folder and has_name_of_all(path.name):
-        state, detail = ItemState.REFUSED, _NAMELESS
+        state, detail = ItemState.REFUSED, _NAMELESS + ("" if path.suffix == ".gguf" else _WITH_REST)
     elif missing := _missing(path):
         state = ItemState.INCOMPLETE
         detail = f"{len(missing)} files are missing, the first is {legible(missing[0])}"
