@@ -43,6 +43,7 @@ _FIRST_S = 60.0  # for the daemon to start, with a thousand models
 _LISTED_S = 10.0  # until a model that was pulled must be listed
 _STALE_S = 0.25  # until the news of a swap by somebody else must have come
 _MAX_REFUSAL_BYTES = 64 << 10
+_STARTS = "switching"  # a swap's state that lasts so long only where an engine starts
 _APPLY_ADAPTERS = frozenset({"vllm"})  # kinds of engines
 
 
@@ -223,6 +224,8 @@ class Dispatcher:
         if (pulled := self.pulls.progress(model)) is not None:
             return _said(f"pulling {model}", pulled)
         if self._turns.bringing == model:
+            if self._progress.phase == _STARTS:
+                return f"loading {model}: its engine starts"
             return _said(f"loading {model}", self._progress)
         return f"{model} waits for its engine"
 
