@@ -32,6 +32,8 @@ PYDANTIC = (
          "messages: Field required; n: no integer", "messages"),
         (400, b'{"error": {"message": "max_tokens is too large", "param": "max_tokens"}}',
          "max_tokens is too large", "max_tokens"),
+        (400, b'{"error": {"message": "\\"auto\\" tool choice requires --enable-auto-tool-choice and more"}}',
+         "vLLM is not told how this model calls tools: set models.NAME.arguments", "tools"),
         (404, b'{"object": "error", "message": "There is no such model."}', "There is no such model.", None),
         (415, b"", "the body must be JSON, with the content type application/json", None),
         (418, b"[" * 100_000, "[", None),

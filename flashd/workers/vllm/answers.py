@@ -21,6 +21,11 @@ _MOST_CHARACTERS = 1000
 _PHRASES = {status.phrase for status in HTTPStatus}
 _REPLACED = {b"content-length", b"content-type", b"content-encoding"}
 _OF_PYDANTIC = re.compile(r"^\d+ validation errors?\b")
+_NO_PARSER = "requires --enable-auto-tool-choice"
+_UNTOLD = (
+    "vLLM is not told how this model calls tools: set models.NAME.arguments, such as to "
+    '["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]'
+)
 _NO_MODEL = re.compile(r"The model `.*` does not exist", re.DOTALL)
 _INTERNAL = re.compile(r"[\[\](){}-]")  # in pydantic's names for branches of a union: list[str], function-wrap[...]
 
@@ -98,6 +103,8 @@ def described(status: int, raw: bytes, asked: str) -> dict[str, object]:
         message, param = _of_entries(_entries(message))
     if not isinstance(message, str) or not message.strip() or message.strip() in _PHRASES:
         message = _plainly(status, asked)
+    if _NO_PARSER in message:
+        message, param = _UNTOLD, "tools"
     if param is None and status == HTTPStatus.NOT_FOUND and _NO_MODEL.match(message):
         param = "model"  # vLLM's answers in Anthropic's form lack it
     kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
