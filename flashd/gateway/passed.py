@@ -52,12 +52,19 @@ class Passed:
             self._dispatcher.answer(wanted, made) as response,
         ):
             await wait.over()
-            if kind not in _ANSWERS_ALL and await _is_unknown(response):
-                what = f"{wanted.model} is in a {kind} engine, which does not answer {asked.scope['path']}"
-                raise Unsupported(what, hint=run_by_vllm(wanted.model, kind))
+            if await _is_unknown(response):
+                raise _without(asked.scope["path"], wanted.model, kind)
             if send.has_begun:
                 await check_status(response)
             await pass_back(response, send)
+
+
+def _without(path: str, model: str, kind: str) -> Unsupported:
+    """The error of a model whose engine, of this kind, has no such path."""
+    if kind in _ANSWERS_ALL:
+        hint = "that is for models of another kind, such as those that embed, rank or write"
+        return Unsupported(f"{model} does not answer {path}", hint=hint)
+    return Unsupported(f"{model} is in a {kind} engine, which does not answer {path}", hint=run_by_vllm(model, kind))
 
 
 async def _is_unknown(response: ClientResponse) -> bool:
