@@ -1385,15 +1385,20 @@ async def test_a_start_in_place_of_an_engine_that_died_in_its_sleep_has_its_memo
 async def test_another_parked_engine_than_the_dead_one_is_woken_if_its_own_cache_has_room(
     room: int, how: How, targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slots.EngineSlot, "is_contended", True)
     most_bytes = 20 * ARENA_BYTES
     policy = Policy(1, 2, per_architecture=2)
     world = World(room=room, gpus=1, policy=policy, cache_bytes=ARENA_BYTES, most_cache_bytes=most_bytes)
     await world.swapper.serve(targets["a1"])
     monkeypatch.setattr(world.factory, "_most_cache_bytes", 2 * ARENA_BYTES)
+    monkeypatch.setattr(slots.EngineSlot, "is_contended", True)
     await world.swapper.serve(targets["a2"])
+    await world.swapper.settled()
+    monkeypatch.setattr(slots.EngineSlot, "is_contended", False)
     large, small = world.factory.engines
     assert large.cache_bytes == most_bytes and small.cache_bytes == 2 * ARENA_BYTES
+    await world.swapper.park(targets["a2"])
+    assert (await world.swapper.serve(targets["a1"])).engine_number == large.number, "the one that was parked last"
+    await world.swapper.serve(targets["a2"])
     await world.swapper.park(targets["a1"])
     await world.swapper.park(targets["a2"])
     if how is How.START:
