@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
 from flashd.client.client import Client, Job
-from flashd.errors import LimitExceeded, NotFound
+from flashd.errors import LimitExceeded, NotFound, Unavailable
 from flashd.gateway.kept_client import Progress
 from flashd.gateway.pulls import Pulls, is_repository
 
@@ -129,8 +128,10 @@ async def test_neither_pulls_nor_those_who_wait_are_without_number() -> None:
     await pulls.close(1.0)
     assert daemon.cancelled == 8
     for each in waiting:
-        with contextlib.suppress(asyncio.CancelledError):
+        with pytest.raises(Unavailable, match="is stopping"):
             await each
+    with pytest.raises(Unavailable, match="is stopping"):
+        await wait_for(pulls, "a/d")
 
 
 @pytest.mark.parametrize(
