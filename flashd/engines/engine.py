@@ -16,7 +16,7 @@ engine is either as it was before the call, or `failed`; it is never half bound.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -181,6 +181,10 @@ class GpuPlan:
     @property
     def makes_image(self) -> bool:
         return all(rank.key for rank in self.ranks)
+
+    def without_image(self) -> GpuPlan:
+        """Plans an engine that keeps the weights in its own memory, which takes less while it starts."""
+        return GpuPlan(tuple(replace(rank, key="", building_bytes=0) for rank in self.ranks))
 
     @property
     def cache_grows(self) -> bool:

@@ -76,14 +76,18 @@ class Candidates:
         replaced = [slot for slot in sharing if is_active and slot is self._slots.active]
         return replaced + await self._in_order([slot for slot in sharing if slot not in replaced])
 
-    async def recipient(self, target: Target, *, is_active: bool) -> Recipient:
-        """The engine that would take a model now, whose key was read."""
+    async def recipients(self, target: Target, *, is_active: bool) -> list[Recipient]:
+        """The engine that would take a model now, whose key was read.
+
+        A new engine comes twice, the second time with the least needs, in case there is no room for more even if all
+        others make way.
+        """
         for slot in await self.takers(target, is_active=is_active):
             if slot.engine.state is EngineState.PARKED:
-                return Recipient.of(slot.engine)
+                return [Recipient.of(slot.engine)]
             if slot.engine.state is EngineState.SERVING:
-                return Recipient(identity=slot.engine.identity)
-        return Recipient(starts=True)
+                return [Recipient(identity=slot.engine.identity)]
+        return [Recipient(starts=True), Recipient(starts=True, makes_no_image=True)]
 
     def sleeper(self, target: Target, *, is_active: bool) -> EngineSlot | None:
         """The parked engine that would take a model now, whose key was read."""
@@ -130,12 +134,12 @@ class Candidates:
         for slot in self.sharing(target):
             slot.stays_shared = True
 
-    async def way_for(self, target: Target, *, is_active: bool) -> list[EngineSlot]:
+    async def way_for(self, target: Target, recipient: Recipient, *, is_active: bool) -> list[EngineSlot]:
         """The engines that have to be put away to make room for a model: as few as will do; none if nothing will.
 
         One that is replaced anyway, or whose engine the model takes, comes first.
         """
-        recipient, sharing = await self.recipient(target, is_active=is_active), self.sharing(target)
+        sharing = self.sharing(target)
         candidates = [slot for slot in await self._in_order(self._slots.serving) if slot.supply is not None]
         if is_active:
             first = self._slots.active

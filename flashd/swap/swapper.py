@@ -206,9 +206,12 @@ class Swapper:
         takers = await candidates.takers(target, is_active=False)
         if takers and takers[0].engine.state is EngineState.SERVING:
             makes_way.append(takers[0])
-        recipient, spare = await candidates.recipient(target, is_active=False), self.slots.dispensable
-        if not await self._supplier.fits_without(target, spare, to=recipient):
-            makes_way += [slot for slot in await candidates.way_for(target, is_active=False) if slot not in makes_way]
+        for recipient in await candidates.recipients(target, is_active=False):
+            if await self._supplier.fits_without(target, self.slots.dispensable, to=recipient):
+                break
+            if way := await candidates.way_for(target, recipient, is_active=False):
+                makes_way += [slot for slot in way if slot not in makes_way]
+                break
         return [slot.target for slot in makes_way]
 
     async def _bring(
@@ -430,28 +433,42 @@ class Swapper:
     async def _provide(self, target: Target, on_progress: Progress, *, is_active: bool) -> Supply:
         """The new weights, beside all others if they fit, else in place of some."""
         await self._end_too_large(target, is_active=is_active)
-        try:
-            return await self._supplied(target, on_progress, is_active=is_active)
-        except OutOfMemory:
-            if not (making_way := await self._candidates.way_for(target, is_active=is_active)):
-                raise
-            self._enter(SwapState.MAKING_WAY)
-            for slot in making_way:
-                if slot in self.slots.beside:
-                    self.slots.retire(slot)
-                elif slot is not self.slots.active:
-                    continue  # it ended while another was put away
-                elif not is_active:
-                    self.slots.displace_active()
-                await self._put_away(slot)
-            self._enter(SwapState.LOADING)
-            return await self._supplied(target, on_progress, is_active=is_active)
+        recipients = await self._candidates.recipients(target, is_active=is_active)
+        for recipient in recipients:
+            try:
+                return await self._supplied(target, recipient, on_progress)
+            except OutOfMemory:
+                if making_way := await self._candidates.way_for(target, recipient, is_active=is_active):
+                    await self._make_way(making_way, is_active=is_active)
+                    return await self._supplied_now(target, on_progress, is_active=is_active)
+                if recipient is recipients[-1]:
+                    raise
+        raise AssertionError("somebody takes it")
 
-    async def _supplied(
+    async def _make_way(self, making_way: Sequence[EngineSlot], *, is_active: bool) -> None:
+        self._enter(SwapState.MAKING_WAY)
+        for slot in making_way:
+            if slot in self.slots.beside:
+                self.slots.retire(slot)
+            elif slot is not self.slots.active:
+                continue  # it ended while another was put away
+            elif not is_active:
+                self.slots.displace_active()
+            await self._put_away(slot)
+        self._enter(SwapState.LOADING)
+
+    async def _supplied_now(
         self, target: Target, on_progress: Progress = lambda done, total: None, *, is_active: bool
     ) -> Supply:
+        """The new weights in free memory, for whichever engine would take them now."""
+        recipients = await self._candidates.recipients(target, is_active=is_active)
+        for recipient in recipients[:-1]:
+            with contextlib.suppress(OutOfMemory):
+                return await self._supplied(target, recipient, on_progress)
+        return await self._supplied(target, recipients[-1], on_progress)
+
+    async def _supplied(self, target: Target, recipient: Recipient, on_progress: Progress) -> Supply:
         """The new weights in free memory, for which an engine that nobody needs yet is given up."""
-        recipient = await self._candidates.recipient(target, is_active=is_active)
         try:
             return await self._supplier.provide(target, on_progress, to=recipient)
         except OutOfMemory:
@@ -598,7 +615,7 @@ class Swapper:
                     continue
                 await self._end_too_large(one.target, is_active=one.is_active)
                 with contextlib.ExitStack() as on_error:
-                    again = await self._supplied(one.target, is_active=one.is_active)
+                    again = await self._supplied_now(one.target, is_active=one.is_active)
                     on_error.callback(again.release)
                     await self._switch(one.target, again, is_active=one.is_active)
                     on_error.pop_all()

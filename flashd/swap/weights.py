@@ -72,12 +72,14 @@ class Target:
 class Recipient:
     """The engine that weights are for: whether it `starts`, and the KV cache of each rank that it has had since its
     start, if it claims that anew; 0 otherwise. One that `stays_parked`, and only makes an image, needs no KV cache.
-    By its `identity` it can map images that no other engine can.
+    By its `identity` it can map images that no other engine can. One that `makes_no_image` has less room than it would
+    need for its own copy of the weights and the image.
     """
 
     starts: bool = False
     cache_bytes: int = 0
     stays_parked: bool = False
+    makes_no_image: bool = False
     identity: str = ""
 
     @classmethod
@@ -539,6 +541,8 @@ class Supplier:
 
     async def _plan(self, target: Target, to: Recipient = _AN_ENGINE) -> GpuPlan | None:
         plan = await self._factories[target.engine_kind].gpu_plan(target.checkpoint, target.options)
+        if plan is not None and to.makes_no_image:
+            plan = plan.without_image()
         if plan is None or not (plan.cache_grows or to.stays_parked):
             return plan
         size_bytes = 0

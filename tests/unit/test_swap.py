@@ -190,6 +190,10 @@ class FakeEngine:
 
     async def park(self) -> None:
         assert not self.open, "park without drain"
+        assert self.binding is not None
+        weights = self.binding.weights
+        if self.binding.devices and not (weights.is_image or weights.wants_image):
+            raise EngineFailed("weights that are not an image cannot leave the GPU")
         await self._obey("park", EngineState.SERVING, lambda: self._enter(EngineState.PARKED))
 
     async def wake(self, binding: Binding) -> EngineImage | None:
@@ -1447,10 +1451,12 @@ async def test_what_an_engine_has_copied_is_not_held_for_it(targets: dict[str, T
 async def test_a_start_for_which_there_is_never_room_is_refused_before_anything_starts(
     targets: dict[str, Target],
 ) -> None:
-    world = World(room=2, gpus=1, starting_bytes=1 << 20)
+    world = World(room=1, gpus=1)
+    taken = await world.residency.cache("sim:0").claim(ARENA_BYTES)
     with pytest.raises(OutOfMemory):
         await world.swapper.swap(targets["a1"])
     assert not world.factory.engines
+    taken.release()
     world.ended()
 
 
@@ -1505,6 +1511,51 @@ async def test_a_cancel_while_an_image_is_taken_in_leaves_no_memory_that_nobody_
     (arena,) = adopted
     owned = [resident.arena for resident in world.residency.cache("sim:0").residents()]
     assert arena in owned, "it is in the ledger, to be evicted when its room is needed"
+    await world.swapper.close()
+    world.ended()
+
+
+async def test_a_model_too_large_for_its_image_beside_it_serves_without_one(targets: dict[str, Target]) -> None:
+    """While an image is made, the weights are on the GPU twice."""
+    world = World(room=4, gpus=1, starting_bytes=20 * ARENA_BYTES)
+    await world.swapper.serve(targets["b"])
+    active = world.swapper.slots.of("b")
+    assert active and active.supply and not active.supply.is_image and active.engine.binding
+    assert not active.engine.binding.weights.wants_image and not active.engine.binding.weights.is_image
+    assert not active.supply.plan.makes_image and not active.takes_others
+    await world.swapper.serve(targets["c"])
+    assert {slot.target.model_name for slot in world.swapper.slots.serving} == {"b", "c"}, "there is room for both"
+    assert not world.images.known
+    await world.swapper.close()
+    world.ended()
+
+
+async def test_a_model_makes_an_image_if_it_can_when_others_make_way(targets: dict[str, Target]) -> None:
+    world = World(room=4, gpus=1, starting_bytes=10 * ARENA_BYTES)
+    await world.swapper.serve(targets["b"])
+    await world.swapper.serve(targets["c"])
+    (serving,) = world.swapper.slots.serving
+    assert serving.target.model_name == "c" and serving.supply and serving.supply.is_image
+    world.check()
+    await world.swapper.close()
+    world.ended()
+
+
+async def test_what_served_without_an_image_is_put_back_so(targets: dict[str, Target]) -> None:
+    world = World(room=1, gpus=1, starting_bytes=20 * ARENA_BYTES)
+    await world.swapper.swap(targets["b"])
+    start = FakeEngine.start
+
+    async def start_unless_c(engine: FakeEngine, binding: Binding) -> EngineImage | None:
+        if binding.model.name == "c":
+            raise EngineFailed("its configuration is wrong")
+        return await start(engine, binding)
+
+    with unittest.mock.patch.object(FakeEngine, "start", start_unless_c), pytest.raises(EngineFailed):
+        await world.swapper.swap(targets["c"])
+    active = world.swapper.slots.active
+    assert world.answering() == "b" and active and active.supply and not active.supply.is_image
+    assert len(world.factory.engines) == 3, "it was stopped to make room"
     await world.swapper.close()
     world.ended()
 

@@ -92,7 +92,9 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
                 extension.make(model, source, is_own=is_own)
             elif compat.is_cuda():
                 others = (
-                    "another rank makes no image" if is_wanted else "pipeline and data parallel ranks make no images"
+                    "another rank makes no image"
+                    if is_wanted
+                    else "the GPU has no room for it and the weights at once, or ranks are pipeline or data parallel"
                 )
                 log.warning("no image is made of these weights: %s", why or others)
             setattr(model, _SOURCE, source)
