@@ -10,7 +10,7 @@ from typing import Annotated
 from flashd import toml
 from flashd.cli import output
 from flashd.cli.parameters import Argument, Context, Option
-from flashd.cli.session import Json, Session, session
+from flashd.cli.session import Json, session
 from flashd.client import launch
 from flashd.client.client import Client, Job, connect
 from flashd.client.results import Engine, Event, Status, strays_of
@@ -158,7 +158,7 @@ def config(
     explain: Annotated[bool, Option(help="Explain all settings, with their defaults.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Shows all settings in force, or one, or changes one."""
+    """Shows all settings in force, or one with what a restart would make of it, or changes one."""
     if explain or as_json:
         settings = [s for s in loading.settings() if key is None or s.key.startswith(key)]
         if as_json:
@@ -171,16 +171,29 @@ def config(
     if key is None:
         print(session(context).client.config(), end="")
     elif value is None:
-        print(_value(session(context), key))
+        _show_value(session(context).client, key)
     else:
         restart_needed = session(context).client.set_config(key, value)
         output.say(f"{key} = {value}" + ("; takes effect after flash restart" if restart_needed else ", in force now"))
 
 
-def _value(current: Session, key: str) -> str:
+def _show_value(client: Client, key: str) -> None:
+    """Prints the value in force, and says if a restart would put another one in force."""
+    value = _value(client.config(), key)
+    print(value)
+    try:
+        later = _value(client.next_config(), key)
+    except FlashdError as error:
+        output.say(f"whether a restart changes {key} is not known: {error}")
+        return
+    if later != value:
+        output.say(f"{key} = {later} takes effect after flash restart")
+
+
+def _value(document: str, key: str) -> str:
     import tomllib
 
-    return _written(loading.value_in(tomllib.loads(current.client.config()), key))
+    return _written(loading.value_in(tomllib.loads(document), key))
 
 
 def _written(value: object) -> str:

@@ -673,6 +673,13 @@ class Client(Closing):
         """Returns the configuration in force, as TOML."""
         return str(self._manager("GetConfig")[0])
 
+    def next_config(self) -> str:
+        """Returns the configuration that a restart of the daemon would put in force, as TOML.
+
+        Raises InvalidArgument if no daemon can start with the settings files, or if this daemon is older.
+        """
+        return str(self._manager("GetNextConfig")[0])
+
     def set_config(self, key: str, value: str) -> bool:
         """Changes the setting `key`, such as "memory.host_budget", to a TOML value, and saves it.
 

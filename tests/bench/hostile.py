@@ -59,6 +59,7 @@ def attack(address: str, uid: int, seed: int, floods: bool) -> None:
         (wire.BUS_NAME, wire.ROOT_PATH, _INTROSPECTABLE, "Introspect"),
         (wire.BUS_NAME, f"{wire.ROOT_PATH}/model", _INTROSPECTABLE, "Introspect"),
         (*_MANAGER, "GetConfig"),
+        (*_MANAGER, "GetNextConfig"),
     ]
     sent = [
         (*_MANAGER, "FindModel", "s", text("model-" * 170)),

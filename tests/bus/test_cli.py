@@ -85,6 +85,15 @@ def test_config_says_when_a_setting_is_in_force_and_how_a_list_is_written(run: F
     assert run("config", "engines.idle_timeout_s").stdout == "60.0\n"
     later = run("config", "engines.max_parked", "3")
     assert later.stderr == "engines.max_parked = 3; takes effect after flash restart\n"
+    shown = run("config", "engines.max_parked")
+    assert shown.stdout == "2\n" and shown.stderr == "engines.max_parked = 3 takes effect after flash restart\n"
+    assert run("config", "engines.idle_timeout_s").stderr == ""
+    drop_in = daemon.config.with_name(daemon.config.name + ".d") / "zzz.toml"
+    drop_in.write_text("engines.max_parked = 'lots'\n")
+    shown = run("config", "engines.max_parked")
+    assert shown.stdout == "2\n" and shown.returncode == 0
+    assert "whether a restart changes engines.max_parked is not known: " in shown.stderr and "zzz.toml" in shown.stderr
+    drop_in.unlink()
     for written, meant in ({"127.0.0.1:1": ["127.0.0.1:1"], "['127.0.0.1:1', \"[::1]:2\"": ["127.0.0.1:1", "[::1]:2"],
                             "[a b,c]": ["a b", "c"], "": []}).items():  # fmt: skip
         wrong = run("config", "gateway.addresses", written)

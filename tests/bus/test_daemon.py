@@ -521,6 +521,8 @@ async def test_configuration_is_shown_changed_and_checked(remote: Remote, daemon
     (text,) = await remote.call("GetConfig")
     assert tomllib.loads(text)["engines"]["idle_timeout_s"] == 60
     assert tomllib.loads(text)["engines"]["max_parked"] == 2, "what is in force, not what will be"
+    (text,) = await remote.call("GetNextConfig")
+    assert tomllib.loads(text)["engines"]["max_parked"] == 5 and tomllib.loads(text)["engines"]["idle_timeout_s"] == 60
     for key, value, hint in [
         ("engines.max_parkt", "5", "engines.max_parked"),
         ("engines.max_parked", "lots", "whole number"),

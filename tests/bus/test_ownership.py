@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import grp
+import itertools
 import os
 import signal
 import socket
@@ -240,10 +241,11 @@ async def test_a_swap_that_several_asked_for_ends_when_the_last_of_them_has_canc
 async def test_the_configuration_shows_secrets_to_administrators_only(people: People) -> None:
     await people.give(people.alice, "open")
     await people.give(people.alice, "secret", seed=2, **PRIVATE)
-    (whole,) = await people.root.call("GetConfig")
-    assert whole.count("swordfish") == 3
-    for who in (people.alice, people.bob):
-        (shown,) = await who.call("GetConfig")
+    for method in ("GetConfig", "GetNextConfig"):
+        (whole,) = await people.root.call(method)
+        assert whole.count("swordfish") == 3
+    for who, method in itertools.product((people.alice, people.bob), ("GetConfig", "GetNextConfig")):
+        (shown,) = await who.call(method)
         assert "swordfish" not in shown
         assert "HF_TOKEN=(hidden)" in shown and "--enforce-eager" in shown
         found = tomllib.loads(shown)

@@ -160,7 +160,7 @@ def test_every_method_of_the_interface_files_has_an_action_of_the_policy() -> No
 
 def test_what_reads_is_not_what_changes() -> None:
     readers = {member for (_, member), action in ACTIONS.items() if action is Action.READ}
-    assert readers == {"FindModel", "ListModels", "ListEnvironments", "GetConfig"}
+    assert readers == {"FindModel", "ListModels", "ListEnvironments", "GetConfig", "GetNextConfig"}
 
 
 def test_every_action_lets_the_daemon_ask_and_is_refused_to_strangers() -> None:

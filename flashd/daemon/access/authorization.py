@@ -49,6 +49,7 @@ ACTIONS: Mapping[tuple[str, str], Action] = {
     (wire.MANAGER, "Scrub"): Action.MANAGE,
     (wire.MANAGER, "Collect"): Action.MANAGE,
     (wire.MANAGER, "GetConfig"): Action.READ,
+    (wire.MANAGER, "GetNextConfig"): Action.READ,
     (wire.MANAGER, "SetConfig"): Action.ADMINISTER,
     (wire.MANAGER, "ListEnvironments"): Action.READ,
     (wire.MANAGER, "InstallEnvironment"): Action.ADMINISTER,

@@ -12,7 +12,10 @@ from typing import ClassVar, Protocol
 from dbus_next import Variant
 
 from flashd._version import __version__
+from flashd.config import loading
+from flashd.config.settings import Config
 from flashd.daemon.access.authorization import Authority, may_administer
+from flashd.daemon.access.disclosure import disclosed
 from flashd.daemon.access.ownership import Ownership
 from flashd.daemon.bus.arguments import checked_options, number_in, owner
 from flashd.daemon.ingest.inbox_conversions import InboxConversions
@@ -311,9 +314,16 @@ class AdministrationCalls:
         self._ending = ending
 
     async def get_config(self, caller: Caller) -> str:
-        if await may_administer(self._authority, caller):
-            return self._settings.to_toml()
-        return self._settings.to_toml(lambda name: self._ownership.knows(caller, name))
+        return await self._shown_to(caller, self._settings.current)
+
+    async def get_next_config(self, caller: Caller) -> str:
+        return await self._shown_to(caller, self._settings.next())
+
+    async def _shown_to(self, caller: Caller, config: Config) -> str:
+        """Formats a configuration as TOML: all of it for administrators."""
+        if not await may_administer(self._authority, caller):
+            config = disclosed(config, lambda name: self._ownership.knows(caller, name))
+        return loading.dump(config)
 
     async def set_config(self, caller: Caller, key: str, value: str) -> bool:
         return self._settings.change(key, value)

@@ -53,5 +53,5 @@ def restart(ending: Ending, manager: ServiceManager, settings: Settings) -> None
     if not manager.is_there:
         hint = "stop it with flash stop, and start it by hand again; a daemon started by flash start can be restarted"
         raise Unavailable("this flashd was started by hand, so no service manager would start it again", hint=hint)
-    settings.check()
+    settings.next()
     ending.ask(How.RESTARTING)

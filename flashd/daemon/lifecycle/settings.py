@@ -9,7 +9,6 @@ from typing import Any
 from flashd.config import loading
 from flashd.config.paths import Paths
 from flashd.config.settings import Config
-from flashd.daemon.access.disclosure import disclosed
 from flashd.durable import clear
 from flashd.errors import InvalidArgument, TransferFailed
 
@@ -21,18 +20,12 @@ class Settings:
         self.paths = paths
         self._overrides = overrides
         clear(paths.drop_ins)
-        self.current: Config = loading.load(paths, overrides)
+        self.current: Config = self.next()
         self.on_change: Callable[[], None] = lambda: None  # called when a setting was changed that takes effect at once
 
-    def to_toml(self, sees: Callable[[str], bool] | None = None) -> str:
-        """Formats the configuration as TOML: all of it, or what may be shown to a user who `sees` models with these
-        names.
-        """
-        return loading.dump(disclosed(self.current, sees) if sees else self.current)
-
-    def check(self) -> None:
-        """Checks that the next daemon could start with the settings files. Raises InvalidArgument or TransferFailed."""
-        loading.load(self.paths, self._overrides)
+    def next(self) -> Config:
+        """Returns what the next daemon would start with. Raises InvalidArgument or TransferFailed."""
+        return loading.load(self.paths, self._overrides)
 
     def change(self, key: str, text: str) -> bool:
         """Changes a setting. Returns whether that requires a restart. Raises InvalidArgument."""
@@ -48,8 +41,7 @@ class Settings:
 
     def _take_over(self, key: str) -> bool:
         setting = loading.find(key)
-        after = loading.load(self.paths, self._overrides)
-        value = loading.value_of(after, key)
+        value = loading.value_of(self.next(), key)
         if value == loading.value_of(self.current, key):
             return False
         if setting.live:
