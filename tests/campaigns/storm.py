@@ -73,6 +73,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", default="torch", choices=("torch", "vllm"))
     parser.add_argument("--python", default="", help="the engines' interpreter; by default flashd's own")
     parser.add_argument("--models", type=Path, help="where the models are, or are made and kept")
+    parser.add_argument("--compiled", type=Path, help="where vLLM finds, and keeps, what it compiles")
     parser.add_argument("--swaps", type=int, help="ends after so many, if not before")
     parser.add_argument("--clients", type=int, default=CLIENTS)
     parser.add_argument("--setting", action="append", default=[], metavar="KEY=VALUE")
@@ -109,6 +110,8 @@ def _running(campaign: Campaign, models: Path) -> Iterator[Storm]:
     with tempfile.TemporaryDirectory(prefix="fd-") as short, PrivateBus(Path(short)) as bus:
         daemon = Daemon(bus.address, Path(short), Path(short))
         daemon.config.write_text(_settings(campaign.options))
+        if campaign.options.compiled:
+            daemon.share_compiled(campaign.options.compiled)
         daemon.start()
         try:
             with flashd.connect(bus.address) as client:

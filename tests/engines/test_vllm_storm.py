@@ -14,8 +14,9 @@ STORM = Path(__file__).parents[1] / "campaigns" / "storm.py"
 
 
 @pytest.mark.timeout(300)
-def test_every_answer_is_its_models_own(vllm_python: str) -> None:
-    command = [sys.executable, STORM, "--seconds", "60", "--engine", "vllm", "--python", vllm_python]
+def test_every_answer_is_its_models_own(imported_vllm: str, compiled: Path) -> None:
+    command = [sys.executable, STORM, "--seconds", "60", "--engine", "vllm"]
+    command += ["--python", imported_vllm, "--compiled", str(compiled)]
     ran = subprocess.run(command, check=False, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-8000:] + ran.stdout
     counted = json.loads(ran.stdout.splitlines()[-1])
