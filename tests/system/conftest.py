@@ -26,7 +26,7 @@ from leash import Leashed
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-MACHINE = HERE / "machine"
+MACHINE, LENT = HERE / "machine", HERE / "lent.py"
 ROOTS = Path("/var/cache/flashd-tests")  # outside the checkout, which may be on an overlay
 PACKAGES = ROOTS / "packages"  # shared by all checkouts, because their names are digests of their sources
 KEPT_DAYS = 3
@@ -167,7 +167,7 @@ def tools() -> None:
         pytest.skip(f"needs {missing}")
 
 
-def built(suite: str = "", root: Path | None = None) -> Path:
+def built(suite: str = "", root: Path | None = None, **environment: str) -> Path:
     """The folder of what packaging/build-deb makes, for this machine's release or for that of another root."""
     folder = PACKAGES / f"{suite or 'own'}-{_build()}"
     with kept.alone(folder):
@@ -178,7 +178,7 @@ def built(suite: str = "", root: Path | None = None) -> Path:
             command = [ROOT / "packaging" / "build-deb", *where, made]
             # These packages need not be small, and compressing takes minutes under emulation.
             quick = {"DPKG_DEB_COMPRESSOR_TYPE": "gzip", "DPKG_DEB_COMPRESSOR_LEVEL": "1"}
-            done = leash.run(command, env={**os.environ, **quick})
+            done = leash.run(command, env={**os.environ, **quick, **environment})
             assert done.returncode == 0, done.stderr
             made.rename(folder)
         os.utime(folder)  # still in use
@@ -216,7 +216,8 @@ def newer(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rooted(*packages: str, suite: str = "bookworm", architecture: str = "") -> Path:
     """A root folder for machines that have these packages, made once."""
-    key = hashlib.sha256(MACHINE.read_bytes() + f"{suite} {architecture} {packages}".encode()).hexdigest()[:12]
+    recipe = MACHINE.read_bytes() + (LENT.read_bytes() if architecture else b"")
+    key = hashlib.sha256(recipe + f"{suite} {architecture} {packages}".encode()).hexdigest()[:12]
     folder = ROOTS / f"base-{suite}{architecture and '-' + architecture}-{key}"
     with kept.alone(folder):
         if not folder.exists():

@@ -11,20 +11,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import kept
 import pytest
 from conftest import ROOT, built, daemon_of, rooted
 
 BUILD = ("build-essential", "debhelper", "python3-dev", "python3-venv")
-# The same compiler as a program of this machine's processor, where its package is installed; and where it looks.
-CROSS, NATIVE = Path("/usr/lib/gcc-cross/aarch64-linux-gnu"), Path("/usr/lib/gcc/aarch64-linux-gnu")
-LENT_LINKS = {
-    CROSS: "../gcc/aarch64-linux-gnu",
-    Path("/usr/aarch64-linux-gnu/include"): "../include",
-    Path("/usr/include/c++/12/aarch64-linux-gnu"): "../../aarch64-linux-gnu/c++/12",
-}
 BINFMT, FORMAT = Path("/proc/sys/fs/binfmt_misc"), Path("/usr/lib/binfmt.d/qemu-aarch64.conf")
 PYTHON = "/usr/lib/flashd/bin/python3"
 TESTS = "/opt/tests"  # pytest and its kind
@@ -64,47 +59,34 @@ def prepare() -> tuple[Path, Path]:
     """A root, and the package that was built in it."""
     emulate()
     base = rooted(*BUILD, suite="bookworm", architecture="arm64")
-    lend_compiler(base)
-    return base, daemon_of(built("arm64", base))
+    wheels = fetch_wheels(base)
+    return base, daemon_of(built("arm64", base, PIP_NO_INDEX="1", PIP_FIND_LINKS=f"/{wheels.relative_to(base)}"))
 
 
-def lend_compiler(root: Path) -> None:
-    """Puts a compiler that needs no emulation in the place of the root's own, of the same release.
-
-    It makes code for arm64 as well, in a tenth of the time: the kernel runs it next to what is emulated.
-    """
-    lent = {CROSS / "12" / name: NATIVE / "12" / name for name in ("cc1", "cc1plus")}
-    lent[Path("/usr/bin/aarch64-linux-gnu-as")] = Path("/usr/bin/aarch64-linux-gnu-as")
-    if not all(
-        ours.exists() and below(root, theirs).exists() for ours, theirs in lent.items()
-    ) or not _is_of_the_release(root):
-        return
-    for ours, theirs in lent.items():
-        if below(root, theirs).stat().st_size == ours.stat().st_size:
-            continue  # already lent
-        listed = subprocess.run(["ldd", ours], capture_output=True, text=True, check=True).stdout
-        for library in map(Path, re.findall(r"(/\S+) \(0x", listed)):
-            below(root, library).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(library, below(root, library))
-        below(root, theirs).unlink()
-        shutil.copy(ours, below(root, theirs))
-    for link, target in LENT_LINKS.items():
-        below(root, link).parent.mkdir(parents=True, exist_ok=True)
-        if not below(root, link).is_symlink():
-            below(root, link).symlink_to(target)
+def fetch_wheels(root: Path) -> Path:
+    """Fetches without emulation what the build of the package installs. Returns a folder in the root."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    wanted = [*project["project"]["dependencies"], *extras["cuda"], *extras["gateway"]]
+    wanted += [*project["build-system"]["requires"], "cmake", "ninja"]  # scikit-build-core asks for the last two
+    constraints = ROOT / "packaging" / "constraints.txt"
+    folder = root / "opt" / f"wheels-{kept.digest(*wanted, constraints)}"
+    with kept.alone(folder):
+        if not folder.exists():
+            made = folder.with_suffix(".partial")
+            version = re.search(r"python(3\.\d+)", os.readlink(root / "usr/bin/python3"))
+            assert version is not None
+            pip_for_arm64(version[1], "download", f"--dest={made}", f"--constraint={constraints}", *wanted)
+            made.rename(folder)
+    return folder
 
 
-def below(root: Path, path: Path) -> Path:
-    return root / path.relative_to("/")
-
-
-def _is_of_the_release(root: Path) -> bool:
-    """Whether both compilers are of one release of GCC."""
-    ask = ["dpkg-query", "-W", "-f", "${Version}"]
-    asked = (["cpp-12-aarch64-linux-gnu"], [f"--admindir={root}/var/lib/dpkg", "cpp-12"])
-    versions = [subprocess.run([*ask, *more], capture_output=True, text=True, check=False).stdout for more in asked]
-    ours, theirs = (version.partition("-")[0] for version in versions)
-    return bool(ours) and ours == theirs
+def pip_for_arm64(version: str, command: str, *arguments: str | Path) -> None:
+    """Has this machine's pip get packages for arm64 and this version of Python."""
+    minors = range(36, 16, -1)  # of the C library: Debian 12 has 2.36 (https://peps.python.org/pep-0600)
+    platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in minors] + ["--platform=manylinux2014_aarch64"]
+    options = ["--quiet", "--only-binary=:all:", f"--python-version={version}", *platforms]
+    subprocess.run([sys.executable, "-m", "pip", command, *options, *arguments], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +119,7 @@ def _give_tests(root: Path) -> None:
     """The tests of this checkout, and for arm64 what they need beside flashd: pip fetches it without emulation."""
     site = root / TESTS[1:] / "site"
     version = next((root / "usr/lib/flashd/lib").glob("python3*")).name.removeprefix("python")
-    platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in (36, 28, 27, 26, 17)]
-    platforms.append("--platform=manylinux2014_aarch64")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", site, "--only-binary=:all:"]
-    subprocess.run([*pip, *platforms, f"--python-version={version}", *TOOLS], check=True)
+    pip_for_arm64(version, "install", f"--target={site}", *TOOLS)
     for part in ("tests", "packaging/tour", "pyproject.toml"):
         source, target = ROOT / part, root / TESTS[1:] / part
         target.parent.mkdir(parents=True, exist_ok=True)
