@@ -62,8 +62,14 @@ class Page:
 
     async def until(self, code: str) -> None:
         """Waits for an expression to be true."""
+
+        async def holds() -> bool:
+            with contextlib.suppress(RuntimeError):  # the page is loaded again in this moment
+                return bool(await self.run(f"Boolean({code})"))
+            return False
+
         try:
-            await eventually(lambda: self.run(f"Boolean({code})"))
+            await eventually(holds)
         except AssertionError:
             raise AssertionError(f"{code}\n{await self.text()}\n{self.faults}") from None
 

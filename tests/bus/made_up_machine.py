@@ -16,8 +16,9 @@ from listening import free_port
 from waiting import until
 
 from flashd.client.results import Device, Engine, Event, Model, Status
+from flashd.config import loading
+from flashd.config.settings import Config
 from flashd.dbus import wire
-from flashd.errors import Unavailable
 from flashd.gateway.app import application, paths
 from flashd.gateway.directory import Directory, Watches
 from flashd.gateway.dispatch import Dispatcher
@@ -63,6 +64,19 @@ def model(name: str, kind: str, gigabytes: float, devices: tuple[str, ...], held
     )  # fmt: skip
 
 
+class _StandIn:
+    """A client of the daemon that there is not: a 29.5 GB model would need the place of two others."""
+
+    def config(self) -> str:
+        return loading.dump(Config())
+
+    def would_displace(self, name: str) -> list[str]:
+        return ["sql-writer", "Qwen/Qwen3-8B"] if name == "code-review" else []
+
+    def close(self) -> None:
+        pass
+
+
 @dataclass(slots=True)
 class MadeUp:
     """The page's server, on a thread of its own, and the daemon that there is not."""
@@ -104,7 +118,7 @@ def made_up_machine(tokens: TokenFile, more: int = 0) -> Iterator[MadeUp]:
     servers: list[uvicorn.Server] = []
 
     def connect(_: bool) -> Any:
-        raise Unavailable("this machine is made up")
+        return _StandIn()
 
     async def serve() -> None:
         import asyncio

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,10 @@ async def test_bars_are_to_scale_and_read_by_keyboard(page: Page, made_up: MadeU
     await page.run("document.querySelector('.bar button').focus()")
     await page.press("ArrowRight")
     await page.until("document.querySelector('.has-part .detail')?.innerText.includes('sql-writer')")
+    await page.run("document.querySelector('.bar [data-focus^=\"weights code-review\"]').focus()")
+    await page.until(has("For code-review, these would make way: sql-writer, Qwen/Qwen3-8B"))
+    marked = "[...document.querySelectorAll('.bar .makes-way')].map(each => each.dataset.focus).join()"
+    await page.until(f"{marked}.includes('weights Qwen/Qwen3-8B serving,weights sql-writer serving')")
     await page.run("location.hash = 'models'")
     await page.run("document.querySelector('tbody [aria-haspopup=menu]').focus()")
     await page.press("Enter")
@@ -324,6 +329,27 @@ async def test_the_page_speaks(page: Page, made_up: MadeUp, language: str, said:
             assert await page.run("document.documentElement.scrollWidth <= innerWidth")
     finally:
         await page.run("localStorage.clear()")
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (320, True)], ids=["wide-light", "narrow-dark"])
+async def test_nothing_keeps_anybody_out(page: Page, made_up: MadeUp, width: int, dark: bool) -> None:
+    """axe-core has no findings in any view, and none needs scrolling sideways."""
+    axe = resources.files("axe_core_python").joinpath("axe.min.js").read_text()
+    await page.looks(width, dark=dark)
+    await page.go(made_up.url + "/#memory")
+    await page.run(axe + ";0")
+    for view in VIEWS:
+        await page.run(f"location.hash = '{view}'")
+        await page.until(f"document.querySelector('.views [aria-current]').hash === '#{view}'")
+        await page.until("document.getAnimations().length === 0")
+        if view == "settings":
+            await page.until("document.querySelectorAll('.settings dt').length > 20")
+        found = await page.run(
+            "axe.run().then(({ violations }) => violations.map(each =>"
+            " [each.id, each.nodes.map(node => node.html + ' ' + node.failureSummary)]))"
+        )
+        assert found == [], (view, json.dumps(found, indent=1)[:4000])
+        assert await page.run("document.documentElement.scrollWidth <= innerWidth"), view
 
 
 async def test_another_machine_is_asked_for_its_token(page: Page, made_up: MadeUp, tokens: TokenFile) -> None:

@@ -78,7 +78,7 @@ class Actions:
     async def config(self) -> str:
         """The configuration in force, as the gateway's own user may know it."""
         async with self._looking:
-            return await self._asked(Client.config)
+            return await self._asked(lambda client: client.config())
 
     async def close(self) -> None:
         """Leaves the jobs: the daemon cancels what only we have asked for."""

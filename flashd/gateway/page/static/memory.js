@@ -32,7 +32,7 @@ export function memory() {
   const scale = h(
     "div.choices",
     { role: "group", "aria-label": _("Scale of the bars") },
-    h("button", { type: "button", "aria-pressed": "true", onclick: () => zoom(false) }, _("All")),
+    h("button", { type: "button", "aria-pressed": "true", onclick: () => zoom(false) }, _("Whole")),
     h("button", { type: "button", "aria-pressed": "false", onclick: () => zoom(true) }, _("In use")),
   );
   const element = h(
