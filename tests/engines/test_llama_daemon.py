@@ -161,6 +161,16 @@ def test_an_architecture_that_the_program_does_not_know_is_named(client: Client,
     assert said(client, "ann") == answers["ann"]
 
 
+def test_what_makes_the_program_abort_is_told(client: Client, answers: dict[str, str], tmp_path: Path) -> None:
+    layers = gguf_files.llama(1)
+    layers.entries["llama.block_count"] = gguf_files.Value(gguf_files.UINT32, 100_000)
+    client.import_(layers.write(tmp_path / "layers.gguf"), "layers")
+    client.swap("ann")
+    with pytest.raises(EngineFailed, match=r"llama\.cpp: GGML_ASSERT\(.*n_layer.*\) failed"):
+        client.swap("layers")
+    assert said(client, "ann") == answers["ann"]
+
+
 @pytest.mark.parametrize("kind", ["torch", "vllm"])
 def test_other_engines_are_not_for_gguf(client: Client, kind: str) -> None:
     with pytest.raises(Unsupported, match=r"it is a GGUF file, with which only llama\.cpp answers"):

@@ -39,11 +39,14 @@ _ENVIRONMENT = {
     "LLAMA_ARG_NO_REPACK": "1",  # weights in another order would be a copy of them, made at each start
     "LLAMA_ARG_DEVICE": "none",  # a GPU's memory is not ours to take here
     "LLAMA_ARG_CACHE_RAM": "0",  # of prompts, in addition to the context's memory
+    "LLAMA_ARG_FIT": "off",  # to the memory of GPUs, for which it would read the header twice
     "LLAMA_ARG_OFFLINE": "1",
+    "GGML_NO_BACKTRACE": "1",  # by a debugger, which it would start when it aborts
 }
 # What llama.cpp says of a model that it cannot load, the most informative first.
 _CAUSES = (
     re.compile(r"error loading model: (.+)"),
+    re.compile(r"GGML_ASSERT\(.+\) failed"),
     re.compile(r"error while handling argument (.+)"),
     re.compile(r"error: (.+)"),
     re.compile(r"failed to (.+)"),
