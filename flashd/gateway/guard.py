@@ -74,7 +74,11 @@ class Guard:
             raise _NoToken(what, hint="the machine's administrator makes one: flash token new NAME")
         if token is not None:
             return Access(
-                sees_private=False, models=token.models, may_change_models=False, is_over_socket=_is_over_unix(scope)
+                sees_private=False,
+                models=token.models,
+                may_change_models=False,
+                is_over_socket=_is_over_unix(scope),
+                has_right_to_change=token.changes,
             )
         if why := self._refusal(scope, {name: value.lower() for name, value in headers.items()}):
             raise NotAuthorized(why)

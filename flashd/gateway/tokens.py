@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
@@ -35,12 +36,14 @@ _GROUP = "flashd-gateway"  # whom the machine's gateway runs as (systemd/sysuser
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token without its secret. `models` are those that it may use, empty for all."""
+    """A token without its secret. `models` are those that it may use, empty for all; `changes` is whether it may also
+    change them, as the page does."""
 
     name: str
     digest: str  # SHA-256 of the secret, in hexadecimal
     created_at: int
     models: tuple[str, ...] = ()
+    changes: bool = False
 
 
 def default_file(scope: Scope) -> Path:
@@ -65,7 +68,7 @@ class TokenFile:
     def all(self) -> list[Token]:
         return sorted(self._current().values(), key=lambda token: token.name)
 
-    def new(self, name: str, models: Sequence[str] = ()) -> str:
+    def new(self, name: str, models: Sequence[str] = (), *, changes: bool = False) -> str:
         """Makes a token and returns its secret, which is kept nowhere. Raises InvalidArgument, AlreadyExists, or
         NotAuthorized where this user may not change the file."""
         if not _NAME.fullmatch(name):
@@ -74,7 +77,7 @@ class TokenFile:
         if any(token.name == name for token in tokens):
             raise AlreadyExists(f"there is a token {name}", hint=f"revoke it first: flash token revoke {name}")
         secret = PREFIX + secrets.token_urlsafe(32)
-        self._write([*tokens, Token(name, _digest(secret), int(time.time()), tuple(models))])
+        self._write([*tokens, Token(name, _digest(secret), int(time.time()), tuple(models), changes)])
         return secret
 
     def revoke(self, name: str) -> None:
@@ -104,7 +107,10 @@ class TokenFile:
         try:
             content = read_toml(self._path, _MOST_BYTES)
             return [
-                Token(name, str(each["digest"]), int(each["created_at"]), tuple(map(str, each.get("models", ()))))
+                Token(
+                    *(name, str(each["digest"]), int(each["created_at"]), tuple(map(str, each.get("models", ())))),
+                    changes=each.get("changes") is True,
+                )
                 for name, each in content.items()
             ]
         except FileNotFoundError:
@@ -117,10 +123,13 @@ class TokenFile:
             raise Unavailable(f"{self._path} is damaged: {error!r}", hint="remove it, and make tokens anew") from None
 
     def _write(self, tokens: Sequence[Token]) -> None:
-        content = {
+        content: dict[str, dict[str, Any]] = {
             token.name: {"digest": token.digest, "created_at": token.created_at, "models": list(token.models)}
             for token in tokens
         }
+        for token in tokens:
+            if token.changes:
+                content[token.name]["changes"] = True
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self._path, tomli_w.dumps(content).encode())

@@ -362,7 +362,7 @@ async def test_another_machine_is_asked_for_its_token(page: Page, made_up: MadeU
             await page.press("Enter")
         await page.until("document.querySelectorAll('tbody tr').length === 1")
         await page.click("[aria-haspopup=menu]")
-        await page.until(has("a token is for using models", ".menu"))
+        await page.until(has("this token is for using models", ".menu"))
         tokens.revoke("laptop")
         await page.tell("Page.reload")
         await page.until("document.querySelector('[name=token]')")

@@ -135,6 +135,18 @@ async def test_a_token_uses_its_models_and_changes_none(web: httpx.AsyncClient, 
     assert (await do(web, "serve", CHANGE | bearer, model="bob")).json() == {}
 
 
+async def test_a_token_that_was_made_for_it_changes_its_models(
+    web: httpx.AsyncClient, gateway: Gateway, lasting: Remote
+) -> None:
+    bearer = CHANGE | {"Authorization": "Bearer " + TokenFile(gateway.tokens).new("phone", ["bob"], changes=True)}
+    assert (await web.get("/flashd/v1/state", headers=bearer)).json()["rights"] == {"memory": "", "models": ""}
+    assert (await do(web, "pin", bearer, model="bob")).json() == {}
+    assert (await lasting.model("bob"))["Pinned"]
+    assert (await do(web, "unpin", bearer, model="bob")).json() == {}
+    assert (await do(web, "pin", bearer, model="ada")).status_code == 404
+    assert (await do(web, "pull", bearer, repository="a/b")).status_code == 403
+
+
 async def test_files_may_be_kept_and_the_page_is_asked_for_again(web: httpx.AsyncClient) -> None:
     browser = {"accept": "text/html,*/*"}
     page = await web.get("/", headers=browser)

@@ -9,7 +9,7 @@ its visitor the rights of the gateway. Having a model serve, and parking it once
     a user's own Unix socket                    yes                             yes
     the machine's Unix socket (group flashd)    yes                             no: the machine's gateway may not
     a loopback address                          with gateway.change_models      the same; of the machine's, no
-    a token                                     no                              no
+    a token                                     if it was made with the right   the same; of the machine's, no
 """
 
 from __future__ import annotations
@@ -49,16 +49,19 @@ ACTIONS: Mapping[str, Action] = {
     "pull": Action("models", "repository", "downloads a model from the Hugging Face Hub: a job"),
 }
 
-_TOKEN = "a token is for using models: change them on the machine itself"
+_TOKEN = "this token is for using models: make another where flashd runs, with flash token new --changes NAME"
 _SETTING = "every program of this machine can ask here: allow changes with flash config gateway.change_models true"
 _MACHINE = "the machine's gateway may only use models: change them with flash, in a terminal"
 
 
 def rights(access: Access, settings: GatewayConfig, bus: str) -> Rights:
     """What a client may change, where the gateway uses the daemon of `bus`."""
-    if not access.may_change_models:
+    if access.has_right_to_change:
+        memory = ""
+    elif not access.may_change_models:
         return Rights(_TOKEN, _TOKEN)
-    memory = "" if access.is_over_socket or settings.change_models else _SETTING
+    else:
+        memory = "" if access.is_over_socket or settings.change_models else _SETTING
     return Rights(memory, _MACHINE if bus == SYSTEM else memory)
 
 
