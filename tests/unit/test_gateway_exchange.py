@@ -146,7 +146,7 @@ async def test_other_machines_need_a_token_until_it_is_revoked(tokens: TokenFile
     assert await asked(tokens, "192.168.0.7", {}) == 401
     assert await asked(tokens, "192.168.0.7", {"authorization": "Bearer none"}) == 401
     secret = tokens.new("laptop", ["a", "b"])
-    limited = Access(sees_private=False, models=("a", "b"), may_change_models=False)
+    limited = Access(sees_private=False, models=("a", "b"), may_change_models=False, is_over_socket=False)
     for headers in ({"authorization": f"Bearer {secret}"}, {"x-api-key": secret}):
         assert await asked(tokens, "192.168.0.7", headers) == limited
         assert await asked(tokens, "127.0.0.1", headers) == limited, "it limits a program of this machine, too"
