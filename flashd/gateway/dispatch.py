@@ -78,7 +78,7 @@ class Dispatcher:
         self._waiters: dict[Ticket, asyncio.Future[None]] = {}
         self._known = self._public = Directory()
         self._is_stopping = False
-        self.on_news: Callable[[], None] = lambda: None  # called whenever the daemon has said something new
+        self.on_news: Callable[[], None] = lambda: None  # called whenever there is something new to see
 
     @property
     def directory(self) -> Directory:
@@ -280,14 +280,17 @@ class Dispatcher:
         self._waiters[ticket] = admitted
         try:
             self._step()
+            self.on_news()
             await admitted
             request.admitted()
+            self.on_news()
             self._keep_alive.asked(model, KEEP_ALIVE.get())
             yield
         finally:
             del self._waiters[ticket]
             self._turns.leave(ticket)
             self._step()
+            self.on_news()
 
     def _step(self) -> None:
         """Lets in who may enter, and begins what is to be done for those who wait."""

@@ -177,15 +177,15 @@ async def test_two_models_answer_side_by_side(page: Page, gateway: Gateway, remo
     await page.until(
         "[...document.querySelectorAll('.facts')].filter(each => /tokens/.test(each.textContent)).length === 2"
     )
-    assert await page.text(".side:nth-child(1) .answer .text") == SAYS["ada"]
-    assert await page.text(".side:nth-child(2) .answer .text") == SAYS["bob"]
+    assert await page.text(".side:nth-child(1) .answer > .text") == SAYS["ada"]
+    assert await page.text(".side:nth-child(2) .answer > .text") == SAYS["bob"]
     facts = await page.run("[...document.querySelectorAll('.facts')].map(each => each.textContent).join()")
     assert "swap" in facts and "(start)" in facts and "first token after" in facts
-    await page.type("#chat-model-0", "nobody")
+    await page.type("#chat-model-0", "constructor")
     await page.run("document.querySelector('.chat .is-plain').click()")
     await page.type("#question", "Who?")
     await page.press("Enter")
-    await page.until(has("there is no model 'nobody'"))
+    await page.until(has("there is no model 'constructor'"))
     await page.go(gateway.url + "/#activity")
     await page.until("document.querySelectorAll('tr[data-kind=requests]').length >= 2")
     await page.until("document.querySelectorAll('tr[data-kind=swaps] .stack i').length > 1")

@@ -229,3 +229,20 @@ async def test_jobs_show_to_those_who_may_know_of_their_models() -> None:
     assert shown(Access(sees_private=False)) == {"pull new/one", "serve open", "scrub "}
     assert shown(Access(sees_private=False, models=("open",))) == {"serve open"}
     assert len(shown(Access())) == len(jobs)
+
+
+async def test_a_request_shows_from_when_it_waits() -> None:
+    measures = Measures()
+    dispatcher = Dispatcher(connect, measures, DaemonNews(measures))
+    feed = Feed(dispatcher, DaemonNews(measures), "")
+    engine = Engine("torch", "serving", "open", "A", "", 1, 0, 0, 0, "", 0, "/e")
+    known = {"open": model("open", 1, "host", serving=True)}
+    dispatcher._note(Directory(models=known, engines={"/e": engine}, is_connected=True, is_settled=True))
+    changes = feed.changes()
+    assert (await anext(changes) or {})["models"]["open"]["answering"] == 0
+    async with dispatcher._turn("open", 0.0):
+        assert await anext(changes) == {"models": {"open": {"answering": 1}}}
+    assert await anext(changes) == {"models": {"open": {"answering": 0}}}
+    feed.close()
+    assert [each async for each in changes] == []
+    await dispatcher.close()

@@ -2,7 +2,7 @@
 // What a person does to models: which actions there are, what they would cost, and what became of them.
 
 import { h, icon } from "./dom.js";
-import { act, get, now } from "./server.js";
+import { act, get, modelOf, now } from "./server.js";
 import { _, seconds } from "./words.js";
 
 const CLOSE_MS = 5000;
@@ -198,7 +198,7 @@ export async function wouldDisplace(name) {
 
 /** Says in a sentence what would make way for a model; empty if it serves already. */
 export async function wayWords(name) {
-  const model = now.state?.models[name];
+  const model = modelOf(name);
   if (!model || model.serving) return ["", []];
   const names = await wouldDisplace(name);
   if (!names.length) return [_("There is room for {model}: nothing would make way.", { model: name }), names];

@@ -4,7 +4,7 @@
 import { complain } from "./actions.js";
 import { h, renew } from "./dom.js";
 import { SWAPS } from "./happenings.js";
-import { ask, events, now } from "./server.js";
+import { ask, events, modelOf, now } from "./server.js";
 import { _, many, number, seconds } from "./words.js";
 
 const MOST_IMAGE_BYTES = 8e6;
@@ -140,7 +140,7 @@ export function chat() {
       serving.find((name) => name !== sides[0].name()) ?? wanted.find((name) => name !== sides[0].name()) ?? "",
     );
     const sees = sides.some(
-      (each) => each.element.isConnected && now.state.models[each.name()]?.capabilities.includes("vision"),
+      (each) => each.element.isConnected && modelOf(each.name())?.capabilities.includes("vision"),
     );
     imageRow.hidden = !sees;
   }
@@ -224,11 +224,12 @@ function side(index) {
         ]
       : text;
     const said = h("div.text");
+    const thoughts = h("details.small", { hidden: true }, h("summary.dim", {}, _("Reasoning")), h("div.text.dim"));
     const facts = h("p.facts.dim.small", {}, _("waits for {model} …", { model }));
     hint.remove();
     log.append(
       h("div.asked", {}, picture && h("img", { src: picture, alt: _("Picture") }), h("div.text", {}, text)),
-      h("div.answer", {}, said, facts),
+      h("div.answer", {}, thoughts, said, facts),
     );
     log.scrollTop = log.scrollHeight;
     log.setAttribute("aria-busy", "true");
@@ -239,6 +240,7 @@ function side(index) {
     let first = 0;
     let usage = null;
     let answer = "";
+    let thought = "";
     try {
       const asked = [...(system ? [{ role: "system", content: system }] : []), ...messages, { role: "user", content }];
       const body = JSON.stringify({
@@ -254,12 +256,21 @@ function side(index) {
         headers: { "content-type": "application/json" },
         signal: stopping.signal,
       });
-      for await (const [, data] of events(stream)) {
+      for await (const [kind, data] of events(stream)) {
+        if (kind === "comment") {
+          if (!first) facts.textContent = data; // what the gateway waits for
+          continue;
+        }
         if (data === "[DONE]") break;
         const piece = JSON.parse(data);
         if (piece.error) throw Object.assign(new Error(piece.error.message), { hint: "" });
         usage = piece.usage ?? usage;
         const delta = piece.choices?.[0]?.delta;
+        thought += delta?.reasoning_content ?? delta?.reasoning ?? "";
+        if (thought) {
+          thoughts.hidden = false;
+          thoughts.lastChild.textContent = thought;
+        }
         const more = delta?.content ?? "";
         if (!more) continue;
         first ||= performance.now();

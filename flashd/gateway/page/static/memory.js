@@ -4,7 +4,7 @@
 import { ACTIONS, complain, isBusy, run, wayWords, whyNot } from "./actions.js";
 import { h, keep, renew } from "./dom.js";
 import { resting, servingCard, switcher } from "./serving.js";
-import { now } from "./server.js";
+import { modelOf, now } from "./server.js";
 import { _, ago, bytes, many } from "./words.js";
 
 const KINDS = {
@@ -221,7 +221,7 @@ function tierCard(name) {
   function tell() {
     const key = looked ?? chosen;
     const part = tier.parts.find((each) => `${each.kind} ${each.model} ${each.held}` === key);
-    const model = part?.model ? now.state.models[part.model] : null;
+    const model = part?.model ? modelOf(part.model) : null;
     const facts = JSON.stringify([key, part, model?.last_used_at, model?.serving, model && isBusy(part.model)]);
     if (detail.madeOf === facts) return;
     bar.classList.remove("has-way");

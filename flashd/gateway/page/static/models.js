@@ -3,7 +3,7 @@
 
 import { ACTIONS, asked, complain, isBusy, note, run, wayWords, whyNot } from "./actions.js";
 import { h, icon, keep } from "./dom.js";
-import { act, changed, now } from "./server.js";
+import { act, changed, modelOf, now } from "./server.js";
 import { _, ago, bytes, many, number } from "./words.js";
 
 const AT_ONCE = 100; // rows; more are made when they come into sight
@@ -308,7 +308,8 @@ async function explain(button, action, name) {
 
 function openMenu(button, name) {
   document.querySelector(".menu")?.remove();
-  const model = now.state.models[name];
+  const model = modelOf(name);
+  if (!model) return;
   const fitting = ACTIONS.filter((each) => !["serve", "park"].includes(each.name) && each.suits(model, name));
   const reasons = new Set(fitting.map((each) => whyNot(each.right)).filter(Boolean));
   const items = fitting.map((each) => {

@@ -80,7 +80,13 @@ export async function act(action, fields, signal) {
   return (await ask(`/flashd/v1/actions/${encodeURIComponent(action)}`, options)).json();
 }
 
-/** Yields the events of a stream, as [kind, data]. */
+/** The model of this name, as it is now; undefined if there is none. A name may be that of a property of all objects. */
+export function modelOf(name) {
+  const models = now.state?.models ?? {};
+  return Object.hasOwn(models, name) ? models[name] : undefined;
+}
+
+/** Yields the events of a stream, as [kind, data]; comments are of the kind "comment". */
 export async function* events(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
@@ -89,13 +95,14 @@ export async function* events(answer) {
       const { value, done } = await reader.read();
       if (done) return;
       text += value;
-      const parts = text.split("\n\n");
+      const parts = text.split(/\r?\n\r?\n/);
       text = parts.pop();
       for (const part of parts) {
         let kind = "message";
         const data = [];
-        for (const line of part.split("\n")) {
-          if (line.startsWith("event: ")) kind = line.slice(7);
+        for (const line of part.split(/\r?\n/)) {
+          if (line.startsWith(": ")) yield ["comment", line.slice(2)];
+          else if (line.startsWith("event: ")) kind = line.slice(7);
           else if (line.startsWith("data: ")) data.push(line.slice(6));
         }
         if (data.length) yield [kind, data.join("\n")];
