@@ -24,6 +24,7 @@ import numpy as np
 import safetensors
 import torch
 from campaign import Campaign, main
+from gguf_files import F32, STRING, UINT32, Gguf, Value
 
 from flashd.checkpoint.convert import convert
 from flashd.checkpoint.files import Checkpoint, verify
@@ -86,7 +87,7 @@ def run(campaign: Campaign) -> None:
 def _try_one(campaign: Campaign, home: Path, base: Checkpoint) -> None:
     chance = campaign.random
     # Pickles and adapters start a process that imports torch: one of them for forty of the others.
-    make = chance.choice([_pickle, _adapter]) if chance.random() < 0.025 else chance.choice([_safetensors, _sharded])
+    make = chance.choice([_pickle, _adapter]) if chance.random() < 0.025 else chance.choice(_QUICK)
     rng = {name: chance.randbytes(4 * math.prod(shape)) for name, shape in SHAPES.items()}
     seed = make(home / "source", rng, chance.choice(WRAPPERS))
     before = _contents(seed.folder)
@@ -146,11 +147,13 @@ def _wrong(seed: Seed, before: Mapping[str, bytes], checkpoint: Checkpoint) -> s
         if wanted is not None and not np.allclose(np.frombuffer(found[f"{TUNED}.weight"], "<f4"), wanted, 1e-4, 1e-4):
             return f"the merged weights are {found[f'{TUNED}.weight'].hex()}"
         return ""
-    is_weights = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json")
+    is_weights = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index.json", ".gguf")
     files = {name: raw for name, raw in now.items() if name.endswith(is_weights)}
     if files == {name: raw for name, raw in before.items() if name.endswith(is_weights)}:
         return "" if found == seed.weights else f"weights differ: {sorted(found.keys() ^ seed.weights.keys())}"
-    if any(not name.endswith(is_weights[::5]) for name in files):
+    if found.keys() == {"gguf"} and len(files) == 1:
+        return "" if found["gguf"] in files.values() else "the file is not stored as it is"
+    if any(not name.endswith((".safetensors", ".index.json")) for name in files):
         return ""  # a changed pickle, or one beside something else
     return _wrong_by_safetensors(found, files)
 
@@ -283,6 +286,27 @@ def _adapter(folder: Path, weights: Weights, wrapper: str) -> Seed:
     raw = b"".join(factor.tobytes() for factor in factors.values())
     (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + raw)
     return Seed(folder, weights, is_adapter=True)
+
+
+def _gguf_of(weights: Weights) -> Gguf:
+    entries = {"general.architecture": Value(STRING, "llama"), "llama.context_length": Value(UINT32, 64)}
+    return Gguf(entries, {name: (F32, SHAPES[name][::-1], raw) for name, raw in weights.items()})
+
+
+def _gguf(folder: Path, weights: Weights, _: str) -> Seed:
+    raw = _gguf_of(weights).packed()
+    folder.mkdir()
+    (folder / "tiny.gguf").write_bytes(raw)
+    return Seed(folder, {"gguf": raw})
+
+
+def _gguf_parts(folder: Path, weights: Weights, _: str) -> Seed:
+    made = _gguf_of(weights)
+    made.write_parts(folder, "tiny", 2)
+    return Seed(folder, {"gguf": made.packed()})
+
+
+_QUICK = (_safetensors, _safetensors, _sharded, _sharded, _gguf, _gguf_parts)
 
 
 # --- mutations: each returns its description --------------------------------------------------------------------------
