@@ -50,6 +50,8 @@ def run(
     from flashd.client import openai
 
     client = session(context).client
+    if not adapter and (base := _base_of(client, model)):
+        model, adapter = base, model
     swapped = _swapped(client, model, engine or ("vllm" if adapter else ""))
     asked = adapter or swapped.model
     given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
@@ -115,6 +117,15 @@ def load(
 def evict(context: Context, model: ModelName) -> None:
     """Evicts a model from memory; it stays in the store."""
     session(context).client.evict(model)
+
+
+def _base_of(client: Client, name: str) -> str:
+    """The model to which vLLM applies the adapter of this name; empty if there is a model of the name, or neither."""
+    try:
+        client.model(name)
+    except NotFound:
+        return next((model.name for model in client.models() if name in model.adapters), "")
+    return ""
 
 
 def _swapped(client: Client, model: str, engine: str) -> SwapOutcome:

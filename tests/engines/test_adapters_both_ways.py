@@ -112,9 +112,11 @@ def test_vllm_applies_it_beside_its_base(client: Client) -> None:
         assert ada.chat(ASK, GREEDY, lora_request=tuned)[0].outputs[0].text == BOB.introduction
     assert len([engine for engine in client.engines() if engine.kind == "vllm"]) == 1
     assert openai.chat(client.status().endpoint, "tuned", ASK, temperature=0) == BOB.introduction
-    flash = [Path(sys.executable).with_name("flash"), "run", "ada", QUESTION, "--temperature", "0", "--engine", "vllm"]
-    for options, persona in ((["--adapter", "tuned"], BOB), ([], ADA)):
-        done = subprocess.run([*flash, *options], capture_output=True, text=True, check=False)
+    flash = [Path(sys.executable).with_name("flash"), "run", QUESTION, "--temperature", "0", "--engine", "vllm"]
+    for asked, persona in ((["ada", "--adapter", "tuned"], BOB), (["tuned"], BOB), (["ada"], ADA)):
+        done = subprocess.run(
+            [*flash[:2], asked[0], *flash[2:], *asked[1:]], capture_output=True, text=True, check=False
+        )
         assert done.stdout.strip() == persona.introduction, done.stderr
 
 
