@@ -4,10 +4,12 @@ began."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -161,6 +163,36 @@ async def until_is(remote: Remote, model: str, name: str, value: Any) -> None:
         return bool((await remote.model(model))[name] == value)
 
     await eventually(is_so)
+
+
+async def test_by_a_forwarded_port_the_user_sees_private_models(page: Page, gateway: Gateway, remote: Remote) -> None:
+    """As `ssh -L PORT:SOCKET` forwards it."""
+    async with forwarded(gateway.socket_path) as url:
+        await page.go(url + "/#models")
+        await choose(page, "bob", "Make private")
+        await page.until(f"document.querySelector('{row('bob')} .tag[title=private]')")
+        await choose(page, "bob", "Make public")
+        await page.until(f"!document.querySelector('{row('bob')} .tag[title=private]')")
+        assert not (await remote.model("bob"))["Private"]
+
+
+@asynccontextmanager
+async def forwarded(path: Path) -> AsyncIterator[str]:
+    """The address of a port whose connections lead to a Unix socket."""
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while said := await reader.read(65536):
+            writer.write(said)
+            await writer.drain()
+        writer.close()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inside, outside = await asyncio.open_unix_connection(path)
+        with suppress(ConnectionError):
+            await asyncio.gather(pump(reader, outside), pump(inside, writer))
+
+    async with await asyncio.start_server(connected, "127.0.0.1") as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
 async def test_two_models_answer_side_by_side(page: Page, gateway: Gateway, remote: Remote) -> None:
