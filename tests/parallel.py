@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-# Emulated tests have a process of their own and give way to the others, which do not wait for them.
-EMULATED = "tests/system/test_arm64.py"
 # Modules and tests that share zygotes and models. The first that fits counts.
 _TOGETHER = {
     "tests/engines/test_vllm_engine": "vllm",
@@ -29,7 +27,7 @@ _TOGETHER = {
 }
 # In which order groups begin; the others follow as they were collected.
 _FIRST = (
-    EMULATED,
+    "tests/system/test_arm64.py",  # is emulated, and takes longest
     "tests/system/test_package.py",  # builds the package that all machines have
     "vllm",
     "daemons with vllm",
@@ -117,12 +115,7 @@ def make_scheduling(config: pytest.Config, log: object) -> object:
             return died_in
 
         def _reschedule(self, node: object) -> None:
-            if node not in self.registered_collections:  # it replaces another process, and is still collecting
-                return
-            # A process always has two tests in hand. Those beside the emulated ones would wait for them.
-            if EMULATED in self.assigned_work[node] and len(self.assigned_work) > 1 and not node.shutting_down:
-                node.shutdown()
-            else:
+            if node in self.registered_collections:  # else it replaces another process, and is still collecting
                 super()._reschedule(node)
 
     config.option.loadscopereorder = False

@@ -32,19 +32,7 @@ LACKING = {
 }  # fmt: skip
 UNITS = ("memory", "memory_ends", "images")
 
-GIVES_WAY = 0  # it takes longest, and others would wait for it at the end
-
 pytestmark = pytest.mark.timeout(1800)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def niced() -> Iterator[None]:
-    """What is emulated, and slow, takes what the others leave."""
-    before = os.getpriority(os.PRIO_PROCESS, 0)
-    os.setpriority(os.PRIO_PROCESS, 0, before + GIVES_WAY)
-    yield
-    if os.geteuid() == 0:
-        os.setpriority(os.PRIO_PROCESS, 0, before)
 
 
 def emulate() -> None:
@@ -90,7 +78,7 @@ def pip_for_arm64(version: str, command: str, *arguments: str | Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def root(niced: None, tools: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def root(tools: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A Debian for arm64 with the package installed, and with what the tests need."""
     if not FORMAT.exists() or shutil.which("arch-test") is None:
         pytest.skip("needs qemu-user-static, arch-test: tests/system/run installs them")
