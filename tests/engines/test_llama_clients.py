@@ -15,6 +15,7 @@ import gguf_files
 import httpx
 import made_models
 import numpy as np
+import programs
 import pytest
 import pytest_asyncio
 import tool_model
@@ -65,6 +66,14 @@ async def gateway(daemon: Daemon) -> AsyncIterator[Gateway]:
 @conformance.every_capability
 async def test_an_engine_does_what_is_said_of_it(name: str, gateway: Gateway) -> None:
     await conformance.check(name, "llama.cpp", gateway.url, "tess", "vectors")
+
+
+@pytest.mark.parametrize("by", programs.BY)
+async def test_a_program_has_the_model_call_a_tool(by: str, gateway: Gateway, tmp_path: Path) -> None:
+    async with programs.running(by, gateway.url, tmp_path) as program:
+        for prefix in programs.BY[by]:
+            found = await program.said("tools", name=prefix + "tess", question=tool_model.QUESTION)
+            assert found == {"called": tool_model.CALLS, "streamed": [tool_model.CALLS], "text": tool_model.ANSWER}
 
 
 async def test_a_model_for_reranking_ranks(gateway: Gateway) -> None:
