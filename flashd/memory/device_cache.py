@@ -48,10 +48,11 @@ class Keeper(Protocol):
 class _Loading:
     """A running load and the callbacks of its waiters, for progress. A load without waiters is abandoned.
 
-    With `used_at`, it evicts only checkpoints that were not used since.
+    With `used_at`, it evicts only checkpoints that were not used since. `room` is memory that was reserved for it.
     """
 
     used_at: int | None
+    room: Reservation | None = None
     task: asyncio.Task[None] = field(init=False)
     waiters: list[Progress] = field(default_factory=list)
 
@@ -174,16 +175,23 @@ class DeviceCache:
         return resident.size_bytes if resident.holds == 1 and not self._is_pinned(hold.checkpoint_id) else 0
 
     async def acquire(
-        self, checkpoint: Checkpoint, on_progress: Progress, *, from_tier: Tier, used_at: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        on_progress: Progress,
+        *,
+        from_tier: Tier,
+        used_at: int | None = None,
+        room: Reservation | None = None,
     ) -> Hold:
         """Holds a checkpoint's arena, which is loaded first if necessary.
 
         Raises OutOfMemory if it does not fit in addition to held and pinned checkpoints, and the errors of the load.
         Cancelling the call ends the load, unless other callers wait for it. With `used_at`, the checkpoint counts as
-        used at that time, not now, and only checkpoints that were not used since are evicted for it.
+        used at that time, not now, and only checkpoints that were not used since are evicted for it. A load takes
+        the memory of `room`, if that suffices, and so evicts nothing.
         """
         while checkpoint.id not in self._residents:
-            await self._join_load(checkpoint, on_progress, used_at)
+            await self._join_load(checkpoint, on_progress, used_at, room)
         return self._hold(self._residents[checkpoint.id], from_tier, is_use=used_at is None)
 
     async def borrow(self, checkpoint: Checkpoint, on_progress: Progress, *, is_use: bool) -> Hold | None:
@@ -291,11 +299,13 @@ class DeviceCache:
         self._on_change(resident.checkpoint.id)
         return Hold(self, resident.checkpoint.id, resident.arena, from_tier, is_use=is_use)
 
-    async def _join_load(self, checkpoint: Checkpoint, on_progress: Progress, used_at: int | None) -> None:
+    async def _join_load(
+        self, checkpoint: Checkpoint, on_progress: Progress, used_at: int | None, room: Reservation | None
+    ) -> None:
         """Waits for the running load, or begins one. The caller has to check the result, and perhaps call again."""
         loading = self._loading.get(checkpoint.id)
         if loading is None:
-            loading = self._begin_load(checkpoint, used_at)
+            loading = self._begin_load(checkpoint, used_at, room)
         elif not loading.waiters:
             await asyncio.wait([loading.task])  # an abandoned load ends, and another one begins
             return
@@ -303,17 +313,22 @@ class DeviceCache:
             loading.used_at = None  # it is wanted now, so it may evict as much as any other load
         await self._wait_for(loading, on_progress)
 
-    def _begin_load(self, checkpoint: Checkpoint, used_at: int | None) -> _Loading:
+    def _begin_load(self, checkpoint: Checkpoint, used_at: int | None, room: Reservation | None) -> _Loading:
         if self._is_stopped:
             raise Busy("the daemon is stopping", hint="start it again: flash start")
 
         def ended(task: asyncio.Task[None]) -> None:
             if self._loading.get(checkpoint.id) is loading:
                 del self._loading[checkpoint.id]  # the load was cancelled before it began
+            if loading.room is not None:
+                loading.room.release()
             if not task.cancelled():
                 task.exception()  # retrieved, because no caller may be waiting
 
-        loading = self._loading[checkpoint.id] = _Loading(used_at)
+        size_bytes = self.device.rounded(checkpoint.manifest.data_bytes)
+        is_reserved = room is not None and room.size_bytes >= size_bytes
+        loading = _Loading(used_at, room.split(size_bytes) if room is not None and is_reserved else None)
+        self._loading[checkpoint.id] = loading
         loading.task = asyncio.create_task(self._load(checkpoint, loading), name=f"load {checkpoint.id[:12]}")
         loading.task.add_done_callback(ended)
         return loading
@@ -361,7 +376,9 @@ class DeviceCache:
         arena: Arena | None = None
         reservation: Reservation | None = None
         try:
-            reservation = await self._make_room(self.device.rounded(checkpoint.manifest.data_bytes), loading)
+            reservation, loading.room = loading.room, None
+            if reservation is None:
+                reservation = await self._make_room(self.device.rounded(checkpoint.manifest.data_bytes), loading)
             arena = await self._allocate(checkpoint)
             await self._fill(self, checkpoint, arena, lambda done, total: self._tell(checkpoint.id, done, total))
             await _in_thread(arena.seal)  # in a thread, because unmapping gigabytes takes long

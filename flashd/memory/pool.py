@@ -50,6 +50,12 @@ class Reservation:
             self._pool.used_bytes -= self.size_bytes - size_bytes
         self.size_bytes = size_bytes
 
+    def split(self, size_bytes: int) -> Reservation:
+        """Returns a reservation of a part of this memory, which this one has no more."""
+        assert self._pool is not None and size_bytes <= self.size_bytes, "not reserved"
+        self.size_bytes -= size_bytes
+        return Reservation(self._pool, size_bytes)
+
     def release(self) -> None:
         if self._pool is not None:
             self._pool.used_bytes -= self.size_bytes

@@ -21,7 +21,7 @@ from flashd.errors import FlashdError, InvalidArgument
 from flashd.memory.arena import Arena
 from flashd.memory.device import HOST, Device, Kind, Tier
 from flashd.memory.device_cache import DeviceCache, Hold, Keeper, NoKeeper, Resident
-from flashd.memory.pool import Pool
+from flashd.memory.pool import Pool, Reservation
 from flashd.memory.transfers import Mover, Progress, Region
 
 log = logging.getLogger(__name__)
@@ -115,13 +115,15 @@ class Residency:
         *,
         device: str = HOST,
         may_evict: bool = True,
+        room: Reservation | None = None,
     ) -> Hold:
         """Holds a checkpoint's arena on a device, as DeviceCache.acquire does.
 
         Unless it `may_evict`, the checkpoint is loaded only into free memory, and does not count as used.
         """
         from_tier, used_at = self.tier_of(checkpoint.id), None if may_evict else 0
-        return await self.cache(device).acquire(checkpoint, on_progress, from_tier=from_tier, used_at=used_at)
+        cache = self.cache(device)
+        return await cache.acquire(checkpoint, on_progress, from_tier=from_tier, used_at=used_at, room=room)
 
     async def evict(self, *forms: str) -> None:
         """Evicts these forms from all memory. Raises Busy if one of them is held on any device."""

@@ -329,9 +329,13 @@ class Supplier:
                         for (cache, rank), image in zip(ranks, images, strict=True)
                     ]
                     besides = [await claim(cache, rank.starting_bytes) for cache, rank in ranks] if to.starts else []
-                    for reservation, rank in zip(claims, plan.ranks, strict=True):
-                        reservation.resize(rank.working_bytes)  # the loads that begin now reserve the rest
-                    holds = await self._all(images, caches, on_progress)
+                    rooms = [
+                        reservation.split(reservation.size_bytes - rank.working_bytes)
+                        for reservation, rank in zip(claims, plan.ranks, strict=True)
+                    ]
+                    for room in rooms:  # what no load takes, because another one brings the same, is free again
+                        meanwhile.callback(room.release)
+                    holds = await self._all(images, caches, rooms, on_progress)
                     maker = "" if images[0].id == plan.ranks[0].key else to.identity
                 supply = Supply(plan, holds, layouts, claims, (), besides, cache_bytes, maker)
             on_error.pop_all()
@@ -569,9 +573,13 @@ class Supplier:
         return arenas
 
     async def _all(
-        self, images: Sequence[Checkpoint], caches: Sequence[DeviceCache], on_progress: Progress
+        self,
+        images: Sequence[Checkpoint],
+        caches: Sequence[DeviceCache],
+        rooms: Sequence[Reservation],
+        on_progress: Progress,
     ) -> list[Hold]:
-        """Loads all parts of an image concurrently, each to its rank's device, and holds them.
+        """Loads all parts of an image concurrently, each to the memory reserved on its rank's device, and holds them.
 
         If one fails, none is held.
         """
@@ -583,8 +591,8 @@ class Supplier:
             on_progress(sum(done_bytes), total_bytes)
 
         loads = [
-            asyncio.ensure_future(self._residency.acquire(image, partial(tell, index), device=cache.name))
-            for index, (image, cache) in enumerate(zip(images, caches, strict=True))
+            asyncio.ensure_future(self._residency.acquire(image, partial(tell, index), device=cache.name, room=room))
+            for index, (image, cache, room) in enumerate(zip(images, caches, rooms, strict=True))
         ]
         try:
             return await asyncio.gather(*loads)

@@ -1647,6 +1647,42 @@ async def test_an_image_of_two_ranks_is_on_two_devices_and_whole_or_not_at_all(t
     world.ended()
 
 
+async def test_memory_that_was_reserved_for_weights_is_taken_by_nothing_else(
+    targets: dict[str, Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(gpus=1)
+    await world.swapper.swap(targets["a1"])
+    await world.swapper.stop_engine(1)
+    cache = world.residency.cache("sim:0")
+    (await cache.claim(cache.pool.budget_bytes)).release()  # for which the image moved to the host
+    (image,) = world.images.known.values()
+    assert world.residency.devices_of(image.id) == ["host"]
+    others = [await cache.claim(cache.pool.free_bytes - WORKING_BYTES - ARENA_BYTES)]
+    claim, greedy = cache.claim, set[asyncio.Task[None]]()
+
+    async def take_what_is_free() -> None:
+        while True:
+            if cache.pool.free_bytes:
+                others.append(await claim(cache.pool.free_bytes))
+            await asyncio.sleep(0)
+
+    async def claimed(size_bytes: int) -> Reservation:
+        made = await claim(size_bytes)
+        greedy.add(asyncio.create_task(take_what_is_free()))
+        return made
+
+    monkeypatch.setattr(cache, "claim", claimed)
+    outcome = await world.swapper.swap(targets["a1"])
+    assert outcome.from_tier is Tier.HOST and len(others) == 1
+    for each in greedy:
+        each.cancel()
+    for other in others:
+        other.release()
+    world.check()
+    await world.swapper.close()
+    world.ended()
+
+
 async def test_nothing_moves_unless_there_is_room_on_every_device(targets: dict[str, Target]) -> None:
     world = World(gpus=2, room=2)
     await world.swapper.swap(targets["a1"])
