@@ -70,7 +70,7 @@ def _gpu(device: Device, gpus: Sequence[Device], models: Sequence[Model], engine
         own_bytes = engine.device_bytes - mapped_bytes - engine.kv_cache_bytes
         parts.append(Part("cache", engine.kv_cache_bytes, engine.model, engine.state))
         parts.append(Part("engine", own_bytes, engine.model, engine.state))
-        if device.kind in {"unified", "simulated"}:  # whose memory is the host's
+        if device.kind == "unified":  # whose memory is the host's
             parts.append(Part("engine", engine.memory_bytes, engine.model, engine.state))
     return _tier(device, parts, is_shared=device.kind == "unified")
 
@@ -92,7 +92,8 @@ def _tier(device: Device, parts: list[Part], *, is_shared: bool = False) -> Tier
     arenas = sum(part.size_bytes for part in parts if part.kind == "weights")
     engines = sum(max(0, part.size_bytes) for part in parts if part.kind in {"cache", "engine"})
     parts.append(Part("more", device.used_bytes - arenas))
-    parts.append(Part("others", device.driver_used_bytes - max(device.used_bytes, arenas) - engines))
+    if device.kind != "simulated":  # a piece of the host's memory, whose other users the host shows
+        parts.append(Part("others", device.driver_used_bytes - max(device.used_bytes, arenas) - engines))
     return Tier(
         *(device.name, device.kind, device.model, device.total_bytes, device.budget_bytes, device.used_bytes),
         tuple(_merged(parts)), is_shared,

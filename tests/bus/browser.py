@@ -136,6 +136,7 @@ async def browser(profile: Path, language: str = "en") -> AsyncIterator[Page]:
                 reading = asyncio.create_task(page.read())
                 for domain in ("Page", "Runtime", "Log", "Network"):
                     await page.tell(f"{domain}.enable")
+                await page.tell("Emulation.setFocusEmulationEnabled", enabled=True)
                 await page.looks(1280)
                 yield page
                 reading.cancel()

@@ -79,6 +79,13 @@ def test_memory_of_a_gpu_that_is_the_hosts_is_one_tier() -> None:
     assert sizes(gpu) == {("weights", "a"): 10, ("cache", "a"): 1, ("engine", "a"): 2, ("others", ""): 1}
 
 
+def test_a_simulated_gpu_is_a_piece_of_the_host_and_holds_models_alone() -> None:
+    devices = [device("sim:0", "simulated", used=10, driver=300), device("host", "host", used=0, driver=300, total=400)]
+    gpu, host = tiers([model("a", 10, "sim:0", serving=True)], [engine("a", "serving", 2, 0, 0)], devices, None)
+    assert sizes(gpu) == {("weights", "a"): 10}
+    assert sizes(host) == {("engine", "a"): 2, ("others", ""): 298}
+
+
 def test_models_that_are_not_shown_count_as_more_and_small_ones_as_one() -> None:
     (host,) = tiers([model("a", 4, "host")], [], [device("host", "host", used=10)], None)
     assert sizes(host) == {("weights", "a"): 4, ("more", ""): 6}

@@ -25,6 +25,14 @@ function classOf(part) {
   return part.kind === "weights" ? part.held || "idle" : part.kind;
 }
 
+function wordsOf(kind, tier) {
+  return kind === "engine" && tier.kind === "host" ? _("engines") : KINDS[kind]();
+}
+
+function meaning(part, tier) {
+  return wordsOf(classOf(part), tier);
+}
+
 export function memory() {
   const serving = h("div.now", { role: "list", "aria-label": _("Models that serve") });
   const tiers = h("div.view");
@@ -33,7 +41,7 @@ export function memory() {
     "div.choices",
     { role: "group", "aria-label": _("Scale of the bars") },
     h("button", { type: "button", "aria-pressed": "true", onclick: () => zoom(false) }, _("Whole")),
-    h("button", { type: "button", "aria-pressed": "false", onclick: () => zoom(true) }, _("In use")),
+    h("button", { type: "button", "aria-pressed": "false", onclick: () => zoom(true) }, _("Used by flashd")),
   );
   const element = h(
     "div",
@@ -127,8 +135,11 @@ function tierCard(name) {
     const sum = tier.parts.reduce((all, part) => all + part.size_bytes, 0);
     // Fine-tunes share parts in the store, so that the models together are larger than what is stored.
     const factor = tier.kind === "store" && sum > tier.used_bytes ? tier.used_bytes / sum : 1;
-    const whole = isClose ? Math.max(1, sum * factor) : Math.max(tier.total_bytes, sum * factor, 1);
-    const parts = tier.parts.map((part) => {
+    // What flashd itself uses, or all that there is.
+    const shown = isClose ? tier.parts.filter((part) => part.kind !== "others") : tier.parts;
+    const ours = shown.reduce((all, part) => all + part.size_bytes, 0) * factor;
+    const whole = isClose ? Math.max(1, ours) : Math.max(tier.total_bytes, sum * factor, 1);
+    const parts = shown.map((part) => {
       const key = `${part.kind} ${part.model} ${part.held}`;
       const share = (part.size_bytes * factor) / whole;
       return [key, (old) => segment(old, part, key, share), JSON.stringify([part.size_bytes, share, part.count])];
@@ -160,11 +171,7 @@ function tierCard(name) {
   };
 
   function segment(old, part, key, share) {
-    const label = [
-      part.model || KINDS[classOf(part)](),
-      part.model ? KINDS[classOf(part)]() : "",
-      bytes(part.size_bytes),
-    ]
+    const label = [part.model || meaning(part, tier), part.model ? meaning(part, tier) : "", bytes(part.size_bytes)]
       .filter(Boolean)
       .join(", ");
     const element =
@@ -190,7 +197,7 @@ function tierCard(name) {
       part.count > 1 ? `${many("{count} model", "{count} models", part.count)}, ${label}` : label,
     );
     element.setAttribute("aria-pressed", String(chosen === key));
-    element.firstChild.textContent = share > WIDE ? part.model || KINDS[classOf(part)]() : "";
+    element.firstChild.textContent = share > WIDE ? part.model || meaning(part, tier) : "";
     element.lastChild.textContent = share > WIDE ? bytes(part.size_bytes) : "";
     return element;
   }
@@ -225,7 +232,7 @@ function tierCard(name) {
     const facts = JSON.stringify([key, part, model?.last_used_at, model?.serving, model && isBusy(part.model)]);
     if (detail.madeOf === facts) return;
     bar.classList.remove("has-way");
-    renew(detail, facts, part ? described(part, model) : null);
+    renew(detail, facts, part ? described(part, model, tier) : null);
     about.classList.toggle("has-part", Boolean(part));
     if (part && model && !model.serving && part.kind === "weights") {
       clearTimeout(asking);
@@ -268,7 +275,13 @@ function legendOf(tier, sum) {
   const sizes = new Map();
   for (const part of tier.parts) sizes.set(classOf(part), (sizes.get(classOf(part)) ?? 0) + part.size_bytes);
   const items = [...sizes].map(([kind, size]) => {
-    return h("li", {}, h(`span.swatch.k-${kind}`), h("span", {}, KINDS[kind]()), h("span.dim.number", {}, bytes(size)));
+    return h(
+      "li",
+      {},
+      h(`span.swatch.k-${kind}`),
+      h("span", {}, wordsOf(kind, tier)),
+      h("span.dim.number", {}, bytes(size)),
+    );
   });
   const free = tier.total_bytes - sum;
   if (free > 0)
@@ -281,16 +294,16 @@ function legendOf(tier, sum) {
   return items;
 }
 
-function described(part, model) {
+function described(part, model, tier) {
   const kind = classOf(part);
-  const facts = [KINDS[kind](), bytes(part.size_bytes)];
+  const facts = [wordsOf(kind, tier), bytes(part.size_bytes)];
   if (part.kind === "engine" || part.kind === "cache") facts.push(part.held);
   if (model && part.kind === "weights") facts.push(_("used {when}", { when: ago(model.last_used_at) }));
   const found = [
     h(
       "strong",
       {},
-      part.model || (part.count > 1 ? many("{count} model", "{count} models", part.count) : KINDS[kind]()),
+      part.model || (part.count > 1 ? many("{count} model", "{count} models", part.count) : wordsOf(kind, tier)),
     ),
     h("span.dim", {}, facts.join(" · ")),
   ];
