@@ -94,6 +94,12 @@ def no_grad() -> Iterator[None]:
         yield
 
 
+def fill(model: nn.Module) -> None:
+    """As vLLM loads other weights in place."""
+    for parameter in model.parameters():
+        parameter.fill_(1)
+
+
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
@@ -173,12 +179,54 @@ def test_what_loading_replaces_is_put_where_graphs_look_for_it() -> None:
     weights = ImageWeights(model, HostMemory())
     seen_by_graphs = model.blocks[0].qkv.data, model.blocks[0].scale
     weights.renew()
+    fill(model)
     model.blocks[0].qkv.data = torch.full((24, 16), 3, dtype=torch.bfloat16)
     model.blocks[0].scale = torch.tensor(4.0)
     weights.finish()
     qkv, scale = seen_by_graphs
     assert (qkv == 3).all() and scale == 4
     assert model.blocks[0].qkv.data_ptr() == qkv.data_ptr() and model.blocks[0].scale is scale
+
+
+def test_what_loading_does_not_touch_stays_or_is_missed() -> None:
+    model = Model()
+    model.factor = torch.tensor(2.5)  # of the configuration, say
+    weights = ImageWeights(model, HostMemory())
+    weights.renew()
+    fill(model)
+    weights.finish()
+    assert model.factor == 2.5 and model.blocks[0].scale == 2.5
+    weights.renew()
+    for parameter in [*model.parameters()][1:]:
+        parameter.fill_(1)
+    with pytest.raises(CorruptCheckpoint, match=r"1 tensors of the model were not loaded in place: embed.weight"):
+        weights.finish()
+
+
+def test_scratch_memory_is_in_no_image_and_stays_where_graphs_look_for_it() -> None:
+    model = Model()
+    model.workspace = torch.zeros(8)
+    model.lock_scale = nn.Parameter(torch.ones(3), requires_grad=False)  # weights, whatever the name
+    seen_by_graphs = model.workspace
+    weights = ImageWeights(model, HostMemory())
+    names = {info.name for info in weights.header.tensors}
+    assert "workspace" not in names and "lock_scale" in names
+    weights.renew()
+    fill(model)
+    model.workspace = torch.zeros(8)
+    weights.finish()
+    assert model.workspace is seen_by_graphs
+
+
+def test_values_that_depend_on_the_weights_are_noticed_in_images_for_all() -> None:
+    model = Model()
+    model._k_scale_float = 1.0
+    weights = ImageWeights(model, HostMemory())
+    weights.renew()
+    fill(model)
+    model._k_scale_float = 0.02
+    with pytest.raises(CorruptCheckpoint, match=r"depend on the weights: _k_scale_float"):
+        weights.finish()
 
 
 def test_what_loading_replaces_by_something_else_is_refused() -> None:
@@ -258,7 +306,7 @@ def test_values_that_depend_on_the_weights_are_noticed() -> None:
     weights = ImageWeights(model, HostMemory(), is_own=True)
     weights.renew()
     model.load(-1.0)
-    with pytest.raises(CorruptCheckpoint, match=r"differ between checkpoints: quant_method.is_positive"):
+    with pytest.raises(CorruptCheckpoint, match=r"depend on the weights: quant_method.is_positive"):
         weights.finish()
 
 

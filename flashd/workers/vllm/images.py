@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Puts the weights of a vLLM model into one allocation that can be mapped, unmapped and published.
 
-After vLLM has loaded and processed the weights, all storages of its parameters (and of plain tensors in its modules)
+After vLLM has loaded and processed the weights, all storages of its parameters (and of other large tensors in modules)
 are copied into one allocation, and every tensor of the process that viewed one of these storages views its new place.
 That allocation is the image of the checkpoint. From then on the model gets other weights by mapping another image of
 the same layout at the same addresses, which captured graphs do not notice.
 
-Buffers that come from a checkpoint stay in vLLM's memory; an image has a copy of them, which is copied back.
+Small tensors that are not parameters, and buffers that come from a checkpoint, stay in vLLM's memory; an image has a
+copy of them, which is copied back.
 
 Some quantisation methods keep more of the weights than tensors of modules: tensors in kernels, and values that no other
 process is known to compute equally. The image of such a model is its process's own: it has all that the objects of the
@@ -32,13 +33,16 @@ from flashd.checkpoint.header import Header
 from flashd.checkpoint.layout import Shape, arrange
 from flashd.errors import CorruptCheckpoint, Unsupported
 from flashd.io import cuda
+from flashd.io.streamer import Extent
 from flashd.tensors import device_bytes_tensor, dtype_name
 from flashd.units import MiB
-from flashd.workers.vllm.module_state import Kept, ModuleState, module_state
+from flashd.workers.vllm.module_state import ModuleState, module_state
 
 ATTRIBUTE = "flashd_weights"  # attribute of a model: its ImageWeights, if any
-_SCRATCH = ("workspace", "lock")  # parts of names of tensors that kernels write, and of which nothing stays
-_LARGE_BYTES = 1 * MiB  # tensors of kernels that are smaller stay where they are, and are copied like buffers
+_SCRATCH = {"workspace", "locks", "per_layer_embeddings"}  # names of tensors to which models write at every step
+_LARGE_BYTES = 1 * MiB  # smaller tensors that are no parameters stay where they are, and are copied like buffers
+_UNWRITTEN = 0xA5  # every byte of memory that is to be filled in place
+_EDGE_BYTES = 4096
 _MOST_NAMES = 5
 
 
@@ -117,7 +121,7 @@ class ImageWeights:
         self._places = {info.name: info.extent for info in self.header.tensors}
         self._window = memory.window(self.mapped_bytes)
         self._made: int | None = None  # returned by `take_made`
-        self._before: ModuleState | None = None  # what the model kept before other weights are loaded in place
+        self._before: ModuleState | None = None  # what the model kept before other weights were loaded in place
         self._sum: int | None = None  # of the mapped image, if this process could write to it
         if fd is None:
             self._show_fresh()
@@ -155,9 +159,9 @@ class ImageWeights:
         self.check_unwritten()
         model = self._model()
         assert model is not None
-        if self.is_own:
-            self._before, self._sum = module_state(model), None
+        self._before, self._sum = module_state(model), None
         self._show_fresh()
+        self._base.fill_(_UNWRITTEN)
 
     def hide(self) -> None:
         """Unmaps the memory and keeps the addresses. The GPU's work on it must have ended."""
@@ -168,14 +172,15 @@ class ImageWeights:
         """Finishes an image, to which nothing is written from now on.
 
         Tensors that loading has replaced are copied to where captured graphs look for them. Raises CorruptCheckpoint if
-        one has another form, or if the model keeps other values than before.
+        one has another form, if one was not filled, or if the model keeps other values than before.
         """
         model = self._model()
         assert model is not None
         now = module_state(model)
         self._put_back(now)
         if self._before is not None:
-            _check_equal(self._before, now, self._homes)
+            self._check_filled()
+            self._check_equal(self._before, now)
             self._before = None
         for name, buffer in self._buffers.items():
             self._view(name, buffer).copy_(buffer)
@@ -209,7 +214,6 @@ class ImageWeights:
     def _move(self, found: _Found, *, copies: bool) -> None:
         names = {_address(tensor): name for name, tensor in found.moved.items()}
         if copies:
-            self._base.zero_()  # gaps count in the sum
             for name, tensor in found.moved.items():
                 extent = self._places[name]
                 self._base[extent.offset : extent.end].copy_(_bytes_of(tensor))
@@ -217,13 +221,33 @@ class ImageWeights:
             tensor.data = self._view(names[_address(tensor)], tensor)
 
     def _homes_of(self, model: nn.Module) -> dict[str, _Home]:
-        """Tensors that must stay: those that view the image, and, if it is our own, whatever kernels keep."""
-        base = self._base.data_ptr()
-        return {
-            path: _Home(kept.tensor, kept.tensor.detach())
-            for path, kept in module_state(model).tensors.items()
-            if self.is_own or _address(kept.tensor) == base
-        }
+        """All tensors of the model must stay, also those that are in no image: graphs have the addresses of all."""
+        tensors = module_state(model).tensors
+        return {path: _Home(kept.tensor, kept.tensor.detach()) for path, kept in tensors.items()}
+
+    def _check_filled(self) -> None:
+        """Raises CorruptCheckpoint if nothing was written to the place of a tensor in new memory."""
+        places = {name: place for name, place in self._places.items() if name not in self._buffers and place.length}
+        left = [name for name, place in places.items() if bool((self._edges(place) == _UNWRITTEN).all())]
+        if left:
+            raise CorruptCheckpoint(f"{len(left)} tensors of the model were not loaded in place: {_some(left)}")
+
+    def _edges(self, place: Extent) -> torch.Tensor:
+        """The first and the last bytes of a place."""
+        first, last = min(place.end, place.offset + _EDGE_BYTES), max(place.offset, place.end - _EDGE_BYTES)
+        return torch.cat([self._base[place.offset : first], self._base[last : place.end]])
+
+    def _check_equal(self, before: ModuleState, now: ModuleState) -> None:
+        """Raises CorruptCheckpoint if other weights made the model keep other values.
+
+        Besides, kernels may not have tensors that they made while they served: these may be of the weights before.
+        """
+        other = [path for path, value in now.values.items() if before.values.get(path) != value]
+        other += before.values.keys() - now.values.keys()
+        if other:
+            raise CorruptCheckpoint(f"{len(other)} values that the model keeps depend on the weights: {_some(other)}")
+        if self.is_own and (late := [path for path in now.tensors if path not in self._homes]):
+            raise CorruptCheckpoint(f"{len(late)} tensors came to the model while it served: {_some(late)}")
 
     def _put_back(self, now: ModuleState) -> None:
         misfits = []
@@ -231,14 +255,14 @@ class ImageWeights:
             kept = now.tensors.get(path)
             if kept is not None and kept.tensor.data_ptr() == home.view.data_ptr():
                 continue
-            if kept is None or _form(kept.tensor) != _form(home.view):
+            if kept is not None and _form(kept.tensor) == _form(home.view) and kept.may_be_put:
+                if not _is_scratch(path, home.tensor):
+                    home.view.copy_(kept.tensor)
+                if kept.tensor is not home.tensor:
+                    kept.put(home.tensor)
+                home.tensor.data = home.view
+            elif self.is_own or _address(home.view) == self._base.data_ptr():
                 misfits.append(path)
-                continue
-            if not _is_scratch(path):
-                home.view.copy_(kept.tensor)
-            if kept.tensor is not home.tensor:
-                kept.put(home.tensor)
-            home.tensor.data = home.view
         if misfits:
             raise CorruptCheckpoint(f"{len(misfits)} tensors of the model were replaced by others: {_some(misfits)}")
 
@@ -267,40 +291,26 @@ class _Found:
         moved: dict[str, torch.Tensor] = {}
         small: dict[str, torch.Tensor] = {}
         seen: set[int] = set()
-        for path, kept in _modules_first(module_state(model).tensors, paths):
+        tensors = {path: kept.tensor for path, kept in module_state(model).tensors.items()}
+        # Parameters first, lest a storage be known by a tensor that is a view of a part of one.
+        for path, tensor in sorted(tensors.items(), key=lambda item: not isinstance(item[1], nn.Parameter)):
             is_of_module = path.rpartition(".")[0] in paths
-            if _is_scratch(path) or not (is_of_module or with_kernels) or _address(kept.tensor) in seen:
+            if _is_scratch(path, tensor) or not (is_of_module or with_kernels) or _address(tensor) in seen:
                 continue
-            seen.add(_address(kept.tensor))
-            size_bytes = kept.tensor.untyped_storage().nbytes()
-            is_whole = kept.tensor.is_contiguous() and kept.tensor.nbytes == size_bytes
-            is_moved = is_of_module or size_bytes >= _LARGE_BYTES or not is_whole
-            (moved if is_moved else small)[path] = kept.tensor
+            seen.add(_address(tensor))
+            size_bytes = tensor.untyped_storage().nbytes()
+            is_whole = tensor.is_contiguous() and tensor.nbytes == size_bytes
+            is_moved = isinstance(tensor, nn.Parameter) or size_bytes >= _LARGE_BYTES or not is_whole
+            (moved if is_moved else small)[path] = tensor
         return cls(moved, {**dict(_buffers(model, seen)), **small})
 
 
-def _modules_first(tensors: Mapping[str, Kept], paths: set[str]) -> list[tuple[str, Kept]]:
-    return sorted(tensors.items(), key=lambda item: item[0].rpartition(".")[0] not in paths)
-
-
-def _is_scratch(path: str) -> bool:
-    name = path.rpartition(".")[2]
-    return any(part in name for part in _SCRATCH)
+def _is_scratch(path: str, tensor: torch.Tensor) -> bool:
+    return path.rpartition(".")[2] in _SCRATCH and not isinstance(tensor, nn.Parameter)
 
 
 def _form(tensor: torch.Tensor) -> tuple[object, ...]:
     return (tensor.dtype, tensor.shape, tensor.stride())
-
-
-def _check_equal(before: ModuleState, now: ModuleState, homes: Mapping[str, _Home]) -> None:
-    """Raises CorruptCheckpoint if other weights made a model keep other values, or tensors that graphs do not know."""
-    other = [path for path, value in now.values.items() if before.values.get(path) != value]
-    other += before.values.keys() - now.values.keys()
-    if other:
-        raise CorruptCheckpoint(f"{len(other)} values that the model keeps differ between checkpoints: {_some(other)}")
-    unknown = [path for path in now.tensors if path not in homes]
-    if unknown:
-        raise CorruptCheckpoint(f"{len(unknown)} tensors came to the model while it served: {_some(unknown)}")
 
 
 def _some(names: list[str]) -> str:

@@ -8,14 +8,13 @@ a kernel, numbers that were tensors. All of it is reached from the modules, thro
 from __future__ import annotations
 
 import enum
+from collections import deque
 from collections.abc import Iterator, MutableMapping, MutableSequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-
-from flashd.errors import CorruptCheckpoint
 
 _DEEPEST = 8
 # Code whose objects are looked into. Others, such as configurations, come from the same files for all weights.
@@ -30,16 +29,19 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dt
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A tensor, and who keeps it: a mapping of attributes, or a list, under `key`; a tuple, in which it must stay."""
+    """A tensor, and who keeps it under `key`: a mapping of attributes, or a list; or a tuple, in which it must stay."""
 
     tensor: torch.Tensor
     keeper: object
     key: Any
 
+    @property
+    def may_be_put(self) -> bool:
+        return isinstance(self.keeper, MutableMapping | MutableSequence)
+
     def put(self, tensor: torch.Tensor) -> None:
-        """Puts another tensor into its place. Raises CorruptCheckpoint if there is none to put it into."""
-        if not isinstance(self.keeper, MutableMapping | MutableSequence):
-            raise CorruptCheckpoint(f"a tensor in a {type(self.keeper).__name__} was replaced")
+        """Puts another tensor into its place, if it may be put."""
+        assert isinstance(self.keeper, MutableMapping | MutableSequence)
         self.keeper[self.key] = tensor
 
 
@@ -63,39 +65,43 @@ def module_state(model: nn.Module) -> ModuleState:
         for path, module in model.named_modules()
         if not type(module).__module__.startswith(_OF_ADAPTERS)
     }
-    reader = _Reader(state, next(model.parameters()).device, {id(module) for module in model.modules()})
-    # Modules' own tensors first, so that these have the names by which models know them.
-    for path, module in modules.items():
-        own = {name: value for name, value in vars(module).items() if name not in _MACHINERY}
-        for keeper, names in ((module._parameters, module._parameters), (vars(module), own)):
-            for name in list(names):
-                if isinstance(value := keeper[name], torch.Tensor):
-                    reader.read(f"{path}.{name}" if path else name, value, keeper, name, _DEEPEST)
-    for path, module in modules.items():
-        for name, value in list(vars(module).items()):
-            if name not in _MACHINERY and not isinstance(value, torch.Tensor):
-                reader.read(f"{path}.{name}" if path else name, value, vars(module), name, 0)
+    device = next(model.parameters()).device
+    seen = {id(module) for module in model.modules()}
+    own = [
+        _Found(f"{path}.{name}" if path else name, value, keeper, name, 0)
+        for path, module in modules.items()
+        for keeper in (module._parameters, vars(module))
+        for name, value in keeper.items()
+        if name not in _MACHINERY
+    ]
+    # Modules' own tensors first, so that these have the names by which models know them. Then whatever is nearer, so
+    # that the limit of depth does not depend on the way to an object.
+    left = deque(sorted(own, key=lambda one: not isinstance(one.value, torch.Tensor)))
+    while left:
+        one = left.popleft()
+        if isinstance(one.value, torch.Tensor):
+            if _is_on(one.value, device):
+                state.tensors[one.path] = Kept(one.value, one.keeper, one.key)
+        elif isinstance(one.value, _PLAIN):
+            state.values[one.path] = repr(one.value)
+        elif id(one.value) not in seen:
+            seen.add(id(one.value))
+            state.values[one.path] = type(one.value).__qualname__
+            if one.depth < _DEEPEST:
+                left.extend(
+                    _Found(f"{one.path}.{name}", part, inside, name, one.depth + 1)
+                    for name, part, inside in _parts(one.value)
+                )
     return state
 
 
-class _Reader:
-    def __init__(self, state: ModuleState, device: torch.device, seen: set[int]) -> None:
-        self._state = state
-        self._device = device
-        self._seen = seen
-
-    def read(self, path: str, value: object, keeper: object, key: object, depth: int) -> None:
-        if isinstance(value, torch.Tensor):
-            if _is_on(value, self._device):
-                self._state.tensors[path] = Kept(value, keeper, key)
-        elif isinstance(value, _PLAIN):
-            self._state.values[path] = repr(value)
-        elif id(value) not in self._seen:
-            self._seen.add(id(value))
-            self._state.values[path] = type(value).__qualname__
-            if depth < _DEEPEST:
-                for name, part, inside in _parts(value):
-                    self.read(f"{path}.{name}", part, inside, name, depth + 1)
+@dataclass(frozen=True, slots=True)
+class _Found:
+    path: str
+    value: object
+    keeper: object
+    key: Any
+    depth: int
 
 
 def _parts(value: object) -> Iterator[tuple[Any, object, object]]:
