@@ -19,6 +19,7 @@ class WrongValue(Exception):
         self.hint = hint
 
 
+JsonObject = dict[str, Any]  # as parsed, or to be written: the values are of any kind of JSON
 Read = Callable[[object], Any]  # returns the value to use; raises WrongValue
 
 

@@ -13,6 +13,7 @@ from aiohttp import ClientResponse
 
 from flashd.errors import InvalidArgument, LimitExceeded
 from flashd.gateway.metrics.observed import observed
+from flashd.json_values import JsonObject
 from flashd.units import MiB
 
 Message = MutableMapping[str, Any]
@@ -152,7 +153,7 @@ async def send_json(
     await send({"type": "http.response.body", "body": body})
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
+def parse_object(body: bytes) -> JsonObject:
     """Reads a JSON object. Raises InvalidArgument for anything else."""
     try:
         content = json.loads(body)

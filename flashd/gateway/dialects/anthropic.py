@@ -18,7 +18,7 @@ from flashd.gateway.dialects.chunks import MOST_EVENT_BYTES, Chunk, Usage, strea
 from flashd.gateway.dialects.contents import texts
 from flashd.gateway.dialects.dialect import status_of
 from flashd.gateway.dialects.fields import Field
-from flashd.json_values import vllm_only
+from flashd.json_values import JsonObject, vllm_only
 from flashd.units import format_bytes
 
 _TYPES = {
@@ -112,7 +112,7 @@ def count_request(content: Mapping[str, object], model: str) -> Mapping[str, Any
     return {"model": model, "messages": _conversation(read), "max_tokens": 1}
 
 
-def _conversation(read: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _conversation(read: Mapping[str, Any]) -> list[JsonObject]:
     messages = read.get("messages")
     if not messages:
         raise InvalidArgument("messages must be a list with at least one message")
@@ -124,7 +124,7 @@ def _conversation(read: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "system", "content": system}, *said] if system else said
 
 
-def _message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+def _message(message: Mapping[str, Any], index: int) -> JsonObject:
     where = f"message {index}"
     role = message.get("role")
     if role not in ("user", "assistant", "system"):

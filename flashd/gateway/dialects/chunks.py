@@ -13,6 +13,7 @@ from typing import Any
 
 from flashd.errors import EngineFailed
 from flashd.gateway.dialects.dialect import Refused
+from flashd.json_values import JsonObject
 from flashd.units import MiB, format_bytes
 
 MOST_EVENT_BYTES = 16 * MiB
@@ -145,11 +146,11 @@ def _of(content: object, name: str) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _dict(value: object) -> dict[str, Any]:
+def _dict(value: object) -> JsonObject:
     return value if isinstance(value, dict) else {}
 
 
-def _list(value: object) -> list[dict[str, Any]]:
+def _list(value: object) -> list[JsonObject]:
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 

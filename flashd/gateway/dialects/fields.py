@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashd.errors import InvalidArgument
-from flashd.json_values import Read, WrongValue
+from flashd.json_values import JsonObject, Read, WrongValue
 
 MAX_INT32 = (1 << 31) - 1
 MAX_INT64 = (1 << 63) - 1
@@ -33,7 +33,7 @@ def table(fields: Iterable[Field]) -> Mapping[str, Field]:
     return {field.name: field for field in fields}
 
 
-def read_fields(content: Mapping[str, object], known: Mapping[str, Field], where: str) -> dict[str, Any]:
+def read_fields(content: Mapping[str, object], known: Mapping[str, Field], where: str) -> JsonObject:
     """Returns the values of the fields that are not null. Raises InvalidArgument for unknown fields and values.
 
     `where` names the object in messages.
@@ -52,7 +52,7 @@ def read_fields(content: Mapping[str, object], known: Mapping[str, Field], where
     return found
 
 
-def translated(read: Mapping[str, Any], known: Mapping[str, Field]) -> dict[str, Any]:
+def translated(read: Mapping[str, Any], known: Mapping[str, Field]) -> JsonObject:
     """Returns the values that belong into OpenAI's request, by the names that they have there."""
     return {known[name].becomes: value for name, value in read.items() if known[name].becomes and value is not None}
 
@@ -65,13 +65,13 @@ def texts(value: object) -> list[str]:
     return found
 
 
-def objects(value: object) -> list[dict[str, Any]]:
+def objects(value: object) -> list[JsonObject]:
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         raise WrongValue("must be a list of objects")
     return value
 
 
-def mapping(value: object) -> dict[str, Any]:
+def mapping(value: object) -> JsonObject:
     if not isinstance(value, dict):
         raise WrongValue("must be an object")
     return value

@@ -14,6 +14,7 @@ from flashd.errors import EngineFailed
 from flashd.gateway.dialects import ollama
 from flashd.gateway.dialects.chunks import CallPart, Chunk, Usage
 from flashd.gateway.dialects.ollama import timestamp
+from flashd.json_values import JsonObject
 
 _MOST_CALLS = 1024
 
@@ -89,7 +90,7 @@ class OllamaAnswer:
     _reason: str = ""
     _usage: Usage = field(default_factory=lambda: Usage(0, 0))
 
-    def lines(self, chunk: Chunk) -> Iterator[dict[str, Any]]:
+    def lines(self, chunk: Chunk) -> Iterator[JsonObject]:
         """What a piece of the engine's answer says, at most one line."""
         self.durations.note_piece()
         self._reason = chunk.finish_reason or self._reason
@@ -101,7 +102,7 @@ class OllamaAnswer:
         if chunk.text or chunk.thinking or chunk.logprobs:
             yield self._line(chunk.text, chunk.thinking) | _logprobs(chunk)
 
-    def last_lines(self) -> Iterator[dict[str, Any]]:
+    def last_lines(self) -> Iterator[JsonObject]:
         """Calls of tools, which Ollama says whole, and the end. Raises EngineFailed for calls that are no JSON."""
         if self._calls:
             calls = [call.said(index) for index, (_, call) in enumerate(sorted(self._calls.items()))]
@@ -109,7 +110,7 @@ class OllamaAnswer:
         reason = "length" if self._reason == "length" else "stop"
         yield self.ended(reason) | self.durations.parts(self._usage)
 
-    def ended(self, reason: str) -> dict[str, Any]:
+    def ended(self, reason: str) -> JsonObject:
         """The last line without counts, which is the whole answer if a model was only loaded or unloaded."""
         return self._line("", "") | {"done": True, "done_reason": reason}
 
@@ -117,8 +118,8 @@ class OllamaAnswer:
         """A line of a stream whose answer has not begun."""
         return ollama.line(self._line(f"{words}\n" if as_text else "", ""))
 
-    def _line(self, text: str, thinking: str, calls: list[dict[str, object]] | None = None) -> dict[str, Any]:
-        line: dict[str, Any] = {"model": self.model, "created_at": timestamp(self.now())}
+    def _line(self, text: str, thinking: str, calls: list[dict[str, object]] | None = None) -> JsonObject:
+        line: JsonObject = {"model": self.model, "created_at": timestamp(self.now())}
         more = ({"thinking": thinking} if thinking else {}) | ({"tool_calls": calls} if calls else {})
         if self.is_chat:
             line["message"] = {"role": "assistant", "content": text} | more
@@ -135,9 +136,9 @@ class Joined:
     _thinking: list[str] = field(default_factory=list)
     _calls: list[object] = field(default_factory=list)
     _logprobs: list[object] = field(default_factory=list)
-    _last: dict[str, Any] = field(default_factory=dict)
+    _last: JsonObject = field(default_factory=dict)
 
-    def add(self, line: dict[str, Any]) -> None:
+    def add(self, line: JsonObject) -> None:
         said = line.get("message", line)
         self._texts.append(said.get("content", said.get("response", "")))
         self._thinking.append(said.get("thinking", ""))
@@ -145,8 +146,8 @@ class Joined:
         self._logprobs += line.get("logprobs", ())
         self._last = line
 
-    def whole(self) -> dict[str, Any]:
-        more: dict[str, Any] = {}
+    def whole(self) -> JsonObject:
+        more: JsonObject = {}
         if thinking := "".join(self._thinking):
             more["thinking"] = thinking
         if self._calls:

@@ -18,7 +18,7 @@ from flashd.gateway import keep_alive
 from flashd.gateway.dialects import fields
 from flashd.gateway.dialects.fields import Field
 from flashd.gateway.dialects.openai import CHAT_PATH, COMPLETION_PATH, EMBEDDING_PATH
-from flashd.json_values import WrongValue
+from flashd.json_values import JsonObject, WrongValue
 
 _SHOWN = 80
 _EFFORTS = ("low", "medium", "high")
@@ -54,7 +54,7 @@ def _think(value: object) -> bool | str:
     return value
 
 
-def _format(value: object) -> dict[str, Any] | None:
+def _format(value: object) -> JsonObject | None:
     """As OpenAI's response_format."""
     if value == "":
         return None
@@ -225,12 +225,12 @@ def _embedding(read: Mapping[str, Any], inputs: Sequence[object], known: Mapping
     return OllamaRequest(asks, is_stream=False, keep_s=read.get("keep_alive"))
 
 
-def _options(read: Mapping[str, Any]) -> dict[str, Any]:
+def _options(read: Mapping[str, Any]) -> JsonObject:
     found = fields.read_fields(read.get("options", {}), OPTIONS, "options")
     return {name: value for name, value in fields.translated(found, OPTIONS).items() if value != []}
 
 
-def _generation(read: Mapping[str, Any], known: Mapping[str, Field]) -> dict[str, Any]:
+def _generation(read: Mapping[str, Any], known: Mapping[str, Field]) -> JsonObject:
     """The fields of an engine's request that generation of both kinds has in common. It streams in any case, so that
     the parts of the answer can be timed."""
     body = _options(read) | fields.translated(read, known)
@@ -270,12 +270,12 @@ class _Calls:
         return found[0]
 
 
-def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _messages(messages: Sequence[Mapping[str, Any]]) -> list[JsonObject]:
     calls = _Calls()
     return [_message(message, f"message {index}", calls) for index, message in enumerate(messages)]
 
 
-def _message(message: Mapping[str, Any], where: str, calls: _Calls) -> dict[str, Any]:
+def _message(message: Mapping[str, Any], where: str, calls: _Calls) -> JsonObject:
     given = {name: value for name, value in message.items() if value not in (None, [], "")}
     known = ("role", "content", "images", "tool_calls", "tool_name", "tool_call_id", "thinking")
     if unknown := [name for name in given if name not in known]:
@@ -285,7 +285,7 @@ def _message(message: Mapping[str, Any], where: str, calls: _Calls) -> dict[str,
         raise InvalidArgument(f"{where} has a role that is none of system, user, assistant and tool")
     if not isinstance(content, str):
         raise InvalidArgument(f"{where} has content that is not a text")
-    said: dict[str, Any] = {"role": role, "content": _content(content, given.get("images", []), where)}
+    said: JsonObject = {"role": role, "content": _content(content, given.get("images", []), where)}
     if "thinking" in given:
         if not isinstance(given["thinking"], str):
             raise InvalidArgument(f"{where} has thinking that is not a text")
@@ -297,7 +297,7 @@ def _message(message: Mapping[str, Any], where: str, calls: _Calls) -> dict[str,
     return said
 
 
-def _tool_calls(given: object, where: str, calls: _Calls) -> list[dict[str, Any]]:
+def _tool_calls(given: object, where: str, calls: _Calls) -> list[JsonObject]:
     found = []
     for call in given if isinstance(given, list) else [None]:
         function = call.get("function") if isinstance(call, dict) else None
@@ -315,12 +315,12 @@ def _tool_calls(given: object, where: str, calls: _Calls) -> list[dict[str, Any]
     return found
 
 
-def _content(text: str, images: object, where: str) -> str | list[dict[str, Any]]:
+def _content(text: str, images: object, where: str) -> str | list[JsonObject]:
     if not images:
         return text
     if not isinstance(images, list):
         raise InvalidArgument(f"{where} has images that are not a list")
-    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _url(image, where)}} for image in images]
+    parts: list[JsonObject] = [{"type": "image_url", "image_url": {"url": _url(image, where)}} for image in images]
     return [*([{"type": "text", "text": text}] if text else []), *parts]
 
 

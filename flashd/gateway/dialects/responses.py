@@ -17,7 +17,7 @@ from flashd.gateway.dialects import fields
 from flashd.gateway.dialects.chunks import Chunk, Usage
 from flashd.gateway.dialects.contents import texts
 from flashd.gateway.dialects.fields import Field
-from flashd.json_values import WrongValue, vllm_only
+from flashd.json_values import JsonObject, WrongValue, vllm_only
 
 PATH = "/v1/responses"
 _NOT_DONE = "not translated: engines of vLLM can do it"
@@ -93,7 +93,7 @@ def chat_request(content: Mapping[str, object], model: str) -> ResponseRequest:
     return ResponseRequest(body, read)
 
 
-def _conversation(read: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _conversation(read: Mapping[str, Any]) -> list[JsonObject]:
     given = read.get("input")
     if not given or not isinstance(given, str | list):
         raise InvalidArgument("input must be a text or a list of messages, and not empty")
@@ -109,7 +109,7 @@ def _conversation(read: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "system", "content": instructions}, *said] if instructions else said
 
 
-def _message(item: object, index: int) -> dict[str, Any]:
+def _message(item: object, index: int) -> JsonObject:
     where = f"input {index}"
     if not isinstance(item, dict):
         raise InvalidArgument(f"{where} is not an object")
@@ -162,7 +162,7 @@ class ResponseAnswer:
         yield self._event("response.output_item.done", output_index=0, item=self._message())
         yield self._event(f"response.{whole['status']}", response=whole)
 
-    def whole(self) -> dict[str, Any]:
+    def whole(self) -> JsonObject:
         return self._response(self._status, [self._message()])
 
     @property
@@ -170,24 +170,24 @@ class ResponseAnswer:
         return "incomplete" if self._reason == "length" else "completed"
 
     @property
-    def _place(self) -> dict[str, Any]:
+    def _place(self) -> JsonObject:
         return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
 
     @property
     def _item_id(self) -> str:
         return self.id.replace("resp_", "msg_", 1)
 
-    def _message(self) -> dict[str, Any]:
+    def _message(self) -> JsonObject:
         return self._item(self._status, [self._part("".join(self._texts))])
 
-    def _item(self, status: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    def _item(self, status: str, parts: list[JsonObject]) -> JsonObject:
         return {"type": "message", "id": self._item_id, "status": status, "role": "assistant", "content": parts}
 
     @staticmethod
-    def _part(text: str) -> dict[str, Any]:
+    def _part(text: str) -> JsonObject:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
-    def _response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
+    def _response(self, status: str, output: list[JsonObject]) -> JsonObject:
         asked = {name: self.read.get(name) for name in ("instructions", "max_output_tokens", "temperature", "top_p")}
         return {
             "id": self.id,

@@ -14,6 +14,7 @@ from typing import Any
 
 from flashd.client.results import Engine, Model
 from flashd.client.tiers import Part
+from flashd.json_values import JsonObject
 
 
 def _said(doc: str) -> Any:
@@ -163,25 +164,25 @@ PARTS: Mapping[str, type] = {
     "tiers.parts": PartState,
 }
 
-State = dict[str, Any]  # of each name in PARTS
+State = JsonObject  # of each name in PARTS
 
 
-def model_state(model: Model, engine: str, waiting: int, answering: int) -> dict[str, Any]:
+def model_state(model: Model, engine: str, waiting: int, answering: int) -> JsonObject:
     same = _shared(ModelState, model)
     return as_json(ModelState(**same, tensors=model.tensor_count, engine=engine, waiting=waiting, answering=answering))
 
 
-def engine_state(engine: Engine) -> dict[str, Any]:
+def engine_state(engine: Engine) -> JsonObject:
     return as_json(EngineState(**_shared(EngineState, engine)))
 
 
-def _shared(kind: type[Any], source: object) -> dict[str, Any]:
+def _shared(kind: type[Any], source: object) -> JsonObject:
     """The fields of a class that a result of the client has too."""
     names = [field.name for field in dataclasses.fields(kind)]
     return {name: getattr(source, name) for name in names if hasattr(source, name)}
 
 
-def as_json(value: Any) -> dict[str, Any]:
+def as_json(value: Any) -> JsonObject:
     """An instance of one of these classes, with lists for tuples, as a reader of the JSON text has it."""
     return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
 
@@ -194,9 +195,9 @@ def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+def patch(before: Mapping[str, Any], after: Mapping[str, Any]) -> JsonObject:
     """The merge patch (RFC 7396) that makes `after` of `before`; empty if they are equal."""
-    found: dict[str, Any] = dict.fromkeys(before.keys() - after.keys())
+    found: JsonObject = dict.fromkeys(before.keys() - after.keys())
     for name, value in after.items():
         old = before.get(name)
         if old is value:
