@@ -131,8 +131,9 @@ class VllmFactory(ZygoteFactory):
         }
         makes_image = bool(parts["model"]) and ranks.count == ranks.tensor and not _has_draft(tuning.arguments)
         part_bytes = checkpoint.manifest.data_bytes // ranks.count
-        # Vocabularies are padded for the kernels, and small layers are on every rank.
-        weights_bytes = part_bytes + part_bytes // (64 if ranks.count == 1 else 8) + 64 * MiB
+        # Vocabularies are padded for the kernels, some of which unpack zero points; small layers are on every rank.
+        growth = 8 if ranks.count > 1 else 16 if checkpoint.manifest.quantization else 64
+        weights_bytes = part_bytes + part_bytes // growth + 64 * MiB
         besides_bytes = _ACTIVATION_BYTES + (_COMMUNICATION_BYTES if ranks.count > 1 else 0)
         cache_bytes, most_cache_bytes = tuning.kv_cache_bytes, 0
         if cache_bytes == AUTO:

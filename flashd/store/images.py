@@ -175,9 +175,7 @@ class Images:
         If the disk refuses, the image is no longer found, but counts as used space until `tidy` has removed it.
         """
         with self._mutex:
-            self._layouts.pop(key, None)
-            self._unsaved.pop(key, None)
-            self._makers.pop(key, None)
+            self._forget(key)
             self._remove(key)
 
     def drop_unless(self, is_there: Callable[[str], bool]) -> list[str]:
@@ -186,7 +184,11 @@ class Images:
             makers = {key: stored.maker for key, stored in self._stored.items()} | self._makers
             doomed = [key for key, maker in makers.items() if maker and not is_there(maker)]
             for key in doomed:
-                self.drop(key)
+                self._forget(key)
+            moved = [self._move_away(key) for key in doomed]
+        for path in moved:  # without the mutex, because large files take long
+            if path is not None:
+                discard(path)
         return doomed
 
     def tidy(self) -> None:
@@ -233,19 +235,29 @@ class Images:
             made_of = {key: stored.made_of for key, stored in self._stored.items() if stored.usable}
             return made_of | {key: image.manifest.source for key, image in self._unsaved.items()}
 
+    def _forget(self, key: str) -> None:
+        self._layouts.pop(key, None)
+        self._unsaved.pop(key, None)
+        self._makers.pop(key, None)
+
     def _remove(self, key: str) -> None:
-        """Moves an image away by one rename, so that half an image is never found."""
-        if key in self._stored:
-            doomed = self._root / f"{key}-{secrets.token_hex(4)}.partial"
-            try:
-                with contextlib.suppress(FileNotFoundError):
-                    (self._root / key).rename(doomed)
-            except OSError as error:
-                log.warning("the image %s cannot be removed: %s", key[:12], error.strerror)
-                self._stored[key] = replace(self._stored[key], usable=False)
-            else:
-                del self._stored[key]
-                discard(doomed)
+        if (moved := self._move_away(key)) is not None:
+            discard(moved)
+
+    def _move_away(self, key: str) -> Path | None:
+        """Moves an image away by one rename, so that half an image is never found. Returns what is to be removed."""
+        if key not in self._stored:
+            return None
+        doomed = self._root / f"{key}-{secrets.token_hex(4)}.partial"
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                (self._root / key).rename(doomed)
+        except OSError as error:
+            log.warning("the image %s cannot be removed: %s", key[:12], error.strerror)
+            self._stored[key] = replace(self._stored[key], usable=False)
+            return None
+        del self._stored[key]
+        return doomed
 
     def _publish(self, image: Checkpoint, partial: Path, table: bytes) -> None:
         with writing(partial):

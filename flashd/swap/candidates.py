@@ -11,6 +11,8 @@ from flashd.errors import FlashdError
 from flashd.swap.slots import EngineSlot, Slots
 from flashd.swap.weights import Recipient, Supplier, Target
 
+# A new engine, and one with the least needs.
+NEW_ENGINES = (Recipient(starts=True), Recipient(starts=True, makes_no_image=True))
 _STATS_S = 2.0  # for an engine to say whether it is busy
 
 
@@ -87,7 +89,7 @@ class Candidates:
                 return [Recipient.of(slot.engine)]
             if slot.engine.state is EngineState.SERVING:
                 return [Recipient(identity=slot.engine.identity)]
-        return [Recipient(starts=True), Recipient(starts=True, makes_no_image=True)]
+        return [*NEW_ENGINES]
 
     def sleeper(self, target: Target, *, is_active: bool) -> EngineSlot | None:
         """The parked engine that would take a model now, whose key was read."""

@@ -36,7 +36,7 @@ from flashd.errors import Busy, EngineFailed, EngineOutOfMemory, FlashdError, No
 from flashd.memory.device import Tier
 from flashd.memory.transfers import Progress
 from flashd.swap.another import Another
-from flashd.swap.candidates import Candidates
+from flashd.swap.candidates import NEW_ENGINES, Candidates
 from flashd.swap.slots import Endpoint, EngineSlot, Slots
 from flashd.swap.weights import Recipient, Supplier, Supply, Target
 from flashd.tasks import run_to_end
@@ -462,6 +462,12 @@ class Swapper:
     ) -> Supply:
         """The new weights in free memory, for whichever engine would take them now."""
         recipients = await self._candidates.recipients(target, is_active=is_active)
+        return await self._supplied_to(target, recipients, on_progress)
+
+    async def _supplied_to(
+        self, target: Target, recipients: Sequence[Recipient], on_progress: Progress = lambda done, total: None
+    ) -> Supply:
+        """The new weights in free memory, for the first of these for which it suffices."""
         for recipient in recipients[:-1]:
             with contextlib.suppress(OutOfMemory):
                 return await self._supplied(target, recipient, on_progress)
@@ -494,8 +500,9 @@ class Swapper:
                 is_displaced = slot is self.slots.active and not is_active
                 if is_displaced:
                     self.slots.displace_active()
-                if await self._drained(slot, leaving=is_displaced):
-                    await run_to_end(self._rebind(slot, target, supply, binding, is_active=is_active))
+                if await self._drained(slot, leaving=is_displaced) and await self._rebound(
+                    slot, target, supply, binding, is_active=is_active
+                ):
                     return How.REBIND, slot.engine
                 continue
             if (
@@ -504,8 +511,9 @@ class Swapper:
                 and await self._woken(slot, target, supply, binding, is_active=is_active)
             ):
                 return How.WAKE, slot.engine
-        if supply.maker:
-            await self._supplier.provide_another(target, supply)
+        if supply.maker:  # the only engine that could map its image is gone
+            supply.release()
+            supply.exchange(await self._supplied_to(target, NEW_ENGINES))
         try:
             await self._supplier.claim_start(target, supply)
         except OutOfMemory:
@@ -550,6 +558,20 @@ class Swapper:
             self._supplier.engine_ended(engine)
             raise
         return engine
+
+    async def _rebound(
+        self, slot: EngineSlot, target: Target, supply: Supply, binding: Binding, *, is_active: bool
+    ) -> bool:
+        """False if the engine has ended, because it cannot hold these weights: a new one can take its place."""
+        try:
+            await run_to_end(self._rebind(slot, target, supply, binding, is_active=is_active))
+        except EngineFailed as error:
+            if slot.engine.state is not EngineState.FAILED:
+                raise
+            log.warning("engine %d could not take %s: %s", slot.engine.number, target.model_name, error)
+            await run_to_end(self._discard(slot))
+            return False
+        return True
 
     async def _rebind(
         self, slot: EngineSlot, target: Target, supply: Supply, binding: Binding, *, is_active: bool
@@ -597,6 +619,8 @@ class Swapper:
                 engine.has_become(supply.arena_ids)
             if is_cancelled:
                 raise asyncio.CancelledError
+        elif supply.wants_image:
+            self._supplier.note_no_image(supply)
         if not supply.is_image and self._factories[target.engine_kind].copies_checkpoints:
             supply.was_copied()
 
@@ -639,6 +663,7 @@ class Swapper:
 
     async def _tidy(self) -> None:
         """Parks engines that are no longer active, and stops those beyond the limit."""
+        await self._supplier.sweep()
         for slot in list(self.slots.parked):
             await self._put_away(slot)
         await self._stop_parked(len(self.slots.parked) - self._policy.max_parked)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from flashd.engines.engine import (
     StoredFile,
 )
 from flashd.engines.kv_cache import LEAST_BYTES
-from flashd.errors import CorruptCheckpoint, FlashdError, NotFound, OutOfMemory
+from flashd.errors import Busy, CorruptCheckpoint, FlashdError, NotFound, OutOfMemory
 from flashd.io.streamer import blake3
 from flashd.memory.arena import Arena
 from flashd.memory.device import HOST, Tier
@@ -45,6 +46,8 @@ from flashd.memory.transfers import Progress
 from flashd.tasks import close_all, tell_defect
 
 log = logging.getLogger(__name__)
+
+_MOST_ENDED = 256  # engines that may still be about to say something when they end
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +147,11 @@ class Supply:
     @property
     def is_image(self) -> bool:
         return bool(self.layouts)
+
+    @property
+    def wants_image(self) -> bool:
+        """Tells whether the engine is to make an image."""
+        return self.plan is not None and self.plan.makes_image and not self.is_image
 
     @property
     def arena_ids(self) -> tuple[str, ...]:
@@ -289,6 +297,9 @@ class Supplier:
         self._images = images
         self._on_made = on_made
         self._removals: set[asyncio.Task[None]] = set()
+        self._ended: deque[str] = deque(maxlen=_MOST_ENDED)  # identities of engines
+        self._left: set[str] = set()  # images that nothing can map, but which were still held
+        self._declined: set[str] = set()  # keys of images that engines could not make
 
     async def provide(
         self, target: Target, on_progress: Progress = lambda done, total: None, *, to: Recipient = _AN_ENGINE
@@ -341,13 +352,10 @@ class Supplier:
             on_error.pop_all()
             return supply
 
-    async def provide_another(self, target: Target, supply: Supply) -> None:
-        """Replaces an image, because the only engine that could map it is gone, by what a new engine can take.
-
-        Raises the errors of `provide`; then nothing is held.
-        """
-        supply.release()
-        supply.exchange(await self.provide(target, to=Recipient(starts=True)))
+    def note_no_image(self, supply: Supply) -> None:
+        """Notes that an engine could not make the image it was asked for, lest memory be reserved for that again."""
+        if supply.plan is not None and supply.plan.makes_image:
+            self._declined.add(supply.plan.ranks[0].key)
 
     async def resume(self, target: Target, arena_ids: Sequence[str], engine: Recipient = _AN_ENGINE) -> Supply:
         """Holds the memory again that an earlier daemon gave to an engine: the checkpoint or the parts of an image, and
@@ -501,7 +509,7 @@ class Supplier:
                 ),
                 arena_ids=supply.arena_ids,
                 is_image=supply.is_image,
-                wants_image=plan is not None and plan.makes_image and not supply.is_image,
+                wants_image=supply.wants_image,
             ),
             side_files={name: StoredFile(path, digests[name]) for name, path in checkpoint.side_files().items()},
             devices=tuple(rank.device for rank in plan.ranks) if plan else (),
@@ -522,11 +530,17 @@ class Supplier:
         except FlashdError as error:
             log.warning("the image of %s is not kept: %s", target.model_name, error)
             return
+        maker = identity if made.is_own else ""
+        if maker and maker in self._ended:
+            log.warning("the image of %s is not kept: its engine has ended", target.model_name)
+            _close(arenas)
+            return
+        keys = _keys(plan, maker)
+        is_known = any(self._images.get(key) is not None for key in keys)
         try:
-            maker = identity if made.is_own else ""
             images = [
                 self._images.describe(key, part.layout, part.size_bytes, target.checkpoint.id, maker=maker)
-                for key, part in zip(_keys(plan, maker), made.ranks, strict=True)
+                for key, part in zip(keys, made.ranks, strict=True)
             ]
             parts = list(zip(caches, images, arenas, supply.rooms, strict=True))
             async with self._undisturbed(plan):
@@ -535,9 +549,9 @@ class Supplier:
                 holds = [cache.admit(image, arena, room) for cache, image, arena, room in parts]
         except FlashdError as error:
             log.warning("the image of %s is not kept: %s", target.model_name, error)
-            self._drop(_keys(plan, maker))
-            for arena in arenas:
-                arena.close()
+            if not is_known:  # otherwise it is in use, or stored
+                self._drop(keys)
+            _close(arenas)
             return
         supply.became(holds, [part.layout for part in made.ranks], maker)
         for cache, image in zip(caches, images, strict=True):
@@ -545,7 +559,7 @@ class Supplier:
 
     async def _plan(self, target: Target, to: Recipient = _AN_ENGINE) -> GpuPlan | None:
         plan = await self._factories[target.engine_kind].gpu_plan(target.checkpoint, target.options)
-        if plan is not None and to.makes_no_image:
+        if plan is not None and plan.makes_image and (to.makes_no_image or plan.ranks[0].key in self._declined):
             plan = plan.without_image()
         if plan is None or not (plan.cache_grows or to.stays_parked):
             return plan
@@ -646,6 +660,7 @@ class Supplier:
     def engine_ended(self, engine: Engine) -> None:
         """Removes the images that only this engine could map, in the background."""
         identity = engine.identity
+        self._ended.append(identity)
         removal = asyncio.ensure_future(self.remove_images(unless=lambda maker: maker != identity))
         removal.set_name("remove images of an engine that has ended")
         self._removals.add(removal)
@@ -657,15 +672,27 @@ class Supplier:
         if self._removals:
             await asyncio.wait(set(self._removals))
 
+    async def sweep(self) -> None:
+        """Removes images from memory that could not be removed before, because they were held."""
+        left, self._left = self._left, set()
+        await self._evict([*left])
+
     async def _evict(self, image_ids: Sequence[str]) -> None:
         for image_id in image_ids:
-            with contextlib.suppress(FlashdError):  # it is still held, and evicted when its room is needed
+            try:
                 await self._residency.evict(image_id)
+            except Busy:
+                self._left.add(image_id)
 
 
 def _keys(plan: GpuPlan, maker: str = "") -> list[str]:
     """Returns the keys of an image, one for each rank; of one that only its maker can map, if there is such a limit."""
     return [blake3(f"{rank.key} of {maker}".encode()).hex() if maker else rank.key for rank in plan.ranks]
+
+
+def _close(arenas: Sequence[Arena]) -> None:
+    for arena in arenas:
+        arena.close()
 
 
 def _not_wanted(load: asyncio.Future[Hold]) -> None:

@@ -58,7 +58,7 @@ def made(*methods: object) -> tuple[nn.Module, set[int]]:
 )
 def test_methods(method: object, is_sound: bool) -> None:
     model, before = made(UnquantizedLinearMethod(), method)
-    found = quantised.reservation(model)
+    found = quantised.why_own(model)
     assert found == "" if is_sound else found.startswith(type(method).__name__)
     hindrance = quantised.hindrance(model, before, with_kernels=not is_sound)
     assert hindrance == ("NewMethod was not tested with images" if isinstance(method, NewMethod) else "")
@@ -67,6 +67,9 @@ def test_methods(method: object, is_sound: bool) -> None:
 def test_a_scheme_that_was_not_tested_hinders() -> None:
     model, before = made(AWQMarlinLinearMethod())
     assert quantised.hindrance(model, before, with_kernels=True) == ""
+    model[0].quant_method.kernel = NewMethod()  # type: ignore[union-attr]
+    assert quantised.hindrance(model, before, with_kernels=True) == "NewMethod was not tested with images"
+    del model[0].quant_method.kernel  # type: ignore[union-attr]
     model[0].scheme = NewMethod()  # type: ignore[assignment]
     assert quantised.hindrance(model, before, with_kernels=True) == "NewMethod was not tested with images"
 

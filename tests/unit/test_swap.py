@@ -1590,6 +1590,61 @@ async def test_an_image_that_only_its_engine_can_map_is_mapped_by_it_and_gone_wi
     world.ended()
 
 
+async def test_an_engine_that_cannot_take_other_weights_makes_way_for_a_new_one(targets: dict[str, Target]) -> None:
+    """It ends itself if it would answer with a mixture of both."""
+    world = World(gpus=1, own_images=True)
+    await world.swapper.swap(targets["a1"])
+    rebind = FakeEngine.rebind
+
+    async def end(engine: FakeEngine, binding: Binding) -> EngineImage | None:
+        engine.die()
+        return await rebind(engine, binding)
+
+    world.script.fault = None
+    with unittest.mock.patch.object(FakeEngine, "rebind", end):
+        outcome = await world.swapper.swap(targets["a2"])
+    assert outcome.how is How.START and world.answering() == "a2"
+    world.check()
+    await world.swapper.settled()
+    assert {world.images.makers[key] for key in world.images.known} == {"engine 2"}
+    await world.swapper.close()
+    world.ended()
+
+
+async def test_memory_for_an_image_is_not_reserved_again_for_an_engine_that_makes_none(
+    targets: dict[str, Target],
+) -> None:
+    world = World(gpus=1, starting_bytes=2 * ARENA_BYTES)
+    with unittest.mock.patch.object(FakeEngine, "_made", lambda engine, binding: None):
+        await world.swapper.swap(targets["b"])
+        (engine,) = world.factory.engines
+        assert engine.binding and engine.binding.weights.wants_image
+        await world.swapper.swap(targets["c"])
+        await world.swapper.swap(targets["b"])
+    active = world.swapper.slots.active
+    assert world.answering() == "b" and active and active.supply and not active.supply.wants_image
+    await world.swapper.close()
+    world.ended()
+
+
+async def test_an_image_of_an_engine_that_has_ended_is_not_kept(targets: dict[str, Target]) -> None:
+    world = World(gpus=1, own_images=True)
+    take_in = Supplier.take_in
+
+    async def after_its_end(supplier: Supplier, *arguments: Any) -> None:
+        world.factory.engines[-1].die()
+        supplier.engine_ended(world.factory.engines[-1])
+        await supplier.settled()
+        await take_in(supplier, *arguments)
+
+    with unittest.mock.patch.object(Supplier, "take_in", after_its_end), contextlib.suppress(EngineFailed):
+        await world.swapper.swap(targets["b"])
+    await world.swapper.settled()
+    assert not world.images.known and not world.residency.cache("sim:0").residents()
+    await world.swapper.close()
+    world.ended()
+
+
 async def test_an_engine_that_ends_while_its_own_image_is_brought_is_replaced(targets: dict[str, Target]) -> None:
     world = World(gpus=1, own_images=True)
     await world.swapper.swap(targets["a1"])

@@ -7,6 +7,9 @@ import contextlib
 
 from vllm.v1.worker.gpu_worker import Worker
 
+if not hasattr(Worker, "_maybe_get_memory_pool_context"):
+    raise ImportError("this version of vLLM has no _maybe_get_memory_pool_context, on which parked engines depend")
+
 
 class GpuWorker(Worker):  # type: ignore[misc]
     """The process of a rank (`--worker-cls`)."""

@@ -81,7 +81,7 @@ class FlashLoader(BaseModelLoader):  # type: ignore[misc]
         before = quantised.storages(torch.device("cuda", torch.cuda.current_device())) if is_wanted else None
         try:
             model: nn.Module = super().load_model(vllm_config, model_config, *arguments, **options)
-            is_own = is_wanted and bool(quantised.reservation(model))
+            is_own = is_wanted and bool(quantised.why_own(model))
             why = _hindrance(model, vllm_config, before, source, is_own=is_own) if source and not self._is_image else ""
             makes_one = not self._is_image and compat.all_agree(is_wanted and not why)
             if source is None:
@@ -131,5 +131,5 @@ def _hindrance(
     if compat.moves_experts(config):
         return "experts move between ranks while it serves, but images are read-only"
     if is_own and not source.takes_own:
-        return quantised.reservation(model)
+        return quantised.why_own(model)
     return quantised.hindrance(model, before, with_kernels=is_own)

@@ -306,8 +306,9 @@ def vllm_arguments(names: Sequence[str], tuning: Tuning, applied: Sequence[Appli
         # Compiled code would contain the packed weights of the first model, and go on using them.
         yield "--enforce-eager"
     else:
-        # Releases the KV cache while the engine is parked.
-        yield from ("--enable-sleep-mode", "--worker-cls", _GPU_WORKER)
+        yield "--enable-sleep-mode"  # releases the KV cache while the engine is parked
+    if compat.is_cuda():
+        yield from ("--worker-cls", _GPU_WORKER)
 
 
 def _ranks(given: GivenWeights, fds: Sequence[int]) -> list[Parcel[RankShare]]:
