@@ -12,7 +12,7 @@ from typing import Annotated
 from flashd.checkpoint.convert import convert as convert_source
 from flashd.checkpoint.files import Checkpoint
 from flashd.checkpoint.source.reader import SourceFiles
-from flashd.cli import output
+from flashd.cli import near_paths, output
 from flashd.cli.parameters import Argument, Option
 from flashd.errors import AlreadyExists, InvalidArgument
 from flashd.units import format_bytes, format_seconds
@@ -27,12 +27,17 @@ def convert(
     ] = None,
 ) -> None:
     """Converts a source to a checkpoint folder, without a daemon. Other tools can open the result."""
-    if destination.exists():
+    if near_paths.exists(destination):
         raise AlreadyExists(f"{destination} exists", hint="name a folder that does not exist")
-    if not destination.parent.is_dir():
+    if not os.path.isdir(destination.parent):  # noqa: PTH112 -- False also for a name that is too long for a folder
         raise InvalidArgument(f"{destination.parent} is not a folder", hint="create it first")
     partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
-    partial.mkdir()
+    try:
+        partial.mkdir()
+    except OSError as error:
+        raise InvalidArgument(
+            f"cannot create {destination}: {error.strerror}", hint="name a folder that you can create"
+        ) from None
     started = time.monotonic()
     try:
         with (

@@ -221,6 +221,10 @@ def test_convert_needs_no_daemon_and_other_tools_open_the_result(tmp_path: Path)
     again = flash("convert", made, tmp_path / "out")
     assert again.returncode == errors.AlreadyExists.exit_status
     (made / "model.safetensors").write_bytes(b"nonsense" * 4)
+    for long in ("a" * 300, "a" * 250, f"{'a' * 300}/out"):  # the second one is too long only with what is added to it
+        refused = flash("convert", made, tmp_path / long)
+        assert refused.returncode == errors.InvalidArgument.exit_status, refused.stderr
+        assert "cannot create" in refused.stderr or "is not a folder" in refused.stderr
     failed = flash("convert", made, tmp_path / "other")
     assert failed.returncode == errors.InvalidSource.exit_status
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}, "nothing is left behind"
