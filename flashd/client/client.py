@@ -100,10 +100,12 @@ class Job:
         """
         with self._client.subscribed() as events:
             self.refresh()
-            return self._follow(events, on_progress)
+            return self.follow(events, on_progress)
 
-    def _follow(self, events: queue.SimpleQueue[Event | None], on_progress: OnProgress | None) -> Mapping[str, Any]:
-        """Waits like `wait`. `events` begins before the job's attributes were read, so no change is missed."""
+    def follow(
+        self, events: queue.SimpleQueue[Event | None], on_progress: OnProgress | None = None
+    ) -> Mapping[str, Any]:
+        """Waits like `wait`, without another call: `events`, of `Client.subscribed`, begins before the job did."""
         while not self.finished:
             if on_progress:
                 on_progress(self)
@@ -429,7 +431,7 @@ class Client(Closing):
         OutOfMemory, EngineFailed, Unsupported or CorruptCheckpoint.
         """
         with self.subscribed() as events:  # before the swap, so that the job is read only once
-            return SwapOutcome.from_result(self.begin_swap(name, engine=engine)._follow(events, on_progress))
+            return SwapOutcome.from_result(self.begin_swap(name, engine=engine).follow(events, on_progress))
 
     def begin_swap(self, name: str, *, engine: str = "") -> Job:
         """Begins a swap like `swap`, without waiting for its end."""
@@ -444,7 +446,7 @@ class Client(Closing):
         Raises what a swap raises, and then what served goes on.
         """
         with self.subscribed() as events:
-            return SwapOutcome.from_result(self.begin_serve(name, engine=engine)._follow(events, on_progress))
+            return SwapOutcome.from_result(self.begin_serve(name, engine=engine).follow(events, on_progress))
 
     def begin_serve(self, name: str, *, engine: str = "") -> Job:
         """Begins what `serve` does, without waiting."""

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 COALESCE_S = 0.05
 _MANAGED_OBJECTS = "a{oa{sa{sv}}}"
 _OPENED_FILES = "a{sh}"
+_AWAITED = (f"{wire.ROOT_PATH}/engine/", f"{wire.ROOT_PATH}/model/")
 _UNKNOWN_UID = -1  # of a peer on its first call
 MOST_READING = 4096  # unanswered calls of one user that read properties
 INTROSPECTABLE = "org.freedesktop.DBus.Introspectable"
@@ -301,12 +302,15 @@ class ObjectTree:
                 self._flush = asyncio.get_running_loop().call_later(COALESCE_S, self.flush)
 
     def flush(self, first: str = "") -> None:
-        """Announces the changes that `changed` has noted at once, beginning with the object at `first`."""
+        """Announces the changes that `changed` has noted at once, beginning with the object at `first`.
+
+        Models and engines, for which programs wait, come before the rest.
+        """
         if self._flush is not None:
             self._flush.cancel()
             self._flush = None
         changed, self._changed = self._changed, set()
-        for path in sorted(changed, key=lambda path: (path != first, path)):
+        for path in sorted(changed, key=lambda path: (path != first, not path.startswith(_AWAITED), path)):
             try:
                 self._tell_changes(self._objects[path])
             except Exception:  # the boundary of an object: a bug in one must not silence the others

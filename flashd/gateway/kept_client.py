@@ -76,12 +76,12 @@ class KeptClient:
                 )
 
         def run() -> None:
-            with self.lent() as client:
+            with self.lent() as client, client.subscribed() as events:  # before the job, so that it is read only once
                 job = begin(client)
                 jobs.append(job)
                 if is_cancelled.is_set():  # whoever cancelled did not know of it
                     job.cancel()
-                job.wait(note)
+                job.follow(events, note)
 
         work = asyncio.ensure_future(in_thread(lambda _: run()))  # a pull takes hours: pools have few threads
         try:
