@@ -7,7 +7,7 @@ Importing rich takes longer than most commands do, so flashd/cli/output.py impor
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +47,11 @@ def labelled(text: str, *, label: str = "", style: str = "") -> Text:
     """Returns the label in its style, followed by the text."""
     between = " " if label and text else ""
     return Text.assemble((legible(label), style), between + legible(text, MAX_CHARACTERS, keep="\n"))
+
+
+def coloured(parts: Iterable[tuple[str, str]]) -> Text:
+    """Returns texts, each in its style, as one."""
+    return Text.assemble(*((legible(text), style) for text, style in parts))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> Table:

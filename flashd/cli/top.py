@@ -11,7 +11,6 @@ from typing import Annotated
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from flashd.cli import console, machine, output
 from flashd.cli.parameters import Context, Option
@@ -88,18 +87,21 @@ def _overview(client: Client) -> RenderableType:
     return Group(head, "", pools, _legend(shown), "", processes, "", warm, "", *running)
 
 
-def _bar(tier: Tier) -> Text:
+def _bar(tier: Tier) -> RenderableType:
     """The parts of a tier to scale, of all that it has."""
     parts_bytes = sum(part.size_bytes for part in tier.parts)
     # What fine-tunes share in the store is stored once, but counts for each of them.
     scale = min(1.0, tier.used_bytes / parts_bytes) if tier.kind == STORE and parts_bytes else 1.0
     whole_bytes = max(tier.total_bytes, int(parts_bytes * scale), 1)
-    bar, seen_bytes = Text(), 0.0
+    bar: list[tuple[str, str]] = []
+    drawn, seen_bytes = 0, 0.0
     for part in tier.parts:
         seen_bytes += part.size_bytes * scale
         mark, colour, _ = _MARKS[_kind(part)]
-        bar.append(mark * (round(_WIDTH * seen_bytes / whole_bytes) - len(bar)), colour)
-    return bar.append(_FREE * (_WIDTH - len(bar)), "bright_black")
+        end = round(_WIDTH * seen_bytes / whole_bytes)
+        bar.append((mark * (end - drawn), colour))
+        drawn = end
+    return console.coloured([*bar, (_FREE * (_WIDTH - drawn), "bright_black")])
 
 
 def _kind(part: Part) -> str:
@@ -108,9 +110,9 @@ def _kind(part: Part) -> str:
     return part.held if part.held in _MARKS else "held" if part.held else "idle"
 
 
-def _legend(shown: list[Tier]) -> Text:
+def _legend(shown: list[Tier]) -> RenderableType:
     kinds = {_kind(part) for tier in shown if tier.kind != STORE for part in tier.parts}
-    marks = [(mark, colour, meaning) for kind, (mark, colour, meaning) in _MARKS.items() if kind in kinds]
-    return Text("  ").join(
-        Text.assemble((mark, colour), " ", meaning) for mark, colour, meaning in dict.fromkeys(marks)
-    )
+    parts: list[tuple[str, str]] = []
+    for mark, colour, meaning in dict.fromkeys(marked for kind, marked in _MARKS.items() if kind in kinds):
+        parts += [("  " if parts else "", ""), (mark, colour), (f" {meaning}", "")]
+    return console.coloured(parts)
