@@ -40,7 +40,7 @@ _MOST_ATTEMPTS = 8
 _UNLOAD_S = 5.0  # for a model that nobody asks
 _CLOSE_S = 5.0  # for a swap or pulls to be cancelled
 _FIRST_S = 60.0  # for the daemon to start, with a thousand models
-_LISTED_S = 10.0  # until a model that was pulled must be listed
+_LISTED_S = 10.0  # until a model that was pulled must be listed, or one that was made private hidden
 _STALE_S = 0.25  # until the news of a swap by somebody else must have come
 _MAX_REFUSAL_BYTES = 64 << 10
 _STARTS = "switching"  # a swap's state that lasts so long only where an engine starts
@@ -214,10 +214,11 @@ class Dispatcher:
             with contextlib.suppress(NotFound, Unavailable):  # it has ceased to already
                 await asyncio.to_thread(self._keep, model, 0.0)
             if not self.is_asked(model):
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_UNLOAD_S):
-                        while model in self._known.serving:
-                            await self._changed.wait()
+                await self._until(lambda known: model not in known.serving, _UNLOAD_S)
+
+    async def until_hidden(self, model: str) -> None:
+        """Returns when a model that was just made private, or removed, is no longer shown to others."""
+        await self._until(lambda known: model not in known.public().models, _LISTED_S)
 
     def why_waiting(self, model: str) -> str:
         """What the requests for a model wait for, in a few words."""
@@ -350,9 +351,13 @@ class Dispatcher:
 
     async def _until_serving(self, model: str) -> None:
         """Returns when the signal that it serves has come, too; it is a little later than the end of the job."""
+        await self._until(lambda known: model in known.serving, _STALE_S)
+
+    async def _until(self, is_so: Callable[[Directory], bool], patience_s: float) -> None:
+        """Returns when the daemon's signals have said so, or should have long ago."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_STALE_S):
-                while model not in self._known.serving:
+            async with asyncio.timeout(patience_s):
+                while not is_so(self._known):
                     await self._changed.wait()
 
     def _note_progress(self, progress: Progress) -> None:
@@ -370,10 +375,7 @@ class Dispatcher:
         self.directory.resolve(model)
 
     async def _until_listed(self, model: str) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LISTED_S):
-                while model not in self._known.models:
-                    await self._changed.wait()
+        await self._until(lambda known: model in known.models, _LISTED_S)
 
     def _keep(self, model: str, keep_s: float) -> None:
         """Runs in a thread."""

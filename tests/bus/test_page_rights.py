@@ -11,7 +11,7 @@ import httpx
 import pytest
 from conftest import Daemon, Remote
 from gateways import Gateway, running_gateway
-from waiting import PATIENCE_S, eventually
+from waiting import PATIENCE_S
 
 from flashd.dbus import wire
 from flashd.gateway.tokens import TokenFile
@@ -112,11 +112,8 @@ async def test_private_models_and_their_jobs_show_at_the_socket_alone(
 ) -> None:
     await do(own, "load", model="bob", tier="host")
     assert (await do(own, "make-private", model="bob")).json() == {}
-
-    async def is_hidden() -> bool:
-        return "bob" not in (await web.get("/flashd/v1/state")).text
-
-    await eventually(is_hidden)
+    assert (await do(web, "serve", model="bob")).status_code == 404  # from the answer on
+    assert "bob" not in (await web.get("/flashd/v1/state")).text
     shown = (await own.get("/flashd/v1/state")).json()
     assert shown["models"]["bob"]["private"] and "bob" in {job["subject"] for job in shown["jobs"].values()}
     for action in ("serve", "park"):

@@ -51,9 +51,9 @@ class Actions:
             "cancel": self._cancel,
             "pin": self._does(Client.pin),
             "unpin": self._does(Client.unpin),
-            "make-private": self._does(lambda client, model: client.set_private(model, True)),
+            "make-private": self._hides(lambda client, model: client.set_private(model, True)),
             "make-public": self._does(lambda client, model: client.set_private(model, False)),
-            "remove": self._does(Client.remove),
+            "remove": self._hides(Client.remove),
             "pull": self._pull,
         }
 
@@ -119,6 +119,17 @@ class Actions:
         async def done(fields: Fields) -> Answer:
             model = await self._dispatcher.resolve(_model(fields))
             await self._asked(lambda client: do(client, model.name))
+            return {}
+
+        return done
+
+    def _hides(self, do: Callable[[Client, str], None]) -> Callable[[Fields], Awaitable[Answer]]:
+        """Like `_does`, and whoever asks the gateway after the answer finds no such model."""
+
+        async def done(fields: Fields) -> Answer:
+            model = await self._dispatcher.resolve(_model(fields))
+            await self._asked(lambda client: do(client, model.name))
+            await self._dispatcher.until_hidden(model.name)
             return {}
 
         return done
