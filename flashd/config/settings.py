@@ -98,7 +98,7 @@ class TorchConfig:
         "Interpreter that has torch, transformers and this version of flashd. "
         "Default: the environment made by flash engine install, else the daemon's own interpreter.",
     )
-    threads: int = _setting(0, "Threads of each engine; 0 for one per core.")
+    threads: int = _setting(0, "Threads of each engine, at most one per core; 0 for as many as that.")
     max_tokens_default: int = _setting(512, "Most tokens to generate for a request that sets no limit.")
 
 
@@ -135,7 +135,7 @@ class LlamaConfig:
     context: int = _setting(
         8192, "Most tokens of a request and its answer; never more than the model was made for. 0: as many as that."
     )
-    threads: int = _setting(0, "Threads of each engine; 0 for one per core.")
+    threads: int = _setting(0, "Threads of each engine, at most one per core; 0 for as many as that.")
     arguments: tuple[str, ...] = _setting((), "Further arguments for every engine, as for llama-server.")
 
 

@@ -336,6 +336,21 @@ def test_one_command_brings_the_program_and_says_so_before(
         assert program == bare.state / "environments" / "llama.cpp" / "1" / "bin" / "llama-server"
 
 
+def test_an_engine_has_no_more_threads_than_there_are_cores(models: Path, answers: dict[str, str]) -> None:
+    with tempfile.TemporaryDirectory(prefix="fd-") as folder, PrivateBus(Path(folder)) as bus:
+        running = Daemon(bus.address, Path(folder), Path(folder))
+        running.config.write_text(settings().replace("\nthreads = 1\n", "\nthreads = 100_000\n"))
+        running.start()
+        with flashd.connect(bus.address) as client:
+            client.import_(models / "ann.gguf", "ann")
+            client.swap("ann")
+            (server,) = servers(engine_of(client, "ann"))
+            command = Path(f"/proc/{server}/cmdline").read_text().split("\0")
+            assert command[command.index("--threads") + 1] == str(len(os.sched_getaffinity(0)))
+            assert said(client, "ann") == answers["ann"]
+        assert running.stop() == 0
+
+
 def test_a_program_that_does_not_run_here_is_not_installed(bare: Daemon, tmp_path: Path) -> None:
     (tmp_path / "llama-server").write_text("#!/bin/sh\necho made for another processor >&2; exit 1\n")
     wheel = llama_source.pack(tmp_path / "llama-server", tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 
 from flashd.config.environment import for_engines
@@ -55,7 +56,7 @@ class EngineKinds:
             python=self.python("torch"),
             runtime=runtime.path,
             logs=paths.state / "logs",
-            threads=engines.torch.threads,
+            threads=_threads(engines.torch.threads),
             max_tokens_default=engines.torch.max_tokens_default,
             start_timeout_s=engines.start_timeout_s,
             environment=for_engines(),
@@ -82,7 +83,7 @@ class EngineKinds:
             torch,
             python=self.python(llama_factory.KIND),
             options={
-                "threads": engines.llama.threads,
+                "threads": _threads(engines.llama.threads),
                 "arguments": list(engines.llama.arguments),
                 "program": engines.llama.server,
                 "context": engines.llama.context,
@@ -141,3 +142,8 @@ class EngineKinds:
     def python(self, kind: str) -> str:
         """Returns the interpreter for a kind of engine."""
         return engine_python(self._settings.current, kind, self._environments.interpreter(kind))
+
+
+def _threads(configured: int) -> int:
+    """More threads than cores wait for each other by spinning, so that an engine hardly gets anywhere."""
+    return min(configured, len(os.sched_getaffinity(0)))
