@@ -226,6 +226,13 @@ def test_parts_that_are_not_one_model_are_refused(case: str, tmp_path: Path) -> 
         converted(tmp_path / "source", tmp_path / "out")
 
 
+def test_whoever_names_one_part_is_told_to_name_the_folder(tmp_path: Path) -> None:
+    first, *_ = TINY.write_parts(tmp_path / "source", "tiny", 3)
+    with pytest.raises(InvalidSource, match="missing, the first is tiny-00002-of-00003") as refused:
+        converted(first, tmp_path / "out")
+    assert "name the folder" in refused.value.hint
+
+
 def parsed(raw: bytes) -> header.GgufHeader:
     fd = os.memfd_create("fuzz")
     try:

@@ -521,7 +521,9 @@ def _checked_choice(names: Collection[str], read_index: Callable[[str], Index]) 
     weights, index = _choose(names, read_index)
     if missing := sorted(set(weights) - set(names)):
         what = f"{len(missing)} files of weights are missing, the first is {missing[0]}"
-        raise InvalidSource(what, hint="finish the download, or copy the missing files")
+        is_one = len(names) == 1  # which may have been named, with the others beside it
+        hint = "put all into one folder, and name the folder" if is_one else "copy the missing files"
+        raise InvalidSource(what, hint=f"finish the download, or {hint}")
     if weights:
         return weights, index
     _check_not_foreign(names)
