@@ -171,6 +171,17 @@ def test_what_makes_the_program_abort_is_told(client: Client, answers: dict[str,
     assert said(client, "ann") == answers["ann"]
 
 
+def test_an_argument_by_which_the_program_answers_elsewhere_is_named(client: Client, answers: dict[str, str]) -> None:
+    client.swap("ann")
+    client.set_config("models.ben.arguments", '["--api-prefix", "/elsewhere"]')
+    with pytest.raises(EngineFailed, match="answers at another path") as refused:
+        client.swap("ben")
+    assert "--api-prefix" in refused.value.hint
+    client.set_config("models.ben.arguments", "[]")
+    assert said(client, "ann") == answers["ann"]
+    assert said(client, "ben") == answers["ben"]
+
+
 @pytest.mark.parametrize("kind", ["torch", "vllm"])
 def test_other_engines_are_not_for_gguf(client: Client, kind: str) -> None:
     with pytest.raises(Unsupported, match=r"it is a GGUF file, with which only llama\.cpp answers"):

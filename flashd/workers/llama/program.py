@@ -33,7 +33,7 @@ _USUAL_CONTEXT = 4096  # if neither the settings nor the model tell one
 _POLL_S = 0.01
 _ANSWER_S = 5.0
 _LOG_BYTES = 4 * MiB
-_MODEL_LOADED = b" 200 "
+_MODEL_LOADED, _NOT_HERE = b" 200 ", b" 404 "
 # Settings that some versions do not know, and then ignore, unlike arguments.
 _ENVIRONMENT = {
     "LLAMA_ARG_NO_REPACK": "1",  # weights in another order would be a copy of them, made at each start
@@ -153,7 +153,10 @@ class Server:
             connection.settimeout(_ANSWER_S)
             connection.connect(self.address)
             connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
-            return _MODEL_LOADED in connection.recv(64)
+            said = connection.recv(64)
+            if _NOT_HERE in said:
+                raise EngineFailed("llama.cpp answers at another path", hint="remove --api-prefix from its arguments")
+            return _MODEL_LOADED in said
         return False
 
     def _failure(self) -> EngineFailed:
