@@ -133,6 +133,7 @@ def _gateway_as_set(client: Client, explain: Callable[[str], None], retries_refu
         raise Unavailable("the gateway is not installed", hint="install it: pip install 'flashd[gateway]'")
     command = [sys.executable, "-m", "flashd.gateway.main", "--bus", client.bus, "--socket", str(_gateway_socket())]
     command += [word for address in addresses for word in ("--address", address)] + ["--linger", str(_LINGER_S)]
+    command += ["--history", str(default_paths(Scope.USER).state / "gateway-history.sqlite")]
 
     def answering() -> Gateway:
         if (running := _running_gateway()) is None:

@@ -65,6 +65,12 @@ def notify_socket() -> str | None:
     return os.environ.get("NOTIFY_SOCKET") or None
 
 
+def state_directory() -> Path | None:
+    """Returns the folder that the service manager gives us for our state (StateDirectory=), if any."""
+    first, _, _ = os.environ.get("STATE_DIRECTORY", "").partition(":")
+    return Path(first) if first else None
+
+
 def watchdog_s() -> float | None:
     """Returns the seconds that the service manager waits for a keep-alive (sd_watchdog_enabled(3)), if it does."""
     told, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")

@@ -258,6 +258,11 @@ class GatewayConfig:
         False, "Tell the clients of streams as text of the answer what they wait for, not as a comment of the stream."
     )
     page: bool = _setting(True, "Show the page at /, and the state of the machine at /flashd/v1, which it is made of.")
+    history: int = _setting(
+        10_000,
+        "Requests, swaps and other jobs that the page remembers when the gateway is started again, without what was "
+        "asked and answered; 0 for none.",
+    )
     max_waiting: int = _setting(256, "Most requests that wait for one model; further ones are refused.")
 
 

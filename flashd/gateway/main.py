@@ -63,6 +63,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--socket", type=Path, help="a Unix socket to listen at, besides")
     made.add_argument("--tokens", type=Path, help="file of the tokens; default: the one that flash token changes")
     made.add_argument(
+        "--history",
+        type=Path,
+        help="file of what the page remembers; default: in the state directory of a service",
+    )
+    made.add_argument(
         "--linger", type=float, metavar="SECONDS", help="end when no daemon has run for this long; default: never"
     )
     return made

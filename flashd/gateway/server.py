@@ -11,13 +11,20 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
 
 from flashd.client import client as clients
 from flashd.client.client import Client
-from flashd.config.environment import notify_socket, trace_service_name, traces_are_wanted, watchdog_s
+from flashd.config.environment import (
+    notify_socket,
+    state_directory,
+    trace_service_name,
+    traces_are_wanted,
+    watchdog_s,
+)
 from flashd.gateway.app import OnceSettled, application, paths
 from flashd.gateway.directory import Watches
 from flashd.gateway.dispatch import Dispatcher
@@ -28,6 +35,7 @@ from flashd.gateway.metrics.measures import Measures
 from flashd.gateway.metrics.observing import Observing
 from flashd.gateway.page.endpoints import PageEndpoints
 from flashd.gateway.page.feed import Feed
+from flashd.gateway.page.history import History
 from flashd.gateway.permitted_pages import PermittedPages
 from flashd.gateway.tokens import TokenFile
 from flashd.service_manager import ServiceManager, Watchdog
@@ -57,7 +65,8 @@ async def serve(options: argparse.Namespace, opened: Opened, tokens: TokenFile) 
     news = DaemonNews(measures)
     watches = Watches([news])
     dispatcher = Dispatcher(connect, measures, watches)
-    feed = Feed(dispatcher, news, options.bus or "")
+    history = History(options.history or _history_file(), lambda: dispatcher.settings.history)
+    feed = Feed(dispatcher, news, options.bus or "", history)
     watches.append(feed.jobs)
     page = PageEndpoints(dispatcher, connect, feed)
     inside = application(dispatcher, connect, measures, news, opened, page)
@@ -100,6 +109,7 @@ async def serve(options: argparse.Namespace, opened: Opened, tokens: TokenFile) 
         await watchdog.close()
         await page.actions.close()
         await dispatcher.close()
+        await asyncio.to_thread(history.close)
         if tracing is not None:
             await asyncio.to_thread(tracing.close)
 
@@ -140,6 +150,12 @@ async def _end_when_alone(dispatcher: Dispatcher, linger_s: float | None, server
             seen_s = time.monotonic()
         if time.monotonic() - seen_s > linger_s:
             server.should_exit = True  # and never False, which would undo a signal
+
+
+def _history_file() -> Path | None:
+    """The file below the state directory that a service manager gives us."""
+    folder = state_directory()
+    return folder / "history.sqlite" if folder is not None else None
 
 
 def _tracing(news: DaemonNews) -> Tracing | None:

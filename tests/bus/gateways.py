@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,13 +74,14 @@ async def running_gateway(
     *,
     environment: Mapping[str, str] | None = None,
     port: int = 0,
+    options: Sequence[str] = (),
 ) -> AsyncIterator[Gateway]:
     """Yields it once it has heard of the daemon. It must end as told, and have said nothing."""
     port, tokens = port or free_port(), socket_path.with_name("tokens.toml")
     command = [sys.executable, "-m", "flashd.gateway.main", "--bus", daemon.address]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, "--address", f"127.0.0.1:{port}", "--socket", socket_path, "--tokens", tokens],
+            [*command, "--address", f"127.0.0.1:{port}", "--socket", socket_path, "--tokens", tokens, *options],
             env={**os.environ, **(environment or {})},
             stdout=output,
             stderr=output,

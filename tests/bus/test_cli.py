@@ -458,7 +458,7 @@ def test_of_several_addresses_those_that_can_be_are_served(home: dict[str, str])
     started = flash("start", **home)
     try:
         assert started.returncode == 0 and started.stderr.count("warning:") == 2, started.stderr
-        (url,) = re.findall(r"http://127\.0\.0\.1:[1-9]\d+", started.stderr)
+        (url,) = re.findall(r"(http://127\.0\.0\.1:[1-9]\d+)/v1", started.stderr)
         refused = httpx.get(url + "/health").json()["refused"]
         assert [each["address"] for each in refused] == [taken, "0.0.0.0:0"]
         of_port, of_network = refused_ones()

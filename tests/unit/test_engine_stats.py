@@ -39,7 +39,7 @@ class Engines:
     """What a swapper says of its engines."""
 
     def __init__(self, pid: int) -> None:
-        self.slots = Slots(MagicMock(), lambda: None, lambda target: False)
+        self.slots = Slots(MagicMock(), lambda: None, lambda target: False, lambda engine: None)
         self.slots.parked.append(EngineSlot(cast(engine.Engine, Engine(pid)), MagicMock(), None))
 
 

@@ -27,7 +27,7 @@ class Slow:
     """A swapper whose swaps heed a cancel only when what is under way has ended."""
 
     def __init__(self) -> None:
-        self.slots = Slots(MagicMock(), lambda: None, lambda target: False)
+        self.slots = Slots(MagicMock(), lambda: None, lambda target: False, lambda engine: None)
         self.goes_on = asyncio.Event()
         self.begun = 0
 

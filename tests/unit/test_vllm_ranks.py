@@ -107,7 +107,7 @@ async def test_an_image_of_another_build_or_model_is_another(change: dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("method", "images", "shares"), [("fp8", True, True), ("mxfp4", True, False), ("awq", False, False)]
+    ("method", "images", "shares"), [("fp8", True, True), ("mxfp4", True, False), ("awq", True, True)]
 )
 async def test_quantised(method: str, images: bool, shares: bool) -> None:
     found = await plan(quantization=method)

@@ -17,6 +17,7 @@ from flashd.gateway.access import ACCESS, Access
 from flashd.gateway.directory import Directory
 from flashd.gateway.dispatch import Dispatcher
 from flashd.gateway.metrics.daemon_news import DaemonNews
+from flashd.gateway.page.history import NOTHING, History
 from flashd.gateway.page.jobs import Jobs
 from flashd.gateway.page.requests import Requests
 from flashd.gateway.page.rights import rights
@@ -34,7 +35,7 @@ Row = tuple[Model, str, int, int]
 class Feed:
     """On the event loop."""
 
-    def __init__(self, dispatcher: Dispatcher, news: DaemonNews, machine: str) -> None:
+    def __init__(self, dispatcher: Dispatcher, news: DaemonNews, machine: str, history: History = NOTHING) -> None:
         """`machine` is the bus that the gateway was told to use."""
         self._dispatcher = dispatcher
         self._news = news
@@ -44,8 +45,8 @@ class Feed:
         self._is_closed = False
         self._states: dict[Access, State] = {}  # until then
         self._rows: dict[str, tuple[Row, dict[str, Any]]] = {}  # of models, by name
-        self.jobs = Jobs(self._changed_elsewhere)
-        self.requests = Requests(self.change)
+        self.jobs = Jobs(self._changed_elsewhere, history)
+        self.requests = Requests(self.change, history)
         dispatcher.on_news = self.change
 
     def change(self) -> None:

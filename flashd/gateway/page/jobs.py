@@ -10,6 +10,7 @@ from typing import Any
 from flashd.client.client import Client, Job
 from flashd.client.results import Event, Model, Properties, Status
 from flashd.dbus import wire
+from flashd.gateway.page.history import History
 from flashd.gateway.page.schema import JobState
 
 _MOST_KEPT = 300
@@ -25,14 +26,18 @@ _NEW = JobState("", "", "queued", "", 0, 0, 0.0, 0.0, "", "", {}, "", "", "")
 class Jobs:
     """A watch of the follower, whose thread calls its methods; `all` may be called by any."""
 
-    def __init__(self, on_change: Callable[[], None]) -> None:
+    def __init__(self, on_change: Callable[[], None], history: History) -> None:
         """`on_change` is called from the thread."""
         self._on_change = on_change
+        self._history = history
         self._jobs: dict[str, JobState] = {}  # by number, oldest first
 
     def all(self) -> dict[str, JobState]:
         """The jobs by number, oldest first."""
-        return dict(self._jobs)
+        known = dict(self._jobs)
+        room = _MOST_KEPT - len(known)
+        before = self._history.jobs()[-room:] if room > 0 else []
+        return {**{f"before-{number}": each for number, each in enumerate(before)}, **known}
 
     def began(self, client: Client) -> None:
         running = {str(job.number): _of(job) for job in client.jobs()}
@@ -53,7 +58,9 @@ class Jobs:
         before = self._jobs.get(number)
         if before is None and event.kind == "changed":
             return
-        self._jobs[number] = _with(before or _NEW, event.properties)
+        now = self._jobs[number] = _with(before or _NEW, event.properties)
+        if now.state in _ENDS and (before is None or before.state not in _ENDS):
+            self._history.add(now)
         self._forget()
         self._on_change()
 
