@@ -97,12 +97,15 @@ def asked(endpoint: str, begun: threading.Event) -> str:
 
 
 def in_flight(daemon: Daemon, threads: ThreadPoolExecutor) -> list[Future[str]]:
-    """Requests of which an engine is answering the first."""
+    """Requests that an engine has all let in, and of which it is answering the first."""
     with flashd.connect(daemon.address) as client:
         endpoint = client.status().endpoint
     begun = threading.Event()
     requests = [threads.submit(asked, endpoint, begun) for _ in range(TOGETHER)]
     assert begun.wait(PATIENCE_S)
+    transport = httpx.HTTPTransport(uds=endpoint)
+    with httpx.Client(transport=transport, base_url="http://flashd", timeout=PATIENCE_S) as http:
+        until(lambda: http.get("/health").json()["active_requests"] + sum(each.done() for each in requests) >= TOGETHER)
     return requests
 
 

@@ -107,7 +107,7 @@ def show(flash: Puller, name: str) -> dict[str, Any]:
 
 
 def assert_nothing_is_left(daemon: Daemon) -> None:
-    assert not list((daemon.state / "store" / "partial").iterdir())
+    until(lambda: not list((daemon.state / "store" / "partial").iterdir()))
     assert not list((daemon.state / "store" / "checkpoints").iterdir())
 
 
