@@ -536,7 +536,7 @@ class Supplier:
             _close(arenas)
             return
         keys = _keys(plan, maker)
-        is_known = any(self._images.get(key) is not None for key in keys)
+        is_known = any([await asyncio.to_thread(self._images.get, key) is not None for key in keys])
         try:
             images = [
                 self._images.describe(key, part.layout, part.size_bytes, target.checkpoint.id, maker=maker)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_only_the_last_are_kept_and_nothing_if_the_settings_say_so(tmp_path: Pat
     for number in range(5):
         history.add(entry(number))
     history.close()
-    assert [each.arrived_at for each in History(path, lambda: 3).requests()] == [2, 3, 4]
+    assert [each["arrived_at"] for each in History(path, lambda: 3).requests()] == [2, 3, 4]
     off = History(path, lambda: 0)
     assert off.requests() == []
     off.add(entry(9))
@@ -98,6 +99,21 @@ def test_a_file_that_cannot_be_written_costs_nothing(tmp_path: Path, caplog: pyt
     assert "is not written any more" in caplog.text
 
 
+@pytest.mark.parametrize("why", ["locked", "a link"])
+def test_a_file_that_cannot_be_read_now_stays(why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, link = tmp_path / "history.sqlite", tmp_path / "link"
+    history = History(path, lambda: 9)
+    history.add(entry(1))
+    history.close()
+    link.symlink_to(path)
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        if why == "locked":
+            other.execute("BEGIN EXCLUSIVE")
+        assert History(path if why == "locked" else link, lambda: 9).requests() == []
+    assert "cannot be read" in caplog.text
+    assert [each["arrived_at"] for each in History(path, lambda: 9).requests()] == [1]
+
+
 def test_entries_of_another_version_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "history.sqlite"
     history = History(path, lambda: 9)
@@ -106,7 +122,7 @@ def test_entries_of_another_version_are_left_out(tmp_path: Path) -> None:
     with sqlite3.connect(path) as file:
         for text in ("{}", "[]", "no json", '{"model": "ada", "moon": 1}'):
             file.execute("INSERT INTO ended (kind, entry) VALUES ('RequestState', ?)", (text,))
-    assert [each.arrived_at for each in History(path, lambda: 9).requests()] == [1]
+    assert [each["arrived_at"] for each in History(path, lambda: 9).requests()] == [1]
 
 
 async def state_has(url: str, what: str, model: str, count: int = 1) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from flashd.gateway.page.schema import JobState, RequestState, as_json
+from flashd.json_values import JsonObject
 
 T = TypeVar("T", RequestState, JobState)
 
@@ -30,6 +31,7 @@ _LAST = "SELECT entry FROM ended WHERE kind = ? ORDER BY id DESC LIMIT ?"
 _ADD = "INSERT INTO ended (kind, entry) VALUES (?, ?)"
 _TRIM = "DELETE FROM ended WHERE id <= (SELECT max(id) FROM ended) - ?"
 _CLOSE_S = 5.0
+_LOCKED_S = 1.0  # by an earlier gateway, which is about to end
 
 _Row = tuple[str, str]
 
@@ -44,7 +46,7 @@ class History:
         self._rows: queue.SimpleQueue[_Row | None] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._starting = threading.Lock()
-        self._requests: list[RequestState] = []
+        self._requests: list[JsonObject] = []
         self._jobs: list[JobState] = []
         if path is not None and path.exists():
             self._read(path)
@@ -54,8 +56,8 @@ class History:
         """Tells whether anything is kept at the moment."""
         return self._path is not None and self._most() > 0
 
-    def requests(self) -> list[RequestState]:
-        """The last requests to earlier gateways, oldest first."""
+    def requests(self) -> list[JsonObject]:
+        """The last requests to earlier gateways as JSON, oldest first. They must not be changed."""
         return self._requests if self.is_kept else []
 
     def jobs(self) -> list[JobState]:
@@ -83,10 +85,12 @@ class History:
     def _read(self, path: Path) -> None:
         try:
             with contextlib.closing(_opened(path)) as file:
-                self._requests = _last(file, RequestState)
+                self._requests = [as_json(each) for each in _last(file, RequestState)]
                 self._jobs = _last(file, JobState)
+        except (sqlite3.OperationalError, OSError) as error:  # it is locked, or not ours to read: not damaged
+            log.warning("%s cannot be read: %s", path, error)
         except sqlite3.DatabaseError as error:
-            log.warning("%s cannot be read, and begins anew: %s", path, error)
+            log.warning("%s is damaged, and begins anew: %s", path, error)
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -123,7 +127,7 @@ def _opened(path: Path) -> sqlite3.Connection:
     """Opens the file, which only its user may read. Raises sqlite3.Error or OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-    file = sqlite3.connect(path)
+    file = sqlite3.connect(path, timeout=_LOCKED_S)
     file.execute(_TABLE)
     return file
 

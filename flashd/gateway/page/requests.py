@@ -31,7 +31,7 @@ class Requests:
         """The requests by number, oldest first, as JSON."""
         room = _MOST_KEPT - len(self._ended)
         before = self._history.requests()[-room:] if room > 0 else []
-        return {**{f"before-{number}": as_json(each) for number, each in enumerate(before)}, **self._ended}
+        return {**{f"before-{number}": each for number, each in enumerate(before)}, **self._ended}
 
     def ended(self, request: Observed) -> None:
         """Notes a request whose answer has ended, if a model was asked something."""

@@ -26,8 +26,8 @@ _SOUND = _PLAIN | {
     "Fp8LinearMethod", "Fp8OnlineLinearMethod", "Fp8PerTensorOnlineLinearMethod", "Fp8PerBlockOnlineLinearMethod",
     "Fp8KVCacheMethod",
 }  # fmt: skip
-# Methods, schemes and kernels that keep no addresses of weights, read in vLLM 0.23 and 0.32, and all but Machete
-# compared with vLLM alone in tests/gpu.
+# Methods, schemes and kernels that keep no addresses of weights, as read in vLLM 0.23 and 0.32. tests/gpu compares the
+# methods and schemes of 0.23 with vLLM alone, in groups of 32, for which vLLM does not choose Machete.
 _SEEN = {
     "AWQMarlinLinearMethod", "AutoAWQMarlinLinearMethod", "AutoGPTQLinearMethod",
     "CompressedTensorsLinearMethod", "CompressedTensorsW8A8Int8", "CompressedTensorsWNA16",
